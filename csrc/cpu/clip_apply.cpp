@@ -1,0 +1,135 @@
+// Clip, re-route, drop (docs/method.md, 5). One pass in (token, slot) order clips; rounds over the few clipped slots
+// look for a new home; the rest is dropped.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "assignments.h"
+#include "macs/cpu.h"
+
+namespace macs::cpu {
+namespace {
+
+struct Slot {
+  int64_t token;
+  int32_t slot, expert;
+};
+
+struct Apply {
+  const ClipApplyParams& p;
+  const Assignments& a = p.in;
+  const int32_t per_rank = a.num_experts / p.num_ranks;
+  const int32_t num_bounds = p.scope == Scope::kExpert ? a.num_experts : p.num_ranks;
+  std::vector<Slot> homeless;                  // in (token, slot) order
+  std::vector<int64_t> room, proposed, taken;  // [NB] units
+  std::vector<int64_t> excluded;               // [E] token that may not use the expert, +1
+
+  explicit Apply(const ClipApplyParams& params)
+      : p(params), room(num_bounds), proposed(num_bounds), taken(num_bounds), excluded(a.num_experts, 0) {}
+
+  int32_t bound(int64_t expert) const { return bound_of(p.scope, expert, per_rank); }
+  const int32_t* cut(int32_t n) const { return p.cut + static_cast<int64_t>(n) * 4; }
+
+  void count(int kind, int64_t expert, bool text) { ++p.counts[(kind * a.num_experts + expert) * 2 + text]; }
+
+  void set(int64_t i, int64_t expert, float weight) {
+    if (a.ids_are_i64)
+      static_cast<int64_t*>(p.new_ids)[i] = expert;
+    else
+      static_cast<int32_t*>(p.new_ids)[i] = static_cast<int32_t>(expert);
+    p.new_weights[i] = weight;
+  }
+
+  void clip() {
+    std::vector<int64_t> at_level(num_bounds, 0);  // units met at the cut level so far
+    for (int64_t t = 0; t < a.num_tokens; ++t) {
+      const bool text = is_text(a, t);
+      for (int32_t k = 0; k < a.top_k; ++k) {
+        const int64_t i = t * a.top_k + k, expert = expert_at(a, i);
+        set(i, expert, a.topk_weights[i]);
+        if (expert < 0) continue;
+        const int32_t n = bound(expert), threshold = cut(n)[0];
+        const int32_t level = level_of(bucket_at(a, i, t), p.shift[expert], text, p.protect_text, a.bucket_bits);
+        const bool keep = level != threshold ? level > threshold : (at_level[n] += units_at(a, t)) <= cut(n)[1];
+        count(keep ? 0 : 1, expert, text);
+        if (keep) continue;
+        set(i, -1, 0.0f);
+        homeless.push_back({t, k, static_cast<int32_t>(expert)});
+      }
+    }
+  }
+
+  // The token's experts, old and new, are closed to its clipped slots.
+  void exclude(int64_t token) {
+    for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i) {
+      if (const int64_t e = expert_at(a, i); e >= 0) excluded[e] = token + 1;
+      const int64_t now = a.ids_are_i64 ? static_cast<int64_t*>(p.new_ids)[i] : static_cast<int32_t*>(p.new_ids)[i];
+      if (now >= 0) excluded[now] = token + 1;
+    }
+  }
+
+  // Best open expert for a slot; closed to the token's later slots of this round once it is taken.
+  int64_t candidate(const Slot& s) {
+    const float* logits = p.router_logits + s.token * a.num_experts;
+    const bool local = p.reroute == Reroute::kLocal;
+    const int64_t first = local ? s.expert / per_rank * per_rank : 0;
+    const int64_t last = local ? first + per_rank : a.num_experts;
+    const int32_t units = units_at(a, s.token);
+    int64_t best = -1;
+    for (int64_t e = first; e < last; ++e)
+      if (excluded[e] != s.token + 1 && std::isfinite(logits[e]) && room[bound(e)] >= units &&
+          (best < 0 || logits[e] > logits[best]))
+        best = e;
+    if (best >= 0) excluded[best] = s.token + 1;
+    return best;
+  }
+
+  float rerouted_weight(int64_t token, int64_t expert) const {
+    const float* logits = p.router_logits + token * a.num_experts;
+    int64_t ref = -1;
+    for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i)
+      if (expert_at(a, i) >= 0 && (ref < 0 || a.topk_weights[i] > a.topk_weights[ref])) ref = i;
+    const double l_new = logits[expert], l_ref = logits[expert_at(a, ref)];
+    const double ratio = p.scoring == Scoring::kSoftmax ? std::exp(l_new - l_ref)
+                                                        : (1.0 + std::exp(-l_ref)) / (1.0 + std::exp(-l_new));
+    return static_cast<float>(a.topk_weights[ref] * ratio);
+  }
+
+  // All proposals see the room as it was when the round began; they are accepted in (token, slot) order.
+  void reroute_round() {
+    std::fill(proposed.begin(), proposed.end(), 0);
+    std::fill(taken.begin(), taken.end(), 0);
+    std::fill(excluded.begin(), excluded.end(), 0);
+    std::vector<Slot> still;
+    int64_t token = -1;
+    for (const Slot& s : homeless) {
+      if (s.token != token) exclude(token = s.token);
+      const int64_t expert = candidate(s);
+      const int32_t units = units_at(a, s.token);
+      const int32_t n = expert < 0 ? 0 : bound(expert);
+      if (expert < 0 || (proposed[n] += units) > room[n]) {
+        still.push_back(s);
+        continue;
+      }
+      taken[n] += units;
+      set(s.token * a.top_k + s.slot, expert, rerouted_weight(s.token, expert));
+      count(2, expert, is_text(a, s.token));
+    }
+    for (int32_t n = 0; n < num_bounds; ++n) room[n] -= taken[n];
+    homeless.swap(still);
+  }
+
+  void run() {
+    std::fill(p.counts, p.counts + 3 * 2 * static_cast<int64_t>(a.num_experts), 0);
+    clip();
+    if (p.reroute == Reroute::kNone || p.router_logits == nullptr) return;
+    for (int32_t n = 0; n < num_bounds; ++n) room[n] = cut(n)[2];
+    for (int32_t round = 0; round < p.reroute_rounds && !homeless.empty(); ++round) reroute_round();
+  }
+};
+
+}  // namespace
+
+void clip_apply(const ClipApplyParams& p) { Apply(p).run(); }
+
+}  // namespace macs::cpu

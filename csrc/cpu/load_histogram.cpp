@@ -1,0 +1,34 @@
+// Integer load histogram of this rank's assignments (docs/method.md, 3).
+#include <algorithm>
+
+#include "assignments.h"
+#include "macs/cpu.h"
+
+namespace macs::cpu {
+
+void load_histogram(const LoadHistogramParams& p) {
+  const Assignments& a = p.in;
+  const int32_t buckets = num_buckets(a.bucket_bits);
+  const int64_t cells = static_cast<int64_t>(a.num_experts) * 2 * buckets;
+  std::fill(p.histogram, p.histogram + cells + kNumSums, 0);
+  int32_t* sums = p.histogram + cells;
+  for (int64_t t = 0; t < a.num_tokens; ++t) {
+    const bool text = is_text(a, t);
+    const int32_t units = units_at(a, t);
+    int32_t rows = 0;
+    for (int64_t i = t * a.top_k; i < (t + 1) * a.top_k; ++i) {
+      const int64_t expert = expert_at(a, i);
+      if (expert < 0) continue;
+      p.histogram[(expert * 2 + text) * buckets + bucket_at(a, i, t)] += units;
+      ++rows;
+    }
+    if (rows == 0) continue;  // padding
+    const int32_t fixed = fixed_weight(a.weight[t]);
+    sums[0] += rows;
+    sums[1] += text ? 0 : rows;
+    sums[2] += text ? 0 : fixed;
+    sums[3] += fixed;
+  }
+}
+
+}  // namespace macs::cpu

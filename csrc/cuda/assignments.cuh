@@ -1,0 +1,67 @@
+// How a warp walks over assignments: a *step* is as many whole tokens as fit into its lanes (32 / K tokens of K slots),
+// so that a token never straddles two steps and the lanes of a step are in (token, slot) order.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "launch.cuh"
+#include "macs/level.h"
+#include "macs/params.h"
+
+namespace macs::cuda {
+
+struct Slot {
+  int64_t token;
+  int expert;  // -1: empty, or a lane without a slot
+  int segment;
+  float gate, weight;
+  bool inside;  // the lane has a slot of a token in range
+
+  __device__ __forceinline__ bool text() const { return segment < 0; }
+};
+
+struct Step {
+  int tokens;       // per step
+  int token_lane;   // which token of the step this lane belongs to
+  int slot;         // which slot of the token
+  bool used;        // lanes behind the last whole token idle
+
+  __device__ __forceinline__ explicit Step(int top_k) {
+    const int lane = threadIdx.x % kWarp;
+    tokens = kWarp / top_k;
+    token_lane = lane / top_k;
+    slot = lane - token_lane * top_k;
+    used = token_lane < tokens;
+  }
+  __device__ __forceinline__ int first_lane(int top_k) const { return token_lane * top_k; }
+  __device__ __forceinline__ unsigned token_mask(int top_k) const {
+    return top_k == kWarp ? kFullMask : ((1u << top_k) - 1u) << first_lane(top_k);
+  }
+};
+
+template <class Id, bool kWithWeight>
+__device__ __forceinline__ Slot load_slot(const Assignments& in, const Step& step, int64_t first, int64_t end) {
+  Slot slot;
+  slot.token = first + step.token_lane;
+  slot.inside = step.used && slot.token < end;
+  slot.expert = -1;
+  slot.segment = -1;
+  slot.gate = slot.weight = 0.0f;
+  if (slot.inside) {
+    const int64_t index = slot.token * in.top_k + step.slot;
+    slot.expert = static_cast<int>(__ldg(static_cast<const Id*>(in.topk_ids) + index));
+    slot.gate = __ldg(in.topk_weights + index);
+    slot.segment = __ldg(in.segment + slot.token);
+    if constexpr (kWithWeight) slot.weight = in.weight[slot.token];
+  }
+  return slot;
+}
+
+__device__ __forceinline__ int bucket_of_slot(const Assignments& in, const Slot& slot) {
+  const float importance = in.importance == Importance::kEntropyGate ? __fmul_rn(slot.weight, slot.gate)
+                                                                     : importance_of(in.importance, slot.weight, slot.gate);
+  return bucket_of(importance, in.bucket_bits);
+}
+
+}  // namespace macs::cuda

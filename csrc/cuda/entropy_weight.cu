@@ -1,0 +1,97 @@
+// entropy_weight: weight = 1 / (1 + exp(delta z)), z = (entropy - mean) / (std + eps) over the token's segment.
+//
+// Problem:     [T] f32 in and out, any number of segments, their tokens in any order.
+// Algorithm:   integer sums per segment (segment_sums.cuh), then one weight per thread. Segments numbered in runs (an
+//              image after the other) cost a warp one addition; mixed ones cost one each.
+// Grid:        three kernels: zero the sums, add, weigh; 256 tokens per block.
+// Determinism: integer sums; the same bits whatever the order.
+#include "kernels.cuh"
+#include "launch.cuh"
+#include "macs/cuda.h"
+
+namespace macs::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct EntropyWeightArgs {
+  EntropyWeightParams p;
+  SegmentSums* sums;
+  int copies;
+};
+
+__global__ void __launch_bounds__(kThreads) zero_kernel(const __grid_constant__ ZeroArgs args) {
+  start_dependents();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t vectors = args.first_bytes / 16, more = args.second_bytes / 16;
+  for (int64_t i = first; i < vectors; i += stride) static_cast<uint4*>(args.first)[i] = make_uint4(0, 0, 0, 0);
+  for (int64_t i = first; i < more; i += stride) static_cast<uint4*>(args.second)[i] = make_uint4(0, 0, 0, 0);
+}
+
+__global__ void __launch_bounds__(kThreads) segment_sums_kernel(const __grid_constant__ EntropyWeightArgs args) {
+  start_dependents();
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int segment = token < args.p.num_tokens ? __ldg(args.p.segment + token) : -1;
+  const float entropy = segment >= 0 ? args.p.entropy[token] : 0.0f;
+  wait_for_previous();
+  // Lanes of the same segment add up through their lowest lane.
+  const unsigned peers = __match_any_sync(kFullMask, segment);
+  const int lane = threadIdx.x % kWarp;
+  SegmentAccumulator accumulator;
+  accumulator.clear();
+  for (unsigned left = peers; segment >= 0 && left != 0; left &= left - 1) {
+    const float other = __shfl_sync(peers, entropy, __ffs(left) - 1);
+    if (lane == __ffs(peers) - 1) accumulator.add(segment, other, args.sums, args.copies, blockIdx.x);
+  }
+  accumulator.flush(args.sums, args.copies, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_constant__ EntropyWeightArgs args) {
+  start_dependents();
+  __shared__ SegmentMoments table[kFewSegments];
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int segment = token < args.p.num_tokens ? __ldg(args.p.segment + token) : -1;
+  wait_for_previous();
+  const bool few = args.copies > 1;
+  if (few) {
+    for (int s = threadIdx.x / kWarp; s < args.p.num_segments; s += kThreads / kWarp) {
+      const SegmentMoments moments = warp_moments(args.sums, s, args.copies);
+      if (threadIdx.x % kWarp == 0) table[s] = moments;
+    }
+    __syncthreads();
+  }
+  if (token >= args.p.num_tokens) return;
+  float weight = 1.0f;
+  if (segment >= 0) {
+    weight = weight_of(args.p.entropy[token], few ? table[segment] : moments_of(args.sums[segment]), args.p.delta);
+  }
+  args.p.weight[token] = weight;
+}
+
+}  // namespace
+
+cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream) {
+  const int64_t bytes = args.first_bytes > args.second_bytes ? args.first_bytes : args.second_bytes;
+  const int64_t blocks = (bytes / 16 + kThreads - 1) / kThreads;
+  const int most = num_multiprocessors();
+  return launch(zero_kernel, {.grid = static_cast<int>(blocks < 1 ? 1 : (blocks < most ? blocks : most)), .block = kThreads},
+                args, stream);
+}
+
+size_t entropy_weight_workspace_bytes(const EntropyWeightParams& p) {
+  const int64_t segments = p.num_segments > 0 ? p.num_segments : 1;  // a batch of text alone still gets a pointer
+  return static_cast<size_t>(segments) * segment_copies(p.num_segments) * sizeof(SegmentSums);
+}
+
+cudaError_t launch_entropy_weight(const EntropyWeightParams& p, void* workspace, cudaStream_t stream) {
+  if (p.num_tokens == 0) return cudaSuccess;
+  const EntropyWeightArgs args = {p, static_cast<SegmentSums*>(workspace), segment_copies(p.num_segments)};
+  const Shape shape = {.grid = static_cast<int>((p.num_tokens + kThreads - 1) / kThreads), .block = kThreads, .overlap = true};
+  cudaError_t error = enqueue_zero({workspace, nullptr, static_cast<int64_t>(entropy_weight_workspace_bytes(p)), 0}, stream);
+  if (error == cudaSuccess) error = launch(segment_sums_kernel, shape, args, stream);
+  if (error == cudaSuccess) error = launch(entropy_weight_kernel, shape, args, stream);
+  return error;
+}
+
+}  // namespace macs::cuda

@@ -1,0 +1,133 @@
+// load_histogram: units per (expert, text, importance bucket), and the four sums behind them.
+//
+// Problem:     T * K assignments into E * 2 * B integer cells (32768 at E = B = 128).
+// Algorithm:   one assignment per lane, one reduction into L2 each: the cells are many and evenly hit, and no block has
+//              to clear or merge a private copy of 128 KB. Fused with the weights (launch_score_histogram) a lane first
+//              finishes its token's weight from the segment sums.
+// Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
+// Determinism: integer additions only.
+#include "assignments.cuh"
+#include "kernels.cuh"
+#include "launch.cuh"
+#include "macs/cuda.h"
+
+namespace macs::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// The four sums of a warp in registers, then of the block, then one addition each.
+struct Sums {
+  unsigned all = 0, visual = 0, visual_weight = 0, weight = 0;
+
+  __device__ __forceinline__ void add(const Slot& slot, bool leader, bool token_counts) {
+    if (slot.expert >= 0) {
+      all += 1;
+      visual += slot.text() ? 0 : 1;
+    }
+    if (leader && token_counts) {
+      const unsigned fixed = fixed_weight(slot.weight);
+      weight += fixed;
+      visual_weight += slot.text() ? 0 : fixed;
+    }
+  }
+
+  __device__ __forceinline__ void flush(int32_t* target) const {
+    __shared__ unsigned block[kNumSums];
+    if (threadIdx.x < kNumSums) block[threadIdx.x] = 0;
+    __syncthreads();
+    const unsigned sums[kNumSums] = {all, visual, visual_weight, weight};
+#pragma unroll
+    for (int i = 0; i < kNumSums; ++i) {
+      const unsigned sum = __reduce_add_sync(kFullMask, sums[i]);
+      if (threadIdx.x % kWarp == 0) atomicAdd(&block[i], sum);
+    }
+    __syncthreads();
+    if (threadIdx.x < kNumSums && block[threadIdx.x] != 0) {
+      atomicAdd(reinterpret_cast<unsigned*>(target) + threadIdx.x, block[threadIdx.x]);
+    }
+  }
+};
+
+template <class Id, bool kFromEntropy>
+__global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_constant__ LoadHistogramArgs args) {
+  start_dependents();
+  __shared__ SegmentMoments table[kFromEntropy ? kFewSegments : 1];
+  const Assignments& in = args.p.in;
+  const Step step(in.top_k);
+  const int buckets = num_buckets(in.bucket_bits);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps * step.tokens;
+  int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * step.tokens;
+  // The weight is an input older than this chain unless it is made here: the first loads need not wait.
+  Slot slot = load_slot<Id, !kFromEntropy>(in, step, first, in.num_tokens);
+  wait_for_previous();
+  if (kFromEntropy && args.copies > 1) {
+    for (int s = threadIdx.x / kWarp; s < args.weight.num_segments; s += kWarps) {
+      const SegmentMoments moments = warp_moments(args.sums, s, args.copies);
+      if (threadIdx.x % kWarp == 0) table[s] = moments;
+    }
+    __syncthreads();
+  }
+  Sums sums;
+  for (; first < in.num_tokens; first += stride) {
+    const Slot next = load_slot<Id, !kFromEntropy>(in, step, first + stride, in.num_tokens);
+    const bool leader = slot.inside && step.slot == 0;
+    if (kFromEntropy && slot.inside) {
+      slot.weight = 1.0f;
+      if (!slot.text()) {
+        const SegmentMoments moments = args.copies > 1 ? table[slot.segment] : moments_of(args.sums[slot.segment]);
+        slot.weight = weight_of(args.weight.entropy[slot.token], moments, args.weight.delta);
+      }
+      if (leader) args.weight.weight[slot.token] = slot.weight;
+    }
+    const unsigned filled = __ballot_sync(kFullMask, slot.expert >= 0);
+    sums.add(slot, leader, step.used && (filled & step.token_mask(in.top_k)) != 0);
+    if (slot.expert >= 0) {
+      const int cell = (slot.expert * 2 + (slot.text() ? 1 : 0)) * buckets + bucket_of_slot(in, slot);
+      atomicAdd(args.p.histogram + cell, load_units(in.load, slot.weight));
+    }
+    slot = next;
+  }
+  sums.flush(args.p.histogram + static_cast<int64_t>(in.num_experts) * 2 * buckets);
+}
+
+}  // namespace
+
+cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream) {
+  const Assignments& in = args.p.in;
+  if (in.num_tokens == 0) return cudaSuccess;
+  if (in.top_k < 1 || in.top_k > kWarp) return cudaErrorInvalidValue;
+  const int64_t tokens_per_block = kWarps * (kWarp / in.top_k);
+  const int64_t blocks = (in.num_tokens + tokens_per_block - 1) / tokens_per_block;
+  const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
+  const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = true};
+  if (args.sums != nullptr) {
+    return launch(in.ids_are_i64 ? load_histogram_kernel<int64_t, true> : load_histogram_kernel<int32_t, true>, shape, args,
+                  stream);
+  }
+  return launch(in.ids_are_i64 ? load_histogram_kernel<int64_t, false> : load_histogram_kernel<int32_t, false>, shape, args,
+                stream);
+}
+
+static int64_t histogram_bytes(const Assignments& in) {
+  return (static_cast<int64_t>(in.num_experts) * 2 * num_buckets(in.bucket_bits) + kNumSums) * sizeof(int32_t);
+}
+
+cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t stream) {
+  const cudaError_t error = enqueue_zero({p.histogram, nullptr, histogram_bytes(p.in), 0}, stream);
+  return error == cudaSuccess ? enqueue_load_histogram({.p = p, .weight = {}, .sums = nullptr, .copies = 1}, stream) : error;
+}
+
+cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
+                                   const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
+  SegmentSums* sums = static_cast<SegmentSums*>(workspace);
+  const int copies = segment_copies(weight.num_segments);
+  const int64_t sums_bytes = static_cast<int64_t>(entropy_weight_workspace_bytes(weight));
+  cudaError_t error = enqueue_zero({histogram.histogram, sums, histogram_bytes(histogram.in), sums_bytes}, stream);
+  if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .sums = sums, .copies = copies}, true, stream);
+  if (error != cudaSuccess) return error;
+  return enqueue_load_histogram({.p = histogram, .weight = weight, .sums = sums, .copies = copies}, stream);
+}
+
+}  // namespace macs::cuda

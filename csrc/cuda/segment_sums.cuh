@@ -1,0 +1,101 @@
+// Mean and standard deviation per segment from integer sums, which are the same in any order of addition.
+//
+// An entropy becomes the integer q = rint(2^26 entropy), exact for an f32 of 0.25 nats or more. The sums n, sum q and
+// sum q^2 (in two halves, because it passes 2^64) are added atomically; n sum q^2 - (sum q)^2 is then exact in 128 bits,
+// so that no cancellation enters the variance and the result does not depend on the order of the threads.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "launch.cuh"
+#include "macs/params.h"
+
+namespace macs::cuda {
+
+constexpr float kEntropyOne = 67108864.0f;  // 2^26
+constexpr float kEntropyMost = 32.0f;       // nats; ln H stays far below
+constexpr int kCopies = 16;                 // of the sums of few segments, against contention on one address
+constexpr int kFewSegments = 64;
+
+struct alignas(32) SegmentSums {
+  unsigned long long count, sum, square_low, square_high;
+};
+
+struct SegmentMoments {
+  double mean, inverse_std;
+};
+
+inline int segment_copies(int64_t num_segments) { return num_segments <= kFewSegments ? kCopies : 1; }
+
+// `sums` is [num_segments, copies]; adds of one thread go to one copy. A kernel short of registers keeps it in shared
+// memory, so it has no constructor: `clear` first.
+class SegmentAccumulator {
+ public:
+  __device__ __forceinline__ void clear() {
+    local_ = {0, 0, 0, 0};
+    segment_ = -1;
+  }
+
+  __device__ __forceinline__ void add(int segment, float entropy, SegmentSums* sums, int copies, int copy) {
+    if (segment != segment_) flush(sums, copies, copy);
+    segment_ = segment;
+    const float inside = fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost);
+    const long long q = __float2ll_rn(inside * kEntropyOne);
+    const unsigned long long square = static_cast<unsigned long long>(q * q);
+    local_.count += 1;
+    local_.sum += static_cast<unsigned long long>(q);
+    local_.square_low += square & 0xffffffffull;
+    local_.square_high += square >> 32;
+  }
+
+  __device__ __forceinline__ void flush(SegmentSums* sums, int copies, int copy) {
+    if (segment_ >= 0) {
+      wait_for_previous();  // the kernel before this one zeroes the sums
+      SegmentSums* target = sums + static_cast<int64_t>(segment_) * copies + copy % copies;
+      atomicAdd(&target->count, local_.count);
+      atomicAdd(&target->sum, local_.sum);
+      atomicAdd(&target->square_low, local_.square_low);
+      atomicAdd(&target->square_high, local_.square_high);
+    }
+    clear();
+  }
+
+ private:
+  SegmentSums local_;
+  int segment_;
+};
+
+__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
+  if (s.count == 0) return {0.0, 0.0};
+  using Wide = unsigned __int128;
+  const long long sum = static_cast<long long>(s.sum);
+  const unsigned long long magnitude = static_cast<unsigned long long>(sum < 0 ? -sum : sum);
+  const Wide squares = (static_cast<Wide>(s.square_high) << 32) + s.square_low;
+  const Wide spread = squares * s.count - static_cast<Wide>(magnitude) * magnitude;
+  const double wide = static_cast<double>(static_cast<unsigned long long>(spread >> 64)) * 18446744073709551616.0 +
+                      static_cast<double>(static_cast<unsigned long long>(spread));
+  const double unit = 1.0 / (static_cast<double>(s.count) * kEntropyOne);
+  return {static_cast<double>(sum) * unit, 1.0 / (sqrt(wide) * unit + static_cast<double>(kStdEpsilon))};
+}
+
+// One warp: the moments of a segment out of its copies, the same in every lane.
+__device__ __forceinline__ SegmentMoments warp_moments(const SegmentSums* sums, int segment, int copies) {
+  const int lane = threadIdx.x % kWarp;
+  SegmentSums total = {};
+  if (lane < copies) total = sums[static_cast<int64_t>(segment) * copies + lane];
+  for (int offset = kCopies / 2; offset > 0; offset /= 2) {
+    total.count += __shfl_xor_sync(kFullMask, total.count, offset);
+    total.sum += __shfl_xor_sync(kFullMask, total.sum, offset);
+    total.square_low += __shfl_xor_sync(kFullMask, total.square_low, offset);
+    total.square_high += __shfl_xor_sync(kFullMask, total.square_high, offset);
+  }
+  return moments_of(total);
+}
+
+__device__ __forceinline__ float weight_of(float entropy, const SegmentMoments& moments, float delta) {
+  const float z = static_cast<float>((static_cast<double>(entropy) - moments.mean) * moments.inverse_std);
+  return __fdiv_rn(1.0f, 1.0f + expf(delta * z));
+}
+
+}  // namespace macs::cuda

@@ -1,0 +1,24 @@
+// CPU launchers. They run on the caller's threads through `ParallelFor`, so that the binding decides whose pool that is.
+#pragma once
+#include "macs/params.h"
+
+namespace macs::cpu {
+
+// parallel_for(n, grain, body): body(begin, end) over disjoint ranges that cover [0, n).
+struct ParallelFor {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t n, int64_t grain, Body body, void* context);
+
+  template <class F>
+  void operator()(int64_t n, int64_t grain, F&& f) const {
+    run(n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+  }
+};
+
+void entropy_score(const EntropyScoreParams& p, const ParallelFor& parallel_for);
+void entropy_weight(const EntropyWeightParams& p);
+void load_histogram(const LoadHistogramParams& p);
+void clip_threshold(const ClipThresholdParams& p);
+void clip_apply(const ClipApplyParams& p);
+
+}  // namespace macs::cpu

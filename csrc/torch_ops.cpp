@@ -1,0 +1,251 @@
+// The operators as torch sees them: checks, schemas, and the CPU and Meta implementations under one name each.
+// The only C++ file that includes torch. docs/method.md defines the operators.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "macs/cpu.h"
+#include "macs/level.h"
+
+namespace macs {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- Checks: what, got, expected -----------------------------------------------------------------------------------
+
+void check_like(const Tensor& x, const char* name, at::ScalarType dtype, at::IntArrayRef shape, const Tensor& beside) {
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": got dtype ", x.scalar_type(), ", expected ", dtype);
+  TORCH_CHECK_VALUE(x.sizes() == shape, name, ": got shape ", x.sizes(), ", expected ", shape);
+  TORCH_CHECK_VALUE(x.device() == beside.device(), name, ": got device ", x.device(), ", expected ", beside.device());
+}
+
+DType hidden_dtype(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_CHECK_VALUE(false, "hidden_states: got dtype ", x.scalar_type(), ", expected bfloat16, float16 or float32");
+  }
+}
+
+int32_t checked_bucket_bits(int64_t buckets) {
+  for (int32_t m = 1; m <= 4; ++m)
+    if (buckets == num_buckets(m)) return m;
+  TORCH_CHECK_VALUE(false, "buckets: got ", buckets, ", expected 32, 64, 128 or 256");
+}
+
+template <class Enum>
+Enum checked_enum(int64_t value, int64_t count, const char* name) {
+  TORCH_CHECK_VALUE(value >= 0 && value < count, name, ": got ", value, ", expected 0 to ", count - 1);
+  return static_cast<Enum>(value);
+}
+
+void check_ranks(int64_t num_experts, int64_t num_ranks) {
+  TORCH_CHECK_VALUE(num_experts > 0 && num_ranks > 0 && num_experts % num_ranks == 0, "num_ranks: got ", num_ranks,
+                    " for ", num_experts, " experts, expected a divisor of the number of experts");
+}
+
+int64_t histogram_size(int64_t num_experts, int64_t buckets) { return num_experts * 2 * buckets + kNumSums; }
+
+Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
+                                int64_t importance) {
+  TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids: got shape ", topk_ids.sizes(), ", expected [T, K]");
+  const bool i64 = topk_ids.scalar_type() == at::kLong;
+  TORCH_CHECK_VALUE(i64 || topk_ids.scalar_type() == at::kInt, "topk_ids: got dtype ", topk_ids.scalar_type(),
+                    ", expected int32 or int64");
+  check_like(topk_weights, "topk_weights", at::kFloat, topk_ids.sizes(), topk_ids);
+  check_like(weight, "weight", at::kFloat, {topk_ids.size(0)}, topk_ids);
+  check_like(segment, "segment", at::kInt, {topk_ids.size(0)}, topk_ids);
+  TORCH_CHECK_VALUE(num_experts > 0, "num_experts: got ", num_experts, ", expected at least 1");
+  Assignments a{};
+  a.topk_ids = topk_ids.const_data_ptr();
+  a.topk_weights = topk_weights.const_data_ptr<float>();
+  a.weight = weight.const_data_ptr<float>();
+  a.segment = segment.const_data_ptr<int32_t>();
+  a.num_tokens = topk_ids.size(0);
+  a.top_k = static_cast<int32_t>(topk_ids.size(1));
+  a.num_experts = static_cast<int32_t>(num_experts);
+  a.ids_are_i64 = i64;
+  a.bucket_bits = checked_bucket_bits(buckets);
+  a.load = checked_enum<Load>(load, 2, "load");
+  a.importance = checked_enum<Importance>(importance, 3, "importance");
+  return a;
+}
+
+const cpu::ParallelFor kParallelFor{[](int64_t n, int64_t grain, cpu::ParallelFor::Body body, void* context) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}};
+
+// ---- CPU -----------------------------------------------------------------------------------------------------------
+
+Tensor entropy_score_cpu(const Tensor& hidden_states, const Tensor& segment) {
+  TORCH_CHECK_VALUE(hidden_states.dim() == 2 && hidden_states.size(1) > 0, "hidden_states: got shape ",
+                    hidden_states.sizes(), ", expected [T, H] with H > 0");
+  check_like(segment, "segment", at::kInt, {hidden_states.size(0)}, hidden_states);
+  const Tensor x = hidden_states.contiguous(), s = segment.contiguous();
+  Tensor entropy = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  cpu::entropy_score({x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(), x.size(0),
+                      x.size(1), hidden_dtype(x)},
+                     kParallelFor);
+  return entropy;
+}
+
+Tensor entropy_weight_cpu(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
+  TORCH_CHECK_VALUE(entropy.dim() == 1, "entropy: got shape ", entropy.sizes(), ", expected [T]");
+  check_like(entropy, "entropy", at::kFloat, entropy.sizes(), entropy);
+  check_like(segment, "segment", at::kInt, entropy.sizes(), entropy);
+  const Tensor e = entropy.contiguous(), s = segment.contiguous();
+  if (s.numel() > 0)
+    TORCH_CHECK_VALUE(s.max().item<int32_t>() < num_segments, "num_segments: got ", num_segments, ", expected more than ",
+                      s.max().item<int32_t>(), ", the greatest segment");
+  Tensor weight = at::empty_like(e);
+  cpu::entropy_weight({e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
+                       e.size(0), num_segments, static_cast<float>(delta)});
+  return weight;
+}
+
+void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
+  if (topk_ids.numel() == 0) return;
+  const int64_t greatest = topk_ids.max().item<int64_t>();
+  TORCH_CHECK_VALUE(greatest < num_experts, "topk_ids: got expert ", greatest, ", expected ids below ", num_experts);
+}
+
+Tensor load_histogram_cpu(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                          const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
+                          int64_t importance) {
+  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
+               s = segment.contiguous();
+  LoadHistogramParams p{checked_assignments(ids, gates, w, s, num_experts, buckets, load, importance), nullptr};
+  check_ids_in_range(ids, num_experts);
+  Tensor histogram = at::empty({histogram_size(num_experts, buckets)}, ids.options().dtype(at::kInt));
+  p.histogram = histogram.mutable_data_ptr<int32_t>();
+  cpu::load_histogram(p);
+  return histogram;
+}
+
+std::tuple<Tensor, Tensor> clip_threshold_cpu(const Tensor& own, const Tensor& group, const Tensor& modality,
+                                              int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
+                                              int64_t reroute, bool protect_text, double gamma, double rho,
+                                              double alpha, double c_min) {
+  const int64_t num_experts = modality.numel();
+  const int32_t bucket_bits = checked_bucket_bits(buckets);
+  check_ranks(num_experts, num_ranks);
+  check_like(own, "own", at::kInt, {histogram_size(num_experts, buckets)}, own);
+  check_like(group, "group", at::kInt, own.sizes(), own);
+  check_like(modality, "modality", at::kChar, {num_experts}, own);
+  TORCH_CHECK_VALUE(gamma > 0.0, "gamma: got ", gamma, ", expected a number above 0");
+  const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
+  const Scope s = checked_enum<Scope>(scope, 2, "scope");
+  Tensor shift = at::empty({num_experts}, o.options());
+  Tensor cut = at::empty({s == Scope::kExpert ? num_experts : num_ranks, 4}, o.options());
+  cpu::clip_threshold({o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
+                       shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
+                       static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
+                       checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"), protect_text,
+                       gamma, rho, alpha, c_min});
+  return {shift, cut};
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_apply_cpu(const Tensor& topk_ids, const Tensor& topk_weights,
+                                                  const Tensor& weight, const Tensor& segment,
+                                                  const OptionalTensor& router_logits, const Tensor& shift,
+                                                  const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
+                                                  int64_t load, int64_t importance, int64_t reroute, bool protect_text,
+                                                  int64_t reroute_rounds, int64_t scoring) {
+  const int64_t num_experts = shift.numel();
+  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
+               seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
+  ClipApplyParams p{};
+  p.in = checked_assignments(ids, gates, w, seg, num_experts, buckets, load, importance);
+  check_ids_in_range(ids, num_experts);
+  check_ranks(num_experts, num_ranks);
+  p.scope = checked_enum<Scope>(scope, 2, "scope");
+  check_like(sh, "shift", at::kInt, {num_experts}, ids);
+  check_like(c, "cut", at::kInt, {p.scope == Scope::kExpert ? num_experts : num_ranks, 4}, ids);
+  Tensor logits;
+  if (router_logits.has_value()) {
+    logits = router_logits->contiguous();
+    check_like(logits, "router_logits", at::kFloat, {ids.size(0), num_experts}, ids);
+    p.router_logits = logits.const_data_ptr<float>();
+  }
+  Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
+  Tensor counts = at::empty({3, num_experts, 2}, sh.options());
+  p.shift = sh.const_data_ptr<int32_t>();
+  p.cut = c.const_data_ptr<int32_t>();
+  p.new_ids = new_ids.mutable_data_ptr();
+  p.new_weights = new_weights.mutable_data_ptr<float>();
+  p.counts = counts.mutable_data_ptr<int32_t>();
+  p.num_ranks = static_cast<int32_t>(num_ranks);
+  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
+  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
+  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
+  p.protect_text = protect_text;
+  cpu::clip_apply(p);
+  return {new_ids, new_weights, counts};
+}
+
+// ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
+
+Tensor entropy_score_meta(const Tensor& hidden_states, const Tensor& segment) {
+  return at::empty_symint({hidden_states.sym_size(0)}, hidden_states.options().dtype(at::kFloat));
+}
+
+Tensor entropy_weight_meta(const Tensor& entropy, const Tensor&, int64_t, double) { return at::empty_like(entropy); }
+
+Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor&, const Tensor&, const Tensor&, int64_t num_experts,
+                           int64_t buckets, int64_t, int64_t) {
+  return at::empty({histogram_size(num_experts, buckets)}, topk_ids.options().dtype(at::kInt));
+}
+
+std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor&, const Tensor& modality,
+                                               int64_t num_ranks, int64_t, int64_t scope, int64_t, int64_t, bool,
+                                               double, double, double, double) {
+  const c10::SymInt num_experts = modality.sym_size(0);
+  const c10::SymInt num_bounds = scope == static_cast<int64_t>(Scope::kExpert) ? num_experts : c10::SymInt(num_ranks);
+  return {at::empty_symint({num_experts}, own.options()), at::empty_symint({num_bounds, 4}, own.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor&,
+                                                   const Tensor&, const OptionalTensor&, const Tensor& shift,
+                                                   const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                                   bool, int64_t, int64_t) {
+  return {at::empty_like(topk_ids), at::empty_like(topk_weights),
+          at::empty_symint({3, shift.sym_size(0), 2}, shift.options())};
+}
+
+}  // namespace
+}  // namespace macs
+
+TORCH_LIBRARY(sglang_macs, m) {
+  m.def("entropy_score(Tensor hidden_states, Tensor segment) -> Tensor");
+  m.def("entropy_weight(Tensor entropy, Tensor segment, int num_segments, float delta) -> Tensor");
+  m.def(
+      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, int num_experts, "
+      "int buckets, int load, int importance) -> Tensor");
+  m.def(
+      "clip_threshold(Tensor own, Tensor group, Tensor modality, int num_ranks, int buckets, int scope, int load, "
+      "int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min) -> (Tensor, Tensor)");
+  m.def(
+      "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
+      "Tensor shift, Tensor cut, int num_ranks, int buckets, int scope, int load, int importance, int reroute, "
+      "bool protect_text, int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
+  m.impl("entropy_score", &macs::entropy_score_cpu);
+  m.impl("entropy_weight", &macs::entropy_weight_cpu);
+  m.impl("load_histogram", &macs::load_histogram_cpu);
+  m.impl("clip_threshold", &macs::clip_threshold_cpu);
+  m.impl("clip_apply", &macs::clip_apply_cpu);
+}
+
+TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
+  m.impl("entropy_score", &macs::entropy_score_meta);
+  m.impl("entropy_weight", &macs::entropy_weight_meta);
+  m.impl("load_histogram", &macs::load_histogram_meta);
+  m.impl("clip_threshold", &macs::clip_threshold_meta);
+  m.impl("clip_apply", &macs::clip_apply_meta);
+}

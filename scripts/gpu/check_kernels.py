@@ -1,0 +1,157 @@
+"""Build the CUDA kernels, check every operator against the contract, then time them.
+
+    python3 scripts/gpu/check_kernels.py                 everything; JSON to $OUT/kernels.json
+    python3 scripts/gpu/check_kernels.py --check-only --small 12     e.g. under compute-sanitizer
+
+Small random cases are compared with tests/oracle.py (and so is the vectorised reference), large ones with that
+reference. Outputs and scratch are poisoned before every run; integers must be equal, floats close.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import kernel_reference as reference
+import kernels_c as c
+import numpy as np
+import torch
+from kernel_case import Config, Inputs, Run, make_inputs, small_configs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+import oracle  # noqa: E402
+
+ENTROPY_ATOL, WEIGHT_RTOL = 2e-5, 2e-5
+REPEATS = 20
+
+
+class Mismatch(AssertionError):
+    """The first wrong coordinate with both values."""
+
+
+def expect(name: str, config: Config, got: np.ndarray, want: np.ndarray, rtol: float = 0.0, atol: float = 0.0) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape:
+        raise Mismatch(f"{name}: shape {got.shape}, expected {want.shape}; {config}")
+    if rtol == atol == 0.0:
+        good = got == want
+    else:
+        good = np.abs(got.astype(np.float64) - want) <= atol + rtol * np.abs(want)
+    if not good.all():
+        at = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise Mismatch(f"{name}{list(at)}: got {got[at]!r}, expected {want[at]!r}, {(~good).sum()} wrong; {config}")
+
+
+def entropy_f64(hidden: torch.Tensor, segment: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(segment))
+    for first in range(0, len(segment), 4096):
+        x = hidden[first : first + 4096].double()
+        log_p = torch.log_softmax(x, 1)
+        out[first : first + 4096] = -(log_p.exp() * log_p).sum(1).cpu().numpy()
+    return np.where(segment >= 0, out, 0.0)
+
+
+def weight_f64(entropy: np.ndarray, segment: np.ndarray, num_segments: int, delta: float) -> np.ndarray:
+    weight = np.ones(len(entropy))
+    for s in range(num_segments):
+        x = entropy[segment == s].astype(np.float64)
+        if len(x):
+            weight[segment == s] = 1 / (1 + np.exp(delta * (x - x.mean()) / (x.std() + 1e-6)))
+    return weight
+
+
+def policy(config: Config, *names: str) -> dict[str, object]:
+    return {name: getattr(config, name) for name in names}
+
+
+def check_floats(config: Config, inputs: Inputs, got: dict[str, np.ndarray]) -> None:
+    hidden = inputs.hidden if inputs.hidden.is_cuda or config.T < 1000 else inputs.hidden.cuda()
+    expect("entropy", config, got["entropy"], entropy_f64(hidden, inputs.segment), 2e-6, ENTROPY_ATOL)
+    want = weight_f64(got["entropy"], inputs.segment, config.num_segments, config.delta)
+    expect("weight", config, got["weight"], want, WEIGHT_RTOL, 1e-7)
+    if config.delta == 0.0:
+        expect("weight at delta 0", config, got["weight"], np.where(inputs.segment >= 0, 0.5, 1.0))
+
+
+def check_integers(config: Config, inputs: Inputs, got: dict[str, np.ndarray], with_oracle: bool) -> None:
+    """Everything behind the weights, from the kernels' own weights, to the bit."""
+    common = policy(config, "buckets", "load", "importance")
+    routing = (inputs.ids, inputs.gates, got["weight"], inputs.segment)
+    want = reference.load_histogram(*routing, num_experts=config.E, **common)
+    expect("histogram", config, got["histogram"], want)
+    lists = [a.tolist() for a in routing]
+    group = want if inputs.other is None else want + inputs.other
+    shift, cut = oracle.clip_threshold(
+        want.tolist(), group.tolist(), inputs.modality.tolist(), num_ranks=config.R,
+        **policy(config, "buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min"),
+    )  # fmt: skip
+    expect("shift", config, got["shift"], np.array(shift))
+    expect("cut", config, got["cut"], np.array(cut))
+    order = policy(config, "scope", "reroute", "protect_text", "scoring")
+    order |= common | {"num_ranks": config.R, "reroute_rounds": config.rounds}
+    ids, weights, counts = reference.clip_apply(*routing, inputs.logits, np.array(shift), np.array(cut), **order)
+    expect("new_ids", config, got["ids"], ids)
+    expect("counts", config, got["counts"], counts)
+    kept = ids == inputs.ids
+    expect("kept weights", config, got["weights"][kept], inputs.gates[kept])
+    expect("new_weights", config, got["weights"], weights, WEIGHT_RTOL)
+    if with_oracle:
+        expect("oracle histogram", config, oracle.load_histogram(*lists, num_experts=config.E, **common), want)
+        slow = oracle.clip_apply(*lists, inputs.logits.tolist(), shift, cut, **order)
+        expect("oracle ids", config, np.array(slow[0]).reshape(ids.shape), ids)
+        expect("oracle weights", config, np.array(slow[1]).reshape(ids.shape), weights, 1e-9)
+        expect("oracle counts", config, np.array(slow[2]), counts)
+
+
+def check(kernels: c.Kernels, config: Config, seed: int, with_oracle: bool, repeats: int, device: str = "cpu") -> Run:
+    inputs = make_inputs(config, seed, device)
+    run = Run(kernels, config, inputs)
+    run.poison()
+    run.separate()
+    got = run.outputs()
+    check_floats(config, inputs, got)
+    check_integers(config, inputs, got, with_oracle)
+    for _ in range(repeats):
+        run.poison()
+        run.fused()
+        for name, again in run.outputs().items():
+            if not np.array_equal(again.view(np.uint8), got[name].view(np.uint8)):
+                raise Mismatch(f"fused {name} differs from the operators one by one; {config}")
+    return run
+
+
+def large_configs() -> list[Config]:
+    return [
+        Config(T=128), Config(T=1000, num_segments=5, visual=0.7), Config(T=8192),
+        Config(T=8192, scope="expert", load="effective", importance="entropy", reroute="local", num_segments=20),
+        Config(T=8192, K=1, H=512), Config(T=8192, H=512, delta=0.0, importance="entropy"),
+        Config(T=8191, H=520, dtype="float16", num_segments=3000, shuffled=True, visual=0.8, others=2.0),
+        Config(T=65536, H=256, scoring="sigmoid", num_segments=64, visual=0.9, ids_i64=False, grid=0.25),
+        Config(T=9000, H=7168, dtype="float32", gamma=0.6, scope="expert", E=160), Config(T=5000, H=16384, visual=0.3),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--time-only", action="store_true")
+    parser.add_argument("--small", type=int, default=300, help="random small cases")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
+    args = parser.parse_args()
+    kernels = c.Kernels()
+    if not args.time_only:
+        for i, config in enumerate(small_configs(args.small, args.seed)):
+            check(kernels, config, args.seed + i, with_oracle=True, repeats=1)
+        print(f"{args.small} small cases agree with the oracle, seed {args.seed}", flush=True)
+        for i, config in enumerate([] if args.check_only else large_configs()):
+            check(kernels, config, args.seed + i, with_oracle=False, repeats=REPEATS, device="cuda")
+            print("agrees:", config, flush=True)
+    if not args.check_only:
+        import time_kernels
+
+        time_kernels.report(kernels)
+
+
+if __name__ == "__main__":
+    main()

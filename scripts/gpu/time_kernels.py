@@ -1,0 +1,150 @@
+"""Times of the kernels by CUDA graph replay, beside the bytes they must move and the copy bandwidth of the same run.
+
+A graph holds several passes over different input sets, together several times the L2, so every pass reads cold inputs;
+a pass is the graph's time over their number. `warm` rows repeat one set. Steps are timed as growing prefixes of the
+plan: the difference of two rows is what the added step costs in place.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import kernels_c as c
+import numpy as np
+import torch
+from kernel_case import Config, Run, make_inputs
+
+REPLAYS = 200
+COLD_BYTES = 300_000_000  # several times the 60 MB of L2
+
+
+def graph_us(passes: list[Callable[[], None]]) -> tuple[float, float]:
+    """(median, p99) microseconds of one pass over REPLAYS replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for one in passes:
+            one()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for one in passes:
+            one()
+    for _ in range(5):
+        graph.replay()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    for start, end in pairs:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = np.array([start.elapsed_time(end) for start, end in pairs]) * 1e3 / len(passes)
+    return float(np.median(times)), float(np.percentile(times, 99))
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond of a device-to-device copy, read plus written."""
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    median, _ = graph_us([lambda: target.copy_(source)] * 4)
+    return 2 * source.numel() / median
+
+
+def plan_bytes(config: Config, run: Run) -> int:
+    """Each input once, each output once; logits only of tokens that lose an assignment."""
+    lost = int(((run.out["ids"] != run.ids).any(1)).sum())
+    slots = config.T * config.K * 2 * (run.ids.element_size() + 4)
+    cells = run.out["histogram"].numel() * 4
+    return config.T * (config.H * run.hidden.element_size() + 12) + slots + lost * config.E * 4 + 2 * cells
+
+
+class Report:
+    def __init__(self, kernels: c.Kernels) -> None:
+        self.kernels, self.rows = kernels, []
+        self.bandwidth = copy_bandwidth()
+
+    def add(self, op: str, config: Config, passes: list[Callable[[], None]], size: int, against: str) -> None:
+        median, p99 = graph_us(passes)
+        floor = size / self.bandwidth
+        ratio = floor / median if op.startswith("score") else median / max(floor, 1e-9)
+        self.rows.append(
+            {"op": op, "case": config.sizes(), "median_us": round(median, 3), "p99_us": round(p99, 3), "bytes": size,
+             "against": against, "ratio": round(ratio, 3)}
+        )  # fmt: skip
+
+    def sets(self, config: Config) -> list[Run]:
+        """Runs over different inputs, together larger than the L2; routing is shared, hidden states are not."""
+        size = config.T * config.H * 2
+        count = max(1, min(64, -(-COLD_BYTES // size)))
+        return [Run(self.kernels, config, make_inputs(config, 7 + i, "cuda")) for i in range(count)]
+
+    def score(self, config: Config) -> None:
+        runs = self.sets(config)
+        size = config.T * (config.H * runs[0].hidden.element_size() + 8)
+        self.add("score", config, [run.score for run in runs] * max(1, 4 // len(runs)), size, "copy bandwidth")
+
+    def plan(self, config: Config) -> None:
+        runs = self.sets(config)
+        for run in runs:
+            run.fused()
+        size = plan_bytes(config, runs[0])
+        lost = 1 - float((runs[0].out["ids"] >= 0).float().mean())
+        moved = int(runs[0].out["counts"][2].sum())
+        print(f"T={config.T}: {moved} re-routed, {lost:.2%} dropped of {config.T * config.K}", flush=True)
+        floor = "byte floor"
+        self.add("plan", config, [run.fused for run in runs], size, floor)
+        self.add("plan_warm", config, [runs[0].fused] * 20, size, floor)
+        self.add("plan_one_by_one", config, [run.separate for run in runs], size, floor)
+        self.add("plan_single_replay", config, [runs[0].fused], size, floor)
+        hidden = config.T * config.H * runs[0].hidden.element_size()
+        self.add("upto_score", config, [run.score for run in runs], hidden, floor)
+        self.add("upto_histogram", config, [run.score_histogram for run in runs], hidden, floor)
+
+        def with_threshold(run: Run) -> Callable[[], None]:
+            return lambda: (run.score_histogram(), run.threshold())
+
+        self.add("upto_threshold", config, [with_threshold(run) for run in runs], hidden, floor)
+        for step in ("weigh", "histogram", "threshold", "apply", "threshold_apply"):
+            self.add(f"alone_{step}", config, [getattr(run, step) for run in runs], 0, floor)
+
+    def rounds(self, config: Config) -> None:
+        """clip_apply by number of rounds: what a round costs."""
+        for rounds in (0, 1, 2, 4):
+            run = Run(self.kernels, config, make_inputs(config, 7, "cuda"))
+            run.fused()
+            run.apply_params.reroute_rounds = rounds
+            self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "byte floor")
+
+    def write(self) -> None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        result = {
+            "gpu": torch.cuda.get_device_name(), "commit": commit, "command": " ".join(["python3", *sys.argv]),
+            "date": datetime.date.today().isoformat(), "copy_bytes_per_us": round(self.bandwidth), "rows": self.rows,
+        }  # fmt: skip
+        target = Path(os.environ.get("OUT", ".")) / "kernels.json"
+        target.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"copy: {self.bandwidth / 1e6:.3f} TB/s")
+        print(f"{'op':22s} {'T':>6s} {'H':>5s} {'median':>9s} {'p99':>9s} {'floor':>8s} {'ratio':>7s}")
+        for row in self.rows:
+            size, case = row["bytes"] / self.bandwidth, row["case"]
+            print(
+                f"{row['op']:22s} {case['T']:6d} {case['H']:5d} {row['median_us']:9.2f} {row['p99_us']:9.2f} "
+                f"{size:8.2f} {row['ratio']:7.3f}"
+            )
+
+
+def report(kernels: c.Kernels) -> None:
+    every = Report(kernels)
+    for config in (Config(T=65536), Config(T=65536, H=7168), Config(T=8192), Config(T=8192, H=7168), Config(T=128)):
+        every.score(config)
+    for config in (Config(T=128), Config(T=1024), Config(T=8192), Config(T=65536)):
+        every.plan(config)
+    every.plan(Config(T=8192, scope="expert", load="effective", importance="entropy", reroute="local"))
+    every.rounds(Config(T=128))
+    every.rounds(Config(T=8192))
+    every.write()

@@ -1,0 +1,64 @@
+"""Builds csrc/ into sglang_macs/_C: CPU only where there is no nvcc, CPU and CUDA where there is.
+
+`MACS_CUDA=0` or `=1` overrides the choice; `MACS_CUDA_ARCH` (default 90a) names the GPU architectures.
+"""
+
+import glob
+import os
+import shutil
+import sys
+
+from setuptools import setup
+
+TORCH = "2.13"
+
+
+def fail(what: str, got: str, expected: str, fix: str) -> None:
+    sys.exit(f"sglang-macs build: {what}: got {got}, expected {expected}. {fix}")
+
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    fail("torch", "none", f"torch {TORCH}", "Install it first, then build with --no-build-isolation.")
+
+
+def use_cuda() -> tuple[bool, str]:
+    """Whether to build the CUDA kernels, and the reason in words."""
+    forced = os.environ.get("MACS_CUDA")
+    if forced in ("0", "1"):
+        return forced == "1", f"MACS_CUDA={forced}"
+    if not glob.glob("csrc/cuda/*.cu"):
+        return False, "csrc/cuda holds no kernels"
+    if torch.version.cuda is None:
+        return False, "this torch was built without CUDA"
+    if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
+        return False, "no nvcc found"
+    return True, f"nvcc in {CUDA_HOME}, torch for CUDA {torch.version.cuda}"
+
+
+def extension():
+    cuda, reason = use_cuda()
+    print(f"sglang-macs build: {'CPU + CUDA' if cuda else 'CPU only'} ({reason})", file=sys.stderr, flush=True)
+    sources = ["csrc/torch_ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    # No contraction: the thresholds are defined by IEEE double arithmetic in the order written (docs/method.md).
+    cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    include = [os.path.abspath("csrc/include")]
+    if not cuda:
+        return CppExtension("sglang_macs._C", sources, include_dirs=include, extra_compile_args={"cxx": cxx})
+    arch = os.environ.get("MACS_CUDA_ARCH", "90a")
+    nvcc = ["-O3", "-std=c++20", "--fmad=true", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arch.split(","))]
+    return CUDAExtension(
+        "sglang_macs._C",
+        [*sources, *sorted(glob.glob("csrc/cuda/*.cu"))],
+        include_dirs=include,
+        define_macros=[("MACS_WITH_CUDA", "1")],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+    )
+
+
+if not torch.__version__.startswith(TORCH + "."):
+    fail("torch", torch.__version__, f"{TORCH}.x", f"Run: pip install torch=={TORCH}.0")
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)})

@@ -1,0 +1,91 @@
+"""What the MoE layers of one forward pass need to know about its batch: which rows are visual, and whether to act.
+
+The engine's hook opens a `Batch` around the forward pass; dispatchers read it. Whether a batch is planned is decided from
+what every rank of the EP group knows alike, because the plan's exchange is collective.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import MacsConfig
+
+# SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
+PAD_ID_BASE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """segment [T] i32, unpadded and before any scattering, or None where no token of this rank is visual.
+
+    skip: "" to plan this batch, otherwise why not ("decode", "small", "off").
+    """
+
+    segment: Tensor | None = None
+    num_segments: int = 0
+    skip: str = "off"
+
+
+_current = Batch()
+
+
+@contextmanager
+def forward(batch: Batch) -> Iterator[None]:
+    """Makes `batch` the current one; nested passes (draft models, recomputation) restore the outer one."""
+    global _current
+    outer, _current = _current, batch
+    try:
+        yield
+    finally:
+        _current = outer
+
+
+def current() -> Batch:
+    """The batch of the forward pass that is running, or one that is skipped as "off"."""
+    return _current
+
+
+def skip_reason(config: MacsConfig, *, is_prefill: bool, group_tokens: int) -> str:
+    """Why a batch is not planned, or "". Both arguments must be the same on every rank of the EP group."""
+    if config.is_off:
+        return "off"
+    if not is_prefill and not config.decode:
+        return "decode"
+    return "small" if group_tokens < config.min_tokens else ""
+
+
+def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:
+    """Segment of each token from the engine's padded ids, and the number of segments.
+
+    Args:
+        input_ids: [T] integer ids, multimodal positions at `PAD_ID_BASE` + hash of the item.
+        entropy_scope: "batch" puts all visual tokens into segment 0; "image" gives each item its own.
+        not_visual: pad ids of items that are not visual (audio shares the padding).
+    Returns:
+        [T] i32, -1 = text; and the number of segments.
+    """
+    visual = input_ids >= PAD_ID_BASE
+    for pad_id in not_visual:
+        visual &= input_ids != pad_id
+    segment = torch.full(input_ids.shape, -1, dtype=torch.int32, device=input_ids.device)
+    if entropy_scope == "batch":
+        return segment.masked_fill_(visual, 0), 1
+    items, index = torch.unique(input_ids[visual], return_inverse=True)
+    segment[visual] = index.int()
+    return segment, items.numel()
+
+
+def align(segment: Tensor | None, rows: int, attn_tp_rank: int, attn_tp_size: int, device: torch.device) -> Tensor | None:
+    """The segment of each row that the MoE layer sees: padded with text, then this rank's contiguous share.
+
+    Returns [rows] i32, or None where the rows cannot be those of this batch (the caller counts it and takes all rows for text).
+    """
+    padded = torch.full((rows * attn_tp_size,), -1, dtype=torch.int32, device=device)
+    if segment is not None:
+        if segment.numel() > padded.numel():
+            return None
+        padded[: segment.numel()] = segment
+    return padded[attn_tp_rank * rows : (attn_tp_rank + 1) * rows]

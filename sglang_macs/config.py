@@ -1,0 +1,169 @@
+"""The one configuration: a frozen dataclass whose fields make the `--macs-*` flags, their help and the README's table."""
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+
+from .errors import MacsError
+from .ops import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES, choice
+
+PRESETS: dict[str, dict[str, object]] = {
+    "rank": {
+        "scope": "rank",
+        "load": "rows",
+        "importance": "entropy_gate",
+        "reroute": "global",
+    },
+    "paper": {
+        "scope": "expert",
+        "load": "effective",
+        "importance": "entropy",
+        "reroute": "local",
+        "alpha": 0.0,
+    },
+    "cai": {
+        "scope": "expert",
+        "load": "rows",
+        "importance": "gate",
+        "reroute": "none",
+        "delta": 0.0,
+        "rho": 0.0,
+        "alpha": 0.0,
+        "protect_text": False,
+    },
+    "off": {"gamma": math.inf},
+}
+
+
+def _opt(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class MacsConfig:
+    """Every option of the method; docs/method.md gives the formulas.
+
+    A field left at None takes its preset's value (`PRESETS`), or the value named in its help. Build one with
+    `MacsConfig.from_preset`, which resolves and validates; raises MacsError.
+    """
+
+    preset: str = _opt("rank", "starting point: rank, paper, cai or off", tuple(PRESETS))
+    gamma: float = _opt(1.1, "capacity over the mean load, > 0; inf = never clip")
+    scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
+    load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
+    importance: str = _opt("entropy_gate", "what is given up last: high entropy weight, gate, or both", IMPORTANCES)
+    reroute: str = _opt("global", "where overflow may go before it is dropped", REROUTES)
+    reroute_rounds: int = _opt(4, "passes over the overflow that look for room")
+    exchange: str = _opt("group", "decide over the EP group with one all-reduce, or locally", ("group", "local"))
+    delta: float = _opt(1.0, "steepness of the entropy weight, >= 0; 0 = all visual tokens weigh 0.5")
+    rho: float = _opt(0.5, "how far capacity follows the modality mix, 0 <= rho < 2; needs a profile")
+    alpha: float = _opt(1.0, "how far an overloaded expert loses importance (scope rank), 0 to 16")
+    c_min: float = _opt(0.0, "rows per expert that capacity never falls below (scope expert)")
+    entropy_scope: str = _opt("batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image"))
+    protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
+    min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
+    decode: bool = _opt(False, "act on decode batches too")
+    buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
+    profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
+    verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
+
+    @classmethod
+    def from_preset(cls, preset: str = "rank", **options) -> "MacsConfig":
+        """The preset with `options` over it, validated. Raises MacsError."""
+        if preset not in PRESETS:
+            raise MacsError("--macs-preset", repr(preset), f"one of {', '.join(PRESETS)}")
+        unknown = options.keys() - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise MacsError("MACS option", ", ".join(sorted(unknown)), "a field of MacsConfig")
+        return cls(preset=preset, **{**PRESETS[preset], **options})
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] is not None and getattr(self, f.name) not in f.metadata["choices"]:
+                raise MacsError(flag(f.name), repr(getattr(self, f.name)), f"one of {_listed(f.metadata['choices'])}")
+        self._check_range("gamma", self.gamma > 0, "a number above 0", "inf turns clipping off.")
+        self._check_range("rho", 0 <= self.rho < 2, "0 <= rho < 2", "From 2 on a capacity can become negative.")
+        self._check_range("delta", 0 <= self.delta < math.inf, "a finite number >= 0")
+        self._check_range("alpha", 0 <= self.alpha <= 16, "0 <= alpha <= 16")
+        self._check_range("c_min", 0 <= self.c_min < math.inf, "a finite number of rows >= 0")
+        self._check_range("reroute_rounds", 0 <= self.reroute_rounds <= 64, "0 to 64")
+        if self.is_off and not math.isinf(self.gamma):
+            raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
+        self._check_range("min_tokens", self.min_tokens >= 0, "a number of tokens >= 0")
+
+    def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:
+        if not ok:  # NaN fails every comparison, and so ends here too
+            raise MacsError(flag(name), getattr(self, name), expected, fix)
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether any decision depends on the entropies; if not, they are not computed."""
+        uses = self.importance != "gate" or self.load == "effective" or (self.rho > 0 and self.profile is not None)
+        return self.delta > 0 and uses
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is planned at all. (Infinite gamma plans, and finds nothing to clip.)"""
+        return self.preset == "off"
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values that `from_json` reads back; infinity as the string "inf"."""
+        return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> "MacsConfig":
+        return cls(**{k: math.inf if v == "inf" else v for k, v in values.items()})
+
+
+def _listed(choices: tuple) -> str:
+    return ", ".join(str(c) for c in choices)
+
+
+def flag(name: str) -> str:
+    """Name of a field on the command line: `c_min` -> `--macs-c-min`."""
+    return "--macs-" + name.replace("_", "-")
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected true or false")
+    return text.lower() in ("true", "1")
+
+
+def _parser_of(f: dataclasses.Field):
+    return {"bool": _parse_bool, "int": int, "float": float}.get(getattr(f.type, "__name__", str(f.type)), str)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds one `--macs-*` flag per field. Their default is "not given", so that presets can fill in."""
+    group = parser.add_argument_group("MACS", "modality-aware capacity scaling (sglang-macs)")
+    for f in dataclasses.fields(MacsConfig):
+        group.add_argument(
+            flag(f.name),
+            dest="macs_" + f.name,
+            type=_parser_of(f),
+            choices=None,  # checked by MacsConfig, whose message says the fix
+            default=None,
+            metavar="{" + _listed(f.metadata["choices"]).replace(", ", ",") + "}" if f.metadata["choices"] else f.name.upper(),
+            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+        )
+
+
+def from_args(args: argparse.Namespace) -> MacsConfig:
+    """The configuration that parsed flags ask for. Raises MacsError."""
+    given = {f.name: getattr(args, "macs_" + f.name, None) for f in dataclasses.fields(MacsConfig)}
+    given = {k: v for k, v in given.items() if v is not None}
+    if given.get("profile"):
+        given["profile"] = os.path.abspath(given["profile"])  # workers may start elsewhere
+    return MacsConfig.from_preset(given.pop("preset", "rank"), **given)
+
+
+def flag_table() -> str:
+    """The README's flag table, in Markdown."""
+    rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for f in dataclasses.fields(MacsConfig):
+        choices = f" One of {', '.join(f'`{c}`' for c in f.metadata['choices'])}." if f.metadata["choices"] else ""
+        rows.append(f"| `{flag(f.name)}` | `{f.default}` | {f.metadata['help']}.{choices} |")
+    return "\n".join(rows)

@@ -1,0 +1,131 @@
+"""The gaps of SGLang 0.5.21's CPU path without AMX, one function and one table row each.
+
+Written against `sglang/srt` of 0.5.21. Names: T tokens, K routes per token, H hidden. Kinds follow SGLang's hook
+registry: an `around` function gets the original first, an `after` function gets the result first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One filler: where it goes, why it exists, and when it can be deleted."""
+
+    target: str  # dotted path inside sglang
+    value: Callable[..., Any]
+    kind: str  # "around" | "after" | "missing" (defined only where absent)
+    why: str
+    until: str
+
+
+def native_moe(original, layer, x, topk_output, moe_runner_config):
+    """AROUND `moe_forward_native(layer, x [T, H], (weights [T, K], ids [T, K], logits), config) -> [T, H]`.
+
+    The original counts routes with `scatter_(1, ids, 1)`: an id of -1 is out of range, an id repeated within a row is
+    counted once (and the row lost), and 0 rows end in an empty cat. When any of these occurs, the valid routes are
+    passed as rows of one route each with weight 1, and weighted and summed here in the original's own order and
+    precision (float32 products, summed over K), so a row gets the same bits on either path.
+    """
+    weights, ids = topk_output[0], topk_output[1]
+    if x.shape[0] and not _irregular(ids):
+        return original(layer, x, topk_output, moe_runner_config)
+    slots = (ids.reshape(-1) >= 0).nonzero().squeeze(1)  # [R] positions in the flattened [T * K]
+    routed = weights.new_zeros((ids.numel(), x.shape[1]))
+    if slots.numel():
+        single = topk_output._replace(
+            topk_weights=weights.new_ones((slots.numel(), 1)), topk_ids=ids.reshape(-1, 1)[slots]
+        )
+        rows = original(layer, x[slots // ids.shape[1]], single, moe_runner_config)
+        routed[slots] = rows.to(weights.dtype) * weights.reshape(-1, 1)[slots]
+    return routed.view(*ids.shape, x.shape[1]).sum(dim=1).to(x.dtype)
+
+
+def _irregular(ids: torch.Tensor) -> bool:
+    """True if `ids [T, K]` holds an empty slot or names an expert twice in one row."""
+    ordered = ids.sort(dim=1).values
+    return bool((ordered[:, :1] < 0).any() or (ordered[:, 1:] == ordered[:, :-1]).any())
+
+
+def topk_with_padding(original, self, hidden_states, router_logits, *, num_token_non_padded=None, **kwargs):
+    """AROUND `TopK.forward_native`: route padded rows nowhere (-1), as the CUDA path does.
+
+    `num_token_non_padded` is a scalar int tensor or None; rows from it on are padding. Only the standard output has
+    `topk_ids`, and the native path yields no other.
+    """
+    output = original(self, hidden_states, router_logits, **kwargs)
+    if num_token_non_padded is not None:
+        row = torch.arange(output.topk_ids.shape[0], device=output.topk_ids.device)
+        output.topk_ids.masked_fill_((row >= num_token_non_padded).unsqueeze(1), -1)
+    return output
+
+
+def padded_seq_len(self) -> int:
+    """Length given to a padded sequence. 1, as in the AMX backend: attention over 0 keys has no softmax."""
+    return 1
+
+
+def idle_mrope_positions(result, self, model_runner, num_tokens, bs):
+    """AFTER `ForwardBatch._pad_inputs_to_size`: zero positions `[3, rows]` for a batch that came without any.
+
+    `ForwardBatch.init_new` returns early for an idle batch, before mrope positions are computed, and the padding
+    extends only positions that exist. The model then indexes its rotary cache with None.
+    """
+    if self.mrope_positions is None and getattr(model_runner.model_config, "model_is_mrope", False):
+        self.mrope_positions = self.positions.new_zeros((3, self.positions.shape[0]))
+
+
+IDLE_MROPE = Gap(
+    target="sglang.srt.model_executor.forward_batch_info.ForwardBatch._pad_inputs_to_size",
+    value=idle_mrope_positions,
+    kind="after",
+    why="an idle data-parallel rank of an mrope model (Qwen-VL) has no positions; eager mode dies on it, on CUDA too",
+    until="ForwardBatch.init_new sets mrope_positions for idle batches",
+)
+
+GAPS = (
+    Gap(
+        target="sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        value=native_moe,
+        kind="around",
+        why="dies on id -1 (remote routes under EP, padded rows), on 0 rows, and on an id repeated within a row",
+        until="moe_forward_native counts routes with a bincount over valid ids",
+    ),
+    Gap(
+        target="sglang.srt.layers.moe.topk.TopK.forward_native",
+        value=topk_with_padding,
+        kind="around",
+        why="select_experts asserts num_token_non_padded is None on the native path, but every EP server passes it",
+        until="that assertion in select_experts is gone",
+    ),
+    Gap(
+        target="sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value",
+        value=padded_seq_len,
+        kind="missing",
+        why="_pad_inputs_to_size asks the attention backend for it on CPU; only the AMX and hybrid backends answer",
+        until="TorchNativeAttnBackend or its base class defines it",
+    ),
+    IDLE_MROPE,
+)
+
+
+def register(hook: Callable[[str, Callable, str], Any], define_missing: Callable[[str, Any], Any]) -> tuple[str, ...]:
+    """Install all of `GAPS`; returns the targets. Only in a process that is to import the model stack anyway.
+
+    `hook(target, fn, kind)` wraps a function, `define_missing(target, value)` sets an attribute where there is none.
+    """
+    for gap in GAPS:
+        if gap.kind == "missing":
+            define_missing(gap.target, gap.value)
+        else:
+            hook(gap.target, gap.value, gap.kind)
+    return tuple(gap.target for gap in GAPS)
+
+
+def register_idle_mrope(hook: Callable[[str, Callable, str], Any]) -> tuple[str, ...]:
+    """Install only `IDLE_MROPE`: for CUDA servers. Not together with `register`, which contains it."""
+    hook(IDLE_MROPE.target, IDLE_MROPE.value, IDLE_MROPE.kind)
+    return (IDLE_MROPE.target,)

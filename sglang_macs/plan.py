@@ -1,0 +1,158 @@
+"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import MacsConfig
+from .errors import MacsError
+
+AllReduce = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What one plan decided on this rank.
+
+    topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
+    room, bound per bound. counts [3, E, 2] i32: kept, clipped, re-routed in, by (expert, visual | text).
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    weight: Tensor
+    own: Tensor
+    group: Tensor
+    cut: Tensor
+    counts: Tensor
+
+
+class Plan:
+    """One layer's plan; holds no state between batches.
+
+    Args:
+        config: the options.
+        num_experts, num_ranks: E and R; E % R == 0.
+        modality: [E] i8 from the profile, or None: every expert is shared.
+        scoring: how the router made its probabilities, "softmax" or "sigmoid".
+    """
+
+    def __init__(
+        self,
+        config: MacsConfig,
+        num_experts: int,
+        num_ranks: int,
+        modality: Tensor | None = None,
+        scoring: str = "softmax",
+    ) -> None:
+        if num_ranks < 1 or num_experts % num_ranks:
+            raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
+        ops.choice("scoring", scoring, ops.SCORINGS)
+        self.config = config
+        self.num_experts = num_experts
+        self.num_ranks = num_ranks
+        self.scoring = scoring
+        self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
+        self._levels = {"buckets": config.buckets, "load": config.load}
+        self._clip = {"scope": config.scope, "reroute": config.reroute, "protect_text": config.protect_text}
+
+    def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+        """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
+        if self.config.needs_entropy and num_segments > 0:
+            entropy = ops.entropy_score(hidden_states, segment)
+            return ops.entropy_weight(entropy, segment, num_segments, self.config.delta)
+        return torch.where(segment < 0, 1.0, 0.5)
+
+    def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
+        """This rank's integer histogram, [E * 2 * buckets + 4] i32."""
+        return ops.load_histogram(
+            topk_ids,
+            topk_weights,
+            weight,
+            segment,
+            num_experts=self.num_experts,
+            importance=self.config.importance,
+            **self._levels,
+        )
+
+    def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
+        config = self.config
+        alone = config.exchange == "local"
+        return ops.clip_threshold(
+            own,
+            own if alone else group,
+            self.modality.to(own.device),
+            num_ranks=self.num_ranks,
+            gamma=config.gamma,
+            rho=config.rho,
+            alpha=config.alpha,
+            c_min=config.c_min / self.num_ranks if alone else config.c_min,
+            **self._levels,
+            **self._clip,
+        )
+
+    def apply(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        weight: Tensor,
+        segment: Tensor,
+        router_logits: Tensor | None,
+        shift: Tensor,
+        cut: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
+        return ops.clip_apply(
+            topk_ids,
+            topk_weights,
+            weight,
+            segment,
+            router_logits,
+            shift,
+            cut,
+            num_ranks=self.num_ranks,
+            importance=self.config.importance,
+            reroute_rounds=self.config.reroute_rounds,
+            scoring=self.scoring,
+            **self._levels,
+            **self._clip,
+        )
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+        all_reduce: AllReduce | None = None,
+    ) -> PlanResult:
+        """Plans one dispatch. Collective where `exchange=group`: every rank of the EP group calls it, T = 0 included.
+
+        Args:
+            hidden_states: [T, H]; topk_ids [T, K]; topk_weights [T, K] f32; router_logits [T, E] or None.
+            segment: [T] i32, -1 = text, otherwise below num_segments.
+            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group.
+        """
+        weight = self.weight(hidden_states, segment, num_segments)
+        own = self.histogram(topk_ids, topk_weights, weight, segment)
+        group = own
+        if all_reduce is not None and self.config.exchange == "group":
+            group = own.clone()
+            all_reduce(group)
+        shift, cut = self.threshold(own, group)
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+
+def check_batch_size(group_tokens: int, top_k: int) -> None:
+    """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
+    most = (2**31 - 1) // (ops.WEIGHT_ONE * top_k)
+    if group_tokens > most:
+        raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -1,0 +1,458 @@
+"""The SGLang plugin, and the only module that imports sglang: flags, hooks, dispatcher, runner.
+
+Order of events. The launcher loads plugins, parses flags (`_from_cli_args`) and resolves them (`_resolve_once`): MACS is
+translated into a backend SGLang knows, and refused here if a flag or the model rules it out. Scheduler processes are started through
+`run_scheduler_process` below, which applies the model-side hooks and checks that every one took: SGLang logs and
+swallows exceptions of plugins and hooks, and would serve on without MACS. The configuration travels in one environment
+variable, which spawned processes inherit; without it nothing is hooked on the model side.
+
+docs/hooks.md says why each target is hooked.
+"""
+
+import json
+import os
+import pkgutil
+import sys
+from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
+
+from . import __version__, batch, compat, cpu_compat, profile
+from .config import MacsConfig, add_flags, from_args
+from .errors import MacsError, MacsNotActive
+
+CONFIG_ENV = "SGLANG_MACS_CONFIG"
+RUNNER = "macs"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One target in SGLang, what replaces or wraps it, and how ("before", "after", "around")."""
+
+    target: str
+    function: Callable[..., Any]
+    kind: str
+
+
+# ---- Configuration: one environment variable is the truth ----------------------------------------------------------
+
+
+def configured() -> MacsConfig | None:
+    """The configuration this process tree serves with, or None: MACS was not asked for."""
+    raw = os.environ.get(CONFIG_ENV)
+    return MacsConfig.from_json(json.loads(raw)) if raw else None
+
+
+def configure(config: MacsConfig | None) -> None:
+    """Turns MACS on for servers and engines that this process starts from now on; None turns it off."""
+    if config is None:
+        os.environ.pop(CONFIG_ENV, None)
+    else:
+        os.environ[CONFIG_ENV] = json.dumps(config.to_json())
+
+
+def _exit(error: Exception) -> None:
+    print(f"sglang-macs: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+# ---- Launcher: flags and refusals ----------------------------------------------------------------------------------
+
+
+def _add_cli_args(result, parser):
+    """AFTER ServerArgs.add_cli_args: `macs` as a choice of backend, and MACS's own flags."""
+    for action in parser._actions:
+        if "--moe-a2a-backend" in action.option_strings and "macs" not in action.choices:
+            action.choices = [*action.choices, "macs"]
+    add_flags(parser)
+    parser.add_argument("--enable-macs", action="store_true", help="bound the expert-parallel load with MACS")
+
+
+def _from_cli_args(original, cls, args):
+    """AROUND ServerArgs.from_cli_args: flags -> environment; the record never sees `macs`."""
+    given = [name for name, value in vars(args).items() if name.startswith("macs_") and value is not None]
+    if not (args.enable_macs or args.moe_a2a_backend == "macs"):
+        if given:
+            _exit(MacsError("--" + given[0].replace("_", "-"), "no --enable-macs", "it beside every --macs- flag", "Add --enable-macs."))
+        return original(cls, args)
+    try:
+        check_hooks(LAUNCHER_HOOKS)
+        compat.check_a2a(args.moe_a2a_backend)
+        configure(from_args(args))
+    except (MacsError, MacsNotActive) as error:
+        _exit(error)
+    record = original(cls, args)
+    record._macs_from_cli = True
+    return record
+
+
+def _resolve_once(original, self):
+    """AROUND ServerArgs.resolve_once: translate the backend before SGLang resolves, refuse what MACS cannot serve after."""
+    if self.moe_a2a_backend == "macs" and configured() is None:
+        configure(MacsConfig.from_preset())  # Engine(moe_a2a_backend="macs") with nothing else said
+    config = configured()
+    if config is None or getattr(self, "_resolution_finished", False):
+        return original(self)
+    try:
+        check_hooks(LAUNCHER_HOOKS)
+        _translate(self)
+        original(self)
+        _check_launch(self, config)
+    except (MacsError, MacsNotActive) as error:
+        if getattr(self, "_macs_from_cli", False):
+            _exit(error)
+        raise
+
+
+def _translate(record) -> None:
+    """`macs` becomes the backend whose code paths SGLang takes: deepep on CUDA, the open `customized` on CPU."""
+    if record.moe_a2a_backend == "customized":
+        return  # a copy of a record that was translated before
+    compat.check_a2a(record.moe_a2a_backend)
+    if record.device != "cpu":
+        raise MacsError("--device", record.device, "cpu in this release", "Add --device cpu; GPU dispatch is not built yet.")
+    record.moe_a2a_backend = "customized"
+    if record.ep_size == 1:
+        record.ep_size = record.tp_size  # as SGLang does for DeepEP
+    if record.moe_runner_backend == RUNNER:
+        _register_runner_name()
+
+
+def _check_launch(record, config: MacsConfig) -> None:
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+
+    model = model_config_of(record).hf_config
+    text = getattr(model, "text_config", None) or model
+    experts = getattr(text, "num_experts", None) or getattr(text, "n_routed_experts", None) or 0
+    architecture = (model.architectures or ["unknown"])[0]
+    compat.check(compat.Launch(resolved_view(record), config, architecture, experts))
+    if config.profile:
+        profile.load(config.profile).check_model(architecture, experts)
+
+
+def _launch_scheduler_processes(original, cls, server_args, port_args, run_scheduler_process_func, **kwargs):
+    """AROUND Engine._launch_scheduler_processes: schedulers start through our own entry, which checks its hooks."""
+    entry = run_scheduler_process if configured() is not None else run_scheduler_process_func
+    return original(cls, server_args, port_args, entry, **kwargs)
+
+
+LAUNCHER_HOOKS = (
+    Hook("sglang.srt.server_args.ServerArgs.add_cli_args", _add_cli_args, "after"),
+    Hook("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, "around"),
+    Hook("sglang.srt.server_args.ServerArgs.resolve_once", _resolve_once, "around"),
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", _launch_scheduler_processes, "around"),
+)
+
+
+# ---- Scheduler: the model side -------------------------------------------------------------------------------------
+
+
+def run_scheduler_process(*args, **kwargs):
+    """Entry of a scheduler process: hooks applied and checked, then SGLang's own entry."""
+    from sglang.srt.plugins import load_plugins
+
+    global _in_scheduler
+    _in_scheduler = True
+    load_plugins()
+    try:
+        check_hooks((*SCHEDULER_HOOKS, *_registered))
+    except MacsNotActive as error:
+        _exit(error)
+    from sglang.srt.managers.scheduler import run_scheduler_process as entry
+
+    return entry(*args, **kwargs)
+
+
+class _Worker:
+    """What a scheduler process holds: its counters and, per MoE layer, its dispatcher."""
+
+    def __init__(self, config: MacsConfig) -> None:
+        from .stats import Stats
+
+        self.config = config
+        self.stats = Stats()
+        self.profile = profile.load(config.profile) if config.profile else None
+        self.dispatchers: dict[int, Any] = {}
+
+
+_worker: _Worker | None = None
+
+
+def _the_worker() -> _Worker:
+    global _worker
+    if _worker is None:
+        _worker = _Worker(configured())
+    return _worker
+
+
+def _is_deepep_class_backend(original):
+    """AROUND: models scatter their MoE rows and leave dispatch and combine to the dispatcher, as for DeepEP."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    return get_moe_a2a_backend().is_customized() or original()
+
+
+def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
+    """AROUND: our dispatcher for the `customized` backend."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    if not get_moe_a2a_backend().is_customized():
+        return original(moe_runner_config, *args, **kwargs)
+    if moe_runner_config.num_fused_shared_experts:
+        raise MacsNotActive("fused shared experts must not be clipped; pass --disable-shared-experts-fusion")
+    return _make_dispatcher(moe_runner_config)
+
+
+def _make_dispatcher(moe_runner_config):
+    from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    inner = _layer_dispatcher(moe_runner_config)
+
+    class Dispatcher(BaseDispatcher):
+        """SGLang's interface around `MacsDispatcher`: rows come out as single-expert tokens of gate 1."""
+
+        def dispatch(self, hidden_states, topk_output):
+            weights, ids, logits = topk_output.topk_weights, topk_output.topk_ids, topk_output.router_logits
+            if hidden_states.shape[0] == 0:
+                logits = None  # SGLang's empty output carries K columns where E belong
+            rows, experts = inner.dispatch(hidden_states, ids, weights.float(), logits)
+            ones = rows.new_ones((rows.shape[0], 1), dtype=weights.dtype)
+            return StandardDispatchOutput(rows, None, StandardTopKOutput(ones, experts.to(ids.dtype).unsqueeze(1), None))
+
+        def combine(self, combine_input):
+            return inner.combine(combine_input.hidden_states)
+
+    return Dispatcher()
+
+
+def _layer_dispatcher(moe_runner_config):
+    from sglang.srt.runtime_context import get_parallel
+
+    from .dispatcher import MacsDispatcher
+    from .plan import Plan
+
+    worker, parallel, layer_id = _the_worker(), get_parallel(), moe_runner_config.layer_id
+    plan = Plan(
+        worker.config,
+        moe_runner_config.num_experts,
+        parallel.moe_ep_size,
+        worker.profile.of_layer(layer_id) if worker.profile else None,
+        _scoring(moe_runner_config.routing_method_type),
+    )
+    attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
+    dispatcher = MacsDispatcher(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
+    worker.dispatchers[layer_id] = dispatcher
+    return dispatcher
+
+
+def _scoring(routing_method_type) -> str:
+    """How SGLang's router turns logits into probabilities; re-routed weights follow it."""
+    name = getattr(routing_method_type, "name", "Default")
+    return "sigmoid" if name in ("DeepSeekV3", "MiniMax2", "Sigmoid", "SigmoidRenorm", "Llama4") else "softmax"
+
+
+def _forward(original, self, forward_batch, *args, **kwargs):
+    """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
+    if self.is_draft_worker:
+        with batch.forward(batch.Batch()):
+            return original(self, forward_batch, *args, **kwargs)
+    with batch.forward(_batch_of(forward_batch)):
+        return original(self, forward_batch, *args, **kwargs)
+
+
+def _batch_of(forward_batch) -> batch.Batch:
+    from .plan import check_batch_size
+
+    config, mode = _the_worker().config, forward_batch.forward_mode
+    # Under dp-attention these are agreed between ranks; without it, every rank runs the same batch.
+    tokens_by_rank = forward_batch.original_global_num_tokens_cpu or forward_batch.global_num_tokens_cpu
+    if tokens_by_rank is not None:
+        is_prefill, group_tokens = forward_batch.is_extend_in_batch, sum(tokens_by_rank)
+    else:
+        is_prefill, group_tokens = mode.is_extend(), forward_batch.input_ids.numel()
+    skip = batch.skip_reason(config, is_prefill=is_prefill, group_tokens=group_tokens)
+    if skip not in ("", "off"):
+        return batch.Batch(skip=skip)
+    if not skip:
+        check_batch_size(group_tokens, 16)
+    if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
+        return batch.Batch(skip=skip)
+    items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
+    audio = frozenset(i.pad_value for i in items if i.is_audio())
+    segment, num_segments = batch.segments(forward_batch.input_ids, config.entropy_scope, audio)
+    return batch.Batch(segment, num_segments, skip)
+
+
+def _scheduler_init(result, self, *args, **kwargs):
+    """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
+    if not _the_worker().dispatchers:
+        raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
+    layers, ranks = len(_the_worker().dispatchers), next(iter(_the_worker().dispatchers.values())).plan.num_ranks
+    print(f"sglang-macs: active on {layers} MoE layers, {ranks} ranks, {_the_worker().config}", file=sys.stderr, flush=True)
+
+
+def _get_internal_state(result, self, *args, **kwargs):
+    """AFTER Scheduler.get_internal_state: counters under `internal_states[*].macs` of GET /server_info."""
+    worker = _the_worker()
+    snapshot = worker.stats.snapshot()
+    rank = next(iter(worker.dispatchers.values())).comm.rank
+    result.internal_state["macs"] = {"version": __version__, "rank": rank, "config": worker.config.to_json(), **snapshot}
+
+
+def _add_deepstack(original, hidden_states, residual, extra):
+    """AROUND residual.access.add_to_output: deepstack rows follow the hidden states' scatter over attention-TP.
+
+    Stock SGLang adds all rows to the scattered share and dies on the shapes.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    if parallel.attn_tp_size == 1:
+        return original(hidden_states, residual, extra)
+    output, residual = original(hidden_states, residual, extra.new_zeros(()))  # completes the output, adds nothing
+    rows = output.shape[0]
+    if extra.shape[0] != rows:
+        padded = extra.new_zeros((rows * parallel.attn_tp_size, extra.shape[1]))
+        padded[: extra.shape[0]] = extra
+        extra = padded[parallel.attn_tp_rank * rows : (parallel.attn_tp_rank + 1) * rows]
+    output.add_(extra)
+    return output, residual
+
+
+# ---- Runner: `--moe-runner-backend macs` ---------------------------------------------------------------------------
+
+
+def _register_runner_name() -> None:
+    from sglang.srt.layers.moe.utils import register_moe_runner_backend_name
+
+    register_moe_runner_backend_name(RUNNER)
+
+
+def _register_runner() -> None:
+    """Our core in SGLang's registry. On CPU it hands the rows to SGLang's native expert loop."""
+    from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore
+    from sglang.srt.layers.moe.moe_runner.runner import register_moe_runner_core
+    from sglang.srt.layers.moe.utils import resolve_moe_runner_backend
+
+    class RunnerCore(DispatchMoeRunnerCore):
+        @property
+        def runner_backend(self):
+            return resolve_moe_runner_backend(RUNNER)
+
+        def run_from_dispatch(self, dispatch_output, quant_info, runner_config, hooks=None):
+            from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+            from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+
+            _the_worker().stats.runner_calls += 1
+            topk, rows = dispatch_output.topk_output, dispatch_output.hidden_states
+            return StandardCombineInput(moe_forward_native(quant_info.layer, rows, topk, runner_config))
+
+    register_moe_runner_core(RUNNER, RunnerCore)
+
+
+def _create_moe_runner(result, self, layer, moe_runner_config):
+    """AFTER UnquantizedFusedMoEMethod.create_moe_runner: the registered core where the flag asks for it."""
+    from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = get_moe_runner_backend()
+    if backend.value == RUNNER:
+        self.runner = MoeRunner(backend, moe_runner_config)
+
+
+def _forward_moe(original, self, layer, dispatch_output):
+    """AROUND UnquantizedFusedMoEMethod.forward_cpu and forward_native, which bypass the runner: through ours where asked for."""
+    from sglang.srt.layers.moe.moe_runner.base import MoeQuantInfo
+
+    if self.runner.runner_backend.value != RUNNER:
+        return original(self, layer, dispatch_output)
+
+    class LayerInfo(MoeQuantInfo):
+        """The expert weights, unquantised: the layer itself."""
+
+        def __init__(self, layer) -> None:
+            self.layer = layer
+
+    return self.runner.run(dispatch_output, LayerInfo(layer))
+
+
+_UNQUANT = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
+SCHEDULER_HOOKS = (
+    Hook("sglang.srt.layers.moe.utils.is_deepep_class_backend", _is_deepep_class_backend, "around"),
+    Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
+    Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
+    Hook("sglang.srt.layers.layer_boundary.residual.access.add_to_output", _add_deepstack, "around"),
+    Hook(f"{_UNQUANT}.create_moe_runner", _create_moe_runner, "after"),
+    Hook(f"{_UNQUANT}.forward_cpu", _forward_moe, "around"),  # with AMX
+    Hook(f"{_UNQUANT}.forward_native", _forward_moe, "around"),  # without
+)
+
+
+# ---- Registration --------------------------------------------------------------------------------------------------
+
+
+_registered: list[Hook] = []
+_in_scheduler = False  # set by `run_scheduler_process`: the launcher must not import the model stack
+
+
+def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    _registered.append(Hook(target, function, kind))
+    HookRegistry.register(target, function, HookType(kind))
+
+
+def _define_missing(target: str, value: Any) -> None:
+    owner, name = target.rsplit(".", 1)
+    if not hasattr(found := pkgutil.resolve_name(owner), name):
+        setattr(found, name, value)
+
+
+def check_hooks(hooks: tuple[Hook, ...]) -> None:
+    """Raises MacsNotActive unless every hook wraps its target in this process."""
+    for hook in hooks:
+        owner, name = hook.target.rsplit(".", 1)
+        try:
+            now = getattr(pkgutil.resolve_name(owner), name)
+        except Exception as error:
+            raise MacsNotActive(f"hook target {hook.target} is gone ({error}); {_versions()}") from error
+        if not _is_wrapped_by(now, hook.function):
+            raise MacsNotActive(f"hook on {hook.target} did not take; {_versions()}")
+
+
+def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
+    """Whether `function` is among the closures of SGLang's chain of wrappers around a target."""
+    now = getattr(now, "__func__", now)
+    while now is not None:
+        if any(cell.cell_contents is function for cell in getattr(now, "__closure__", None) or ()):
+            return True
+        now = getattr(now, "__wrapped__", None)
+    return False
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return f"sglang {version('sglang')}, made for 0.5.21: update sglang-macs or pin sglang==0.5.21"
+
+
+def register() -> None:
+    """Entry point of the `sglang.srt.plugins` group: called once in the launcher and in every scheduler process."""
+    from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES, add_moe_runner_backend_choices
+
+    if RUNNER not in MOE_RUNNER_BACKEND_CHOICES:
+        add_moe_runner_backend_choices([RUNNER])
+    if not _in_scheduler:
+        hooks = LAUNCHER_HOOKS
+    elif configured() is None:
+        return
+    else:
+        hooks = SCHEDULER_HOOKS
+        _register_runner()
+        cpu_compat.register(_hook, _define_missing)
+    for hook in hooks:
+        _hook(hook.target, hook.function, hook.kind)

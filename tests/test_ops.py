@@ -1,0 +1,470 @@
+"""Every operator against the oracle, its Meta kernel, and what it says about bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import cases
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_macs import ops
+
+HISTOGRAM = ("buckets", "load", "importance")
+THRESHOLD = ("buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min")
+APPLY = ("buckets", "scope", "load", "importance", "reroute", "protect_text", "reroute_rounds")
+USUAL = {
+    "scope": "rank", "load": "rows", "importance": "entropy_gate", "reroute": "global", "protect_text": True,
+    "buckets": 128, "reroute_rounds": 3, "gamma": 1.0, "rho": 0.5, "alpha": 1.0, "c_min": 0.0,
+}  # fmt: skip
+
+
+def pick(switches: dict[str, Any], names: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    """The settings that one operator takes."""
+    return {name: switches[name] for name in names} | more
+
+
+def weight_of(b: cases.Batch, delta: float = 1.0) -> torch.Tensor:
+    """Entropy weights [T] f32 by the oracle, rounded: the product's own may not decide what it is tested with."""
+    entropy = oracle.entropy_score(b.hidden_states.tolist(), b.segment.tolist())
+    return torch.tensor(oracle.entropy_weight(entropy, b.segment.tolist(), b.num_segments, delta), dtype=torch.float32)
+
+
+def assigned(b: cases.Batch, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The four tensors that histogram and apply have in common."""
+    return b.topk_ids, b.topk_weights, weight, b.segment
+
+
+def lists(*tensors: torch.Tensor) -> list[Any]:
+    """What the oracle takes."""
+    return [t.tolist() for t in tensors]
+
+
+def same_weights(got: torch.Tensor, want: list[list[float]], kept: torch.Tensor) -> None:
+    """Bit for bit where the assignment stayed or fell, 1e-5 relative where it was re-routed."""
+    expected = torch.tensor(want, dtype=torch.float32).view(got.shape)
+    assert torch.equal(got[kept].view(torch.int32), expected[kept].view(torch.int32))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
+
+
+def check_chain(group: cases.Group, switches: dict[str, Any]) -> None:
+    """Histogram, threshold and apply of every rank equal the oracle's, each fed with the oracle's own input."""
+    weights = [weight_of(b) for b in group.batches]
+    counted = pick(switches, HISTOGRAM, num_experts=group.num_experts)
+    own = []
+    for b, w in zip(group.batches, weights, strict=True):
+        own.append(ops.load_histogram(*assigned(b, w), **counted))
+        assert own[-1].tolist() == oracle.load_histogram(*lists(*assigned(b, w)), **counted)
+    total = torch.stack(own).sum(0, dtype=torch.int32)
+    ordered = pick(switches, THRESHOLD, num_ranks=group.num_ranks)
+    applied = pick(switches, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
+    for b, w, histogram in zip(group.batches, weights, own, strict=True):
+        shift, cut = ops.clip_threshold(histogram, total, group.modality, **ordered)
+        assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(
+            *lists(histogram, total, group.modality), **ordered
+        )
+        inputs = (*assigned(b, w), b.router_logits, shift, cut)
+        ids, weights_, counts = ops.clip_apply(*inputs, **applied)
+        want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **applied)
+        assert ids.tolist() == want_ids
+        assert counts.tolist() == want_counts
+        same_weights(weights_, want_weights, (ids == b.topk_ids) | (ids < 0))
+
+
+ENTROPY_INPUTS: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
+    "normal": lambda g: torch.randn(9, 64, generator=g),
+    "wide": lambda g: torch.randn(3, 4096, generator=g) * 3,
+    "odd_width": lambda g: torch.randn(5, 37, generator=g),
+    "one_feature": lambda g: torch.randn(4, 1, generator=g),
+    "constant_rows": lambda g: torch.full((4, 100), -7.0),
+    "zero_rows": lambda g: torch.zeros(3, 2048),
+    "spiked": lambda g: torch.randn(4, 512, generator=g).index_fill(1, torch.tensor([200]), 40.0),
+    "two_spikes": lambda g: torch.randn(4, 512, generator=g).index_fill(1, torch.tensor([0, 511]), 30.0),
+    "growing": lambda g: torch.linspace(-50, 50, 1024).expand(3, -1),
+    "huge": lambda g: torch.randn(4, 64, generator=g).sign() * 60000.0,
+}
+# Nats. The inputs are rounded to their dtype before both sides see them, so what is left is accumulation in f32:
+# about sqrt(H) ulps of the largest term, |d| e^d / Z, whose sum stays below log H (8.3 at H = 4096).
+ENTROPY_TOLERANCE = {"wide": 2e-5, "growing": 2e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ENTROPY_INPUTS)
+def test_entropy_score(name: str, dtype: torch.dtype) -> None:
+    hidden = ENTROPY_INPUTS[name](cases.generator(3)).to(dtype).contiguous()
+    segment = torch.zeros(len(hidden), dtype=torch.int32)
+    segment[1] = -1
+    got = ops.entropy_score(hidden, segment)
+    want = torch.tensor(oracle.entropy_score(*lists(hidden.double(), segment)), dtype=torch.float64)
+    assert got.dtype == torch.float32
+    assert got[1] == 0
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=ENTROPY_TOLERANCE.get(name, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_survives_the_range_of_the_dtype(dtype: torch.dtype) -> None:
+    """x - max(x) overflows f32 here; the probability is 0 all the same, and 0 * inf must not become NaN."""
+    hidden = torch.full((2, 16), -3e38).to(dtype)
+    hidden[:, :4] = 3e38
+    got = ops.entropy_score(hidden, torch.zeros(2, dtype=torch.int32))
+    torch.testing.assert_close(got, torch.full((2,), math.log(4)))
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.5, 1.0, 8.0])
+@pytest.mark.parametrize("name", cases.NAMED)
+def test_entropy_weight(name: str, delta: float) -> None:
+    b = cases.named(name).batches[0]
+    entropy = ops.entropy_score(b.hidden_states, b.segment)
+    got = ops.entropy_weight(entropy, b.segment, b.num_segments, delta)
+    want = oracle.entropy_weight(*lists(entropy, b.segment), b.num_segments, delta)
+    torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=2e-5, atol=1e-7)
+    if delta == 0:
+        assert torch.equal(got, torch.where(b.segment < 0, 1.0, 0.5))
+
+
+@pytest.mark.parametrize("value", [0.1, 7.6243, 8.317766])
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+def test_equal_entropies_weigh_one_half(value: float, tokens: int) -> None:
+    """With no deviation at all, an ulp of error in the mean would be divided by 1e-6."""
+    segment = torch.zeros(tokens, dtype=torch.int32)
+    got = ops.entropy_weight(torch.full((tokens,), value), segment, 1, 1.0)
+    torch.testing.assert_close(got, torch.full((tokens,), 0.5), rtol=0, atol=1e-6)
+
+
+def test_entropy_weight_of_nearly_equal_entropies() -> None:
+    """A deviation of 1e-4 at a mean of 8 nats: no difference of squares in f32 survives that."""
+    entropy = 8 + 1e-4 * torch.randn(500, generator=cases.generator(4))
+    segment = torch.arange(500, dtype=torch.int32) % 3
+    got = ops.entropy_weight(entropy, segment, 3, 1.0)
+    want = torch.tensor(oracle.entropy_weight(*lists(entropy, segment), 3, 1.0), dtype=torch.float64)
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("scope", ["expert", "rank"])
+@pytest.mark.parametrize("load", ["rows", "effective"])
+@pytest.mark.parametrize("reroute", ["none", "local", "global"])
+@pytest.mark.parametrize("name", cases.NAMED)
+def test_named_cases_match_the_oracle(name: str, reroute: str, load: str, scope: str, ids_dtype: torch.dtype) -> None:
+    group = cases.named(name)
+    one = group.batches[0]
+    group.batches[0] = replace(one, topk_ids=one.topk_ids.to(ids_dtype))
+    check_chain(group, USUAL | {"scope": scope, "load": load, "reroute": reroute})
+
+
+@cases.PROPERTY
+@given(cases.groups(), cases.switches())
+def test_any_group_matches_the_oracle(group: cases.Group, switches: dict[str, Any]) -> None:
+    check_chain(group, switches)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_ids_keep_their_dtype(ids_dtype: torch.dtype) -> None:
+    group = cases.named("imbalanced")
+    b = group.batches[0]
+    inputs = chain(cases.Group([replace(b, topk_ids=b.topk_ids.to(ids_dtype))], 16, 4, group.modality))
+    ids, weights, counts = ops.clip_apply(*inputs["clip_apply"][1], **inputs["clip_apply"][2])
+    assert (ids.dtype, weights.dtype, counts.dtype) == (ids_dtype, torch.float32, torch.int32)
+
+
+@cases.PROPERTY
+@given(st.lists(st.floats(width=32), min_size=1, max_size=8), st.sampled_from(ops.BUCKETS))
+def test_any_gate_has_the_oracle_s_bucket(gates: list[float], buckets: int) -> None:
+    """Zeros, subnormals, infinities and NaN included."""
+    ids = torch.zeros(len(gates), 1, dtype=torch.int32)
+    inputs = (ids, torch.tensor(gates)[:, None], torch.ones(len(gates)), torch.full((len(gates),), -1).int())
+    settings = {"num_experts": 1, "buckets": buckets, "load": "rows", "importance": "gate"}
+    assert ops.load_histogram(*inputs, **settings).tolist() == oracle.load_histogram(*lists(*inputs), **settings)
+
+
+@cases.PROPERTY
+@given(cases.switches(), st.integers(0, 2**16), st.sampled_from([(1, 3), (2, 4), (4, 4), (8, 32)]))
+def test_threshold_of_any_histograms(switches: dict[str, Any], seed: int, shape: tuple[int, int]) -> None:
+    """Histograms that no routing need have made, up to large counts, between which a rank has any share."""
+    num_ranks, num_experts = shape
+    gen = cases.generator(seed)
+    cells = num_experts * 2 * switches["buckets"] + 4
+    scale = 10 ** (5 * torch.rand(cells, generator=gen))
+    own = (torch.rand(cells, generator=gen) * scale * (torch.rand(cells, generator=gen) < 0.1)).int()
+    group = own + (torch.rand(cells, generator=gen) * scale * (torch.rand(cells, generator=gen) < 0.1)).int()
+    own[-4], group[-4] = own[:-4].sum(), group[:-4].sum()
+    modality = torch.randint(-1, 2, (num_experts,), generator=gen).to(torch.int8)
+    settings = pick(switches, THRESHOLD, num_ranks=num_ranks)
+    shift, cut = ops.clip_threshold(own, group, modality, **settings)
+    assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(*lists(own, group, modality), **settings)
+
+
+@cases.PROPERTY
+@given(cases.groups(all_ranks=False), cases.switches(), st.integers(0, 2**16))
+def test_apply_of_any_cut(group: cases.Group, switches: dict[str, Any], seed: int) -> None:
+    """Levels, quotas and rooms that no threshold need have made: room where it cuts, or far too much of it."""
+    gen, b = cases.generator(seed), group.batches[0]
+    bounds = group.num_ranks if switches["scope"] == "rank" else group.num_experts
+    unit = 256 if switches["load"] == "effective" else 1
+    shift = torch.randint(0, switches["buckets"] // 4, (group.num_experts,), generator=gen, dtype=torch.int32)
+    cut = torch.randint(0, 12 * unit, (bounds, 4), generator=gen, dtype=torch.int32)
+    cut[:, 0] = torch.randint(-1, 2 * switches["buckets"], (bounds,), generator=gen)
+    inputs = (*assigned(b, weight_of(b)), b.router_logits, shift, cut)
+    settings = pick(switches, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
+    ids, weights, counts = ops.clip_apply(*inputs, **settings)
+    want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **settings)
+    assert (ids.tolist(), counts.tolist()) == (want_ids, want_counts)
+    same_weights(weights, want_weights, (ids == b.topk_ids) | (ids < 0))
+
+
+@pytest.mark.parametrize("scope", ["expert", "rank"])
+def test_infinite_gamma_bounds_nothing(scope: str) -> None:
+    histogram = torch.zeros(4 * 2 * 32 + 4, dtype=torch.int32)
+    for rows in (0, 1000):
+        histogram[5] = histogram[-4] = rows
+        settings = pick(USUAL | {"scope": scope, "gamma": math.inf, "buckets": 32, "rho": 1.0}, THRESHOLD, num_ranks=2)
+        shift, cut = ops.clip_threshold(histogram, histogram, torch.ones(4, dtype=torch.int8), **settings)
+        assert shift.tolist() == [0] * 4
+        assert cut[:, 0].tolist() == [-1] * len(cut)
+        assert cut[:, 3].tolist() == [2**31 - 1] * len(cut)
+
+
+@pytest.mark.parametrize("awkward", [-0.0, math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("reroute", ["local", "global"])
+def test_reroute_order_at_awkward_logits(awkward: float, reroute: str) -> None:
+    """-0.0 equals 0.0, so the index decides; what is not finite is no candidate."""
+    group = cases.named("ties_everywhere")
+    b = group.batches[0]
+    group.batches[0] = replace(b, router_logits=b.router_logits.index_fill(1, torch.tensor([4, 6, 9]), awkward))
+    finite = (b.topk_ids[..., None] != torch.tensor([4, 6, 9])).all(-1)  # a reference logit must be finite
+    group.batches[0] = replace(group.batches[0], topk_ids=torch.where(finite, b.topk_ids, -1))
+    check_chain(group, USUAL | {"scope": "expert", "reroute": reroute, "gamma": 0.8})
+
+
+def test_without_logits_nothing_is_rerouted() -> None:
+    operator, inputs, settings = chain(cases.named("imbalanced"))["clip_apply"]
+    _, _, counts = operator(*inputs[:4], None, *inputs[5:], **settings)
+    assert counts[1].sum() > 0
+    assert counts[2].sum() == 0
+
+
+def chain(group: cases.Group) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
+    """(operator, tensors, settings) by name, as the plan of the group's first batch calls them."""
+    b, ranks = group.batches[0], {"num_ranks": group.num_ranks}
+    entropy = ops.entropy_score(b.hidden_states, b.segment)
+    weight = ops.entropy_weight(entropy, b.segment, b.num_segments, 1.0)
+    counted = pick(USUAL, HISTOGRAM, num_experts=group.num_experts)
+    own = ops.load_histogram(*assigned(b, weight), **counted)
+    ordered = pick(USUAL, THRESHOLD, **ranks)
+    shift, cut = ops.clip_threshold(own, own, group.modality, **ordered)
+    applied = pick(USUAL, APPLY, scoring=group.scoring, **ranks)
+    return {
+        "entropy_score": (ops.entropy_score, (b.hidden_states, b.segment), {}),
+        "entropy_weight": (ops.entropy_weight, (entropy, b.segment, b.num_segments, 1.0), {}),
+        "load_histogram": (ops.load_histogram, assigned(b, weight), counted),
+        "clip_threshold": (ops.clip_threshold, (own, own, group.modality), ordered),
+        "clip_apply": (ops.clip_apply, (*assigned(b, weight), b.router_logits, shift, cut), applied),
+    }
+
+
+NAMES = ("entropy_score", "entropy_weight", "load_histogram", "clip_threshold", "clip_apply")
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the call that a wrapper makes, so that opcheck sees the very schema arguments."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.call = (func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["imbalanced", "no_tokens"])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, case: str) -> None:
+    operator, inputs, settings = chain(cases.named(case))[name]
+    with Recorder() as recorder:
+        operator(*inputs, **settings)
+    func, args, kwargs = recorder.call
+    assert func.namespace == "sglang_macs"
+    torch.library.opcheck(func, args, kwargs)
+
+
+def shapes(result: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every tensor that an operator returned."""
+    return [(tuple(t.shape), t.dtype) for t in (result if isinstance(result, tuple) else (result,))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_and_fake_tensors_have_the_real_shapes(name: str) -> None:
+    operator, inputs, settings = chain(cases.named("odd_experts"))[name]
+    want = shapes(operator(*inputs, **settings))
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
+    assert shapes(operator(*meta, **settings)) == want
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+        assert shapes(operator(*fake, **settings)) == want
+
+
+def test_compiles_in_one_graph_for_any_number_of_tokens() -> None:
+    """The five operators as the plan chains them, without a graph break and without a second compilation."""
+    compilations = []
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        compilations.append(module)
+        return module.forward
+
+    def chained(b: cases.Batch, modality: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        entropy = ops.entropy_score(b.hidden_states, b.segment)
+        w = ops.entropy_weight(entropy, b.segment, 2, 1.0)
+        own = ops.load_histogram(*assigned(b, w), **pick(USUAL, HISTOGRAM, num_experts=16))
+        shift, cut = ops.clip_threshold(own, own, modality, **pick(USUAL, THRESHOLD, num_ranks=4))
+        applied = pick(USUAL, APPLY, num_ranks=4, scoring="softmax")
+        return ops.clip_apply(*assigned(b, w), b.router_logits, shift, cut, **applied)
+
+    compiled = torch.compile(chained, backend=backend, fullgraph=True, dynamic=True)
+    modality = torch.zeros(16, dtype=torch.int8)
+    for tokens in (40, 12, 64):
+        b = cases.batch(cases.generator(tokens), **(cases.NAMED["imbalanced"] | {"num_tokens": tokens}))
+        for got, want in zip(compiled(b, modality), chained(b, modality), strict=True):
+            assert torch.equal(got, want)
+    assert len(compilations) == 1
+
+
+def _swap(position: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A call with the tensor at `position` changed."""
+
+    def call(operator: Callable[..., Any], inputs: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        return operator(*inputs[:position], change(inputs[position]), *inputs[position + 1 :], **settings)
+
+    return call
+
+
+def _set(**changes: Any) -> Callable[..., Any]:
+    """A call with other settings."""
+
+    def call(operator: Callable[..., Any], inputs: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        return operator(*inputs, **(settings | changes))
+
+    return call
+
+
+def _shorter(t: torch.Tensor) -> torch.Tensor:
+    return t[:-1]
+
+
+def _narrower(t: torch.Tensor) -> torch.Tensor:
+    return t[:, :-1].contiguous()
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    return t.flatten()
+
+
+def _meta(t: torch.Tensor) -> torch.Tensor:
+    return t.to("meta")
+
+
+# Operator, what the message must name, and the call that is wrong.
+BAD: list[tuple[str, str, Callable[..., Any]]] = [
+    ("entropy_score", "hidden_states", _swap(0, torch.Tensor.double)),
+    ("entropy_score", "hidden_states", _swap(0, _flat)),
+    ("entropy_score", "segment", _swap(1, torch.Tensor.long)),
+    ("entropy_score", "segment", _swap(1, _shorter)),
+    ("entropy_score", "segment", _swap(1, _meta)),
+    ("entropy_weight", "entropy", _swap(0, torch.Tensor.double)),
+    ("entropy_weight", "segment", _swap(1, _shorter)),
+    ("entropy_weight", "num_segments", _swap(2, lambda n: -1)),
+    ("load_histogram", "topk_ids", _swap(0, torch.Tensor.float)),
+    ("load_histogram", "topk_ids", _swap(0, _flat)),
+    ("load_histogram", "topk_weights", _swap(1, torch.Tensor.bfloat16)),
+    ("load_histogram", "topk_weights", _swap(1, _narrower)),
+    ("load_histogram", "weight", _swap(2, _shorter)),
+    ("load_histogram", "weight", _swap(2, torch.Tensor.half)),
+    ("load_histogram", "segment", _swap(3, torch.Tensor.long)),
+    ("load_histogram", "segment", _swap(3, _meta)),
+    ("load_histogram", "num_experts", _set(num_experts=0)),
+    ("load_histogram", "buckets", _set(buckets=48)),
+    ("load_histogram", "buckets", _set(buckets=512)),
+    ("load_histogram", "load", _set(load="tokens")),
+    ("load_histogram", "importance", _set(importance="norm")),
+    ("clip_threshold", "own", _swap(0, torch.Tensor.long)),
+    ("clip_threshold", "own", _swap(0, _shorter)),
+    ("clip_threshold", "group", _swap(1, _shorter)),
+    ("clip_threshold", "group", _swap(1, torch.Tensor.float)),
+    ("clip_threshold", "modality", _swap(2, torch.Tensor.int)),
+    ("clip_threshold", "group", _swap(1, _meta)),
+    ("clip_threshold", "experts", _set(num_ranks=3)),
+    ("clip_threshold", "ranks", _set(num_ranks=0)),
+    ("clip_threshold", "buckets", _set(buckets=16)),
+    ("clip_threshold", "scope", _set(scope="node")),
+    ("clip_threshold", "reroute", _set(reroute="any")),
+    ("clip_threshold", "gamma", _set(gamma=0.0)),
+    ("clip_threshold", "gamma", _set(gamma=math.nan)),
+    ("clip_threshold", "rho", _set(rho=2.0)),
+    ("clip_threshold", "rho", _set(rho=math.nan)),
+    ("clip_threshold", "alpha", _set(alpha=17.0)),
+    ("clip_threshold", "alpha", _set(alpha=math.nan)),
+    ("clip_threshold", "c_min", _set(c_min=-1.0)),
+    ("clip_apply", "topk_ids", _swap(0, torch.Tensor.short)),
+    ("clip_apply", "topk_weights", _swap(1, _narrower)),
+    ("clip_apply", "weight", _swap(2, _shorter)),
+    ("clip_apply", "segment", _swap(3, _shorter)),
+    ("clip_apply", "router_logits", _swap(4, torch.Tensor.bfloat16)),
+    ("clip_apply", "router_logits", _swap(4, _narrower)),
+    ("clip_apply", "router_logits", _swap(4, _meta)),
+    ("clip_apply", "shift", _swap(5, torch.Tensor.long)),
+    ("clip_apply", "cut", _swap(6, _narrower)),
+    ("clip_apply", "cut", _swap(6, _shorter)),
+    ("clip_apply", "cut", _swap(6, torch.Tensor.float)),
+    ("clip_apply", "experts", _set(num_ranks=5)),
+    ("clip_apply", "buckets", _set(buckets=96)),
+    ("clip_apply", "scoring", _set(scoring="tanh")),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "call"), BAD, ids=[f"{i}-{b[0]}-{b[1]}" for i, b in enumerate(BAD)])
+def test_bad_input_says_what_was_got_and_what_expected(name: str, what: str, call: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=what) as error:
+        call(*chain(cases.named("imbalanced"))[name])
+    assert "got" in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def _with(position: int, index: Any, value: int) -> Callable[..., Any]:
+    """A call with one entry of the tensor at `position` changed."""
+
+    def changed(t: torch.Tensor) -> torch.Tensor:
+        t = t.clone()
+        t[index] = value
+        return t
+
+    return _swap(position, changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "call"),
+    [
+        ("entropy_weight", "segment", _with(1, 0, 2)),
+        ("load_histogram", "topk_ids", _with(0, (3, 1), 16)),
+        ("load_histogram", "topk_ids", _with(0, (0, 0), 2**31 - 1)),
+        ("clip_apply", "topk_ids", _with(0, (39, 3), 16)),
+    ],
+)
+def test_an_index_out_of_range_is_refused(name: str, what: str, call: Callable[..., Any]) -> None:
+    """It would be read or written outside its table; on a CPU the check costs nothing."""
+    with pytest.raises(ValueError, match=what):
+        call(*chain(cases.named("imbalanced"))[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strided_input_is_read_right(name: str) -> None:
+    operator, inputs, settings = chain(cases.named("imbalanced"))[name]
+    want = operator(*inputs, **settings)
+    for position, tensor in enumerate(inputs):
+        if isinstance(tensor, torch.Tensor):
+            got = _swap(position, lambda t: torch.stack([t, t], -1)[..., 0])(operator, inputs, settings)
+            for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
+                assert torch.equal(g, w)

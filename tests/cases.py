@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-PROPERTY = settings(deadline=None, max_examples=60, derandomize=True, print_blob=False)
+PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, print_blob=False)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_the_properties_below_are_not_vacuous() -> None:
         seen["pressed"] += any((o.shift > 0).any() for o in outcomes)
 
     look()
-    assert min(seen.values()) >= 8, seen
+    assert min(seen.values()) >= 6, seen
 
 
 @cases.PROPERTY
@@ -386,6 +386,20 @@ def test_a_batch_beyond_i32_is_refused(top_k: int) -> None:
 def test_experts_that_do_not_divide_are_refused(experts: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         Plan(MacsConfig.from_preset("rank"), experts, ranks)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_dtype_does_not_matter(preset: str) -> None:
+    """A server may run with torch's default dtype set to the model's."""
+    group, config = cases.named("imbalanced"), MacsConfig.from_preset(preset, gamma=0.9)
+    (want,) = run(group, config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        (got,) = run(group, config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(got.weight, want.weight)
+    assert same_bits(got.ids, want.ids)
 
 
 def test_a_profile_given_as_a_tensor_moves_the_capacity() -> None:

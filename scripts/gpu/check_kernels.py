@@ -20,7 +20,7 @@ import torch
 from kernel_case import Config, Inputs, Run, make_inputs, small_configs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import oracle  # noqa: E402
+import oracle
 
 ENTROPY_ATOL, WEIGHT_RTOL = 2e-5, 2e-5
 REPEATS = 20
@@ -132,6 +132,21 @@ def large_configs() -> list[Config]:
     ]  # fmt: skip
 
 
+def check_all(kernels: c.Kernels, small: int, seed: int, large: bool) -> list[Mismatch]:
+    """Every case, going on after a failure: the list of failures says more than the first one."""
+    failures = []
+    cases = [(config, True, 1, "cpu") for config in small_configs(small, seed)]
+    cases += [(config, False, REPEATS, "cuda") for config in (large_configs() if large else [])]
+    for i, (config, with_oracle, repeats, device) in enumerate(cases):
+        try:
+            check(kernels, config, seed + i, with_oracle, repeats, device)
+        except Mismatch as failure:
+            failures.append(failure)
+            print(failure, flush=True)
+    print(f"{len(cases) - len(failures)} of {len(cases)} cases agree, seed {seed}", flush=True)
+    return failures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check-only", action="store_true")
@@ -140,17 +155,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
     args = parser.parse_args()
     kernels = c.Kernels()
-    if not args.time_only:
-        for i, config in enumerate(small_configs(args.small, args.seed)):
-            check(kernels, config, args.seed + i, with_oracle=True, repeats=1)
-        print(f"{args.small} small cases agree with the oracle, seed {args.seed}", flush=True)
-        for i, config in enumerate([] if args.check_only else large_configs()):
-            check(kernels, config, args.seed + i, with_oracle=False, repeats=REPEATS, device="cuda")
-            print("agrees:", config, flush=True)
+    failures = [] if args.time_only else check_all(kernels, args.small, args.seed, large=not args.check_only)
     if not args.check_only:
         import time_kernels
 
         time_kernels.report(kernels)
+    if failures:
+        raise SystemExit(f"{len(failures)} cases failed, seed {args.seed}")
 
 
 if __name__ == "__main__":

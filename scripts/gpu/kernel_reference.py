@@ -47,7 +47,7 @@ def clip_apply(
     num_ranks, buckets, scope, load, importance, reroute, protect_text, reroute_rounds, scoring,
 ):  # fmt: skip
     """(new_ids, new_weights f64, counts [3, E, 2])."""
-    (tokens, top_k), experts = ids.shape, len(shift)
+    tokens, experts = len(ids), len(shift)
     local = experts // num_ranks
     bound_of = np.arange(experts) if scope == "expert" else np.arange(experts) // local
     valid, text = ids >= 0, segment < 0

@@ -101,7 +101,8 @@ def build(jobs: int) -> Path:
 
     def compile_one(source: Path) -> Path:
         target = BUILD / f"{source.stem}.o"
-        command = ["nvcc", *FLAGS, "-Xptxas", "-v", "-Xcompiler", "-fPIC", include, "-c", str(source), "-o", str(target)]
+        command = ["nvcc", *FLAGS, "-Xptxas", "-v", "-Xcompiler", "-fPIC", include]
+        command += ["-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         (BUILD / f"{source.stem}.log").write_text(done.stdout + done.stderr)
         if done.returncode != 0:

@@ -121,10 +121,10 @@ class Report:
             self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "byte floor")
 
     def write(self) -> None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         result = {
-            "gpu": torch.cuda.get_device_name(), "commit": commit, "command": " ".join(["python3", *sys.argv]),
-            "date": datetime.date.today().isoformat(), "copy_bytes_per_us": round(self.bandwidth), "rows": self.rows,
+            "gpu": torch.cuda.get_device_name(), "commit": git.stdout.strip() if git.returncode == 0 else "",
+            "command": " ".join(["python3", *sys.argv]), "date": datetime.date.today().isoformat(), "copy_bytes_per_us": round(self.bandwidth), "rows": self.rows,
         }  # fmt: skip
         target = Path(os.environ.get("OUT", ".")) / "kernels.json"
         target.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,59 @@
+# Every target makes what it needs, its own .venv included.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+PY := $(VENV)/bin/python
+IMAGE ?=
+PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help build demo test test-fast test-server test-slow lint format bench readme clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: requirements/cpu.txt requirements/dev.txt scripts/setup_env.sh
+	@bash scripts/setup_env.sh $(VENV)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	@echo "building csrc/ into sglang_macs/_C (about a minute)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable . 2>build.log \
+		|| { tail -40 build.log; echo "build failed: see build.log"; exit 1; }
+	@rm -f build.log
+	@touch $@
+
+build: $(VENV)/.built  ## environment in .venv and the extension
+
+demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=path for your own picture)
+	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
+
+test: build  ## everything that CI runs
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-fast: build  ## without real servers
+	@$(PYTEST) -m "not slow and not gpu and not server"
+
+test-server: build  ## only the tests that start a real server
+	@$(PYTEST) -m "server and not slow"
+
+test-slow: build  ## what is too slow for CI
+	@$(PYTEST) -m slow
+
+lint: build  ## ruff, and the checks of README and hooks
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(PY) scripts/readme_flags.py --check
+
+format: build  ## ruff format, and the README's flag table
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+	@$(PY) scripts/readme_flags.py
+
+bench: build  ## the plan on this CPU against a vectorised torch version
+	@$(PY) scripts/bench_plan.py
+
+clean:  ## build products
+	@rm -rf build dist *.egg-info sglang_macs/_C*.so $(VENV)/.built
+
+distclean: clean  ## and the environment
+	@rm -rf $(VENV)

@@ -1,0 +1,54 @@
+"""Which tokens are visual, which rows of the MoE layer they are, and when MACS acts."""
+
+import pytest
+import torch
+
+from sglang_macs import batch
+from sglang_macs.config import MacsConfig
+
+CAT, DOG, SOUND = batch.PAD_ID_BASE + 7, batch.PAD_ID_BASE + 3, batch.PAD_ID_BASE + 99
+
+
+def test_segments_by_batch_and_by_image_leave_audio_out():
+    ids = torch.tensor([5, CAT, CAT, 6, DOG, SOUND, 7])
+    segment, count = batch.segments(ids, "batch", frozenset({SOUND}))
+    assert (segment.tolist(), count) == ([-1, 0, 0, -1, 0, -1, -1], 1)
+    segment, count = batch.segments(ids, "image", frozenset({SOUND}))
+    assert count == 2
+    assert segment.tolist() == [-1, 1, 1, -1, 0, -1, -1]  # by ascending pad id
+
+
+def test_rows_follow_the_scatter_over_attention_tp():
+    segment = torch.tensor([-1, 0, 0, 0, 0], dtype=torch.int32)
+    shares = [batch.align(segment, 3, rank, 2, torch.device("cpu")).tolist() for rank in range(2)]
+    assert shares == [[-1, 0, 0], [0, 0, -1]]
+    assert batch.align(segment, 7, 0, 1, torch.device("cpu")).tolist() == [-1, 0, 0, 0, 0, -1, -1]
+    assert batch.align(None, 2, 0, 1, torch.device("cpu")).tolist() == [-1, -1]
+
+
+def test_rows_that_cannot_be_this_batch_are_refused():
+    assert batch.align(torch.zeros(5, dtype=torch.int32), 2, 0, 2, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "is_prefill", "tokens", "expected"),
+    [
+        ({}, True, 64, ""),
+        ({}, True, 63, "small"),
+        ({}, False, 4096, "decode"),
+        ({"decode": True}, False, 4096, ""),
+        ({"preset": "off"}, True, 4096, "off"),
+    ],
+)
+def test_when_macs_acts(options, is_prefill, tokens, expected):
+    config = MacsConfig.from_preset(**options)
+    assert batch.skip_reason(config, is_prefill=is_prefill, group_tokens=tokens) == expected
+
+
+def test_the_current_batch_is_restored_after_an_error():
+    outer = batch.Batch(skip="")
+    with batch.forward(outer):
+        with pytest.raises(RuntimeError), batch.forward(batch.Batch(skip="decode")):
+            raise RuntimeError
+        assert batch.current() is outer
+    assert batch.current().skip == "off"

@@ -1,0 +1,60 @@
+"""Launches that MACS refuses, one by one, and those that it takes. No SGLang needed."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_macs import compat
+from sglang_macs.config import MacsConfig
+from sglang_macs.errors import MacsError
+
+GOOD = {"tp_size": 2, "ep_size": 2}
+
+
+def launch(architecture: str = "Qwen3VLMoeForConditionalGeneration", num_experts: int = 16, **flags) -> compat.Launch:
+    return compat.Launch(SimpleNamespace(**{**GOOD, **flags}), MacsConfig.from_preset(), architecture, num_experts)
+
+
+@pytest.mark.parametrize("flags", [{}, {"dp_size": 2}, {"tp_size": 8, "ep_size": 8}, {"dwdp_size": None}], ids=str)
+def test_plain_expert_parallel_launches_are_taken(flags):
+    compat.check(launch(**flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"tp_size": 1, "ep_size": 1},
+        {"tp_size": 4, "ep_size": 2},
+        {"tp_size": 3, "ep_size": 3},  # 16 experts
+        {"enable_prefill_cp": True},
+        {"attn_cp_size": 2},
+        {"elastic_ep_backend": "mooncake"},
+        {"dwdp_size": 2},
+        {"enable_waterfill": True},
+        {"enable_eplb": True},
+        {"ep_num_redundant_experts": 2},
+        {"ep_dispatch_algorithm": "lp"},
+        {"enforce_shared_experts_fusion": True},
+        {"enable_lora": True},
+    ],
+    ids=str,
+)
+def test_flags_that_rule_macs_out_are_refused_in_one_line(flags):
+    with pytest.raises(MacsError) as caught:
+        compat.check(launch(**flags))
+    assert "(MACS)" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "experts"),
+    [("Llama4ForConditionalGeneration", 16), ("Ernie4_5_VLMoeForConditionalGeneration", 64), ("Qwen3ForCausalLM", 0)],
+)
+def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
+    with pytest.raises(MacsError, match=architecture):
+        compat.check(launch(architecture, experts))
+
+
+@pytest.mark.parametrize("backend", ["none", "mooncake", "nixl", "flashinfer", "pplx", "deepep_v2"])
+def test_other_all_to_all_backends_are_refused(backend):
+    with pytest.raises(MacsError, match="--moe-a2a-backend"):
+        compat.check_a2a(backend)

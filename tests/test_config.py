@@ -1,0 +1,94 @@
+"""Options: presets, ranges, flags and their round trips; every refusal is one line that names what, got and expected."""
+
+import argparse
+import dataclasses
+import math
+
+import pytest
+
+from sglang_macs import config
+from sglang_macs.config import MacsConfig
+from sglang_macs.errors import MacsError
+
+
+def parse(*argv: str) -> MacsConfig:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    return config.from_args(parser.parse_args(argv))
+
+
+def test_presets_are_those_of_the_method():
+    paper, rank, cai = (MacsConfig.from_preset(p) for p in ("paper", "rank", "cai"))
+    assert (paper.scope, paper.load, paper.importance, paper.reroute) == ("expert", "effective", "entropy", "local")
+    assert (rank.scope, rank.load, rank.importance, rank.reroute) == ("rank", "rows", "entropy_gate", "global")
+    assert (cai.scope, cai.load, cai.importance, cai.reroute) == ("expert", "rows", "gate", "none")
+    assert (cai.delta, cai.rho) == (0.0, 0.0)
+    assert MacsConfig.from_preset("off").is_off
+
+
+def test_an_option_overrides_its_preset():
+    assert parse("--macs-preset", "cai", "--macs-reroute", "global").reroute == "global"
+    assert parse("--macs-preset", "cai").reroute == "none"
+
+
+def test_every_field_has_a_flag_that_reaches_it():
+    values = {"preset": "paper", "gamma": "1.5", "scope": "rank", "load": "rows", "importance": "gate"}
+    values |= {"reroute": "none", "reroute_rounds": "2", "exchange": "local", "delta": "0.5", "rho": "0.25"}
+    values |= {"alpha": "2", "c_min": "3", "entropy_scope": "image", "protect_text": "false", "min_tokens": "7"}
+    values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1"}
+    names = {f.name for f in dataclasses.fields(MacsConfig)}
+    assert names == values.keys()
+    parsed = parse(*(arg for name, value in values.items() for arg in (config.flag(name), value)))
+    default = MacsConfig()
+    for name in names:
+        assert getattr(parsed, name) != getattr(default, name) or name in ("scope", "load"), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 0.0},
+        {"gamma": -1.0},
+        {"gamma": math.nan},
+        {"rho": 2.0},
+        {"rho": -0.1},
+        {"rho": math.nan},
+        {"delta": -1.0},
+        {"delta": math.inf},
+        {"alpha": 17.0},
+        {"c_min": -1.0},
+        {"buckets": 100},
+        {"scope": "node"},
+        {"preset": "fast"},
+        {"reroute_rounds": -1},
+        {"min_tokens": -5},
+        {"preset": "off", "gamma": 1.0},
+        {"no_such_option": 1},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_in_one_line(options):
+    with pytest.raises(MacsError) as caught:
+        MacsConfig.from_preset(**options)
+    text = str(caught.value)
+    assert "got" in text and "expected" in text and "\n" not in text
+    assert next(reversed(options)).replace("_", "-").split("-")[-1] in text
+
+
+def test_json_round_trip_keeps_infinity():
+    for made in (MacsConfig.from_preset("off"), MacsConfig.from_preset("rank", gamma=1.05, profile="x")):
+        assert MacsConfig.from_json(made.to_json()) == made
+
+
+def test_entropies_are_skipped_only_where_nothing_depends_on_them():
+    assert not MacsConfig.from_preset("cai").needs_entropy
+    assert not MacsConfig.from_preset("rank", delta=0.0).needs_entropy
+    assert MacsConfig.from_preset("rank").needs_entropy
+    assert MacsConfig.from_preset("paper").needs_entropy
+    assert MacsConfig.from_preset("rank", importance="gate", profile="x").needs_entropy
+
+
+def test_flag_table_names_every_field():
+    table = config.flag_table()
+    for field in dataclasses.fields(MacsConfig):
+        assert f"`{config.flag(field.name)}`" in table

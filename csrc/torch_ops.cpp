@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "macs/cpu.h"
 #include "macs/level.h"
 
@@ -15,10 +17,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- Checks: what, got, expected -----------------------------------------------------------------------------------
 
+// A CPU and a meta tensor together reach the Meta kernels: the device is the one thing that these must check, too.
+void check_device(const char* name, const Tensor& x, const Tensor& beside) {
+  TORCH_CHECK_VALUE(x.device() == beside.device(), name, ": got device ", x.device(), ", expected ", beside.device());
+}
+
 void check_like(const Tensor& x, const char* name, at::ScalarType dtype, at::IntArrayRef shape, const Tensor& beside) {
   TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, ": got dtype ", x.scalar_type(), ", expected ", dtype);
   TORCH_CHECK_VALUE(x.sizes() == shape, name, ": got shape ", x.sizes(), ", expected ", shape);
-  TORCH_CHECK_VALUE(x.device() == beside.device(), name, ": got device ", x.device(), ", expected ", beside.device());
+  check_device(name, x, beside);
 }
 
 DType hidden_dtype(const Tensor& x) {
@@ -94,6 +101,7 @@ Tensor entropy_score_cpu(const Tensor& hidden_states, const Tensor& segment) {
 }
 
 Tensor entropy_weight_cpu(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
+  TORCH_CHECK_VALUE(num_segments >= 0, "num_segments: got ", num_segments, ", expected at least 0");
   TORCH_CHECK_VALUE(entropy.dim() == 1, "entropy: got shape ", entropy.sizes(), ", expected [T]");
   check_like(entropy, "entropy", at::kFloat, entropy.sizes(), entropy);
   check_like(segment, "segment", at::kInt, entropy.sizes(), entropy);
@@ -137,6 +145,9 @@ std::tuple<Tensor, Tensor> clip_threshold_cpu(const Tensor& own, const Tensor& g
   check_like(group, "group", at::kInt, own.sizes(), own);
   check_like(modality, "modality", at::kChar, {num_experts}, own);
   TORCH_CHECK_VALUE(gamma > 0.0, "gamma: got ", gamma, ", expected a number above 0");
+  TORCH_CHECK_VALUE(rho >= 0.0 && rho < 2.0, "rho: got ", rho, ", expected 0 <= rho < 2");
+  TORCH_CHECK_VALUE(alpha >= 0.0 && alpha <= 16.0, "alpha: got ", alpha, ", expected 0 <= alpha <= 16");
+  TORCH_CHECK_VALUE(c_min >= 0.0 && std::isfinite(c_min), "c_min: got ", c_min, ", expected a finite number >= 0");
   const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
   const Scope s = checked_enum<Scope>(scope, 2, "scope");
   Tensor shift = at::empty({num_experts}, o.options());
@@ -190,28 +201,47 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_cpu(const Tensor& topk_ids, const 
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
 
 Tensor entropy_score_meta(const Tensor& hidden_states, const Tensor& segment) {
+  check_device("segment", segment, hidden_states);
   return at::empty_symint({hidden_states.sym_size(0)}, hidden_states.options().dtype(at::kFloat));
 }
 
-Tensor entropy_weight_meta(const Tensor& entropy, const Tensor&, int64_t, double) { return at::empty_like(entropy); }
+Tensor entropy_weight_meta(const Tensor& entropy, const Tensor& segment, int64_t, double) {
+  check_device("segment", segment, entropy);
+  return at::empty_like(entropy);
+}
 
-Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor&, const Tensor&, const Tensor&, int64_t num_experts,
-                           int64_t buckets, int64_t, int64_t) {
+void check_assignment_devices(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                              const Tensor& segment) {
+  check_device("topk_weights", topk_weights, topk_ids);
+  check_device("weight", weight, topk_ids);
+  check_device("segment", segment, topk_ids);
+}
+
+Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                           const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t, int64_t) {
+  check_assignment_devices(topk_ids, topk_weights, weight, segment);
   return at::empty({histogram_size(num_experts, buckets)}, topk_ids.options().dtype(at::kInt));
 }
 
-std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor&, const Tensor& modality,
+std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& group, const Tensor& modality,
                                                int64_t num_ranks, int64_t, int64_t scope, int64_t, int64_t, bool,
                                                double, double, double, double) {
+  check_device("group", group, own);
+  check_device("modality", modality, own);
   const c10::SymInt num_experts = modality.sym_size(0);
   const c10::SymInt num_bounds = scope == static_cast<int64_t>(Scope::kExpert) ? num_experts : c10::SymInt(num_ranks);
   return {at::empty_symint({num_experts}, own.options()), at::empty_symint({num_bounds, 4}, own.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor&,
-                                                   const Tensor&, const OptionalTensor&, const Tensor& shift,
-                                                   const Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                                   bool, int64_t, int64_t) {
+std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights,
+                                                   const Tensor& weight, const Tensor& segment,
+                                                   const OptionalTensor& router_logits, const Tensor& shift,
+                                                   const Tensor& cut, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                                   int64_t, bool, int64_t, int64_t) {
+  check_assignment_devices(topk_ids, topk_weights, weight, segment);
+  if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
+  check_device("shift", shift, topk_ids);
+  check_device("cut", cut, topk_ids);
   return {at::empty_like(topk_ids), at::empty_like(topk_weights),
           at::empty_symint({3, shift.sym_size(0), 2}, shift.options())};
 }

@@ -1,12 +1,11 @@
 """The demo: a real SGLang server, two expert-parallel ranks on this machine, image chats without and with MACS.
 
-Starts the server three times (off, paper, rank), sends the same chats, and shows the load of each rank before and after.
-Writes build/demo/summary.json and build/demo/load.png. Exit 0 only if MACS was provably active on both ranks, every
-request succeeded and every bound held.
+Starts the server three times (off, paper, rank), sends the same chats, and shows the load of each rank before and
+after. Writes build/demo/summary.json and build/demo/load.png. Exit 0 only if MACS was provably active on both ranks,
+every request succeeded and every bound held.
 """
 
 import argparse
-import base64
 import io
 import json
 import statistics
@@ -17,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from serving import EP2_ARGS, Server, photographs
+from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files
 from tqdm import tqdm
 
 from sglang_macs import tiny_models
+from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "demo"
@@ -59,11 +59,11 @@ class Run:
 
 
 def pictures(image: str | None, count: int) -> list[str]:
-    """`count` different crops of real photographs as data URIs, so that no request finds another's prefix in the cache."""
-    if image:
-        sources = [Image.open(image).convert("RGB")]
-    else:
-        sources = [Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB") for uri in photographs()]
+    """`count` different crops of real photographs as data URIs, so that no request finds another's prefix in the
+    cache.
+    """
+    files = [image] if image else [io.BytesIO(content) for content in photograph_files().values()]
+    sources = [Image.open(file).convert("RGB") for file in files]
     uris = []
     for i in range(count):
         source = sources[i % len(sources)]
@@ -71,7 +71,7 @@ def pictures(image: str | None, count: int) -> list[str]:
         left, top = (i * 37) % (source.width - side + 1), (i * 23) % (source.height - side + 1)
         buffer = io.BytesIO()
         source.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=90)
-        uris.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+        uris.append(data_uri(buffer.getvalue()))
     return uris
 
 
@@ -89,8 +89,8 @@ def send(server: Server, uris: list[str], label: str) -> list[float]:
     def one(i: int) -> float | None:
         try:
             return chat(server, uris[i], QUESTIONS[i % len(QUESTIONS)])
-        except OSError as error:  # requests' and urllib's errors are OSErrors
-            print(f"request {i} failed: {error}", file=sys.stderr)
+        except ServerError as error:
+            print(f"request {i} failed: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
 
     with ThreadPoolExecutor(8) as pool:
@@ -140,10 +140,10 @@ def serve(preset: str, gamma: float, uris: list[str]) -> Run:
     args = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-preset", preset, "--macs-verify", "true"]
     if preset != "off":
         args += ["--macs-gamma", str(gamma)]
-    with Server(MODEL, args, log=OUT / f"server-{preset}.log") as server:
+    with Server(MODEL, args, env=environment(RANKS), log=OUT / f"server-{preset}.log") as server:
         chat(server, uris[0], "Warm up.")
         latencies = send(server, uris, preset)
-        states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
+        states = [state["macs"] for state in server.get("/server_info").json()["internal_states"]]
     return figures(preset, states, latencies, len(uris))
 
 
@@ -170,7 +170,9 @@ def table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], gamma: float, path: Path) -> None:
-    """Rows of each rank, layer by layer: outlines before, filled after, and the mean that the slowest rank is held to."""
+    """Rows of each rank, layer by layer: outlines before, filled after, and the mean that the slowest rank is held
+    to.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,7 +180,7 @@ def draw(runs: list[Run], gamma: float, path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.8), sharey=True, constrained_layout=True)
     for axis, run in zip(axes, runs, strict=True):
-        for i, (layer, counts) in enumerate(sorted(run.layers.items(), key=lambda item: int(item[0]))):
+        for i, (_, counts) in enumerate(sorted(run.layers.items(), key=lambda item: int(item[0]))):
             mean = sum(counts["rows_before"]) / RANKS
             for rank in range(RANKS):
                 x, color = i + (rank - 0.5) * 0.38, f"C{rank}"
@@ -186,12 +188,12 @@ def draw(runs: list[Run], gamma: float, path: Path) -> None:
                 axis.bar(x, counts["rows_after"][rank] / mean, 0.34, color=color, alpha=0.85, label=label)
                 before = counts["rows_before"][rank] / mean
                 axis.bar(x, before, 0.34, fill=False, edgecolor="black", linewidth=1.1, linestyle="--")
-        if run.preset != "off":
-            axis.axhline(gamma, color="crimson", linewidth=1.2, label=f"gamma {gamma:g}")
+        if run.preset == "rank":  # the paper's preset bounds each expert's weighted load, not the ranks
+            axis.axhline(gamma, color="crimson", linewidth=1.2, label=f"bound: gamma {gamma:g}")
         axis.set_title(f"{run.preset}: max/mean {run.max_over_mean_before:.2f} → {run.max_over_mean_after:.2f}")
         axis.set_xticks(range(len(run.layers)), [f"layer {i}" for i in range(len(run.layers))])
     axes[0].set_ylabel("rows of a rank / mean of the ranks")
-    axes[-1].legend(loc="upper right", framealpha=0.9)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=RANKS + 1, frameon=False)
     figure.suptitle("Expert-parallel load on two ranks: dashed = routed, filled = dispatched")
     figure.savefig(path, dpi=130)
 

@@ -1,7 +1,7 @@
 """What the MoE layers of one forward pass need to know about its batch: which rows are visual, and whether to act.
 
-The engine's hook opens a `Batch` around the forward pass; dispatchers read it. Whether a batch is planned is decided from
-what every rank of the EP group knows alike, because the plan's exchange is collective.
+The engine's hook opens a `Batch` around the forward pass; dispatchers read it. Whether a batch is planned is decided
+from what every rank of the EP group knows alike, because the plan's exchange is collective.
 """
 
 from collections.abc import Iterator
@@ -78,10 +78,13 @@ def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] =
     return segment, items.numel()
 
 
-def align(segment: Tensor | None, rows: int, attn_tp_rank: int, attn_tp_size: int, device: torch.device) -> Tensor | None:
+def align(
+    segment: Tensor | None, rows: int, attn_tp_rank: int, attn_tp_size: int, device: torch.device
+) -> Tensor | None:
     """The segment of each row that the MoE layer sees: padded with text, then this rank's contiguous share.
 
-    Returns [rows] i32, or None where the rows cannot be those of this batch (the caller counts it and takes all rows for text).
+    Returns [rows] i32, or None where the rows cannot be those of this batch (the caller counts it and takes all rows
+    for text).
     """
     padded = torch.full((rows * attn_tp_size,), -1, dtype=torch.int32, device=device)
     if segment is not None:

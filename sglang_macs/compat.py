@@ -70,11 +70,18 @@ RULES = (
     ),
     Rule(
         "--enable-prefill-cp",
-        _if(lambda x: bool(x.flag("enable_prefill_cp")) or x.flag("attn_cp_size", 1) > 1, "prefill context parallelism"),
+        _if(
+            lambda x: bool(x.flag("enable_prefill_cp")) or x.flag("attn_cp_size", 1) > 1, "prefill context parallelism"
+        ),
         "none: its zigzag order hides which rows are visual",
         "Leave it out.",
     ),
-    Rule("--elastic-ep-backend", _if(lambda x: x.flag("elastic_ep_backend") is not None, "elastic EP"), "none", "Leave it out."),
+    Rule(
+        "--elastic-ep-backend",
+        _if(lambda x: x.flag("elastic_ep_backend") is not None, "elastic EP"),
+        "none",
+        "Leave it out.",
+    ),
     Rule("--dwdp-size", _if(lambda x: (x.flag("dwdp_size") or 1) > 1, "DWDP"), "none", "Leave it out."),
     Rule(
         "--enable-waterfill",
@@ -84,7 +91,9 @@ RULES = (
     ),
     Rule(
         "--enable-eplb, redundant experts",
-        _if(lambda x: bool(x.flag("enable_eplb")) or (x.flag("ep_num_redundant_experts") or 0) > 0, "replicated experts"),
+        _if(
+            lambda x: bool(x.flag("enable_eplb")) or (x.flag("ep_num_redundant_experts") or 0) > 0, "replicated experts"
+        ),
         "experts in their own order: re-routing reads logical router logits",
         "Leave EPLB out.",
     ),
@@ -107,7 +116,9 @@ RULES = (
 def check_a2a(backend: str) -> None:
     """Raises MacsError unless the asked-for all-to-all backend is one that MACS plans for."""
     if backend not in A2A_BACKENDS:
-        raise MacsError("--moe-a2a-backend", repr(backend), "macs or deepep with --enable-macs", "Pass --moe-a2a-backend macs.")
+        raise MacsError(
+            "--moe-a2a-backend", repr(backend), "macs or deepep with --enable-macs", "Pass --moe-a2a-backend macs."
+        )
 
 
 def check(launch: Launch) -> None:

@@ -1,4 +1,6 @@
-"""The one configuration: a frozen dataclass whose fields make the `--macs-*` flags, their help and the README's table."""
+"""The one configuration: a frozen dataclass whose fields make the `--macs-*` flags, their help and the README's
+table.
+"""
 
 import argparse
 import dataclasses
@@ -7,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 
 from .errors import MacsError
-from .ops import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES, choice
+from .ops import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 
 PRESETS: dict[str, dict[str, object]] = {
     "rank": {
@@ -61,7 +63,9 @@ class MacsConfig:
     rho: float = _opt(0.5, "how far capacity follows the modality mix, 0 <= rho < 2; needs a profile")
     alpha: float = _opt(1.0, "how far an overloaded expert loses importance (scope rank), 0 to 16")
     c_min: float = _opt(0.0, "rows per expert that capacity never falls below (scope expert)")
-    entropy_scope: str = _opt("batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image"))
+    entropy_scope: str = _opt(
+        "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
+    )
     protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
     min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
     decode: bool = _opt(False, "act on decode batches too")
@@ -97,10 +101,9 @@ class MacsConfig:
         if not ok:  # NaN fails every comparison, and so ends here too
             raise MacsError(flag(name), getattr(self, name), expected, fix)
 
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether any decision depends on the entropies; if not, they are not computed."""
-        uses = self.importance != "gate" or self.load == "effective" or (self.rho > 0 and self.profile is not None)
+    def needs_entropy(self, has_profile: bool) -> bool:
+        """Whether any decision depends on the entropies, given whether experts have a modality; if not, skip them."""
+        uses = self.importance != "gate" or self.load == "effective" or (self.rho > 0 and has_profile)
         return self.delta > 0 and uses
 
     @property
@@ -146,7 +149,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             type=_parser_of(f),
             choices=None,  # checked by MacsConfig, whose message says the fix
             default=None,
-            metavar="{" + _listed(f.metadata["choices"]).replace(", ", ",") + "}" if f.metadata["choices"] else f.name.upper(),
+            metavar="{" + _listed(f.metadata["choices"]).replace(", ", ",") + "}"
+            if f.metadata["choices"]
+            else f.name.upper(),
             help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
         )
 

@@ -48,7 +48,9 @@ class AllToAll:
         dist.all_gather(list(gathered.unbind()), own, group=self.group)
         return gathered
 
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Rows for this rank's experts.
 
         Args:
@@ -71,7 +73,9 @@ class AllToAll:
         return received, torch.repeat_interleave(local, mine.reshape(-1))
 
     def combine(self, outputs: Tensor) -> Tensor:
-        """[N, H] expert outputs in the order of `dispatch` -> [T, H] sums weighted by the gate, in f32, as outputs' dtype."""
+        """[N, H] expert outputs in the order of `dispatch` -> [T, H] sums weighted by the gate, in f32, as outputs'
+        dtype.
+        """
         sent, self._sent = self._sent, None
         back = outputs.new_empty((sum(sent.send_rows), outputs.shape[1]))
         dist.all_to_all_single(back, outputs.contiguous(), sent.send_rows, sent.recv_rows, group=self.group)
@@ -93,7 +97,12 @@ class MacsDispatcher:
     """
 
     def __init__(
-        self, layer_id: int, plan: Plan, group: dist.ProcessGroup, counters: stats.Stats, attn_tp: tuple[int, int] = (0, 1)
+        self,
+        layer_id: int,
+        plan: Plan,
+        group: dist.ProcessGroup,
+        counters: stats.Stats,
+        attn_tp: tuple[int, int] = (0, 1),
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
@@ -109,7 +118,9 @@ class MacsDispatcher:
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Plans and sends. Shapes as in `Plan.__call__` and `AllToAll.dispatch`; every rank calls it, T = 0 included."""
+        """Plans and sends. Shapes as in `Plan.__call__` and `AllToAll.dispatch`; every rank calls it, T = 0
+        included.
+        """
         now = batch.current()
         self.counters.dispatches += 1
         segment = self._segment(now, topk_ids.shape[0])

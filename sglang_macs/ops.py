@@ -1,7 +1,7 @@
 """The five operators of the plan (docs/method.md), as thin wrappers over `torch.ops.sglang_macs`.
 
-Every operator exists for CPU, CUDA (where it was built) and Meta under one name. Choices are strings here and integers in the schema.
-All of them raise ValueError on a wrong shape, dtype, device or choice.
+Every operator exists for CPU, CUDA (where it was built) and Meta under one name. Choices are strings here and
+integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or choice.
 """
 
 import glob

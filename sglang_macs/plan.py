@@ -55,16 +55,17 @@ class Plan:
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.scoring = scoring
+        self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
         self._levels = {"buckets": config.buckets, "load": config.load}
         self._clip = {"scope": config.scope, "reroute": config.reroute, "protect_text": config.protect_text}
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
-        if self.config.needs_entropy and num_segments > 0:
+        if self._needs_entropy and num_segments > 0:
             entropy = ops.entropy_score(hidden_states, segment)
             return ops.entropy_weight(entropy, segment, num_segments, self.config.delta)
-        return torch.where(segment < 0, 1.0, 0.5)
+        return torch.full(segment.shape, 0.5, dtype=torch.float32, device=segment.device).masked_fill_(segment < 0, 1.0)
 
     def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
         """This rank's integer histogram, [E * 2 * buckets + 4] i32."""

@@ -1,10 +1,10 @@
 """The SGLang plugin, and the only module that imports sglang: flags, hooks, dispatcher, runner.
 
-Order of events. The launcher loads plugins, parses flags (`_from_cli_args`) and resolves them (`_resolve_once`): MACS is
-translated into a backend SGLang knows, and refused here if a flag or the model rules it out. Scheduler processes are started through
-`run_scheduler_process` below, which applies the model-side hooks and checks that every one took: SGLang logs and
-swallows exceptions of plugins and hooks, and would serve on without MACS. The configuration travels in one environment
-variable, which spawned processes inherit; without it nothing is hooked on the model side.
+Order of events. The launcher loads plugins, parses flags (`_from_cli_args`) and resolves them (`_resolve_once`):
+MACS is translated into a backend SGLang knows, and refused here if a flag or the model rules it out. Scheduler
+processes are started through `run_scheduler_process` below, which applies the model-side hooks and checks that every
+one took: SGLang logs and swallows exceptions of plugins and hooks, and would serve on without MACS. The configuration
+travels in one environment variable, which spawned processes inherit; without it nothing is hooked on the model side.
 
 docs/hooks.md says why each target is hooked.
 """
@@ -13,8 +13,8 @@ import json
 import os
 import pkgutil
 import sys
-from dataclasses import dataclass
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from . import __version__, batch, compat, cpu_compat, profile
@@ -73,7 +73,14 @@ def _from_cli_args(original, cls, args):
     given = [name for name, value in vars(args).items() if name.startswith("macs_") and value is not None]
     if not (args.enable_macs or args.moe_a2a_backend == "macs"):
         if given:
-            _exit(MacsError("--" + given[0].replace("_", "-"), "no --enable-macs", "it beside every --macs- flag", "Add --enable-macs."))
+            _exit(
+                MacsError(
+                    "--" + given[0].replace("_", "-"),
+                    "no --enable-macs",
+                    "it beside every --macs- flag",
+                    "Add --enable-macs.",
+                )
+            )
         return original(cls, args)
     try:
         check_hooks(LAUNCHER_HOOKS)
@@ -87,7 +94,9 @@ def _from_cli_args(original, cls, args):
 
 
 def _resolve_once(original, self):
-    """AROUND ServerArgs.resolve_once: translate the backend before SGLang resolves, refuse what MACS cannot serve after."""
+    """AROUND ServerArgs.resolve_once: translate the backend before SGLang resolves, refuse what MACS cannot serve
+    after.
+    """
     if self.moe_a2a_backend == "macs" and configured() is None:
         configure(MacsConfig.from_preset())  # Engine(moe_a2a_backend="macs") with nothing else said
     config = configured()
@@ -110,7 +119,9 @@ def _translate(record) -> None:
         return  # a copy of a record that was translated before
     compat.check_a2a(record.moe_a2a_backend)
     if record.device != "cpu":
-        raise MacsError("--device", record.device, "cpu in this release", "Add --device cpu; GPU dispatch is not built yet.")
+        raise MacsError(
+            "--device", record.device, "cpu in this release", "Add --device cpu; GPU dispatch is not built yet."
+        )
     record.moe_a2a_backend = "customized"
     if record.ep_size == 1:
         record.ep_size = record.tp_size  # as SGLang does for DeepEP
@@ -219,7 +230,9 @@ def _make_dispatcher(moe_runner_config):
                 logits = None  # SGLang's empty output carries K columns where E belong
             rows, experts = inner.dispatch(hidden_states, ids, weights.float(), logits)
             ones = rows.new_ones((rows.shape[0], 1), dtype=weights.dtype)
-            return StandardDispatchOutput(rows, None, StandardTopKOutput(ones, experts.to(ids.dtype).unsqueeze(1), None))
+            return StandardDispatchOutput(
+                rows, None, StandardTopKOutput(ones, experts.to(ids.dtype).unsqueeze(1), None)
+            )
 
         def combine(self, combine_input):
             return inner.combine(combine_input.hidden_states)
@@ -290,7 +303,11 @@ def _scheduler_init(result, self, *args, **kwargs):
     if not _the_worker().dispatchers:
         raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
     layers, ranks = len(_the_worker().dispatchers), next(iter(_the_worker().dispatchers.values())).plan.num_ranks
-    print(f"sglang-macs: active on {layers} MoE layers, {ranks} ranks, {_the_worker().config}", file=sys.stderr, flush=True)
+    print(
+        f"sglang-macs: active on {layers} MoE layers, {ranks} ranks, {_the_worker().config}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _get_internal_state(result, self, *args, **kwargs):
@@ -298,7 +315,12 @@ def _get_internal_state(result, self, *args, **kwargs):
     worker = _the_worker()
     snapshot = worker.stats.snapshot()
     rank = next(iter(worker.dispatchers.values())).comm.rank
-    result.internal_state["macs"] = {"version": __version__, "rank": rank, "config": worker.config.to_json(), **snapshot}
+    result.internal_state["macs"] = {
+        "version": __version__,
+        "rank": rank,
+        "config": worker.config.to_json(),
+        **snapshot,
+    }
 
 
 def _add_deepstack(original, hidden_states, residual, extra):
@@ -363,7 +385,9 @@ def _create_moe_runner(result, self, layer, moe_runner_config):
 
 
 def _forward_moe(original, self, layer, dispatch_output):
-    """AROUND UnquantizedFusedMoEMethod.forward_cpu and forward_native, which bypass the runner: through ours where asked for."""
+    """AROUND UnquantizedFusedMoEMethod.forward_cpu and forward_native, which bypass the runner: through ours where
+    asked for.
+    """
     from sglang.srt.layers.moe.moe_runner.base import MoeQuantInfo
 
     if self.runner.runner_backend.value != RUNNER:

@@ -22,7 +22,9 @@ class Profile:
     def of_layer(self, layer_id: int) -> Tensor:
         """[E] i8 of one layer. Raises MacsError if the profile does not hold that layer."""
         if layer_id not in self.modality:
-            raise MacsError("--macs-profile", f"no layer {layer_id}", "every MoE layer of the model", "Calibrate again.")
+            raise MacsError(
+                "--macs-profile", f"no layer {layer_id}", "every MoE layer of the model", "Calibrate again."
+            )
         return torch.tensor(self.modality[layer_id], dtype=torch.int8)
 
     def check_model(self, architecture: str, num_experts: int) -> None:

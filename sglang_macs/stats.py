@@ -1,7 +1,8 @@
 """What one rank counts and proves. A snapshot is plain JSON.
 
-The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP group, and
-held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and must stay 0.
+The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP
+group, and held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and
+must stay 0.
 """
 
 from collections import Counter
@@ -54,7 +55,9 @@ def imbalance(rows: Tensor) -> float:
 
 @dataclass
 class LayerStats:
-    """Sums over the dispatches of one MoE layer that MACS planned or, where it is off, would have planned. Rows are the group's."""
+    """Sums over the dispatches of one MoE layer that MACS planned or, where it is off, would have planned. Rows are
+    the group's.
+    """
 
     dispatches: int = 0
     cut: int = 0

@@ -17,6 +17,7 @@ transformers 5.12 writes and reads them transposed. `OUT` is for SGLang, `OUT-hf
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -33,9 +34,8 @@ PIXELS_PER_TOKEN = (PATCH * MERGE) ** 2
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 160  # per image; a 640 x 427 photograph becomes 150
 
 # Root mean square of what each part adds to the residual stream; embeddings count 1. See the module's docstring.
-ATTENTION_GAIN = 0.25
-EXPERT_GAIN = 0.5
-ATTENTION_FOCUS = 1.6  # queries and keys have this root mean square: a few tokens get most of the attention
+ATTENTION_GAIN = 0.7
+EXPERT_GAIN = 0.7
 MOOD = 4.0  # weight of the direction by which the context chooses between a word's two successors
 ROUTER_GAIN = 1.5  # standard deviation of router logits: top-4 weights of about 0.5, 0.25, 0.15, 0.1
 VISUAL_PULL = 0.3  # shift of a visual token's router logits: up for the first half of the experts, down for the second
@@ -136,6 +136,17 @@ def build_qwen3_vl_moe(
 
 
 BUILDERS = {"qwen3_moe": build_qwen3_moe, "qwen3_vl_moe": build_qwen3_vl_moe}
+
+
+def ensure(out: Path | str, kind: str = "qwen3_vl_moe", **options) -> Path:
+    """Build the model at `out` unless it is there already, made by this very file with these options; returns `out`."""
+    out = Path(out)
+    stamp = out / "built_from.json"
+    wanted = {"builder": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(), "kind": kind, **options}
+    if not (stamp.exists() and json.loads(stamp.read_text()) == wanted):
+        BUILDERS[kind](out, **options)
+        stamp.write_text(json.dumps(wanted))  # last: an interrupted build has none
+    return out
 
 
 def _check(hidden: int, layers: int, num_experts: int, top_k: int, *, min_layers: int) -> None:
@@ -270,13 +281,11 @@ def _one(parameters: dict, suffix: str) -> torch.nn.Parameter:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     """CPU generator for one tensor."""
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _draw(name: str, parameter: torch.Tensor, seed: int) -> torch.Tensor:
     """Initial value of one parameter: norms 1, biases 0, others normal with unit output times the part's gain."""
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
-        return torch.full_like(parameter, ATTENTION_FOCUS)
     if parameter.ndim == 1:
         return torch.ones_like(parameter) if name.endswith("weight") else torch.zeros_like(parameter)
     value = torch.randn(parameter.shape, generator=_generator(seed, name))
@@ -315,14 +324,15 @@ def _pull_visual_tokens(parameters: dict, embed: torch.nn.Parameter, pull: float
         if name.endswith("mlp.gate.weight"):
             half = parameter.shape[0] // 2
             side = torch.cat([torch.ones(half), -torch.ones(half)])
+            parameter.data -= parameter.data @ u[:, None] * u
             parameter.data += pull / math.sqrt(hidden) * side[:, None] * u
 
 
 def _map_to_successors(embed: torch.nn.Parameter, head: torch.nn.Parameter, words: range, seed: int) -> None:
     """Set the output layer so that every word has two possible successors, and the context decides between them.
 
-    Half of the words have `+MOOD * d` in their row, the others `-MOOD * d`; embeddings have no part in direction `d [H]`,
-    so its sign comes from attention and experts alone. Each half covers all words: a row is the sum of two embeddings.
+    Half of the words have `+MOOD * d [H]` in their row, the others `-MOOD * d`. Embeddings have no part along `d`:
+    its sign comes from attention and experts alone. Each half covers all words: a row is the sum of two embeddings.
     All other rows are 0: no special token is ever generated, so an answer always has the requested length.
     """
     hidden = embed.shape[1]

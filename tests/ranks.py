@@ -27,7 +27,9 @@ def _entry(rank: int, world: int, store: str, function: Callable[..., Any], args
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`[function(rank, world, *args) for rank in range(world)]`, collectively. Fails with the first rank's traceback."""
+    """`[function(rank, world, *args) for rank in range(world)]`, collectively. Fails with the first rank's
+    traceback.
+    """
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""Options: presets, ranges, flags and their round trips; every refusal is one line that names what, got and expected."""
+"""Options: presets, ranges, flags and their round trips; every refusal is one line that names what, got and
+expected.
+"""
 
 import argparse
 import dataclasses
@@ -81,11 +83,12 @@ def test_json_round_trip_keeps_infinity():
 
 
 def test_entropies_are_skipped_only_where_nothing_depends_on_them():
-    assert not MacsConfig.from_preset("cai").needs_entropy
-    assert not MacsConfig.from_preset("rank", delta=0.0).needs_entropy
-    assert MacsConfig.from_preset("rank").needs_entropy
-    assert MacsConfig.from_preset("paper").needs_entropy
-    assert MacsConfig.from_preset("rank", importance="gate", profile="x").needs_entropy
+    assert not MacsConfig.from_preset("cai").needs_entropy(has_profile=True)
+    assert not MacsConfig.from_preset("rank", delta=0.0).needs_entropy(has_profile=True)
+    assert MacsConfig.from_preset("rank").needs_entropy(has_profile=False)
+    assert MacsConfig.from_preset("paper").needs_entropy(has_profile=False)
+    assert MacsConfig.from_preset("rank", importance="gate").needs_entropy(has_profile=True)
+    assert not MacsConfig.from_preset("rank", importance="gate").needs_entropy(has_profile=False)
 
 
 def test_flag_table_names_every_field():

@@ -1,4 +1,6 @@
-"""The CPU dispatcher between real processes: every row arrives where its expert is, and bounds hold where rows arrive."""
+"""The CPU dispatcher between real processes: every row arrives where its expert is, and bounds hold where rows
+arrive.
+"""
 
 import pytest
 import torch

@@ -93,7 +93,7 @@ ENTROPY_INPUTS: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
 }
 # Nats. The inputs are rounded to their dtype before both sides see them, so what is left is accumulation in f32:
 # about sqrt(H) ulps of the largest term, |d| e^d / Z, whose sum stays below log H (8.3 at H = 4096).
-ENTROPY_TOLERANCE = {"wide": 2e-5, "growing": 2e-5}
+ENTROPY_TOLERANCE = {"wide": 5e-6, "growing": 5e-6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -106,7 +106,7 @@ def test_entropy_score(name: str, dtype: torch.dtype) -> None:
     want = torch.tensor(oracle.entropy_score(*lists(hidden.double(), segment)), dtype=torch.float64)
     assert got.dtype == torch.float32
     assert got[1] == 0
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=ENTROPY_TOLERANCE.get(name, 1e-5))
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=ENTROPY_TOLERANCE.get(name, 2e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -237,6 +237,21 @@ def test_apply_of_any_cut(group: cases.Group, switches: dict[str, Any], seed: in
     want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **settings)
     assert (ids.tolist(), counts.tolist()) == (want_ids, want_counts)
     same_weights(weights, want_weights, (ids == b.topk_ids) | (ids < 0))
+
+
+@pytest.mark.parametrize(("rounds", "homes"), [(0, [-1, -1, -1]), (1, [2, -1, -1]), (2, [2, -1, 2])])
+def test_a_proposal_refused_counts_for_those_behind_it(rounds: int, homes: list[int]) -> None:
+    """Room for 250 units, proposals of 200, 200 and 40: the third has to wait for the next round."""
+    ids = torch.tensor([[0], [1], [0]])
+    weight = torch.tensor([200, 200, 40]) / 256
+    inputs = (ids, torch.ones(3, 1), weight, torch.zeros(3, dtype=torch.int32))
+    logits = torch.tensor([[0.0, 0.0, -1.0, -math.inf]]).repeat(3, 1)
+    cut = torch.tensor([[31, 0, 0, 0], [-1, 0, 250, 250]], dtype=torch.int32)
+    switches = USUAL | {"scope": "rank", "load": "effective", "buckets": 32, "reroute_rounds": rounds}
+    settings = pick(switches, APPLY, num_ranks=2, scoring="softmax")
+    inputs = (*inputs, logits, torch.zeros(4, dtype=torch.int32), cut)
+    got = ops.clip_apply(*inputs, **settings)[0].flatten().tolist()
+    assert got == [i for (i,) in oracle.clip_apply(*lists(*inputs), **settings)[0]] == homes
 
 
 @pytest.mark.parametrize("scope", ["expert", "rank"])

@@ -27,14 +27,18 @@ MACS_EXPORT int macs_load_histogram(const LoadHistogramParams* p, void* stream) 
 MACS_EXPORT int macs_clip_threshold(const ClipThresholdParams* p, void* stream) {
   return cuda::launch_clip_threshold(*p, static_cast<cudaStream_t>(stream));
 }
-MACS_EXPORT int macs_clip_apply(const ClipApplyParams* p, void* stream) {
-  return cuda::launch_clip_apply(*p, static_cast<cudaStream_t>(stream));
+MACS_EXPORT size_t macs_plan_workspace_bytes(const EntropyWeightParams* weight, const ClipApplyParams* apply) {
+  return cuda::plan_workspace_bytes(*weight, *apply);
+}
+MACS_EXPORT int macs_clip_apply(const ClipApplyParams* p, void* workspace, void* stream) {
+  return cuda::launch_clip_apply(*p, workspace, static_cast<cudaStream_t>(stream));
 }
 MACS_EXPORT int macs_score_histogram(const EntropyScoreParams* score, const EntropyWeightParams* weight,
                                      const LoadHistogramParams* histogram, void* workspace, void* stream) {
   return cuda::launch_score_histogram(*score, *weight, *histogram, workspace, static_cast<cudaStream_t>(stream));
 }
-MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply, void* stream) {
-  return cuda::launch_threshold_apply(*threshold, *apply, static_cast<cudaStream_t>(stream));
+MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply, void* workspace,
+                                     void* stream) {
+  return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream));
 }
 #endif

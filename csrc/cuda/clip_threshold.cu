@@ -2,11 +2,13 @@
 //
 // Problem:     E * 2 * B cells twice (256 KB at E = B = 128, once without an exchange) into E shifts and NB cuts.
 // Algorithm:   scope=expert: a warp per expert scans the cells as levels. scope=rank: a block per rank adds its experts'
-//              cells up as levels in shared memory, shifted by each expert's pressure, and a warp scans those. The sums
-//              over all bounds go through distributed shared memory.
+//              cells up as levels in shared memory, shifted by each expert's pressure, and a warp scans those. What the
+//              cut bounds keep is summed through distributed shared memory, and the room shared out by it.
 // Grid:        one cluster of up to 16 blocks of 512 threads; bounds are dealt round robin.
 // Determinism: integers, and doubles rounded step by step; no order matters.
 #include "clip_threshold.cuh"
+
+#include <cooperative_groups.h>
 
 #include "launch.cuh"
 #include "macs/cuda.h"
@@ -14,21 +16,50 @@
 namespace macs::cuda {
 namespace {
 
+namespace cg = cooperative_groups;
+
 constexpr int kThreads = 512;
 
 __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_constant__ ClipThresholdParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   start_dependents();
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int num_blocks = cluster.num_blocks(), pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
+  Kept* const kept = reinterpret_cast<Kept*>(shared + threshold_shared_bytes(p));
+  Kept* const kept_by_all = kept + pools;
+  int4* const cuts = reinterpret_cast<int4*>(p.cut);
+  for (int pool = threadIdx.x; pool < pools; pool += kThreads) kept[pool] = {0, 0};
+  __syncthreads();
   wait_for_previous();
-  cluster_clip_threshold(p, shared);
-  cg::this_cluster().sync();
+  find_cuts(p, shared, cluster.block_rank(), num_blocks, [&](int n, const Cut& cut, int bound) {
+    cuts[n] = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound);
+    if (cut.level < 0) return;
+    atomicAdd(&kept[pool_of(p, n)].group, cut.kept.group);
+    atomicAdd(&kept[pool_of(p, n)].own, cut.kept.own);
+  });
+  cluster.sync();
+  for (int pool = threadIdx.x; pool < pools; pool += kThreads) {
+    Kept sum = {0, 0};
+#pragma unroll 8
+    for (int block = 0; block < num_blocks; ++block) {
+      const Kept other = *cluster.map_shared_rank(kept + pool, block);
+      sum.group += other.group, sum.own += other.own;
+    }
+    kept_by_all[pool] = sum;
+  }
+  __syncthreads();
+  const int bounds = num_bounds(p.scope, p.num_experts, p.num_ranks);
+  for (int n = cluster.block_rank() * kThreads + threadIdx.x; n < bounds; n += num_blocks * kThreads) {
+    cuts[n].z = room_share(p, cuts[n].z, kept_by_all[pool_of(p, n)]);
+  }
+  cluster.sync();  // nobody leaves while its shared memory is being read
 }
 
 }  // namespace
 
 cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t stream) {
   static int cached[kMaxDevices] = {};
-  const size_t bytes = threshold_shared_bytes(p);
+  const size_t bytes = threshold_shared_bytes(p) + 2 * sizeof(Kept) * p.num_ranks;
   if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
   const int cluster = largest_cluster(clip_threshold_kernel, kThreads, cached);
   return launch(clip_threshold_kernel,

@@ -1,9 +1,8 @@
-// clip_threshold as a device function of one cluster, for its own kernel and for the fused threshold_apply.
+// The cuts as a device function of a block, for clip_threshold's own kernel and for the fused threshold_apply.
 //
 // Real arithmetic is IEEE double with every rounding spelled out (__dmul_rn and friends are never contracted), so that
 // the bounds equal the CPU's to the bit; all else is integer.
 #pragma once
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -14,7 +13,7 @@
 
 namespace macs::cuda {
 
-namespace cg = cooperative_groups;
+constexpr int kMaxPools = 1024;  // ranks
 
 __host__ __device__ inline int num_bounds(Scope scope, int num_experts, int num_ranks) {
   return scope == Scope::kExpert ? num_experts : num_ranks;
@@ -102,127 +101,126 @@ struct Capacity {
   }
 };
 
+// Levels of one rank's bound, group's and own, and the shifts of its experts; a multiple of 16.
 __host__ __device__ inline size_t threshold_shared_bytes(const ClipThresholdParams& p) {
-  // kept of the ranks (own block's, then the cluster's), levels of one rank
-  return 2 * sizeof(Kept) * p.num_ranks + sizeof(Cell) * 2 * num_buckets(p.bucket_bits);
+  const size_t ints = 4 * num_buckets(p.bucket_bits) + p.num_experts / p.num_ranks;
+  return (ints * sizeof(int) + 15) / 16 * 16;
 }
 
-// Levels of one rank's bound into `levels` (block), after the shifts of its experts.
-__device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Capacity& capacity, int rank, Cell* levels) {
+// One warp: the shift of an expert, and what falls on its lowest levels (text and visual) into `levels`.
+__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, int expert, int* group_levels,
+                                            int* own_levels) {
+  const int lane = threadIdx.x % kWarp, buckets = num_buckets(p.bucket_bits);
+  const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
+  const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
+  int shift = 0;
+  if (p.alpha > 0.0) {
+    const double most = capacity.of_expert(p, expert);
+    int load = 0;
+#pragma unroll 8
+    for (int cell = lane; cell < 2 * buckets; cell += kWarp) load += group[cell];
+    load = __reduce_add_sync(kFullMask, load);
+    const double rows = static_cast<double>(load) * (1.0 / capacity.units);  // units: a power of two, exact
+    shift = pressure_shift(rows, most, p.alpha, p.bucket_bits);
+  }
+  for (int text = 0; text < 2; ++text) {
+    Cell lowest = {0, 0};
+    for (int bucket = lane; bucket <= shift; bucket += kWarp) {
+      lowest.group += group[text * buckets + bucket], lowest.own += own[text * buckets + bucket];
+    }
+    lowest.group = __reduce_add_sync(kFullMask, lowest.group);
+    lowest.own = __reduce_add_sync(kFullMask, lowest.own);
+    const int level = text != 0 && p.protect_text ? buckets : 0;
+    if (lane == 0) atomicAdd(&group_levels[level], lowest.group), atomicAdd(&own_levels[level], lowest.own);
+  }
+  if (lane == 0) p.shift[expert] = shift;
+  return shift;
+}
+
+// Levels of one rank's bound (block): first the shifts of its experts, then every level above the lowest gathers its
+// cells, one expert after the other.
+__device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Capacity& capacity, int rank, int* group_levels,
+                                          int* own_levels, int* shifts) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const int buckets = num_buckets(p.bucket_bits), local = p.num_experts / p.num_ranks;
-  for (int l = threadIdx.x; l < 2 * buckets; l += blockDim.x) levels[l] = {0, 0};
+  const bool alone = p.own == p.group;  // without an exchange: read once
+  for (int l = threadIdx.x; l < 2 * buckets; l += blockDim.x) group_levels[l] = own_levels[l] = 0;
   __syncthreads();
-  for (int expert = rank * local + warp; expert < (rank + 1) * local; expert += num_warps) {
-    const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
-    const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
-    int shift = 0;
-    if (p.alpha > 0.0) {
-      int load = 0;
+  for (int i = warp; i < local; i += num_warps) {
+    const int shift = expert_shift(p, capacity, rank * local + i, group_levels, own_levels);
+    if (lane == 0) shifts[i] = shift;
+  }
+  __syncthreads();
+  // Experts are dealt to as many threads per level as there are.
+  const int parts = max(1, static_cast<int>(blockDim.x) / (2 * buckets));
+  const int part = threadIdx.x / (2 * buckets);
+  const int first = parts > 1 ? threadIdx.x % (2 * buckets) : threadIdx.x;
+  for (int l = first; l < 2 * buckets && part < parts; l += parts > 1 ? 2 * buckets : blockDim.x) {
+    const int text = l / buckets, e = l % buckets;
+    Cell sum = {0, 0};
 #pragma unroll 8
-      for (int cell = lane; cell < 2 * buckets; cell += kWarp) load += group[cell];
-      load = __reduce_add_sync(kFullMask, load);
-      const double rows = __ddiv_rn(static_cast<double>(load), capacity.units);
-      shift = pressure_shift(rows, capacity.of_expert(p, expert), p.alpha, p.bucket_bits);
+    for (int i = part; i < local; i += parts) {
+      const int bucket = e + shifts[i];
+      if (e == 0 || bucket >= buckets) continue;
+      const int64_t cell = (static_cast<int64_t>(rank * local + i) * 2 + text) * buckets + bucket;
+      sum.group += p.group[cell];
+      sum.own += alone ? 0 : p.own[cell];
     }
-    if (lane == 0) p.shift[expert] = shift;
-    for (int text = 0; text < 2; ++text) {
-      const int floor_level = text != 0 && p.protect_text ? buckets : 0;
-      Cell lowest = {0, 0};
-#pragma unroll 4
-      for (int bucket = lane; bucket < buckets; bucket += kWarp) {
-        const Cell cell = {group[text * buckets + bucket], own[text * buckets + bucket]};
-        if (bucket <= shift) {  // all of these end on one level: add them up in the warp
-          lowest.group += cell.group, lowest.own += cell.own;
-        } else {
-          if (cell.group != 0) atomicAdd(&levels[floor_level + bucket - shift].group, cell.group);
-          if (cell.own != 0) atomicAdd(&levels[floor_level + bucket - shift].own, cell.own);
-        }
-      }
-      lowest.group = __reduce_add_sync(kFullMask, lowest.group);
-      lowest.own = __reduce_add_sync(kFullMask, lowest.own);
-      if (lane == 0) {
-        atomicAdd(&levels[floor_level].group, lowest.group);
-        atomicAdd(&levels[floor_level].own, lowest.own);
-      }
-    }
+    if (alone) sum.own = sum.group;
+    const int level = e + (text != 0 && p.protect_text ? buckets : 0);
+    if (sum.group != 0) atomicAdd(&group_levels[level], sum.group);
+    if (sum.own != 0) atomicAdd(&own_levels[level], sum.own);
   }
   __syncthreads();
 }
 
-// One lane: store a bound's cut, and count what it keeps for the rank (or, at index 0, for all).
-__device__ __forceinline__ void store_cut(const ClipThresholdParams& p, int n, const Cut& cut, int bound, Kept* kept) {
-  reinterpret_cast<int4*>(p.cut)[n] = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound);
-  if (cut.level < 0) return;
-  const int rank = p.scope == Scope::kRank ? n : n / (p.num_experts / p.num_ranks);
-  Kept& target = kept[p.reroute == Reroute::kLocal ? rank : 0];
-  atomicAdd(&target.group, cut.kept.group);
-  atomicAdd(&target.own, cut.kept.own);
+// Where a bound's losses and room are counted: with its rank, or all in one place.
+__device__ __forceinline__ int pool_of(const ClipThresholdParams& p, int n) {
+  if (p.reroute != Reroute::kLocal) return 0;
+  return p.scope == Scope::kRank ? n : n / (p.num_experts / p.num_ranks);
 }
 
-// One thread per bound of this block: the group's room becomes the own share of it.
-__device__ __forceinline__ void share_room(const ClipThresholdParams& p, int n, const Kept* kept) {
-  int4* cut = reinterpret_cast<int4*>(p.cut) + n;
-  const int rank = p.scope == Scope::kRank ? n : n / (p.num_experts / p.num_ranks);
-  const Kept& total = kept[p.reroute == Reroute::kLocal ? rank : 0];
-  const unsigned long long room = static_cast<unsigned>(cut->z);
-  cut->z = p.reroute == Reroute::kNone || total.group == 0 ? 0 : static_cast<int>(room * total.own / total.group);
+// The own share of the group's room, given what the pool keeps.
+__device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t group_room, const Kept& pool) {
+  if (p.reroute == Reroute::kNone || pool.group == 0) return 0;
+  return static_cast<int>(static_cast<unsigned long long>(group_room) * pool.own / pool.group);
 }
 
-// The whole operator; every thread of the cluster takes part. Ends before the last cluster barrier of the caller:
-// other blocks may still read this block's `shared`, and `shift` and `cut` are visible to the cluster only after it.
-static __device__ __noinline__ void cluster_clip_threshold(const ClipThresholdParams& p, unsigned char* shared) {
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int block = cluster.block_rank(), num_blocks = cluster.num_blocks();
+// This block's share of the bounds, round robin over `num_blocks`: `store(n, cut, bound)` is called by one thread each.
+// Not inlined: its registers would weigh on the fused kernel's.
+template <class Store>
+__device__ __noinline__ void find_cuts(const ClipThresholdParams& p, unsigned char* shared, int block, int num_blocks,
+                                       Store store) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const int buckets = num_buckets(p.bucket_bits);
-  Kept* const kept = reinterpret_cast<Kept*>(shared);
-  Kept* const kept_by_all = kept + p.num_ranks;
-  Cell* const levels = reinterpret_cast<Cell*>(kept_by_all + p.num_ranks);
-  for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x) kept[r] = {0, 0};
-  const Capacity capacity(p, p.group + static_cast<int64_t>(p.num_experts) * 2 * buckets);
-  __syncthreads();
-  const int bounds = num_bounds(p.scope, p.num_experts, p.num_ranks);
-  const int step = p.scope == Scope::kRank ? num_blocks : num_blocks * num_warps;
-  const int first = p.scope == Scope::kRank ? block : warp * num_blocks + block;
+  int* const group_levels = reinterpret_cast<int*>(shared);
+  int* const own_levels = group_levels + 2 * buckets;
+  const int32_t* const sums = p.group + static_cast<int64_t>(p.num_experts) * 2 * buckets;
+  const Capacity capacity(p, sums);
   if (p.scope == Scope::kRank) {
-    const double all = p.group[static_cast<int64_t>(p.num_experts) * 2 * buckets];
-    const double rows = __ddiv_rn(__dmul_rn(p.gamma, all), static_cast<double>(p.num_ranks));
+    const double rows = __ddiv_rn(__dmul_rn(p.gamma, static_cast<double>(sums[0])), static_cast<double>(p.num_ranks));
     const int bound = Capacity::bound_of(p.gamma, rows, capacity.units);
-    for (int rank = first; rank < bounds; rank += step) {
-      gather_rank_levels(p, capacity, rank, levels);
+    for (int rank = block; rank < p.num_ranks; rank += num_blocks) {
+      gather_rank_levels(p, capacity, rank, group_levels, own_levels, own_levels + 2 * buckets);
       if (warp == 0) {
-        const Cut cut = warp_find_cut([&](int l) { return levels[l]; }, 2 * buckets, bound);
-        if (lane == 0) store_cut(p, rank, cut, bound, kept);
+        const Cut cut = warp_find_cut([&](int l) { return Cell{group_levels[l], own_levels[l]}; }, 2 * buckets, bound);
+        if (lane == 0) store(rank, cut, bound);
       }
       __syncthreads();
     }
-  } else {
-    for (int expert = first; expert < bounds; expert += step) {
-      const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
-      const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
-      const int bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, expert), capacity.units);
-      const auto apart = [&](int l) { return Cell{group[l], own[l]}; };
-      const auto together = [&](int l) { return Cell{group[l] + group[buckets + l], own[l] + own[buckets + l]}; };
-      const Cut cut = p.protect_text ? warp_find_cut(apart, 2 * buckets, bound) : warp_find_cut(together, buckets, bound);
-      if (lane == 0) {
-        p.shift[expert] = 0;
-        store_cut(p, expert, cut, bound, kept);
-      }
-    }
+    return;
   }
-  cluster.sync();
-  for (int r = threadIdx.x; r < p.num_ranks; r += blockDim.x) {
-    Kept sum = {0, 0};
-    for (int b = 0; b < num_blocks; ++b) {
-      const Kept other = *cluster.map_shared_rank(kept + r, b);
-      sum.group += other.group, sum.own += other.own;
+  for (int expert = warp * num_blocks + block; expert < p.num_experts; expert += num_warps * num_blocks) {
+    const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
+    const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
+    const int bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, expert), capacity.units);
+    const auto apart = [&](int l) { return Cell{group[l], own[l]}; };
+    const auto together = [&](int l) { return Cell{group[l] + group[buckets + l], own[l] + own[buckets + l]}; };
+    const Cut cut = p.protect_text ? warp_find_cut(apart, 2 * buckets, bound) : warp_find_cut(together, buckets, bound);
+    if (lane == 0) {
+      p.shift[expert] = 0;
+      store(expert, cut, bound);
     }
-    kept_by_all[r] = sum;
-  }
-  __syncthreads();
-  if (p.scope == Scope::kRank ? threadIdx.x == 0 : lane == 0) {
-    for (int n = first; n < bounds; n += step) share_room(p, n, kept_by_all);
   }
 }
 

@@ -185,12 +185,20 @@ __global__ void __launch_bounds__(kWarpKernelThreads, 4) entropy_score_warp_kern
     }
     if (lane == 0) {
       p.entropy[row] = entropy;
-      if (args.sums != nullptr && segment >= 0) accumulator.add(segment, entropy, args.sums, args.copies, copy);
+      if (args.layout.sums != nullptr && segment >= 0) accumulator.add(segment, entropy, args.layout, copy);
     }
     segment = next;
   }
   wait_for_previous();
-  if (lane == 0 && args.sums != nullptr) accumulator.flush(args.sums, args.copies, copy);
+  if (args.layout.sums == nullptr) return;
+  __syncthreads();
+  if (warp == 0 && lane < num_warps) {  // mostly all warps have one segment: add it up once per block
+    if (lane == 0) {
+      for (int other = 1; other < num_warps; ++other) accumulators[0].absorb(accumulators[other]);
+    }
+    __syncwarp((1u << num_warps) - 1u);
+    accumulators[lane].flush(args.layout, copy + lane);
+  }
 }
 
 template <class Element, int kVectors, int kWarps, bool kExact>
@@ -222,12 +230,12 @@ __global__ void __launch_bounds__(kWarps * kWarp, 32 / kWarps)
       for (int i = 1; i < kWarps; ++i) whole = merge(whole, parts[side][i]);
       const float entropy = entropy_of(whole);
       p.entropy[row] = entropy;
-      if (args.sums != nullptr) accumulator.add(segment, entropy, args.sums, args.copies, blockIdx.x);
+      if (args.layout.sums != nullptr) accumulator.add(segment, entropy, args.layout, blockIdx.x);
     }
     side ^= 1;
   }
   wait_for_previous();
-  if (threadIdx.x == 0 && args.sums != nullptr) accumulator.flush(args.sums, args.copies, blockIdx.x);
+  if (threadIdx.x == 0 && args.layout.sums != nullptr) accumulator.flush(args.layout, blockIdx.x);
 }
 
 template <class Element>
@@ -263,12 +271,12 @@ __global__ void __launch_bounds__(kGenericThreads) entropy_score_generic_kernel(
       for (int i = 1; i < kGenericThreads / kWarp; ++i) whole = merge(whole, parts[i]);
       const float entropy = entropy_of(whole);
       p.entropy[row] = entropy;
-      if (args.sums != nullptr) accumulator.add(segment, entropy, args.sums, args.copies, blockIdx.x);
+      if (args.layout.sums != nullptr) accumulator.add(segment, entropy, args.layout, blockIdx.x);
     }
     __syncthreads();
   }
   wait_for_previous();
-  if (threadIdx.x == 0 && args.sums != nullptr) accumulator.flush(args.sums, args.copies, blockIdx.x);
+  if (threadIdx.x == 0 && args.layout.sums != nullptr) accumulator.flush(args.layout, blockIdx.x);
 }
 
 int grid_for(int64_t work, int blocks_per_multiprocessor) {
@@ -312,7 +320,7 @@ cudaError_t enqueue_entropy_score(const EntropyScoreArgs& args, bool overlap, cu
 }
 
 cudaError_t launch_entropy_score(const EntropyScoreParams& p, cudaStream_t stream) {
-  return enqueue_entropy_score({.p = p, .sums = nullptr, .copies = 1}, false, stream);
+  return enqueue_entropy_score({.p = p, .layout = {}}, false, stream);
 }
 
 }  // namespace macs::cuda

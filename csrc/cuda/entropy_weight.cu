@@ -16,8 +16,7 @@ constexpr int kThreads = 256;
 
 struct EntropyWeightArgs {
   EntropyWeightParams p;
-  SegmentSums* sums;
-  int copies;
+  SumsLayout layout;
 };
 
 __global__ void __launch_bounds__(kThreads) zero_kernel(const __grid_constant__ ZeroArgs args) {
@@ -42,9 +41,9 @@ __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const __grid_con
   accumulator.clear();
   for (unsigned left = peers; segment >= 0 && left != 0; left &= left - 1) {
     const float other = __shfl_sync(peers, entropy, __ffs(left) - 1);
-    if (lane == __ffs(peers) - 1) accumulator.add(segment, other, args.sums, args.copies, blockIdx.x);
+    if (lane == __ffs(peers) - 1) accumulator.add(segment, other, args.layout, blockIdx.x);
   }
-  accumulator.flush(args.sums, args.copies, blockIdx.x);
+  accumulator.flush(args.layout, blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_constant__ EntropyWeightArgs args) {
@@ -53,10 +52,10 @@ __global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_c
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int segment = token < args.p.num_tokens ? __ldg(args.p.segment + token) : -1;
   wait_for_previous();
-  const bool few = args.copies > 1;
+  const bool few = args.layout.copies > 1;
   if (few) {
     for (int s = threadIdx.x / kWarp; s < args.p.num_segments; s += kThreads / kWarp) {
-      const SegmentMoments moments = warp_moments(args.sums, s, args.copies);
+      const SegmentMoments moments = warp_moments(args.layout, s);
       if (threadIdx.x % kWarp == 0) table[s] = moments;
     }
     __syncthreads();
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_c
   if (token >= args.p.num_tokens) return;
   float weight = 1.0f;
   if (segment >= 0) {
-    weight = weight_of(args.p.entropy[token], few ? table[segment] : moments_of(args.sums[segment]), args.p.delta);
+    weight = weight_of(args.p.entropy[token], few ? table[segment] : moments_of(args.layout.sums[segment]), args.p.delta);
   }
   args.p.weight[token] = weight;
 }
@@ -80,15 +79,14 @@ cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream) {
 }
 
 size_t entropy_weight_workspace_bytes(const EntropyWeightParams& p) {
-  const int64_t segments = p.num_segments > 0 ? p.num_segments : 1;  // a batch of text alone still gets a pointer
-  return static_cast<size_t>(segments) * segment_copies(p.num_segments) * sizeof(SegmentSums);
+  return static_cast<size_t>(SumsLayout::of(nullptr, p.num_segments).bytes());
 }
 
 cudaError_t launch_entropy_weight(const EntropyWeightParams& p, void* workspace, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  const EntropyWeightArgs args = {p, static_cast<SegmentSums*>(workspace), segment_copies(p.num_segments)};
+  const EntropyWeightArgs args = {p, SumsLayout::of(workspace, p.num_segments)};
   const Shape shape = {.grid = static_cast<int>((p.num_tokens + kThreads - 1) / kThreads), .block = kThreads, .overlap = true};
-  cudaError_t error = enqueue_zero({workspace, nullptr, static_cast<int64_t>(entropy_weight_workspace_bytes(p)), 0}, stream);
+  cudaError_t error = enqueue_zero({workspace, nullptr, args.layout.bytes(), 0}, stream);
   if (error == cudaSuccess) error = launch(segment_sums_kernel, shape, args, stream);
   if (error == cudaSuccess) error = launch(entropy_weight_kernel, shape, args, stream);
   return error;

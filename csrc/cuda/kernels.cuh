@@ -15,20 +15,18 @@ struct ZeroArgs {
 };
 cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream);
 
-// Entropies, and the sums of their segments where `sums` is given (zeroed by the kernel before).
+// Entropies, and the sums of their segments where `layout.sums` is given (zeroed by the kernel before).
 struct EntropyScoreArgs {
   EntropyScoreParams p;
-  SegmentSums* sums;
-  int copies;
+  SumsLayout layout;
 };
 cudaError_t enqueue_entropy_score(const EntropyScoreArgs& args, bool overlap, cudaStream_t stream);
 
-// The histogram, with the weights taken from `p.in.weight`, or computed from `sums` and written where `sums` is given.
+// The histogram, with the weights taken from `p.in.weight`, or computed from the sums and written where `layout.sums` is given.
 struct LoadHistogramArgs {
   LoadHistogramParams p;
   EntropyWeightParams weight;
-  const SegmentSums* sums;
-  int copies;
+  SumsLayout layout;
 };
 cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream);
 

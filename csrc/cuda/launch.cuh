@@ -23,12 +23,13 @@ struct Shape {
   int grid, block;
   int cluster = 1;
   size_t shared_bytes = 0;
-  bool overlap = false;  // start while the previous kernel of the stream still runs
+  bool overlap = false;      // start while the previous kernel of the stream still runs
+  bool cooperative = false;  // all blocks on the device at once
 };
 
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.grid);
   config.blockDim = dim3(shape.block);
@@ -45,6 +46,11 @@ cudaError_t launch(void (*kernel)(Args), const Shape& shape, const Args& args, c
   if (shape.overlap) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
     ++config.numAttrs;
   }
   return cudaLaunchKernelEx(&config, kernel, args);

@@ -7,6 +7,7 @@
 // Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
 // Determinism: integer additions only.
 #include "assignments.cuh"
+#include "grid.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
@@ -62,9 +63,9 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
   // The weight is an input older than this chain unless it is made here: the first loads need not wait.
   Slot slot = load_slot<Id, !kFromEntropy>(in, step, first, in.num_tokens);
   wait_for_previous();
-  if (kFromEntropy && args.copies > 1) {
+  if (kFromEntropy && args.layout.copies > 1) {
     for (int s = threadIdx.x / kWarp; s < args.weight.num_segments; s += kWarps) {
-      const SegmentMoments moments = warp_moments(args.sums, s, args.copies);
+      const SegmentMoments moments = warp_moments(args.layout, s);
       if (threadIdx.x % kWarp == 0) table[s] = moments;
     }
     __syncthreads();
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
     if (kFromEntropy && slot.inside) {
       slot.weight = 1.0f;
       if (!slot.text()) {
-        const SegmentMoments moments = args.copies > 1 ? table[slot.segment] : moments_of(args.sums[slot.segment]);
+        const SegmentMoments moments = args.layout.copies > 1 ? table[slot.segment] : moments_of(args.layout.sums[slot.segment]);
         slot.weight = weight_of(args.weight.entropy[slot.token], moments, args.weight.delta);
       }
       if (leader) args.weight.weight[slot.token] = slot.weight;
@@ -102,7 +103,7 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
   const int64_t blocks = (in.num_tokens + tokens_per_block - 1) / tokens_per_block;
   const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
   const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = true};
-  if (args.sums != nullptr) {
+  if (args.layout.sums != nullptr) {
     return launch(in.ids_are_i64 ? load_histogram_kernel<int64_t, true> : load_histogram_kernel<int32_t, true>, shape, args,
                   stream);
   }
@@ -116,18 +117,18 @@ static int64_t histogram_bytes(const Assignments& in) {
 
 cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t stream) {
   const cudaError_t error = enqueue_zero({p.histogram, nullptr, histogram_bytes(p.in), 0}, stream);
-  return error == cudaSuccess ? enqueue_load_histogram({.p = p, .weight = {}, .sums = nullptr, .copies = 1}, stream) : error;
+  return error == cudaSuccess ? enqueue_load_histogram({.p = p, .weight = {}, .layout = {}}, stream) : error;
 }
 
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
-  SegmentSums* sums = static_cast<SegmentSums*>(workspace);
-  const int copies = segment_copies(weight.num_segments);
-  const int64_t sums_bytes = static_cast<int64_t>(entropy_weight_workspace_bytes(weight));
-  cudaError_t error = enqueue_zero({histogram.histogram, sums, histogram_bytes(histogram.in), sums_bytes}, stream);
-  if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .sums = sums, .copies = copies}, true, stream);
+  GridState* const state = static_cast<GridState*>(workspace);  // for threshold_apply
+  const SumsLayout layout = SumsLayout::of(state + 1, weight.num_segments);
+  const int64_t state_bytes = static_cast<int64_t>(sizeof(GridState)) + layout.bytes();
+  cudaError_t error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), state_bytes}, stream);
+  if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .layout = layout}, true, stream);
   if (error != cudaSuccess) return error;
-  return enqueue_load_histogram({.p = histogram, .weight = weight, .sums = sums, .copies = copies}, stream);
+  return enqueue_load_histogram({.p = histogram, .weight = weight, .layout = layout}, stream);
 }
 
 }  // namespace macs::cuda

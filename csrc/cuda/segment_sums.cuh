@@ -14,6 +14,7 @@
 namespace macs::cuda {
 
 constexpr float kEntropyOne = 67108864.0f;  // 2^26
+constexpr float kEntropyUnit = 1.0f / kEntropyOne;
 constexpr float kEntropyMost = 32.0f;       // nats; ln H stays far below
 constexpr int kCopies = 16;                 // of the sums of few segments, against contention on one address
 constexpr int kFewSegments = 64;
@@ -23,12 +24,24 @@ struct alignas(32) SegmentSums {
 };
 
 struct SegmentMoments {
-  double mean, inverse_std;
+  double mean;  // the deviation from it cancels, the rest need not be double
+  float inverse_std;
 };
 
-inline int segment_copies(int64_t num_segments) { return num_segments <= kFewSegments ? kCopies : 1; }
+// The sums of all segments, `copies` times, `stride` apart.
+struct SumsLayout {
+  SegmentSums* sums;
+  int copies, stride;
 
-// `sums` is [num_segments, copies]; adds of one thread go to one copy. A kernel short of registers keeps it in shared
+  // Copies of few segments lie 256 bytes apart or more: on one line of L2 their additions would queue.
+  static SumsLayout of(void* memory, int64_t num_segments) {
+    const bool few = num_segments <= kFewSegments;
+    return {static_cast<SegmentSums*>(memory), few ? kCopies : 1, static_cast<int>(num_segments < 8 ? 8 : num_segments)};
+  }
+  int64_t bytes() const { return static_cast<int64_t>(copies) * stride * sizeof(SegmentSums); }
+};
+
+// Sums of a run of tokens of one segment, added to a copy in device memory when the segment changes. A kernel short of registers keeps it in shared
 // memory, so it has no constructor: `clear` first.
 class SegmentAccumulator {
  public:
@@ -37,8 +50,8 @@ class SegmentAccumulator {
     segment_ = -1;
   }
 
-  __device__ __forceinline__ void add(int segment, float entropy, SegmentSums* sums, int copies, int copy) {
-    if (segment != segment_) flush(sums, copies, copy);
+  __device__ __forceinline__ void add(int segment, float entropy, const SumsLayout& layout, int copy) {
+    if (segment != segment_) flush(layout, copy);
     segment_ = segment;
     const float inside = fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost);
     const long long q = __float2ll_rn(inside * kEntropyOne);
@@ -49,10 +62,20 @@ class SegmentAccumulator {
     local_.square_high += square >> 32;
   }
 
-  __device__ __forceinline__ void flush(SegmentSums* sums, int copies, int copy) {
+  // Takes over what `other` holds if it is of the same segment.
+  __device__ __forceinline__ void absorb(SegmentAccumulator& other) {
+    if (segment_ < 0 || other.segment_ != segment_) return;
+    local_.count += other.local_.count;
+    local_.sum += other.local_.sum;
+    local_.square_low += other.local_.square_low;
+    local_.square_high += other.local_.square_high;
+    other.clear();
+  }
+
+  __device__ __forceinline__ void flush(const SumsLayout& layout, int copy) {
     if (segment_ >= 0) {
       wait_for_previous();  // the kernel before this one zeroes the sums
-      SegmentSums* target = sums + static_cast<int64_t>(segment_) * copies + copy % copies;
+      SegmentSums* target = layout.sums + static_cast<int64_t>(copy % layout.copies) * layout.stride + segment_;
       atomicAdd(&target->count, local_.count);
       atomicAdd(&target->sum, local_.sum);
       atomicAdd(&target->square_low, local_.square_low);
@@ -67,7 +90,7 @@ class SegmentAccumulator {
 };
 
 __device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
-  if (s.count == 0) return {0.0, 0.0};
+  if (s.count == 0) return {0.0, 0.0f};
   using Wide = unsigned __int128;
   const long long sum = static_cast<long long>(s.sum);
   const unsigned long long magnitude = static_cast<unsigned long long>(sum < 0 ? -sum : sum);
@@ -75,15 +98,16 @@ __device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
   const Wide spread = squares * s.count - static_cast<Wide>(magnitude) * magnitude;
   const double wide = static_cast<double>(static_cast<unsigned long long>(spread >> 64)) * 18446744073709551616.0 +
                       static_cast<double>(static_cast<unsigned long long>(spread));
-  const double unit = 1.0 / (static_cast<double>(s.count) * kEntropyOne);
-  return {static_cast<double>(sum) * unit, 1.0 / (sqrt(wide) * unit + static_cast<double>(kStdEpsilon))};
+  const double inverse = 1.0 / static_cast<double>(s.count);
+  const float variance = static_cast<float>(wide * inverse * inverse) * kEntropyUnit * kEntropyUnit;
+  return {static_cast<double>(sum) * inverse * kEntropyUnit, 1.0f / (sqrtf(variance) + kStdEpsilon)};
 }
 
 // One warp: the moments of a segment out of its copies, the same in every lane.
-__device__ __forceinline__ SegmentMoments warp_moments(const SegmentSums* sums, int segment, int copies) {
+__device__ __forceinline__ SegmentMoments warp_moments(const SumsLayout& layout, int segment) {
   const int lane = threadIdx.x % kWarp;
   SegmentSums total = {};
-  if (lane < copies) total = sums[static_cast<int64_t>(segment) * copies + lane];
+  if (lane < layout.copies) total = layout.sums[lane * layout.stride + segment];
   for (int offset = kCopies / 2; offset > 0; offset /= 2) {
     total.count += __shfl_xor_sync(kFullMask, total.count, offset);
     total.sum += __shfl_xor_sync(kFullMask, total.sum, offset);
@@ -94,7 +118,7 @@ __device__ __forceinline__ SegmentMoments warp_moments(const SegmentSums* sums, 
 }
 
 __device__ __forceinline__ float weight_of(float entropy, const SegmentMoments& moments, float delta) {
-  const float z = static_cast<float>((static_cast<double>(entropy) - moments.mean) * moments.inverse_std);
+  const float z = static_cast<float>(static_cast<double>(entropy) - moments.mean) * moments.inverse_std;
   return __fdiv_rn(1.0f, 1.0f + expf(delta * z));
 }
 

@@ -82,9 +82,11 @@ def make_inputs(config: Config, seed: int, device: str = "cpu") -> Inputs:
         drop[rng.random(t) < 0.3] = True  # whole tokens of padding
     ids = np.where(drop, -1, top).astype(np.int64)
     gates = np.where(drop, np.float32(0), gates).astype(np.float32)
-    if config.odd:
-        logits[rng.random((t, e)) < config.odd] = rng.choice([np.inf, -np.inf, np.nan])
-        logits[rng.random((t, e)) < config.odd] = -0.0
+    if config.odd:  # anywhere but at the token's own experts, whose logits the re-routed weights refer to
+        own = np.zeros((t, e), bool)
+        np.put_along_axis(own, top, True, 1)
+        logits[(rng.random((t, e)) < config.odd) & ~own] = rng.choice([np.inf, -np.inf, np.nan])
+        logits[(rng.random((t, e)) < config.odd) & ~own] = -0.0
     image = np.minimum(np.arange(t) * config.num_segments // max(t, 1), config.num_segments - 1)
     if config.shuffled:
         rng.shuffle(image)
@@ -126,8 +128,9 @@ class Run:
         }  # fmt: skip
         self.out = {name: torch.empty(shape, dtype=kind, device="cuda") for name, (shape, kind) in shapes.items()}
         self._params()
-        size = kernels.workspace_bytes(self.weight_params)
+        size = kernels.plan_workspace_bytes(self.weight_params, self.apply_params)
         self.workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.sums = torch.empty(size, dtype=torch.uint8, device="cuda")  # of `weigh`, which prepares nothing for others
 
     def _params(self) -> None:
         f, out = self.config, {name: tensor.data_ptr() for name, tensor in self.out.items()}
@@ -154,14 +157,14 @@ class Run:
         )  # fmt: skip
 
     def poison(self) -> None:
-        for tensor in (*self.out.values(), self.workspace):
+        for tensor in (*self.out.values(), self.workspace, self.sums):
             tensor.view(torch.uint8).fill_(POISON) if tensor.numel() else None
 
     def score(self) -> None:
         self.kernels("entropy_score", self.score_params)
 
     def weigh(self) -> None:
-        self.kernels("entropy_weight", self.weight_params, self.workspace.data_ptr())
+        self.kernels("entropy_weight", self.weight_params, self.sums.data_ptr())
 
     def histogram(self) -> None:
         self.kernels("load_histogram", self.histogram_params)
@@ -174,14 +177,14 @@ class Run:
         self.kernels("clip_threshold", self.threshold_params)
 
     def apply(self) -> None:
-        self.kernels("clip_apply", self.apply_params)
+        self.kernels("clip_apply", self.apply_params, self.workspace.data_ptr())
 
     def score_histogram(self) -> None:
         workspace = self.workspace.data_ptr()
         self.kernels("score_histogram", self.score_params, self.weight_params, self.histogram_params, workspace)
 
     def threshold_apply(self) -> None:
-        self.kernels("threshold_apply", self.threshold_params, self.apply_params)
+        self.kernels("threshold_apply", self.threshold_params, self.apply_params, self.workspace.data_ptr())
 
     def separate(self) -> None:
         for step in (self.score, self.weigh, self.histogram, self.exchange, self.threshold, self.apply):

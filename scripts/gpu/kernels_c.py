@@ -122,7 +122,7 @@ class Kernels:
     def __init__(self, jobs: int | None = None) -> None:
         self.library = ctypes.CDLL(str(build(jobs or os.cpu_count() or 1)))
         self.library.macs_sizeof.restype = ctypes.c_size_t
-        self.library.macs_entropy_weight_workspace_bytes.restype = ctypes.c_size_t
+        self.library.macs_plan_workspace_bytes.restype = ctypes.c_size_t
         for i, struct in enumerate(_STRUCTS):
             size = self.library.macs_sizeof(i)
             if size != ctypes.sizeof(struct):
@@ -137,8 +137,9 @@ class Kernels:
         if error != 0:
             raise RuntimeError(f"macs_{name}: CUDA error {error}")
 
-    def workspace_bytes(self, p: ctypes.Structure) -> int:
-        return self.library.macs_entropy_weight_workspace_bytes(ctypes.byref(p))
+    def plan_workspace_bytes(self, weight: ctypes.Structure, apply: ctypes.Structure) -> int:
+        """Enough for every launcher: the plan's scratch holds the operators' own."""
+        return self.library.macs_plan_workspace_bytes(ctypes.byref(weight), ctypes.byref(apply))
 
 
 if __name__ == "__main__":

@@ -48,11 +48,21 @@ def graph_us(passes: list[Callable[[], None]]) -> tuple[float, float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per microsecond of a device-to-device copy, read plus written."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    """Bytes per microsecond of a device-to-device copy, read plus written: the better of torch's copy and an addition."""
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda").view(torch.float32)
     target = torch.empty_like(source)
-    median, _ = graph_us([lambda: target.copy_(source)] * 4)
-    return 2 * source.numel() / median
+    best = float("inf")
+    for one in (lambda: target.copy_(source), lambda: torch.add(source, 1.0, out=target)):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for timed in (False, True):
+            start.record()
+            for _ in range(20):
+                one()
+            end.record()
+            torch.cuda.synchronize()
+            if timed:
+                best = min(best, start.elapsed_time(end) * 1e3 / 20)
+    return 2 * source.numel() * 4 / best
 
 
 def plan_bytes(config: Config, run: Run) -> int:
@@ -71,7 +81,7 @@ class Report:
     def add(self, op: str, config: Config, passes: list[Callable[[], None]], size: int, against: str) -> None:
         median, p99 = graph_us(passes)
         floor = size / self.bandwidth
-        ratio = floor / median if op.startswith("score") else median / max(floor, 1e-9)
+        ratio = 0.0 if size == 0 else (floor / median if op == "score" else median / floor)
         self.rows.append(
             {"op": op, "case": config.sizes(), "median_us": round(median, 3), "p99_us": round(p99, 3), "bytes": size,
              "against": against, "ratio": round(ratio, 3)}
@@ -110,7 +120,7 @@ class Report:
 
         self.add("upto_threshold", config, [with_threshold(run) for run in runs], hidden, floor)
         for step in ("weigh", "histogram", "threshold", "apply", "threshold_apply"):
-            self.add(f"alone_{step}", config, [getattr(run, step) for run in runs], 0, floor)
+            self.add(f"alone_{step}", config, [getattr(run, step) for run in runs], 0, "nothing")
 
     def rounds(self, config: Config) -> None:
         """clip_apply by number of rounds: what a round costs."""
@@ -118,7 +128,7 @@ class Report:
             run = Run(self.kernels, config, make_inputs(config, 7, "cuda"))
             run.fused()
             run.apply_params.reroute_rounds = rounds
-            self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "byte floor")
+            self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "nothing")
 
     def write(self) -> None:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -138,13 +148,17 @@ class Report:
             )
 
 
+HOT = 0.5  # rank 0 carries about 1.7 times the mean: at gamma 1.1, 7 % of the assignments have to move
+
+
 def report(kernels: c.Kernels) -> None:
     every = Report(kernels)
     for config in (Config(T=65536), Config(T=65536, H=7168), Config(T=8192), Config(T=8192, H=7168), Config(T=128)):
         every.score(config)
-    for config in (Config(T=128), Config(T=1024), Config(T=8192), Config(T=65536)):
+    for config in (Config(T=128, hot=HOT), Config(T=1024, hot=HOT), Config(T=8192, hot=HOT), Config(T=65536, hot=HOT)):
         every.plan(config)
-    every.plan(Config(T=8192, scope="expert", load="effective", importance="entropy", reroute="local"))
-    every.rounds(Config(T=128))
-    every.rounds(Config(T=8192))
+    every.plan(Config(T=8192, hot=1.0))
+    every.plan(Config(T=8192, hot=HOT, scope="expert", load="effective", importance="entropy", reroute="local"))
+    every.rounds(Config(T=128, hot=HOT))
+    every.rounds(Config(T=8192, hot=HOT))
     every.write()

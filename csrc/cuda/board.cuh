@@ -1,0 +1,178 @@
+// The tables that clip_apply keeps in shared memory, and the scratch through which its blocks agree.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "clip_threshold.cuh"
+#include "grid.cuh"
+#include "launch.cuh"
+#include "macs/params.h"
+
+namespace macs::cuda {
+
+// A bound's cut before the room is shared out.
+struct alignas(32) RawCut {
+  int4 cut;  // level, quota, group room, bound
+  Kept kept;
+};
+
+// Scratch in device memory, behind the GridState.
+struct Scratch {
+  RawCut* raw;      // [NB]
+  int* totals[2];   // [blocks, NB] units per bound and block; two, so that one barrier per acceptance is enough
+  int* taken;       // [blocks, NB] units accepted in a round
+
+  static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {
+    return num_bounds * (sizeof(RawCut) + 3 * sizeof(int) * num_blocks);
+  }
+  __device__ __forceinline__ Scratch(void* memory, int num_bounds, int num_blocks) {
+    raw = static_cast<RawCut*>(memory);
+    totals[0] = reinterpret_cast<int*>(raw + num_bounds);
+    totals[1] = totals[0] + num_bounds * num_blocks;
+    taken = totals[1] + num_bounds * num_blocks;
+  }
+};
+
+// Shared memory of a block, in ints: per expert, per bound, per (warp, bound). Addresses are worked out where they are
+// used (sizes are launch constants): a dozen pointers would not fit into the registers.
+struct Board {
+  int* ints;
+  int experts, num_bounds;
+
+  static __host__ __device__ size_t bytes(int num_experts, int num_bounds, int num_warps) {
+    return sizeof(int) * (9 * num_experts + 6 * num_bounds + num_warps * (num_bounds + 1));
+  }
+  __device__ __forceinline__ Board(const ClipApplyParams& p, unsigned char* shared)
+      : ints(reinterpret_cast<int*>(shared)), experts(p.in.num_experts),
+        num_bounds(cuda::num_bounds(p.scope, p.in.num_experts, p.num_ranks)) {}
+
+  __device__ __forceinline__ int* shift() const { return ints; }                  // [E]
+  __device__ __forceinline__ int* bound_of() const { return ints + experts; }     // [E]
+  __device__ __forceinline__ int* rank_of() const { return ints + 2 * experts; }  // [E]
+  __device__ __forceinline__ int* counts() const { return ints + 3 * experts; }   // [3, E, 2]
+  __device__ __forceinline__ int* of_bounds(int i) const { return ints + 9 * experts + i * num_bounds; }
+  __device__ __forceinline__ int* level() const { return of_bounds(0); }
+  __device__ __forceinline__ int* quota() const { return of_bounds(1); }
+  __device__ __forceinline__ int* room() const { return of_bounds(2); }
+  __device__ __forceinline__ int* base() const { return of_bounds(3); }   // units of the blocks before this one
+  __device__ __forceinline__ int* total() const { return of_bounds(4); }  // units of all blocks
+  __device__ __forceinline__ int* taken() const { return of_bounds(5); }  // units that this block accepted in a round
+  // [warps, NB + 1] units of the warps before, then of this warp so far.
+  __device__ __forceinline__ int* running(int warp) const { return of_bounds(6) + warp * (num_bounds + 1); }
+  __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
+
+  __device__ __forceinline__ void clear_own_running() const {
+    for (int n = threadIdx.x % kWarp; n < num_bounds; n += kWarp) own_running()[n] = 0;
+    __syncwarp();
+  }
+};
+
+__device__ inline void fill_experts(const ClipApplyParams& p, const Board& board) {
+  const int local = p.in.num_experts / p.num_ranks;
+  for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) {
+    const int rank = j / local;
+    board.shift()[j] = p.shift[j];
+    board.rank_of()[j] = rank;
+    board.bound_of()[j] = p.scope == Scope::kExpert ? j : rank;
+  }
+  for (int i = threadIdx.x; i < 6 * p.in.num_experts; i += blockDim.x) board.counts()[i] = 0;
+  board.clear_own_running();
+}
+
+// Returns whether any bound is cut.
+__device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board) {
+  bool any = false;
+  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+    const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
+    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.room()[n] = cut.z;
+    any |= cut.x >= 0;
+  }
+  return __syncthreads_or(any) != 0;
+}
+
+// The same from the raw cuts: every block shares the room out for itself, the first one writes the result.
+__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const Scratch& scratch) {
+  __shared__ Kept pools[kMaxPools];
+  const int num_pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
+  for (int pool = threadIdx.x; pool < num_pools; pool += blockDim.x) pools[pool] = {0, 0};
+  __syncthreads();
+  bool any = false;
+  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+    const RawCut raw = scratch.raw[n];
+    board.level()[n] = raw.cut.x, board.quota()[n] = raw.cut.y;
+    if (raw.cut.x >= 0) {
+      any = true;
+      atomicAdd(&pools[pool_of(p, n)].group, raw.kept.group);
+      atomicAdd(&pools[pool_of(p, n)].own, raw.kept.own);
+    }
+  }
+  any = __syncthreads_or(any) != 0;
+  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+    int4 cut = scratch.raw[n].cut;
+    cut.z = room_share(p, cut.z, pools[pool_of(p, n)]);
+    board.room()[n] = cut.z;
+    if (blockIdx.x == 0) reinterpret_cast<int4*>(p.cut)[n] = cut;
+  }
+  __syncthreads();
+  return any;
+}
+
+// Per bound: the sum of all blocks' entries, and that of the blocks before this one. Both start from 0 in shared memory.
+__device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, int* all, int* before) {
+  const int blocks = gridDim.x, threads = blockDim.x, parts = max(1, threads / num_bounds);
+  const int part = threadIdx.x / num_bounds;
+  for (int n = parts > 1 ? threadIdx.x % num_bounds : threadIdx.x; n < num_bounds && (parts == 1 || part < parts);
+       n += parts > 1 ? num_bounds : threads) {
+    int sum = 0, lower = 0;
+#pragma unroll 8
+    for (int block = parts > 1 ? part : 0; block < blocks; block += parts) {
+      const int units = __ldcg(entries + block * num_bounds + n);
+      sum += units;
+      lower += block < static_cast<int>(blockIdx.x) ? units : 0;
+    }
+    if (sum != 0) atomicAdd(all + n, sum);
+    if (lower != 0) atomicAdd(before + n, lower);
+  }
+}
+
+// Units per (warp, bound) -> prefixes: `running` over the warps of the block, `base` over the blocks of the grid, and
+// the totals. One grid barrier.
+__device__ inline void grid_prefix(const Board& board, const Scratch& scratch, Grid& grid, int side) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  int* const totals = side == 0 ? scratch.totals[0] : scratch.totals[1];
+  __syncthreads();
+  for (int n = warp; n < board.num_bounds; n += num_warps) {
+    int* const mine = board.running(lane) + n;
+    const int units = lane < num_warps ? *mine : 0;
+    const int upto = warp_inclusive_sum(units);
+    if (lane < num_warps) *mine = upto - units;
+    if (lane == kWarp - 1) totals[blockIdx.x * board.num_bounds + n] = upto;
+    if (lane == 0) board.base()[n] = board.total()[n] = board.taken()[n] = 0;
+  }
+  grid.barrier();
+  sum_blocks(totals, board.num_bounds, board.total(), board.base());
+  __syncthreads();
+}
+
+// Take what a round accepted from the room. Rows: as much as fits, known already. Else the blocks' sums, by a barrier.
+__device__ inline void grid_take(const ClipApplyParams& p, const Board& board, const Scratch& scratch, Grid& grid) {
+  __syncthreads();
+  if (p.in.load == Load::kRows) {
+    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+      board.room()[n] -= min(board.total()[n], board.room()[n]);
+    }
+  } else {
+    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+      scratch.taken[blockIdx.x * board.num_bounds + n] = board.taken()[n];
+      board.total()[n] = board.base()[n] = 0;
+    }
+    grid.barrier();
+    sum_blocks(scratch.taken, board.num_bounds, board.total(), board.base());
+    __syncthreads();
+    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) board.room()[n] -= board.total()[n];
+  }
+  __syncthreads();
+}
+
+}  // namespace macs::cuda

@@ -1,0 +1,48 @@
+// A barrier over all blocks of a grid that fits on the device at once (the launch asks for that: cooperative).
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "launch.cuh"
+
+namespace macs::cuda {
+
+// Zero before the first launch; every launch leaves it zero.
+struct alignas(256) GridState {
+  unsigned arrived, left;
+};
+
+class Grid {
+ public:
+  __device__ __forceinline__ explicit Grid(GridState* state) : state_(state) {}
+
+  // What any thread wrote before is visible to every thread behind it.
+  __device__ __forceinline__ void barrier() {
+    __syncthreads();
+    if (threadIdx.x == 0 && gridDim.x > 1) {
+      target_ += gridDim.x;
+      unsigned now;
+      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&state_->arrived) : "memory");
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(&state_->arrived) : "memory");
+      } while (now < target_);
+    }
+    __syncthreads();
+  }
+
+  // After the last barrier: whoever leaves last clears the state for the next launch.
+  __device__ __forceinline__ void leave() {
+    if (threadIdx.x != 0) return;
+    if (atomicAdd(&state_->left, 1u) == gridDim.x - 1) {
+      state_->arrived = 0;
+      state_->left = 0;
+    }
+  }
+
+ private:
+  GridState* state_;
+  unsigned target_ = 0;
+};
+
+}  // namespace macs::cuda

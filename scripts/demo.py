@@ -143,7 +143,7 @@ def serve(preset: str, gamma: float, uris: list[str]) -> Run:
     with Server(MODEL, args, env=environment(RANKS), log=OUT / f"server-{preset}.log") as server:
         chat(server, uris[0], "Warm up.")
         latencies = send(server, uris, preset)
-        states = [state["macs"] for state in server.get("/server_info").json()["internal_states"]]
+        states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
     return figures(preset, states, latencies, len(uris))
 
 
@@ -206,8 +206,7 @@ def main() -> int:
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    if not (MODEL / "config.json").exists():
-        tiny_models.build_qwen3_vl_moe(MODEL)
+    tiny_models.ensure(MODEL, "qwen3_vl_moe")
     uris = pictures(options.image, options.requests)
     runs = [serve(preset, options.gamma, uris) for preset in ("off", "paper", "rank")]
     draw(runs, options.gamma, OUT / "load.png")

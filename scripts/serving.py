@@ -9,6 +9,7 @@ The server is its own process group on 127.0.0.1; leaving the `with` block ends 
 
 import base64
 import contextlib
+import fcntl
 import importlib.resources
 import itertools
 import os
@@ -16,18 +17,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import requests
 
 from sglang_macs import cpu_compat
 
 HOST = "127.0.0.1"
-BASE_PORT = 34100  # far from SGLang's default 30000; SGLang takes further ports above the one it serves on
-PORTS_PER_SERVER = 40
+BASE_PORT = 34100  # far from SGLang's default 30000
+PORTS_PER_SERVER = 500  # with dp-attention SGLang takes further ports, up to about 240 above the one it serves on
 CPU_ARGS = [
     "--device", "cpu",
     # Without a bound, SGLang sizes the KV cache to the machine's memory: 12 GB, and 23 s to allocate.
@@ -53,15 +55,23 @@ class Generation:
     meta: dict[str, Any]
 
 
-def free_port(start: int = BASE_PORT) -> int:
-    """First port from `start` on, in steps of `PORTS_PER_SERVER`, on which nothing listens."""
+def reserve_port(start: int = BASE_PORT) -> tuple[int, IO]:
+    """A port from `start` on, in steps of `PORTS_PER_SERVER`, that nobody listens on, and the lock that reserves it.
+
+    SGLang listens only when its model is loaded: without the lock, two servers started together would get one port, and
+    each would take the other's health for its own. The lock goes when the file is closed or the process ends.
+    """
     for port in range(start, 60000, PORTS_PER_SERVER):
-        with socket.socket() as probe:
-            try:
+        lock = (Path(tempfile.gettempdir()) / f"sglang-macs-port-{port}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
                 probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            lock.close()
+            continue
+        return port, lock
     raise ServerError(f"no free port on {HOST}: tried {start} to 60000; end servers that are no longer needed")
 
 
@@ -100,7 +110,6 @@ class Server:
         *,
         env: dict[str, str | None] | None = None,
         log: Path | str = "build/server.log",
-        port: int | None = None,
         timeout: float = 240.0,
         python: str = sys.executable,
     ):
@@ -108,7 +117,8 @@ class Server:
         self.env = _merged(
             {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, _cpu_environment(args), env or {}
         )
-        self.log, self.port = Path(log), port
+        self.log, self.port = Path(log), BASE_PORT  # the real port is taken on entry
+        self._port_lock: IO | None = None
         self.process: subprocess.Popen | None = None
         self.start_seconds = float("nan")  # launch to healthy
 
@@ -126,7 +136,7 @@ class Server:
     def __enter__(self) -> "Server":
         if not (self.model / "config.json").exists():
             raise ServerError(f"no checkpoint at {self.model}: build one with `python -m sglang_macs.tiny_models`")
-        self.port = self.port or free_port()
+        self.port, self._port_lock = reserve_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
             # A session of its own, so that the whole family of processes can be ended by its group id.
@@ -176,6 +186,7 @@ class Server:
         _signal_group(group, signal.SIGKILL)
         self.process.wait()
         self.process = None
+        self._port_lock.close()
 
     def get(self, path: str, **kwargs) -> Any:
         """GET `path`; returns the decoded JSON, or the text where the answer is none (e.g. `/metrics`)."""
@@ -220,7 +231,7 @@ class Server:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def _report(self, what: str, lines: int = 30) -> str:
-        tail = "\n".join(self.log_text().splitlines()[-lines:])
+        tail = "\n".join(line[:400] for line in self.log_text().splitlines()[-lines:])  # SGLang prints 20 kB lines
         return f"{what}\ncommand: {' '.join(self.command)}\nlast lines of {self.log}:\n{tail}"
 
 

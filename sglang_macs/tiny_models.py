@@ -1,12 +1,11 @@
 """Builds tiny random Qwen3-MoE and Qwen3-VL-MoE checkpoints for tests, demos and laptops. No hub, about 5 MB each.
 
-    python -m sglang_macs.tiny_models OUT [--kind qwen3_vl_moe|qwen3_moe] [--seed 0]
+    python -m sglang_macs.tiny_models OUT [--kind qwen3_vl_moe|qwen3_moe] [--seed 4]
 
 The weights are random, but not blindly so. A tiny model must show what a large one shows:
 
-* greedy tokens that do not hinge on bfloat16 rounding: the output layer maps each token's embedding to a fixed
-  successor, and what attention and the experts add is large enough to change the token often, and small enough that
-  the two best logits are seldom close;
+* greedy tokens that depend on the context and yet do not hinge on bfloat16 rounding: the output layer gives each word
+  two possible successors, far ahead of all others, and what attention and the experts add decides between the two;
 * an unequal expert load: in the VL model a direction `u` separates visual tokens from text, and the routers send what
   points along `u` to the first half of the experts, so rank 0 of two is the slow one (`VISUAL_PULL`).
 
@@ -33,12 +32,16 @@ PATCH, MERGE = 16, 2  # pixels per patch side, patches per visual token side: a 
 PIXELS_PER_TOKEN = (PATCH * MERGE) ** 2
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 160  # per image; a 640 x 427 photograph becomes 150
 
+SEED = 4  # chosen for a decisive model: tests/reference.py says how decisive
+
 # Root mean square of what each part adds to the residual stream; embeddings count 1. See the module's docstring.
 ATTENTION_GAIN = 0.7
 EXPERT_GAIN = 0.7
 MOOD = 4.0  # weight of the direction by which the context chooses between a word's two successors
-ROUTER_GAIN = 1.5  # standard deviation of router logits: top-4 weights of about 0.5, 0.25, 0.15, 0.1
-VISUAL_PULL = 0.3  # shift of a visual token's router logits: up for the first half of the experts, down for the second
+# Standard deviation of router logits. With 3, top-4 weights are about 0.7, 0.2, 0.07, 0.03. With 1.5 the fourth gets
+# 0.1, and bfloat16, which swaps the fourth and fifth expert of some tokens in a hundred, then changes the answer.
+ROUTER_GAIN = 3.0
+VISUAL_PULL = 0.8  # shift of a visual token's router logits: up for the first half of the experts, down for the second
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISION_SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -71,7 +74,7 @@ def build_qwen3_moe(
     num_experts: int = 16,
     top_k: int = 4,
     intermediate: int = 64,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> Path:
     """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`."""
     allow_torchvision()
@@ -100,7 +103,7 @@ def build_qwen3_vl_moe(
     num_experts: int = 16,
     top_k: int = 4,
     intermediate: int = 64,
-    seed: int = 0,
+    seed: int = SEED,
     visual_pull: float = VISUAL_PULL,
 ) -> Path:
     """Write a Qwen3-VL-MoE checkpoint with tokenizer and processor to `out`, its twin to `out`-hfref; returns `out`.
@@ -367,7 +370,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--num-experts", type=int, default=16)
     parser.add_argument("--top-k", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
     options = vars(parser.parse_args())
     out = BUILDERS[options.pop("kind")](options.pop("out"), **options)
     size = sum(f.stat().st_size for f in out.iterdir())

@@ -59,9 +59,9 @@ __device__ __forceinline__ Slot load_slot(const Assignments& in, const Step& ste
 }
 
 __device__ __forceinline__ int bucket_of_slot(const Assignments& in, const Slot& slot) {
-  const float importance = in.importance == Importance::kEntropyGate ? __fmul_rn(slot.weight, slot.gate)
-                                                                     : importance_of(in.importance, slot.weight, slot.gate);
-  return bucket_of(importance, in.bucket_bits);
+  const float product = __fmul_rn(slot.weight, slot.gate);  // rounded once, never contracted
+  const bool both = in.importance == Importance::kEntropyGate;
+  return bucket_of(both ? product : importance_of(in.importance, slot.weight, slot.gate), in.bucket_bits);
 }
 
 }  // namespace macs::cuda

@@ -68,11 +68,11 @@ struct Board {
   }
 };
 
-__device__ inline void fill_experts(const ClipApplyParams& p, const Board& board) {
+// What does not depend on the kernels before.
+__device__ inline void clear_board(const ClipApplyParams& p, const Board& board) {
   const int local = p.in.num_experts / p.num_ranks;
   for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) {
     const int rank = j / local;
-    board.shift()[j] = p.shift[j];
     board.rank_of()[j] = rank;
     board.bound_of()[j] = p.scope == Scope::kExpert ? j : rank;
   }
@@ -83,6 +83,7 @@ __device__ inline void fill_experts(const ClipApplyParams& p, const Board& board
 // Returns whether any bound is cut.
 __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board) {
   bool any = false;
+  for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) board.shift()[j] = p.shift[j];
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
     board.level()[n] = cut.x, board.quota()[n] = cut.y, board.room()[n] = cut.z;
@@ -96,6 +97,7 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
   __shared__ Kept pools[kMaxPools];
   const int num_pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
   for (int pool = threadIdx.x; pool < num_pools; pool += blockDim.x) pools[pool] = {0, 0};
+  for (int j = threadIdx.x; j < board.experts; j += blockDim.x) board.shift()[j] = p.shift[j];
   __syncthreads();
   bool any = false;
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
@@ -118,7 +120,8 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
   return any;
 }
 
-// Per bound: the sum of all blocks' entries, and that of the blocks before this one. Both start from 0 in shared memory.
+// Per bound: the sum of all blocks' entries, and that of the blocks before this one. Both start from 0 in shared
+// memory.
 __device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, int* all, int* before) {
   const int blocks = gridDim.x, threads = blockDim.x, parts = max(1, threads / num_bounds);
   const int part = threadIdx.x / num_bounds;

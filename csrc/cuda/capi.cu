@@ -1,5 +1,5 @@
-// The launchers as plain C functions, for scripts that call them without torch's C++ side (scripts/gpu). Not part of the
-// extension. Parameters go by pointer to the structures of macs/params.h; every function answers a cudaError_t.
+// The launchers as plain C functions, for scripts that call them without torch's C++ side (scripts/gpu). Not part of
+// the extension. Parameters go by pointer to the structures of macs/params.h; every function answers a cudaError_t.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"
 
@@ -37,8 +37,8 @@ MACS_EXPORT int macs_score_histogram(const EntropyScoreParams* score, const Entr
                                      const LoadHistogramParams* histogram, void* workspace, void* stream) {
   return cuda::launch_score_histogram(*score, *weight, *histogram, workspace, static_cast<cudaStream_t>(stream));
 }
-MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply, void* workspace,
-                                     void* stream) {
+MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply,
+                                     void* workspace, void* stream) {
   return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream));
 }
 #endif

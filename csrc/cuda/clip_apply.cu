@@ -4,12 +4,12 @@
 // Problem:     T * K assignments, each of which needs its place in (token, slot) order among those of its bound that
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   warp w of the grid's W warps owns the tokens [T w / W, T (w + 1) / W). Each ordered acceptance is two
-//              passes: a pass adds up units per (warp, bound) in shared memory, a grid barrier turns these into prefixes,
-//              and a second pass hands the places out in order (match_any inside a step). Between the passes an
-//              assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
+//              passes: a pass adds up units per (warp, bound) in shared memory, a grid barrier turns these into
+//              prefixes, and a second pass hands the places out in order (match_any inside a step). Between the passes
+//              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
 //              first step stay in registers: up to about 8000 tokens there is no other.
-// Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers are
-//              cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
+// Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
+//              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
 #include "assignments.cuh"
 #include "board.cuh"
@@ -60,12 +60,17 @@ struct Walk {
   int64_t begin, end;
   State first;
 
-  __device__ __forceinline__ Walk(const ClipApplyParams& params, const Board& b) : p(params), board(b), step(p.in.top_k) {
+  __device__ __forceinline__ Walk(const ClipApplyParams& params, const Board& b)
+      : p(params), board(b), step(p.in.top_k) {
     const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
     const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     begin = p.in.num_tokens * warp / warps, end = p.in.num_tokens * (warp + 1) / warps;
   }
-  __device__ __forceinline__ void load_first() { first = {load_slot<Id, true>(p.in, step, begin, end), -1}; }
+  // Before the wait: what is older than the chain of kernels. The weight is not.
+  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1}; }
+  __device__ __forceinline__ void load_weight() {
+    if (first.slot.inside) first.slot.weight = p.in.weight[first.slot.token];
+  }
 
   // body(State&): writes its outputs itself and leaves `current` as written.
   template <class Body>
@@ -270,12 +275,15 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   extern __shared__ __align__(16) unsigned char shared[];
   start_dependents();
   const ClipApplyParams& p = args.apply;
-  const Board board(p, shared);
+  // The cuts' levels lie before the board: both are needed at once.
+  const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.state + 1, board.num_bounds, gridDim.x);
   Walk<Id> walk(p, board);
-  wait_for_previous();
   walk.load_first();
+  clear_board(p, board);
+  wait_for_previous();
+  walk.load_weight();
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) p.counts[i] = 0;
   }
@@ -290,8 +298,6 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   } else {
     cut = fill_bounds(p, board);
   }
-  fill_experts(p, board);
-  __syncthreads();
   const bool at_cut = clip_pass(walk);
   if (cut) {
     grid_prefix(board, scratch, grid, 0);
@@ -320,7 +326,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.num_experts, num_bounds(p.scope, p.in.num_experts, p.num_ranks), kWarps);
-  if (kWithThreshold && threshold_shared_bytes(args.threshold) > bytes) bytes = threshold_shared_bytes(args.threshold);
+  if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold);
   const int most = max_shared_bytes() - static_cast<int>(kMaxPools * sizeof(Kept));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (!raised[current_device()]) {
@@ -328,9 +334,9 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     raised[current_device()] = true;
   }
-  return launch(kernel,
-                {.grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true},
-                args, stream);
+  const Shape shape = {
+      .grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
+  return launch(kernel, shape, args, stream);
 }
 
 template <class Id, bool kWithThreshold>
@@ -364,7 +370,8 @@ cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStr
 }
 
 size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyParams& apply) {
-  const size_t sums = sizeof(GridState) + entropy_weight_workspace_bytes(weight), scratch = clip_apply_workspace_bytes(apply);
+  const size_t sums = sizeof(GridState) + entropy_weight_workspace_bytes(weight);
+  const size_t scratch = clip_apply_workspace_bytes(apply);
   return sums > scratch ? sums : scratch;
 }
 

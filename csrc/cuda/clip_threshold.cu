@@ -1,9 +1,9 @@
 // clip_threshold: from the own and the group's histogram to a cut level, a quota and a share of the room per bound.
 //
 // Problem:     E * 2 * B cells twice (256 KB at E = B = 128, once without an exchange) into E shifts and NB cuts.
-// Algorithm:   scope=expert: a warp per expert scans the cells as levels. scope=rank: a block per rank adds its experts'
-//              cells up as levels in shared memory, shifted by each expert's pressure, and a warp scans those. What the
-//              cut bounds keep is summed through distributed shared memory, and the room shared out by it.
+// Algorithm:   scope=expert: a warp per expert scans the cells as levels. scope=rank: a block per rank adds its
+//              experts' cells up as levels in shared memory, shifted by each expert's pressure, and a warp scans those.
+//              What the cut bounds keep is summed through distributed shared memory, and the room shared out by it.
 // Grid:        one cluster of up to 16 blocks of 512 threads; bounds are dealt round robin.
 // Determinism: integers, and doubles rounded step by step; no order matters.
 #include "clip_threshold.cuh"
@@ -62,8 +62,9 @@ cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t str
   const size_t bytes = threshold_shared_bytes(p) + 2 * sizeof(Kept) * p.num_ranks;
   if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
   const int cluster = largest_cluster(clip_threshold_kernel, kThreads, cached);
-  return launch(clip_threshold_kernel,
-                {.grid = cluster, .block = kThreads, .cluster = cluster, .shared_bytes = bytes, .overlap = true}, p, stream);
+  const Shape shape = {
+      .grid = cluster, .block = kThreads, .cluster = cluster, .shared_bytes = bytes, .overlap = true};
+  return launch(clip_threshold_kernel, shape, p, stream);
 }
 
 }  // namespace macs::cuda

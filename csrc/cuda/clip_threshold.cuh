@@ -90,7 +90,8 @@ struct Capacity {
   }
   __device__ __forceinline__ double of_expert(const ClipThresholdParams& p, int expert) const {
     if (isinf(p.gamma)) return p.gamma;
-    const double lean = __dmul_rn(__dmul_rn(p.rho, static_cast<double>(p.modality[expert])), __dsub_rn(visual_share, 0.5));
+    const double towards = __dmul_rn(p.rho, static_cast<double>(p.modality[expert]));
+    const double lean = __dmul_rn(towards, __dsub_rn(visual_share, 0.5));
     const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
     return scaled > p.c_min ? scaled : p.c_min;
   }
@@ -108,25 +109,27 @@ __host__ __device__ inline size_t threshold_shared_bytes(const ClipThresholdPara
 }
 
 // One warp: the shift of an expert, and what falls on its lowest levels (text and visual) into `levels`.
-__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, int expert, int* group_levels,
-                                            int* own_levels) {
+__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, int expert,
+                                            int* group_levels, int* own_levels) {
   const int lane = threadIdx.x % kWarp, buckets = num_buckets(p.bucket_bits);
   const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
   const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
   int shift = 0;
   if (p.alpha > 0.0) {
-    const double most = capacity.of_expert(p, expert);
     int load = 0;
 #pragma unroll 8
     for (int cell = lane; cell < 2 * buckets; cell += kWarp) load += group[cell];
+    const double most = capacity.of_expert(p, expert);
     load = __reduce_add_sync(kFullMask, load);
-    const double rows = static_cast<double>(load) * (1.0 / capacity.units);  // units: a power of two, exact
+    const double rows = static_cast<double>(load) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
     shift = pressure_shift(rows, most, p.alpha, p.bucket_bits);
   }
   for (int text = 0; text < 2; ++text) {
     Cell lowest = {0, 0};
-    for (int bucket = lane; bucket <= shift; bucket += kWarp) {
-      lowest.group += group[text * buckets + bucket], lowest.own += own[text * buckets + bucket];
+#pragma unroll 4
+    for (int bucket = lane; bucket < buckets; bucket += kWarp) {  // loads first, all at once; most fall away
+      const Cell cell = {group[text * buckets + bucket], own[text * buckets + bucket]};
+      lowest.group += bucket <= shift ? cell.group : 0, lowest.own += bucket <= shift ? cell.own : 0;
     }
     lowest.group = __reduce_add_sync(kFullMask, lowest.group);
     lowest.own = __reduce_add_sync(kFullMask, lowest.own);
@@ -139,8 +142,8 @@ __device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const 
 
 // Levels of one rank's bound (block): first the shifts of its experts, then every level above the lowest gathers its
 // cells, one expert after the other.
-__device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Capacity& capacity, int rank, int* group_levels,
-                                          int* own_levels, int* shifts) {
+__device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Capacity& capacity, int rank,
+                                          int* group_levels, int* own_levels, int* shifts) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const int buckets = num_buckets(p.bucket_bits), local = p.num_experts / p.num_ranks;
   const bool alone = p.own == p.group;  // without an exchange: read once
@@ -161,10 +164,11 @@ __device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Ca
 #pragma unroll 8
     for (int i = part; i < local; i += parts) {
       const int bucket = e + shifts[i];
-      if (e == 0 || bucket >= buckets) continue;
-      const int64_t cell = (static_cast<int64_t>(rank * local + i) * 2 + text) * buckets + bucket;
-      sum.group += p.group[cell];
-      sum.own += alone ? 0 : p.own[cell];
+      const bool counts = e != 0 && bucket < buckets;
+      const int cell = ((rank * local + i) * 2 + text) * buckets + min(bucket, buckets - 1);  // loaded in any case:
+      const int group = p.group[cell], own = alone ? 0 : p.own[cell];                         // no branch in between
+      sum.group += counts ? group : 0;
+      sum.own += counts ? own : 0;
     }
     if (alone) sum.own = sum.group;
     const int level = e + (text != 0 && p.protect_text ? buckets : 0);

@@ -2,9 +2,10 @@
 //
 // Problem:     [T, H] bf16 / f16 / f32 in, [T] f32 out; bound by reading the hidden vectors once.
 // Algorithm:   a row stays in registers between its maximum and its sums. With u = (x - max) log2(e), Z = sum 2^u and
-//              S = sum u 2^u the entropy is ln 2 (log2 Z - S / Z). Warps of one row take their own maxima and are merged.
-// Grid:        persistent; a block owns a contiguous range of rows. A warp per row up to 256 vectors of 16 bytes, else a
-//              block of 4 or 8 warps per row (also for few rows, where latency counts); rows that no register file
+//              S = sum u 2^u the entropy is ln 2 (log2 Z - S / Z). Warps of one row take their own maxima and are
+//              merged.
+// Grid:        persistent; a block owns a contiguous range of rows. A warp per row up to 256 vectors of 16 bytes, else
+//              a block of 4 or 8 warps per row (also for few rows, where latency counts); rows that no register file
 //              holds, odd sizes and unaligned pointers take the generic kernel, one element at a time, in one pass.
 // Determinism: fixed order of additions for a given H and T; segment sums are integers (segment_sums.cuh).
 #include <cuda_bf16.h>
@@ -164,7 +165,8 @@ struct Rows {
 };
 
 template <class Element, int kVectors, bool kExact>
-__global__ void __launch_bounds__(kWarpKernelThreads, 4) entropy_score_warp_kernel(const __grid_constant__ EntropyScoreArgs args) {
+__global__ void __launch_bounds__(kWarpKernelThreads, 4)
+    entropy_score_warp_kernel(const __grid_constant__ EntropyScoreArgs args) {
   start_dependents();
   const EntropyScoreParams& p = args.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
@@ -303,8 +305,9 @@ cudaError_t enqueue(const EntropyScoreArgs& args, bool overlap, cudaStream_t str
   if (few && num_vectors == 2 * 4 * kWarp) {
     return run(entropy_score_block_kernel<Element, 2, 4, true>, p.num_tokens, 128, 16);
   }
-  if (num_vectors == 8 * kWarp) return run(entropy_score_warp_kernel<Element, 8, true>, row_blocks, kWarpKernelThreads, 4);
-  return run(entropy_score_warp_kernel<Element, 8, false>, row_blocks, kWarpKernelThreads, 4);
+  const auto kernel = num_vectors == 8 * kWarp ? entropy_score_warp_kernel<Element, 8, true>
+                                               : entropy_score_warp_kernel<Element, 8, false>;
+  return run(kernel, row_blocks, kWarpKernelThreads, 4);
 }
 
 }  // namespace

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_c
   if (token >= args.p.num_tokens) return;
   float weight = 1.0f;
   if (segment >= 0) {
-    weight = weight_of(args.p.entropy[token], few ? table[segment] : moments_of(args.layout.sums[segment]), args.p.delta);
+    const SegmentMoments moments = few ? table[segment] : moments_of(args.layout.sums[segment]);
+    weight = weight_of(args.p.entropy[token], moments, args.p.delta);
   }
   args.p.weight[token] = weight;
 }
@@ -74,8 +75,8 @@ cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream) {
   const int64_t bytes = args.first_bytes > args.second_bytes ? args.first_bytes : args.second_bytes;
   const int64_t blocks = (bytes / 16 + kThreads - 1) / kThreads;
   const int most = num_multiprocessors();
-  return launch(zero_kernel, {.grid = static_cast<int>(blocks < 1 ? 1 : (blocks < most ? blocks : most)), .block = kThreads},
-                args, stream);
+  const int grid = static_cast<int>(blocks < 1 ? 1 : (blocks < most ? blocks : most));
+  return launch(zero_kernel, {.grid = grid, .block = kThreads}, args, stream);
 }
 
 size_t entropy_weight_workspace_bytes(const EntropyWeightParams& p) {
@@ -85,7 +86,8 @@ size_t entropy_weight_workspace_bytes(const EntropyWeightParams& p) {
 cudaError_t launch_entropy_weight(const EntropyWeightParams& p, void* workspace, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   const EntropyWeightArgs args = {p, SumsLayout::of(workspace, p.num_segments)};
-  const Shape shape = {.grid = static_cast<int>((p.num_tokens + kThreads - 1) / kThreads), .block = kThreads, .overlap = true};
+  const int grid = static_cast<int>((p.num_tokens + kThreads - 1) / kThreads);
+  const Shape shape = {.grid = grid, .block = kThreads, .overlap = true};
   cudaError_t error = enqueue_zero({workspace, nullptr, args.layout.bytes(), 0}, stream);
   if (error == cudaSuccess) error = launch(segment_sums_kernel, shape, args, stream);
   if (error == cudaSuccess) error = launch(entropy_weight_kernel, shape, args, stream);

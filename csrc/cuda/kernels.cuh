@@ -22,7 +22,7 @@ struct EntropyScoreArgs {
 };
 cudaError_t enqueue_entropy_score(const EntropyScoreArgs& args, bool overlap, cudaStream_t stream);
 
-// The histogram, with the weights taken from `p.in.weight`, or computed from the sums and written where `layout.sums` is given.
+// The histogram, with the weights taken from `p.in.weight`, or computed from the sums where `layout.sums` is given.
 struct LoadHistogramArgs {
   LoadHistogramParams p;
   EntropyWeightParams weight;

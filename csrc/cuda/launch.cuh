@@ -4,7 +4,6 @@
 // wrote. The first kernel of a chain is launched plainly (or waits at its top), so that inputs older than the chain are
 // complete by the time any kernel of the chain runs, and a later kernel may read those before it waits.
 #pragma once
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -100,8 +99,9 @@ int largest_cluster(void (*kernel)(Args), int block, int (&cached)[kMaxDevices])
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return size = candidate;
-    cudaGetLastError();
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters > 0) return size = candidate;
+    cudaGetLastError();  // too large is an answer, not an error to be found by somebody else
   }
   return size = 1;
 }

@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
     if (kFromEntropy && slot.inside) {
       slot.weight = 1.0f;
       if (!slot.text()) {
-        const SegmentMoments moments = args.layout.copies > 1 ? table[slot.segment] : moments_of(args.layout.sums[slot.segment]);
+        const bool few = args.layout.copies > 1;
+        const SegmentMoments moments = few ? table[slot.segment] : moments_of(args.layout.sums[slot.segment]);
         slot.weight = weight_of(args.weight.entropy[slot.token], moments, args.weight.delta);
       }
       if (leader) args.weight.weight[slot.token] = slot.weight;
@@ -104,11 +105,11 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
   const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
   const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = true};
   if (args.layout.sums != nullptr) {
-    return launch(in.ids_are_i64 ? load_histogram_kernel<int64_t, true> : load_histogram_kernel<int32_t, true>, shape, args,
-                  stream);
+    const auto kernel = in.ids_are_i64 ? load_histogram_kernel<int64_t, true> : load_histogram_kernel<int32_t, true>;
+    return launch(kernel, shape, args, stream);
   }
-  return launch(in.ids_are_i64 ? load_histogram_kernel<int64_t, false> : load_histogram_kernel<int32_t, false>, shape, args,
-                stream);
+  const auto kernel = in.ids_are_i64 ? load_histogram_kernel<int64_t, false> : load_histogram_kernel<int32_t, false>;
+  return launch(kernel, shape, args, stream);
 }
 
 static int64_t histogram_bytes(const Assignments& in) {

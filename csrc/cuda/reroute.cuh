@@ -1,7 +1,7 @@
 // Which expert a homeless assignment proposes, one warp per token.
 //
-// A lane holds the logits of experts lane, lane + 32, ... as integer keys that order like them. What a token already has
-// is struck out by one OR over the warp per 32 experts; each pick is one integer maximum and one minimum over the warp.
+// A lane holds the logits of experts lane, lane + 32, ... as integer keys that order like them. What a token already
+// has is struck out by one OR over the warp per 32 experts; a pick is an integer maximum and a minimum over the warp.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,8 +1,9 @@
 // Mean and standard deviation per segment from integer sums, which are the same in any order of addition.
 //
-// An entropy becomes the integer q = rint(2^26 entropy), exact for an f32 of 0.25 nats or more. The sums n, sum q and
-// sum q^2 (in two halves, because it passes 2^64) are added atomically; n sum q^2 - (sum q)^2 is then exact in 128 bits,
-// so that no cancellation enters the variance and the result does not depend on the order of the threads.
+// An entropy becomes the integer q = rint(2^32 entropy), exact for an f32 of 2^-9 nats or more. The sums n, sum q and
+// sum q^2 (in two parts, because it passes 2^64) are added atomically; n sum q^2 - (sum q)^2 is then exact in 128 bits,
+// so that no cancellation enters the variance and the result does not depend on the order of the threads. Deviations
+// are taken of q too: a segment of equal entropies gets 0.5 throughout. Holds up to 2^21 tokens a segment.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,7 +14,7 @@
 
 namespace macs::cuda {
 
-constexpr float kEntropyOne = 67108864.0f;  // 2^26
+constexpr float kEntropyOne = 4294967296.0f;  // 2^32
 constexpr float kEntropyUnit = 1.0f / kEntropyOne;
 constexpr float kEntropyMost = 32.0f;       // nats; ln H stays far below
 constexpr int kCopies = 16;                 // of the sums of few segments, against contention on one address
@@ -36,13 +37,18 @@ struct SumsLayout {
   // Copies of few segments lie 256 bytes apart or more: on one line of L2 their additions would queue.
   static SumsLayout of(void* memory, int64_t num_segments) {
     const bool few = num_segments <= kFewSegments;
-    return {static_cast<SegmentSums*>(memory), few ? kCopies : 1, static_cast<int>(num_segments < 8 ? 8 : num_segments)};
+    const int stride = static_cast<int>(num_segments < 8 ? 8 : num_segments);
+    return {static_cast<SegmentSums*>(memory), few ? kCopies : 1, stride};
   }
   int64_t bytes() const { return static_cast<int64_t>(copies) * stride * sizeof(SegmentSums); }
 };
 
-// Sums of a run of tokens of one segment, added to a copy in device memory when the segment changes. A kernel short of registers keeps it in shared
-// memory, so it has no constructor: `clear` first.
+__device__ __forceinline__ long long quantized(float entropy) {
+  return __float2ll_rn(fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost) * kEntropyOne);
+}
+
+// Sums of a run of tokens of one segment, added to a copy in device memory when the segment changes. A kernel short of
+// registers keeps it in shared memory, so it has no constructor: `clear` first.
 class SegmentAccumulator {
  public:
   __device__ __forceinline__ void clear() {
@@ -53,13 +59,12 @@ class SegmentAccumulator {
   __device__ __forceinline__ void add(int segment, float entropy, const SumsLayout& layout, int copy) {
     if (segment != segment_) flush(layout, copy);
     segment_ = segment;
-    const float inside = fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost);
-    const long long q = __float2ll_rn(inside * kEntropyOne);
-    const unsigned long long square = static_cast<unsigned long long>(q * q);
+    const long long q = quantized(entropy);
+    const unsigned long long size = static_cast<unsigned long long>(q < 0 ? -q : q), square = size * size;
     local_.count += 1;
     local_.sum += static_cast<unsigned long long>(q);
     local_.square_low += square & 0xffffffffull;
-    local_.square_high += square >> 32;
+    local_.square_high += (__umul64hi(size, size) << 32) | (square >> 32);
   }
 
   // Takes over what `other` holds if it is of the same segment.
@@ -118,7 +123,8 @@ __device__ __forceinline__ SegmentMoments warp_moments(const SumsLayout& layout,
 }
 
 __device__ __forceinline__ float weight_of(float entropy, const SegmentMoments& moments, float delta) {
-  const float z = static_cast<float>(static_cast<double>(entropy) - moments.mean) * moments.inverse_std;
+  const double value = static_cast<double>(quantized(entropy)) * kEntropyUnit;
+  const float z = static_cast<float>(value - moments.mean) * moments.inverse_std;
   return __fdiv_rn(1.0f, 1.0f + expf(delta * z));
 }
 

@@ -34,10 +34,8 @@ def expect(name: str, config: Config, got: np.ndarray, want: np.ndarray, rtol: f
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         raise Mismatch(f"{name}: shape {got.shape}, expected {want.shape}; {config}")
-    if rtol == atol == 0.0:
-        good = got == want
-    else:
-        good = np.abs(got.astype(np.float64) - want) <= atol + rtol * np.abs(want)
+    exact = rtol == atol == 0.0
+    good = got == want if exact else np.abs(got.astype(np.float64) - want) <= atol + rtol * np.abs(want)
     if not good.all():
         at = tuple(int(i) for i in np.argwhere(~good)[0])
         raise Mismatch(f"{name}{list(at)}: got {got[at]!r}, expected {want[at]!r}, {(~good).sum()} wrong; {config}")

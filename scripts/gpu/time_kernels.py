@@ -48,7 +48,7 @@ def graph_us(passes: list[Callable[[], None]]) -> tuple[float, float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per microsecond of a device-to-device copy, read plus written: the better of torch's copy and an addition."""
+    """Bytes per microsecond of a device-to-device copy, read plus written: the better of a copy and an addition."""
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda").view(torch.float32)
     target = torch.empty_like(source)
     best = float("inf")
@@ -133,9 +133,13 @@ class Report:
     def write(self) -> None:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         result = {
-            "gpu": torch.cuda.get_device_name(), "commit": git.stdout.strip() if git.returncode == 0 else "",
-            "command": " ".join(["python3", *sys.argv]), "date": datetime.date.today().isoformat(), "copy_bytes_per_us": round(self.bandwidth), "rows": self.rows,
-        }  # fmt: skip
+            "gpu": torch.cuda.get_device_name(),
+            "commit": git.stdout.strip() if git.returncode == 0 else "",
+            "command": " ".join(["python3", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "copy_bytes_per_us": round(self.bandwidth),
+            "rows": self.rows,
+        }
         target = Path(os.environ.get("OUT", ".")) / "kernels.json"
         target.write_text(json.dumps(result, indent=1) + "\n")
         print(f"copy: {self.bandwidth / 1e6:.3f} TB/s")

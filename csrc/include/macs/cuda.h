@@ -1,4 +1,4 @@
-// CUDA launchers on raw pointers. They allocate nothing, never synchronise with the host and may be captured in a graph.
+// CUDA launchers on raw pointers. They allocate nothing, never synchronise with the host, may be captured in a graph.
 // Limits, answered with cudaErrorInvalidValue: K <= 32, E <= 1024 (clip_apply).
 #pragma once
 #include <cuda_runtime_api.h>
@@ -21,7 +21,8 @@ cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t str
 cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStream_t stream);
 
 // The plan in two calls, one on each side of the exchange; the same bits as the five operators one after the other.
-// Both get the same `workspace`: the first call prepares in it what the second needs, and leaves it so for more of those.
+// Both get the same `workspace`: the first call prepares in it what the second needs; the second leaves it prepared.
+// Routing inputs (ids, gates, segment) are complete before the first call.
 // Before the exchange: score.entropy is weight.entropy, weight.weight is histogram.in.weight.
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream);

@@ -1,0 +1,147 @@
+"""MACS inside the real SGLang server, two expert-parallel ranks: the answers, the bounds, and that it really acted."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from reference import NEW_TOKENS, QUESTIONS, Question
+from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs
+
+from sglang_macs.cpu_compat import environment
+
+pytestmark = pytest.mark.server
+HERE = Path(__file__).resolve().parent
+MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
+INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
+
+
+def serve(model, *arguments: str, log: str, kind: type[Server] = Server) -> Server:
+    return kind(model, list(arguments), env=environment(ranks=2), log=HERE.parent / "build" / f"test-{log}.log")
+
+
+def states(server: Server) -> list[dict]:
+    """Each data-parallel rank's counters."""
+    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
+
+
+def ask(server: Server, question: Question) -> list[int]:
+    """Greedy ids, from a full prefill."""
+    server.flush_cache()
+    image = data_uri(photograph_files()[question.image]) if question.image else None
+    return server.generate(question.prompt, image, max_new_tokens=NEW_TOKENS).ids
+
+
+def own(server: Server, kind: str) -> int:
+    """One counter of the ranks' own assignments, over both modalities and all ranks."""
+    return sum(count for state in states(server) for name, count in state["own"].items() if name.startswith(kind))
+
+
+def assert_bounds_held(server: Server) -> None:
+    for state in states(server):
+        assert state["planned"] > 0 and state["misaligned"] == 0
+        assert state["checks"]["bound"] == state["planned"]
+        assert sum(state["violations"].values()) == 0, state["violations"]
+
+
+def load(server: Server, count: int = 16) -> None:
+    """Image and text chats at once, so that batches mix modalities and both ranks have work."""
+
+    def one(i: int) -> None:
+        uri = photographs()[i % 2]
+        picture = {"type": "image_url", "image_url": {"url": uri}}
+        words = {"type": "text", "text": f"{i} How many visual tokens does a photograph of a flower have? " * (1 + i % 3)}
+        server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(count)))
+
+
+def test_infinite_gamma_answers_as_transformers_do(vl_model, vl_reference):
+    """The whole plan runs, exchange included, on every dispatch, and changes no token."""
+    with serve(vl_model, *EP2_ARGS, *INFINITE, "--moe-runner-backend", "macs", log="infinite") as server:
+        before = sum(state["own"].get("assignments_visual", 0) for state in states(server))
+        for question in QUESTIONS:
+            assert ask(server, question) == vl_reference.answer(question).ids, question
+        assert_bounds_held(server)
+        assert own(server, "clipped") == 0
+        assert all(state["runner_calls"] > 0 for state in states(server))
+        # The mask is right: exactly the prompts' image positions were taken for visual, in every layer and slot.
+        config = json.loads((Path(vl_model) / "config.json").read_text())
+        text = config["text_config"]
+        visual = sum(
+            int((vl_reference._inputs(q)["input_ids"] == config["image_token_id"]).sum()) for q in QUESTIONS if q.image
+        )
+        seen = sum(state["own"]["assignments_visual"] for state in states(server)) - before
+        assert seen == visual * text["num_experts_per_tok"] * text["num_hidden_layers"]
+
+
+def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference):
+    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-preset", "off", log="off") as server:
+        for question in QUESTIONS:
+            assert ask(server, question) == vl_reference.answer(question).ids, question
+        for state in states(server):
+            assert state["planned"] == 0 and state["dispatches"] == sum(state["skipped"].values()) > 0
+            for layer in state["layers"].values():
+                assert layer["rows_before"] == layer["rows_after"]
+
+
+def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model):
+    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", log="rank") as server:
+        load(server)
+        for bad in (b"not a picture", photograph_files()["china"][:200], b""):
+            with pytest.raises(ServerError, match="HTTP 4"):
+                server.generate(Question("What?", "china").prompt, data_uri(bad))
+        assert ask(server, QUESTIONS[-1])  # still there
+        assert_bounds_held(server)
+        assert own(server, "clipped") > 0
+        for state in states(server):
+            assert state["checks"]["text_last"] == state["planned"]
+            assert sum(layer["cut"] for layer in state["layers"].values()) > 0
+            for layer in state["layers"].values():
+                assert layer["max_over_mean_after"] <= 1.01 * layer["dispatches"] < layer["max_over_mean_before"]
+
+
+class SglangServe(Server):
+    """The same server through SGLang's other entry point."""
+
+    @property
+    def command(self) -> list[str]:
+        sglang = os.path.join(os.path.dirname(self.python), "sglang")
+        return [sglang, "serve", *super().command[3:]]
+
+
+def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model):
+    flags = ["--macs-preset", "paper", "--macs-load", "rows", "--macs-gamma", "1.0"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="expert", kind=SglangServe) as server:
+        load(server)
+        assert_bounds_held(server)
+        assert own(server, "clipped") > own(server, "rerouted") > 0
+
+
+def test_deepstack_rows_are_scattered_without_dp_attention(vl_model, vl_reference):
+    """Stock SGLang dies here: its deepstack rows keep all tokens while the hidden states are scattered."""
+    with serve(vl_model, "--tp", "2", "--ep-size", "2", *CPU_ARGS, *INFINITE, log="attn-tp") as server:
+        for question in QUESTIONS:
+            assert ask(server, question) == vl_reference.answer(question).ids, question
+        assert_bounds_held(server)
+
+
+def test_engine_in_this_process_answers_as_transformers_do(text_model, text_reference):
+    questions = [q for q in QUESTIONS if q.image is None]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine_program.py"), str(text_model)],
+        input=json.dumps([q.prompt for q in questions]),
+        env={**os.environ, **environment(ranks=2), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ids"] == [text_reference.answer(q).ids for q in questions]
+    assert result["macs"]["planned"] > 0 and result["macs"]["violations"] == {"bound": 0, "text_last": 0}

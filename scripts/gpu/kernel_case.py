@@ -50,7 +50,8 @@ class Config:
         return 16 << self.bucket_bits
 
     def sizes(self) -> dict[str, object]:
-        return {"T": self.T, "H": self.H, "E": self.E, "K": self.K, "R": self.R, "dtype": self.dtype}
+        sizes = {"T": self.T, "H": self.H, "E": self.E, "K": self.K, "R": self.R, "dtype": self.dtype}
+        return sizes | {"scope": self.scope, "hot": self.hot}
 
 
 @dataclass

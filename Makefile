@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements/cpu.txt requirements/dev.txt scripts/setup_env.
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@echo "building csrc/ into sglang_macs/_C (about a minute)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable . 2>build.log \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable . 2>build.log \
 		|| { tail -40 build.log; echo "build failed: see build.log"; exit 1; }
 	@rm -f build.log
 	@touch $@

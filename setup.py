@@ -61,4 +61,7 @@ def extension():
 if not torch.__version__.startswith(TORCH + "."):
     fail("torch", torch.__version__, f"{TORCH}.x", f"Run: pip install torch=={TORCH}.0")
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)})
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
+)

@@ -1,4 +1,4 @@
-// The operators as torch sees them: checks, schemas, and the CPU and Meta implementations under one name each.
+// The operators as torch sees them: checks, schemas, and the CPU, CUDA and Meta implementations under one name each.
 // The only C++ file that includes torch. docs/method.md defines the operators.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -8,6 +8,13 @@
 
 #include "macs/cpu.h"
 #include "macs/level.h"
+
+#ifdef MACS_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "macs/cuda.h"
+#endif
 
 namespace macs {
 namespace {
@@ -86,42 +93,99 @@ const cpu::ParallelFor kParallelFor{[](int64_t n, int64_t grain, cpu::ParallelFo
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }};
 
-// ---- CPU -----------------------------------------------------------------------------------------------------------
+// ---- Launchers by device: `on` decides ------------------------------------------------------------------------------
 
-Tensor entropy_score_cpu(const Tensor& hidden_states, const Tensor& segment) {
+#ifdef MACS_WITH_CUDA
+
+void check_launch(cudaError_t error, const char* op) {
+  TORCH_CHECK(error == cudaSuccess, "sglang_macs::", op, ": ", cudaGetErrorString(error));
+}
+
+cudaStream_t stream_of(const Tensor& on) { return c10::cuda::getCurrentCUDAStream(on.get_device()); }
+
+Tensor workspace_on(const Tensor& on, size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, on.options().dtype(at::kByte));
+}
+
+void run(const EntropyScoreParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::entropy_score(p, kParallelFor);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_entropy_score(p, stream_of(on)), "entropy_score");
+}
+
+void run(const EntropyWeightParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::entropy_weight(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  const Tensor workspace = workspace_on(on, cuda::entropy_weight_workspace_bytes(p));
+  check_launch(cuda::launch_entropy_weight(p, workspace.data_ptr(), stream_of(on)), "entropy_weight");
+}
+
+void run(const LoadHistogramParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::load_histogram(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_load_histogram(p, stream_of(on)), "load_histogram");
+}
+
+void run(const ClipThresholdParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::clip_threshold(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_clip_threshold(p, stream_of(on)), "clip_threshold");
+}
+
+void run(const ClipApplyParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::clip_apply(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  const Tensor workspace = workspace_on(on, cuda::clip_apply_workspace_bytes(p));
+  check_launch(cuda::launch_clip_apply(p, workspace.data_ptr(), stream_of(on)), "clip_apply");
+}
+
+#else
+
+void run(const EntropyScoreParams& p, const Tensor&) { cpu::entropy_score(p, kParallelFor); }
+void run(const EntropyWeightParams& p, const Tensor&) { cpu::entropy_weight(p); }
+void run(const LoadHistogramParams& p, const Tensor&) { cpu::load_histogram(p); }
+void run(const ClipThresholdParams& p, const Tensor&) { cpu::clip_threshold(p); }
+void run(const ClipApplyParams& p, const Tensor&) { cpu::clip_apply(p); }
+
+#endif
+
+// ---- CPU and CUDA --------------------------------------------------------------------------------------------------
+
+Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
   TORCH_CHECK_VALUE(hidden_states.dim() == 2 && hidden_states.size(1) > 0, "hidden_states: got shape ",
                     hidden_states.sizes(), ", expected [T, H] with H > 0");
   check_like(segment, "segment", at::kInt, {hidden_states.size(0)}, hidden_states);
   const Tensor x = hidden_states.contiguous(), s = segment.contiguous();
   Tensor entropy = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-  cpu::entropy_score({x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(), x.size(0),
-                      x.size(1), hidden_dtype(x)},
-                     kParallelFor);
+  run(EntropyScoreParams{x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(), x.size(0),
+                         x.size(1), hidden_dtype(x)},
+      x);
   return entropy;
 }
 
-Tensor entropy_weight_cpu(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
+Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
   TORCH_CHECK_VALUE(num_segments >= 0, "num_segments: got ", num_segments, ", expected at least 0");
   TORCH_CHECK_VALUE(entropy.dim() == 1, "entropy: got shape ", entropy.sizes(), ", expected [T]");
   check_like(entropy, "entropy", at::kFloat, entropy.sizes(), entropy);
   check_like(segment, "segment", at::kInt, entropy.sizes(), entropy);
   const Tensor e = entropy.contiguous(), s = segment.contiguous();
-  if (s.numel() > 0)
+  if (s.is_cpu() && s.numel() > 0)  // on a GPU the look would be a host synchronisation
     TORCH_CHECK_VALUE(s.max().item<int32_t>() < num_segments, "num_segments: got ", num_segments, ", expected more than ",
                       s.max().item<int32_t>(), ", the greatest segment");
   Tensor weight = at::empty_like(e);
-  cpu::entropy_weight({e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
-                       e.size(0), num_segments, static_cast<float>(delta)});
+  run(EntropyWeightParams{e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
+                          e.size(0), num_segments, static_cast<float>(delta)},
+      e);
   return weight;
 }
 
 void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
-  if (topk_ids.numel() == 0) return;
+  if (!topk_ids.is_cpu() || topk_ids.numel() == 0) return;  // on a GPU the look would be a host synchronisation
   const int64_t greatest = topk_ids.max().item<int64_t>();
   TORCH_CHECK_VALUE(greatest < num_experts, "topk_ids: got expert ", greatest, ", expected ids below ", num_experts);
 }
 
-Tensor load_histogram_cpu(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
                           const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
                           int64_t importance) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
@@ -130,11 +194,11 @@ Tensor load_histogram_cpu(const Tensor& topk_ids, const Tensor& topk_weights, co
   check_ids_in_range(ids, num_experts);
   Tensor histogram = at::empty({histogram_size(num_experts, buckets)}, ids.options().dtype(at::kInt));
   p.histogram = histogram.mutable_data_ptr<int32_t>();
-  cpu::load_histogram(p);
+  run(p, ids);
   return histogram;
 }
 
-std::tuple<Tensor, Tensor> clip_threshold_cpu(const Tensor& own, const Tensor& group, const Tensor& modality,
+std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
                                               int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
                                               int64_t reroute, bool protect_text, double gamma, double rho,
                                               double alpha, double c_min) {
@@ -152,15 +216,16 @@ std::tuple<Tensor, Tensor> clip_threshold_cpu(const Tensor& own, const Tensor& g
   const Scope s = checked_enum<Scope>(scope, 2, "scope");
   Tensor shift = at::empty({num_experts}, o.options());
   Tensor cut = at::empty({s == Scope::kExpert ? num_experts : num_ranks, 4}, o.options());
-  cpu::clip_threshold({o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
-                       shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
-                       static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
-                       checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"), protect_text,
-                       gamma, rho, alpha, c_min});
+  run(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
+                          shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
+                          static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
+                          checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"),
+                          protect_text, gamma, rho, alpha, c_min},
+      o);
   return {shift, cut};
 }
 
-std::tuple<Tensor, Tensor, Tensor> clip_apply_cpu(const Tensor& topk_ids, const Tensor& topk_weights,
+std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights,
                                                   const Tensor& weight, const Tensor& segment,
                                                   const OptionalTensor& router_logits, const Tensor& shift,
                                                   const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
@@ -194,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_cpu(const Tensor& topk_ids, const 
   p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
   p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
   p.protect_text = protect_text;
-  cpu::clip_apply(p);
+  run(p, ids);
   return {new_ids, new_weights, counts};
 }
 
@@ -265,12 +330,22 @@ TORCH_LIBRARY(sglang_macs, m) {
 }
 
 TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
-  m.impl("entropy_score", &macs::entropy_score_cpu);
-  m.impl("entropy_weight", &macs::entropy_weight_cpu);
-  m.impl("load_histogram", &macs::load_histogram_cpu);
-  m.impl("clip_threshold", &macs::clip_threshold_cpu);
-  m.impl("clip_apply", &macs::clip_apply_cpu);
+  m.impl("entropy_score", &macs::entropy_score);
+  m.impl("entropy_weight", &macs::entropy_weight);
+  m.impl("load_histogram", &macs::load_histogram);
+  m.impl("clip_threshold", &macs::clip_threshold);
+  m.impl("clip_apply", &macs::clip_apply);
 }
+
+#ifdef MACS_WITH_CUDA
+TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
+  m.impl("entropy_score", &macs::entropy_score);
+  m.impl("entropy_weight", &macs::entropy_weight);
+  m.impl("load_histogram", &macs::load_histogram);
+  m.impl("clip_threshold", &macs::clip_threshold);
+  m.impl("clip_apply", &macs::clip_apply);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("entropy_score", &macs::entropy_score_meta);

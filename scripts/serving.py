@@ -180,10 +180,10 @@ class Server:
             return
         group = self.process.pid  # start_new_session made the leader's pid the group's id
         _signal_group(group, signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        while _group_alive(group, self.process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        _signal_group(group, signal.SIGKILL)
+        if not _group_ends(group, self.process, grace):
+            _signal_group(group, signal.SIGKILL)
+            # Bounded: in a container whose first process reaps no orphans, dead children remain in the group.
+            _group_ends(group, self.process, 2.0)
         self.process.wait()
         self.process = None
         self._port_lock.close()
@@ -276,11 +276,14 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _group_alive(group: int, leader: subprocess.Popen) -> bool:
-    """True while any process of `group` runs (the leader is reaped on the way)."""
-    leader.poll()
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _group_ends(group: int, leader: subprocess.Popen, seconds: float) -> bool:
+    """Wait up to `seconds` for the last process of `group` to end (the leader is reaped on the way); True if it did."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        leader.poll()
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False

@@ -109,6 +109,12 @@ RULES = (
         "shared experts of their own: a fused one must not be clipped",
         "Leave it out.",
     ),
+    Rule(
+        "--enable-two-batch-overlap",
+        _if(lambda x: bool(x.flag("enable_two_batch_overlap")), "two-batch overlap"),
+        "one batch at a time: the visual mask does not follow the halves yet",
+        "Leave it out.",
+    ),
     Rule("--enable-lora", _if(lambda x: bool(x.flag("enable_lora")), "LoRA"), "none on MoE layers", "Leave it out."),
 )
 

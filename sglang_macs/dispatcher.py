@@ -1,4 +1,5 @@
-"""The CPU dispatcher: plan, then a real all-to-all over torch.distributed (gloo), idle ranks and empty rows included.
+"""Planning in front of a dispatch (any device), and the CPU dispatcher: a real all-to-all over torch.distributed
+(gloo), idle ranks and empty rows included.
 
 One row travels per assignment, to the rank that holds its expert, as in DeepEP's low-latency mode. Combine brings the
 experts' outputs back and adds them up under the gate weights at the source.
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import batch, stats
-from .config import MacsConfig
 from .plan import Plan, PlanResult
 
 
@@ -85,8 +85,18 @@ class AllToAll:
         return expanded.view(tokens, top_k, outputs.shape[1]).sum(dim=1).to(outputs.dtype)
 
 
-class MacsDispatcher:
-    """One MoE layer's dispatch under MACS.
+@dataclass(frozen=True)
+class Planned:
+    """What one layer dispatches: ids and weights [T, K]; each row's segment [T]; the plan's result, if it planned."""
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    segment: Tensor
+    result: PlanResult | None
+
+
+class LayerPlanner:
+    """Plans one MoE layer's dispatches, or leaves them alone, and counts what it did. Any device.
 
     Args:
         layer_id: for the counters.
@@ -109,58 +119,67 @@ class MacsDispatcher:
         self.group = group
         self.counters = counters
         self.attn_tp = attn_tp
-        self.comm = AllToAll(group, plan.num_experts)
 
-    @property
-    def config(self) -> MacsConfig:
-        return self.plan.config
+    def __call__(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor | None
+    ) -> Planned:
+        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included."""
+        now = batch.current()
+        self.counters.dispatches += 1
+        segment = self._segment(now, topk_ids)
+        if now.skip:
+            self.counters.skipped[now.skip] += 1
+            return Planned(topk_ids, topk_weights, segment, None)
+        start = time.perf_counter()
+        result = self.plan(
+            hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments, self.all_reduce
+        )
+        self.counters.plan_seconds += time.perf_counter() - start
+        self.counters.add_plan(result)
+        return Planned(result.topk_ids, result.topk_weights, segment, result)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums over the EP group, in place."""
+        dist.all_reduce(tensor, group=self.group)
+
+    def recount(self, topk_ids: Tensor, planned: Planned) -> Tensor:
+        """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
+        return stats.recount(self.plan.config, self.plan.num_experts, topk_ids, planned.result, planned.segment)
+
+    def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
+        """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
+        if batch.current().skip in ("", "off"):
+            self.counters.add_rows(self.layer_id, group, self.plan.num_ranks, planned.result)
+        if planned.result is not None:
+            self.counters.add_proof(self.plan.config, planned.result, own, group)
+
+    def _segment(self, now: batch.Batch, topk_ids: Tensor) -> Tensor:
+        segment = batch.align(now.segment, topk_ids.shape[0], *self.attn_tp, device=topk_ids.device)
+        if segment is None:  # still take part in the exchange, with every row as text: it is collective
+            self.counters.misaligned += 1
+            return torch.full((topk_ids.shape[0],), -1, dtype=torch.int32, device=topk_ids.device)
+        return segment
+
+
+class MacsDispatcher:
+    """One MoE layer's dispatch under MACS on CPU: the planner, then the all-to-all."""
+
+    def __init__(self, planner: LayerPlanner) -> None:
+        self.planner = planner
+        self.comm = AllToAll(planner.group, planner.plan.num_experts)
 
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Plans and sends. Shapes as in `Plan.__call__` and `AllToAll.dispatch`; every rank calls it, T = 0
-        included.
-        """
-        now = batch.current()
-        self.counters.dispatches += 1
-        segment = self._segment(now, topk_ids.shape[0])
-        result = None
-        if now.skip:
-            self.counters.skipped[now.skip] += 1
-        else:
-            result = self._plan(now, hidden_states, topk_ids, topk_weights, router_logits, segment)
-        ids, weights = (result.topk_ids, result.topk_weights) if result else (topk_ids, topk_weights)
-        own = stats.recount(self.config, self.plan.num_experts, topk_ids, result, segment)
-        gathered = self.comm.gather_counts(own)
-        if now.skip in ("", "off"):
-            self.counters.add_rows(self.layer_id, gathered.sum(dim=0), self.plan.num_ranks, result)
-        if result is not None:
-            self.counters.add_plan(self.config, result, own, gathered.sum(dim=0))
-        received = self.comm.dispatch(hidden_states, ids, weights, gathered[:, stats.AFTER])
-        self.counters.received_rows += received[0].shape[0]
+        """Plans, proves and sends. Returns what `AllToAll.dispatch` returns."""
+        planned = self.planner(hidden_states, topk_ids, topk_weights, router_logits)
+        own = self.planner.recount(topk_ids, planned)
+        rows = self.comm.gather_counts(own)  # [R, S, E]: the all-to-all's splits, and the proof
+        self.planner.prove(planned, own, rows.sum(dim=0))
+        received = self.comm.dispatch(hidden_states, planned.topk_ids, planned.topk_weights, rows[:, stats.AFTER])
+        self.planner.counters.received_rows += received[0].shape[0]
         return received
 
     def combine(self, outputs: Tensor) -> Tensor:
         """[N, H] expert outputs -> [T, H]."""
         return self.comm.combine(outputs)
-
-    def _segment(self, now: batch.Batch, rows: int) -> Tensor:
-        segment = batch.align(now.segment, rows, *self.attn_tp, device=torch.device("cpu"))
-        if segment is None:  # still take part in the exchange, with every row as text: it is collective
-            self.counters.misaligned += 1
-            return torch.full((rows,), -1, dtype=torch.int32)
-        return segment
-
-    def _plan(self, now, hidden_states, topk_ids, topk_weights, router_logits, segment) -> PlanResult:
-        start = time.perf_counter()
-        result = self.plan(
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            router_logits,
-            segment,
-            now.num_segments,
-            lambda histogram: dist.all_reduce(histogram, group=self.group),
-        )
-        self.counters.plan_seconds += time.perf_counter() - start
-        return result

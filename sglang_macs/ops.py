@@ -34,6 +34,11 @@ _load_library()
 _ops = torch.ops.sglang_macs
 
 
+def has_cuda() -> bool:
+    """Whether this build has the operators for CUDA."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::clip_apply", "CUDA")
+
+
 def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
     """Index of `value` in `choices`; MacsError names the field and what it takes."""
     if value not in choices:

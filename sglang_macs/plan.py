@@ -86,7 +86,7 @@ class Plan:
         return ops.clip_threshold(
             own,
             own if alone else group,
-            self.modality.to(own.device),
+            self._modality_on(own.device),
             num_ranks=self.num_ranks,
             gamma=config.gamma,
             rho=config.rho,
@@ -95,6 +95,11 @@ class Plan:
             **self._levels,
             **self._clip,
         )
+
+    def _modality_on(self, device: torch.device) -> Tensor:
+        if self.modality.device != device:  # once: a copy to a GPU makes the host wait
+            self.modality = self.modality.to(device)
+        return self.modality
 
     def apply(
         self,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import __version__, batch, compat, cpu_compat, profile
+from . import __version__, batch, compat, cpu_compat, ops, profile
 from .config import MacsConfig, add_flags, from_args
 from .errors import MacsError, MacsNotActive
 
@@ -118,15 +118,26 @@ def _translate(record) -> None:
     if record.moe_a2a_backend == "customized":
         return  # a copy of a record that was translated before
     compat.check_a2a(record.moe_a2a_backend)
-    if record.device != "cpu":
-        raise MacsError(
-            "--device", record.device, "cpu in this release", "Add --device cpu; GPU dispatch is not built yet."
-        )
-    record.moe_a2a_backend = "customized"
+    if record.device == "cpu":
+        record.moe_a2a_backend = "customized"
+    else:
+        _translate_for_cuda(record)
     if record.ep_size == 1:
         record.ep_size = record.tp_size  # as SGLang does for DeepEP
     if record.moe_runner_backend == RUNNER:
         _register_runner_name()
+
+
+def _translate_for_cuda(record) -> None:
+    """DeepEP's dispatcher, planned; DeepGEMM's runner, the only one that takes DeepEP's formats in bf16."""
+    if not ops.has_cuda():
+        fix = "Build it where nvcc and a CUDA torch are, or serve with --device cpu."
+        raise MacsError("sglang_macs._C", "no CUDA operators", "a build with CUDA for a GPU server", fix)
+    if record.moe_runner_backend == RUNNER:
+        raise MacsError("--moe-runner-backend", RUNNER, "auto or deep_gemm on a GPU", "Leave it out.")
+    record.moe_a2a_backend = "deepep"
+    if record.moe_runner_backend == "auto":
+        record.moe_runner_backend = "deep_gemm"
 
 
 def _check_launch(record, config: MacsConfig) -> None:
@@ -175,7 +186,7 @@ def run_scheduler_process(*args, **kwargs):
 
 
 class _Worker:
-    """What a scheduler process holds: its counters and, per MoE layer, its dispatcher."""
+    """What a scheduler process holds: its counters and, per MoE layer, its planner."""
 
     def __init__(self, config: MacsConfig) -> None:
         from .stats import Stats
@@ -183,7 +194,7 @@ class _Worker:
         self.config = config
         self.stats = Stats()
         self.profile = profile.load(config.profile) if config.profile else None
-        self.dispatchers: dict[int, Any] = {}
+        self.planners: dict[int, Any] = {}
 
 
 _worker: _Worker | None = None
@@ -204,46 +215,24 @@ def _is_deepep_class_backend(original):
 
 
 def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
-    """AROUND: our dispatcher for the `customized` backend."""
+    """AROUND: our dispatcher for the `customized` backend (CPU); our plan in front of DeepEP's own."""
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
-    if not get_moe_a2a_backend().is_customized():
+    backend = get_moe_a2a_backend()
+    if not (backend.is_customized() or backend.is_deepep()):
         return original(moe_runner_config, *args, **kwargs)
     if moe_runner_config.num_fused_shared_experts:
         raise MacsNotActive("fused shared experts must not be clipped; pass --disable-shared-experts-fusion")
-    return _make_dispatcher(moe_runner_config)
+    planner = _layer_planner(moe_runner_config)
+    if backend.is_customized():
+        return _cpu_dispatcher(planner)
+    return _plan_before_deepep(original(moe_runner_config, *args, **kwargs), planner)
 
 
-def _make_dispatcher(moe_runner_config):
-    from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
-    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
-
-    inner = _layer_dispatcher(moe_runner_config)
-
-    class Dispatcher(BaseDispatcher):
-        """SGLang's interface around `MacsDispatcher`: rows come out as single-expert tokens of gate 1."""
-
-        def dispatch(self, hidden_states, topk_output):
-            weights, ids, logits = topk_output.topk_weights, topk_output.topk_ids, topk_output.router_logits
-            if hidden_states.shape[0] == 0:
-                logits = None  # SGLang's empty output carries K columns where E belong
-            rows, experts = inner.dispatch(hidden_states, ids, weights.float(), logits)
-            ones = rows.new_ones((rows.shape[0], 1), dtype=weights.dtype)
-            return StandardDispatchOutput(
-                rows, None, StandardTopKOutput(ones, experts.to(ids.dtype).unsqueeze(1), None)
-            )
-
-        def combine(self, combine_input):
-            return inner.combine(combine_input.hidden_states)
-
-    return Dispatcher()
-
-
-def _layer_dispatcher(moe_runner_config):
+def _layer_planner(moe_runner_config):
     from sglang.srt.runtime_context import get_parallel
 
-    from .dispatcher import MacsDispatcher
+    from .dispatcher import LayerPlanner
     from .plan import Plan
 
     worker, parallel, layer_id = _the_worker(), get_parallel(), moe_runner_config.layer_id
@@ -255,8 +244,61 @@ def _layer_dispatcher(moe_runner_config):
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    dispatcher = MacsDispatcher(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
-    worker.dispatchers[layer_id] = dispatcher
+    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
+    worker.planners[layer_id] = planner
+    return planner
+
+
+def _cpu_dispatcher(planner):
+    from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from .dispatcher import MacsDispatcher
+
+    inner = MacsDispatcher(planner)
+
+    class Dispatcher(BaseDispatcher):
+        """SGLang's interface around `MacsDispatcher`: rows come out as single-expert tokens of gate 1."""
+
+        def dispatch(self, hidden_states, topk_output):
+            weights, ids = topk_output.topk_weights, topk_output.topk_ids
+            rows, experts = inner.dispatch(hidden_states, ids, weights.float(), _logits(topk_output))
+            ones = rows.new_ones((rows.shape[0], 1), dtype=weights.dtype)
+            return StandardDispatchOutput(
+                rows, None, StandardTopKOutput(ones, experts.to(ids.dtype).unsqueeze(1), None)
+            )
+
+        def combine(self, combine_input):
+            return inner.combine(combine_input.hidden_states)
+
+    return Dispatcher()
+
+
+def _logits(topk_output):
+    """[T, E] router logits or None. SGLang's empty output carries K columns where E belong."""
+    return topk_output.router_logits if topk_output.topk_ids.shape[0] else None
+
+
+def _plan_before_deepep(dispatcher, planner):
+    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class."""
+
+    def wrap(dispatch_a):
+        def planned_dispatch_a(hidden_states, topk_output):
+            ids, weights = topk_output.topk_ids, topk_output.topk_weights
+            planned = planner(hidden_states, ids, weights, _logits(topk_output))
+            if planner.plan.config.verify:
+                own = planner.recount(ids, planned)
+                group = own.clone()
+                planner.all_reduce(group)
+                planner.prove(planned, own, group)
+            output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
+            return dispatch_a(hidden_states=hidden_states, topk_output=output)
+
+        return planned_dispatch_a
+
+    for inner in dispatcher._inners:
+        inner.dispatch_a = wrap(inner.dispatch_a)
     return dispatcher
 
 
@@ -300,27 +342,21 @@ def _batch_of(forward_batch) -> batch.Batch:
 
 def _scheduler_init(result, self, *args, **kwargs):
     """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
-    if not _the_worker().dispatchers:
+    planners = _the_worker().planners
+    if not planners:
         raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
-    layers, ranks = len(_the_worker().dispatchers), next(iter(_the_worker().dispatchers.values())).plan.num_ranks
-    print(
-        f"sglang-macs: active on {layers} MoE layers, {ranks} ranks, {_the_worker().config}",
-        file=sys.stderr,
-        flush=True,
-    )
+    ranks = next(iter(planners.values())).plan.num_ranks
+    line = f"sglang-macs: active on {len(planners)} MoE layers, {ranks} ranks, {_the_worker().config}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _get_internal_state(result, self, *args, **kwargs):
     """AFTER Scheduler.get_internal_state: counters under `internal_states[*].macs` of GET /server_info."""
-    worker = _the_worker()
-    snapshot = worker.stats.snapshot()
-    rank = next(iter(worker.dispatchers.values())).comm.rank
-    result.internal_state["macs"] = {
-        "version": __version__,
-        "rank": rank,
-        "config": worker.config.to_json(),
-        **snapshot,
-    }
+    from sglang.srt.runtime_context import get_parallel
+
+    worker, rank = _the_worker(), get_parallel().moe_ep_rank
+    state = {"version": __version__, "rank": rank, "config": worker.config.to_json(), **worker.stats.snapshot()}
+    result.internal_state["macs"] = state
 
 
 def _add_deepstack(original, hidden_states, residual, extra):
@@ -477,6 +513,9 @@ def register() -> None:
     else:
         hooks = SCHEDULER_HOOKS
         _register_runner()
-        cpu_compat.register(_hook, _define_missing)
+        if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+            cpu_compat.register(_hook, _define_missing)
+        else:
+            cpu_compat.register_idle_mrope(_hook)
     for hook in hooks:
         _hook(hook.target, hook.function, hook.kind)

@@ -1,12 +1,12 @@
 """What one rank counts and proves. A snapshot is plain JSON.
 
-The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP
-group, and held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and
-must stay 0.
+The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP group,
+and held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and must
+stay 0. Sums stay on the plan's device, so that counting never makes the host wait; only a snapshot reads them.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount
 
 def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
     """[E] i64: assignments of each expert, or their summed integer `weight` (same shape as ids); -1 counts nowhere."""
-    valid = ids >= 0
-    weight = None if weight is None else weight[valid].double()
-    return torch.bincount(ids[valid].long(), weight, minlength=num_experts).long()
+    cells = (ids.reshape(-1).long() + 1).clamp(min=0)  # cell 0 takes what counts nowhere
+    weight = torch.ones_like(cells) if weight is None else weight.reshape(-1).long()
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, cells, weight)[1:]
 
 
 def recount(config: MacsConfig, num_experts: int, ids: Tensor, result: PlanResult | None, segment: Tensor) -> Tensor:
@@ -47,91 +47,102 @@ def rows_per_bound(rows: Tensor, num_bounds: int) -> Tensor:
     return rows.unflatten(-1, (num_bounds, -1)).sum(dim=-1)
 
 
-def imbalance(rows: Tensor) -> float:
-    """Maximum over mean of [R] rows; 1.0 where there are none."""
-    total = int(rows.sum())
-    return int(rows.max()) * rows.numel() / total if total else 1.0
+def imbalance(rows: Tensor) -> Tensor:
+    """[] f64: maximum over mean of [R] rows; 1 where there are none."""
+    total = rows.sum()
+    return torch.where(total > 0, rows.max() * rows.numel() / total.clamp(min=1).double(), 1.0)
 
 
 @dataclass
 class LayerStats:
-    """Sums over the dispatches of one MoE layer that MACS planned or, where it is off, would have planned. Rows are
-    the group's.
+    """Sums over the dispatches of one MoE layer that MACS planned or, where it is off, would have planned.
+
+    Rows [R] are the EP group's; max_over_mean is summed over dispatches.
     """
 
     dispatches: int = 0
-    cut: int = 0
-    rows_before: list[int] = field(default_factory=list)
-    rows_after: list[int] = field(default_factory=list)
-    max_over_mean_before: float = 0.0
-    max_over_mean_after: float = 0.0
+    cut: Tensor | int = 0
+    rows_before: Tensor | int = 0
+    rows_after: Tensor | int = 0
+    max_over_mean_before: Tensor | float = 0.0
+    max_over_mean_after: Tensor | float = 0.0
 
-    def add(self, before: Tensor, after: Tensor, was_cut: bool) -> None:
+    def add(self, before: Tensor, after: Tensor, was_cut: Tensor | int) -> None:
         self.dispatches += 1
-        self.cut += was_cut
-        self.rows_before = _plus(self.rows_before, before)
-        self.rows_after = _plus(self.rows_after, after)
-        self.max_over_mean_before += imbalance(before)
-        self.max_over_mean_after += imbalance(after)
-
-
-def _plus(total: list[int], rows: Tensor) -> list[int]:
-    return [a + b for a, b in zip(total or [0] * rows.numel(), rows.tolist(), strict=True)]
+        self.cut = self.cut + was_cut
+        self.rows_before = self.rows_before + before
+        self.rows_after = self.rows_after + after
+        self.max_over_mean_before = self.max_over_mean_before + imbalance(before)
+        self.max_over_mean_after = self.max_over_mean_after + imbalance(after)
 
 
 @dataclass
 class Stats:
-    """Everything one process counts. `own` counts this rank's assignments, by what became of them and by modality."""
+    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality."""
 
     dispatches: int = 0
     planned: int = 0
     skipped: Counter = field(default_factory=Counter)
     misaligned: int = 0
     received_rows: int = 0
-    plan_seconds: float = 0.0
     runner_calls: int = 0
-    visual_share_sum: float = 0.0
-    own: Counter = field(default_factory=Counter)
+    plan_seconds: float = 0.0
+    visual_share_sum: Tensor | float = 0.0
+    fate: Tensor | int = 0
     checks: Counter = field(default_factory=Counter)
-    violations: Counter = field(default_factory=Counter)
+    violations: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[int, LayerStats] = field(default_factory=dict)
 
     def add_rows(self, layer_id: int, group: Tensor, num_ranks: int, result: PlanResult | None) -> None:
         """One dispatch of a batch that MACS acts on. group: [S, E] recount summed over the EP group."""
-        was_cut = result is not None and bool((result.cut[:, 0] >= 0).any())
+        was_cut = 0 if result is None else (result.cut[:, 0] >= 0).any().long()
         layer = self.layers.setdefault(layer_id, LayerStats())
         layer.add(rows_per_bound(group[BEFORE], num_ranks), rows_per_bound(group[AFTER], num_ranks), was_cut)
 
-    def add_plan(self, config: MacsConfig, result: PlanResult, own: Tensor, group: Tensor) -> None:
-        """One plan and its proof. own, group: [S, E] recounts of this rank and of the EP group."""
+    def add_plan(self, result: PlanResult) -> None:
+        """One plan, by its own account."""
         self.planned += 1
-        visual, total = result.group[-NUM_SUMS:].tolist()[2:]
-        self.visual_share_sum += visual / total if total else 0.5
-        kept, clipped, rerouted = result.counts.sum(dim=1).tolist()
-        for i, modality in enumerate(("visual", "text")):
-            self.own[f"assignments_{modality}"] += kept[i] + clipped[i]
-            self.own[f"clipped_{modality}"] += clipped[i]
-            self.own[f"rerouted_{modality}"] += rerouted[i]
-            self.own[f"dropped_{modality}"] += clipped[i] - rerouted[i]
+        visual, total = result.group[-NUM_SUMS + 2 :].double()
+        self.visual_share_sum = self.visual_share_sum + torch.where(total > 0, visual / total.clamp(min=1), 0.5)
+        self.fate = self.fate + result.counts.sum(dim=1, dtype=torch.int64)
+
+    def add_proof(self, config: MacsConfig, result: PlanResult, own: Tensor, group: Tensor) -> None:
+        """Holds [S, E] recounts of this rank and of the EP group against the plan's bounds."""
         # With exchange=local a rank promises its own share only.
-        self._prove(config, result.cut, group if config.exchange == "group" else own)
-
-    def _prove(self, config: MacsConfig, cut: Tensor, counted: Tensor) -> None:
-        per_bound = rows_per_bound(counted, cut.shape[0])
-        bound = cut[:, 3]
+        per_bound = rows_per_bound(group if config.exchange == "group" else own, result.cut.shape[0])
+        bound = result.cut[:, 3]
         if config.load == "rows":
-            self._check("bound", bool((per_bound[AFTER] > bound).any()))
+            self._check("bound", (per_bound[AFTER] > bound).any())
         elif config.verify:
-            self._check("bound", bool((per_bound[UNITS] > bound).any()))
+            self._check("bound", (per_bound[UNITS] > bound).any())
         if config.verify and config.protect_text:
-            self._check("text_last", bool(((per_bound[CLIPPED_TEXT] > 0) & (per_bound[KEPT_VISUAL] > 0)).any()))
+            self._check("text_last", ((per_bound[CLIPPED_TEXT] > 0) & (per_bound[KEPT_VISUAL] > 0)).any())
 
-    def _check(self, claim: str, violated: bool) -> None:
+    def _check(self, claim: str, violated: Tensor) -> None:
         self.checks[claim] += 1
-        self.violations[claim] += violated
+        self.violations[claim] = self.violations.get(claim, 0) + violated.long()
 
     def snapshot(self) -> dict[str, object]:
-        """Every counter as JSON values; layer ids become strings."""
-        raw = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict would take a Counter apart
-        raw["layers"] = {str(layer_id): asdict(layer) for layer_id, layer in self.layers.items()}
-        return {name: dict(value) if isinstance(value, Counter) else value for name, value in raw.items()}
+        """Every counter as JSON values; layer ids become strings, `fate` becomes `own`."""
+        raw = {name: _plain(value) for name, value in vars(self).items() if name != "fate"}
+        raw["own"] = _fates(self.fate)
+        raw["layers"] = {str(layer_id): _plain(vars(layer)) for layer_id, layer in self.layers.items()}
+        return raw
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _fates(fate: Tensor | int) -> dict[str, int]:
+    """{"clipped_visual": n, ...} from [3, 2] kept, clipped, re-routed by (visual, text)."""
+    kept, clipped, rerouted = fate.tolist() if isinstance(fate, Tensor) else [[0, 0]] * 3
+    named = {}
+    for i, modality in enumerate(("visual", "text")):
+        named[f"assignments_{modality}"] = kept[i] + clipped[i]
+        named[f"clipped_{modality}"] = clipped[i]
+        named[f"rerouted_{modality}"] = rerouted[i]
+        named[f"dropped_{modality}"] = clipped[i] - rerouted[i]
+    return named

@@ -1,6 +1,6 @@
 """Run as a program: `sglang.Engine` in this process, with MACS configured from Python. Prints one JSON line.
 
-    python engine_program.py MODEL < list of prompts as JSON
+python engine_program.py MODEL < list of prompts as JSON
 """
 
 import json

@@ -35,6 +35,7 @@ def test_plain_expert_parallel_launches_are_taken(flags):
         {"ep_num_redundant_experts": 2},
         {"ep_dispatch_algorithm": "lp"},
         {"enforce_shared_experts_fusion": True},
+        {"enable_two_batch_overlap": True},
         {"enable_lora": True},
     ],
     ids=str,

@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 from sglang_macs import batch
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import AllToAll, MacsDispatcher
+from sglang_macs.dispatcher import AllToAll, LayerPlanner, MacsDispatcher
 from sglang_macs.plan import Plan
 from sglang_macs.stats import Stats, rows_of
 
@@ -81,7 +81,7 @@ def _serve_all(rank: int, world: int) -> dict[str, dict]:
     for name, options in CASES.items():
         config = MacsConfig.from_preset(**options, verify=True)
         counters = Stats()
-        dispatcher = MacsDispatcher(0, Plan(config, EXPERTS, world), dist.group.WORLD, counters)
+        dispatcher = MacsDispatcher(LayerPlanner(0, Plan(config, EXPERTS, world), dist.group.WORLD, counters))
         hidden, ids, weights, logits = tokens(rank, COUNTS[rank])
         segment = torch.where(torch.arange(COUNTS[rank]) % 4 < 3, 0, -1).int()
         with batch.forward(batch.Batch(segment, 1, name if name in ("off", "decode") else "")):

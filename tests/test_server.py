@@ -53,7 +53,10 @@ def load(server: Server, count: int = 16) -> None:
     def one(i: int) -> None:
         uri = photographs()[i % 2]
         picture = {"type": "image_url", "image_url": {"url": uri}}
-        words = {"type": "text", "text": f"{i} How many visual tokens does a photograph of a flower have? " * (1 + i % 3)}
+        words = {
+            "type": "text",
+            "text": f"{i} How many visual tokens does a photograph of a flower have? " * (1 + i % 3),
+        }
         server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
 
     with ThreadPoolExecutor(8) as pool:

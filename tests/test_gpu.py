@@ -1,0 +1,97 @@
+"""The operators on a GPU: the CPU's bits where they are integers, close where they are not, and never a host wait."""
+
+import pytest
+import torch
+
+from sglang_macs import ops
+from sglang_macs.config import MacsConfig
+from sglang_macs.plan import Plan
+
+pytestmark = pytest.mark.gpu
+EXPERTS, RANKS = 128, 8
+PRESETS = {
+    "rank": {"preset": "rank", "gamma": 1.05},
+    "rank, no text protection": {"preset": "rank", "gamma": 1.0, "protect_text": False},
+    "paper": {"preset": "paper", "gamma": 0.7},
+    "paper, global": {"preset": "paper", "gamma": 0.6, "reroute": "global"},
+    "cai": {"preset": "cai", "gamma": 1.0},
+    "infinite": {"preset": "rank", "gamma": float("inf")},
+}
+
+
+def batch(tokens: int, top_k: int, seed: int, dtype=torch.bfloat16, hidden_size: int = 256, experts: int = EXPERTS):
+    """Skewed routing, some empty slots, two thirds visual; on the CPU."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, hidden_size, generator=g).to(dtype)
+    logits = torch.randn(tokens, experts, generator=g) + torch.linspace(1.5, 0, experts)
+    weights, ids = torch.softmax(logits, -1).topk(top_k)
+    empty = torch.rand(ids.shape, generator=g) < 0.05
+    segment = torch.where(torch.rand(tokens, generator=g) < 0.67, 0, -1).int()
+    return hidden, ids.masked_fill(empty, -1), weights.masked_fill(empty, 0.0), logits, segment
+
+
+def to_gpu(*tensors: torch.Tensor):
+    return [t.cuda() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "hidden_size"), [(0, 64), (1, 2048), (777, 2048), (300, 7168), (50, 99)], ids=str)
+def test_entropies_and_weights_agree_with_the_cpu(tokens, hidden_size, dtype):
+    hidden, _, _, _, segment = batch(tokens, 2, tokens + hidden_size, dtype, hidden_size)
+    entropy = ops.entropy_score(hidden, segment)
+    on_gpu = ops.entropy_score(*to_gpu(hidden, segment))
+    torch.testing.assert_close(on_gpu.cpu(), entropy, rtol=0, atol=2e-5)
+    weight = ops.entropy_weight(entropy.cuda(), segment.cuda(), 1, 1.0)
+    torch.testing.assert_close(weight.cpu(), ops.entropy_weight(entropy, segment, 1, 1.0), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 8), (1, 1), (130, 8), (5000, 8)], ids=str)
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+def test_decisions_are_the_cpus_to_the_bit(name, tokens, top_k, ids_dtype):
+    config = MacsConfig.from_preset(**PRESETS[name])
+    modality = torch.randint(-1, 2, (EXPERTS,), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    cpu, gpu = Plan(config, EXPERTS, RANKS, modality), Plan(config, EXPERTS, RANKS, modality.cuda())
+    hidden, ids, weights, logits, segment = batch(tokens, top_k, tokens)
+    ids = ids.to(ids_dtype)
+    weight = cpu.weight(hidden, segment, 1)  # the same on both sides: everything behind it is integer
+    own = cpu.histogram(ids, weights, weight, segment)
+    own_gpu = gpu.histogram(*to_gpu(ids, weights, weight, segment))
+    assert torch.equal(own_gpu.cpu(), own)
+    shift, cut = cpu.threshold(own, own + own)
+    shift_gpu, cut_gpu = gpu.threshold(own_gpu, own_gpu + own_gpu)
+    assert torch.equal(shift_gpu.cpu(), shift) and torch.equal(cut_gpu.cpu(), cut)
+    expected = cpu.apply(ids, weights, weight, segment, logits, shift, cut)
+    got = gpu.apply(*to_gpu(ids, weights, weight, segment, logits), shift_gpu, cut_gpu)
+    assert torch.equal(got[0].cpu(), expected[0])
+    assert torch.equal(got[2].cpu(), expected[2])
+    torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=0)
+    if tokens == 5000 and name != "infinite":
+        assert int(expected[2][1].sum()) > 0, "a case that clips nothing proves nothing"
+
+
+def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():
+    plan = Plan(MacsConfig.from_preset("rank", gamma=1.0), EXPERTS, RANKS)
+    first, second = ([t.cuda() for t in batch(512, 8, seed)] for seed in (1, 2))
+
+    def run(tensors):
+        hidden, ids, weights, logits, segment = tensors
+        return plan(hidden, ids, weights, logits, segment, 1)
+
+    run(first)  # loads the modules
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = [run(first).topk_ids, run(second).topk_ids]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    static = [t.clone() for t in first]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(static)
+    for source, want in zip((first, second), expected, strict=True):
+        for t, s in zip(static, source, strict=True):
+            t.copy_(s)
+        result.topk_ids.fill_(-7)
+        graph.replay()
+        assert torch.equal(result.topk_ids, want)
+    assert int((expected[0] < 0).sum()) > 0

@@ -1,0 +1,111 @@
+"""scripts/serving.py without SGLang: a stand-in server, whose processes must all be gone afterwards and no others."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import serving
+from serving import Server, ServerError
+
+# Serves HTTP after a moment, with a child that ignores SIGTERM, as a stuck scheduler would.
+STAND_IN = """
+import http.server, os, signal, subprocess, sys, time
+if os.environ.get("DIE"):
+    print("x" * 5000); print("the reason"); sys.exit(3)
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        ok = self.path in ("/health_generate", "/json")
+        self.send_response(200 if ok else 418); self.send_header("content-type", "application/json"); self.end_headers()
+        self.wfile.write(b'{"answer": 42}')
+    def log_message(self, *a): pass
+if os.environ.get("HANG"): time.sleep(600)
+http.server.HTTPServer((sys.argv[sys.argv.index("--host") + 1], int(sys.argv[sys.argv.index("--port") + 1])),
+                       Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Makes servers that run `STAND_IN` in SGLang's place."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    (tmp_path / "config.json").write_text("{}")
+
+    def make(**options) -> Server:
+        return Server(tmp_path, [], log=tmp_path / "log.txt", **options)
+
+    def command(self):
+        return [sys.executable, str(script), "--host", serving.HOST, "--port", str(self.port)]
+
+    monkeypatch.setattr(Server, "command", property(command))
+    return make
+
+
+def alive(pid: int) -> bool:
+    """True if `pid` runs (a zombie does not)."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_whole_group_ends_and_nothing_else(stand_in):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with stand_in() as server:
+            leader, child = server.process.pid, int(server.log_text().split()[1])
+            assert server.get("/json") == {"answer": 42} and alive(leader) and alive(child)
+            with pytest.raises(ServerError, match="GET /nothing: HTTP 418"):
+                server.get("/nothing")
+            started = time.monotonic()
+            server.stop(grace=1.0)
+        assert time.monotonic() - started < 5
+        assert not alive(leader) and not alive(child) and alive(bystander.pid)
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_two_servers_get_two_ports(stand_in):
+    with stand_in() as one, stand_in() as two:
+        assert abs(one.port - two.port) >= serving.PORTS_PER_SERVER
+        port = one.port
+        one.stop(grace=0.1)
+        two.stop(grace=0.1)
+    number, lock = serving.reserve_port(port)
+    lock.close()
+    assert number == port  # free again
+
+
+def test_a_death_is_reported_with_the_last_lines(stand_in):
+    with pytest.raises(ServerError) as caught, stand_in(env={"DIE": "1"}):
+        pass
+    assert "server exited with 3" in str(caught.value) and "the reason" in str(caught.value)
+    assert "x" * 401 not in str(caught.value)  # long lines are cut
+
+
+def test_a_hang_is_reported_and_ended(stand_in, monkeypatch):
+    server = stand_in(env={"HANG": "1"}, timeout=1.0)
+    monkeypatch.setattr(server, "stop", lambda: Server.stop(server, grace=0.2))
+    with pytest.raises(ServerError, match="not healthy after 1 s"), server:
+        pass
+    assert not alive(int(server.log_text().split()[1]))
+
+
+def test_environment_is_merged_and_none_removes(monkeypatch):
+    monkeypatch.setenv("MACS_TEST_REMOVED", "1")
+    server = Server("nowhere", ["--device", "cpu", "--tp", "2"], env={"MACS_TEST_REMOVED": None, "MACS_TEST": "2"})
+    assert "MACS_TEST_REMOVED" not in server.env and server.env["MACS_TEST"] == "2"
+    assert server.env["SGLANG_USE_CPU_ENGINE"] == "1" and server.env["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
+    assert "SGLANG_USE_CPU_ENGINE" not in set(Server("nowhere", ["--tp", "2"]).env) - set(os.environ)
+
+
+def test_photographs_are_two_jpeg_data_uris():
+    uris = serving.photographs()
+    assert len(set(uris)) == 2 and all(uri.startswith("data:image/jpeg;base64,/9j/") for uri in uris)

@@ -1,0 +1,81 @@
+"""The tiny checkpoints: reproducible, in both layouts, with an unequal load, and nothing of the user's deleted."""
+
+import json
+
+import pytest
+import torch
+from reference import QUESTIONS
+from safetensors.torch import load_file
+
+from sglang_macs import tiny_models
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return tiny_models.build_qwen3_vl_moe(tmp_path_factory.mktemp("vl") / "model", seed=3)
+
+
+def test_same_seed_same_bits_and_another_seed_others(built, tmp_path):
+    again = tiny_models.build_qwen3_vl_moe(tmp_path / "again", seed=3)
+    other = tiny_models.build_qwen3_vl_moe(tmp_path / "other", seed=4)
+    first, second, third = (load_file(p / "model.safetensors") for p in (built, again, other))
+    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert not any(torch.equal(first[n], third[n]) for n in first if n.endswith(("proj", "proj.weight", "gate.weight")))
+
+
+def test_twin_differs_only_in_the_layout_of_fused_experts(built):
+    ours, theirs = (load_file(p / "model.safetensors") for p in (built, tiny_models.reference_path(built)))
+    fused = [n for n in ours if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(fused) == 2 * 3
+    assert ours[fused[0]].shape[0] == 16 and all(torch.equal(ours[n].transpose(1, 2), theirs[n]) for n in fused)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours.keys() - set(fused))
+
+
+def test_visual_tokens_load_the_first_half_of_the_experts(vl_reference):
+    """Rows of rank 0 of two over the mean, per layer: 1.05 to 1.6 with a photograph; text alone is close to even."""
+    routes = []
+    gates = [m for name, m in vl_reference.model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda _, __, out: routes.append(out[2])) for gate in gates]
+    loads = {}
+    for question in QUESTIONS:
+        routes.clear()
+        with torch.no_grad():
+            vl_reference.model(**vl_reference._inputs(question))
+        loads[question] = [(ids < 8).float().mean().item() * 2 for ids in routes]
+    for hook in hooks:
+        hook.remove()
+    visual = torch.tensor([load for question, load in loads.items() if question.image])
+    text = torch.tensor([load for question, load in loads.items() if not question.image])
+    assert visual.shape[1] == 3 and 1.15 < visual.mean() < 1.5 and visual.min() > 1.0 and visual.max() < 1.6
+    assert text.mean() < visual.mean() - 0.1
+
+
+def test_ensure_builds_once_and_again_for_other_options(tmp_path):
+    out = tiny_models.ensure(tmp_path / "m", "qwen3_moe", layers=1)
+    weights = out / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    tiny_models.ensure(out, "qwen3_moe", layers=1)
+    assert weights.stat().st_mtime_ns == before
+    tiny_models.ensure(out, "qwen3_moe", layers=2)
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 2}, "layers must be at least 3, got 2"),
+        ({"hidden": 100}, "hidden must be a multiple of 64"),
+        ({"num_experts": 15}, "num_experts must be even"),
+        ({"top_k": 9}, "top_k at most half"),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_models.build_qwen3_vl_moe(tmp_path / "m", **options)
+
+
+def test_a_folder_without_a_checkpoint_is_never_cleared(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+        tiny_models.build_qwen3_moe(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -72,9 +72,8 @@ def main() -> int:
     parser.add_argument("--mode", default="low_latency", choices=["low_latency", "normal"])
     parser.add_argument("--commit", default="unknown")
     options = parser.parse_args()
-    model = tiny_models.ensure(
-        ROOT / "build" / "models" / "gpu-vl", "qwen3_vl_moe", hidden=2048, layers=4, num_experts=32, top_k=4, intermediate=768
-    )
+    size = {"hidden": 2048, "layers": 4, "num_experts": 32, "top_k": 4, "intermediate": 768}
+    model = tiny_models.ensure(ROOT / "build" / "models" / "gpu-vl", "qwen3_vl_moe", **size)
     runs = {}
     for name in RUNS:
         runs[name] = serve(model, name, options.mode)

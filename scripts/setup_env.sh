@@ -81,7 +81,7 @@ constraint=$(mktemp)
 trap 'rm -f "$log" "$constraint"' EXIT
 echo "$torch" >"$constraint"
 
-echo "making $venv with $("$python" --version); about 2.5 GB on disk"
+echo "making $venv with $("$python" --version); 2.5 GB on disk, or 6 GB if the index has no CPU build of torch"
 run "virtual environment" "$python" -m venv "$venv"
 # torch first and by its plain name: what follows must find it there and not fetch another build.
 run "$torch" pip_install "$torch"

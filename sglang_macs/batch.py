@@ -50,11 +50,11 @@ def current() -> Batch:
 
 def skip_reason(config: MacsConfig, *, is_prefill: bool, group_tokens: int) -> str:
     """Why a batch is not planned, or "". Both arguments must be the same on every rank of the EP group."""
-    if config.is_off:
-        return "off"
     if not is_prefill and not config.decode:
         return "decode"
-    return "small" if group_tokens < config.min_tokens else ""
+    if group_tokens < config.min_tokens:
+        return "small"
+    return "off" if config.is_off else ""  # last: with MACS off, the batches it would act on are counted alone
 
 
 def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:

@@ -38,6 +38,8 @@ def test_rows_that_cannot_be_this_batch_are_refused():
         ({}, False, 4096, "decode"),
         ({"decode": True}, False, 4096, ""),
         ({"preset": "off"}, True, 4096, "off"),
+        ({"preset": "off"}, False, 4096, "decode"),
+        ({"preset": "off"}, True, 63, "small"),
     ],
 )
 def test_when_macs_acts(options, is_prefill, tokens, expected):

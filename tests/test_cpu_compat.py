@@ -202,6 +202,10 @@ def test_environment_prepends_once():
     assert once == f"{SITE_DIR}:/a:/b" == environment(base={"PYTHONPATH": once})["PYTHONPATH"]
 
 
+def test_environment_keeps_sglang_off_nccl():
+    assert not Path(environment(base={})["SGLANG_NCCL_SO_PATH"]).exists()
+
+
 def test_shell_exports_are_what_environment_says():
     script = shell_exports(ranks=1) + '\npython3 -c "import os, json; print(json.dumps(dict(os.environ)))"'
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)

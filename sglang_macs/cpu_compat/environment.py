@@ -55,6 +55,9 @@ def environment(ranks: int = 2, base: dict[str, str] | None = None) -> dict[str,
         # SGLang compiles small functions at start: two ranks take 40 s instead of 20 s to come up.
         "TORCHDYNAMO_DISABLE": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": threads_bind(ranks),
+        # The CUDA build of torch, which the package index hands out by default, brings NCCL; SGLang would open it and
+        # then demand a CUDA device. A library that is not there makes it go without, as with a CPU build.
+        "SGLANG_NCCL_SO_PATH": str(SITE_DIR / "no-nccl-on-cpu.so"),
         # SGLang binds threads itself only with AMX; without it every rank would start one thread per core.
         "OMP_NUM_THREADS": str(max(1, len(available_cores()) // ranks)),
     }

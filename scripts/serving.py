@@ -35,6 +35,7 @@ CPU_ARGS = [
     # Without a bound, SGLang sizes the KV cache to the machine's memory: 12 GB, and 23 s to allocate.
     "--max-total-tokens", "8192",
     "--max-running-requests", "8",
+    "--skip-server-warmup",  # `Server` waits for /health_generate, a forward pass through every rank, anyway
 ]  # fmt: skip
 # Two ranks, experts split between them, attention data-parallel: the setting MACS is for, and the one in which
 # Qwen3-VL-MoE works with an all-to-all (SGLang's deepstack rows do not fit when attention is tensor-parallel).

@@ -176,11 +176,14 @@ class Server:
         progress.end(f"healthy after {self.start_seconds:.1f} s")
 
     def stop(self, grace: float = 10.0) -> None:
-        """End this server's process group: SIGTERM, and SIGKILL for what is left after `grace` seconds."""
+        """End the server by SIGTERM to its launcher, and by SIGKILL what is left of its group after `grace` seconds.
+
+        Only the launcher: it takes a scheduler that dies before it for a crash, and sleeps 5 s over its diagnosis.
+        """
         if self.process is None:
             return
         group = self.process.pid  # start_new_session made the leader's pid the group's id
-        _signal_group(group, signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         if not _group_ends(group, self.process, grace):
             _signal_group(group, signal.SIGKILL)
             _group_ends(group, self.process, 5.0)

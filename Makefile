@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-slow lint format bench readme clean distclean
+.PHONY: help build demo test test-fast test-server test-slow test-gpu lint format bench readme clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-server: build  ## only the tests that start a real server
 
 test-slow: build  ## what is too slow for CI
 	@$(PYTEST) -m slow
+
+test-gpu: build  ## the operators on a CUDA device (without one every test fails)
+	@$(PYTEST) -m gpu
 
 lint: build  ## ruff, and the checks of README and hooks
 	@$(VENV)/bin/ruff check .

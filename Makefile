@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-slow test-gpu lint format bench readme clean distclean
+.PHONY: help build demo test test-fast test-server test-gpu lint format bench clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,16 +28,13 @@ demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=pa
 	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
 
 test: build  ## everything that CI runs
-	@$(PYTEST) -m "not slow and not gpu"
+	@$(PYTEST) -m "not gpu"
 
 test-fast: build  ## without real servers
-	@$(PYTEST) -m "not slow and not gpu and not server"
+	@$(PYTEST) -m "not gpu and not server"
 
 test-server: build  ## only the tests that start a real server
-	@$(PYTEST) -m "server and not slow"
-
-test-slow: build  ## what is too slow for CI
-	@$(PYTEST) -m slow
+	@$(PYTEST) -m server
 
 test-gpu: build  ## the operators on a CUDA device (without one every test fails)
 	@$(PYTEST) -m gpu

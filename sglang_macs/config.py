@@ -47,8 +47,8 @@ def _opt(default, help: str, choices: tuple | None = None):
 class MacsConfig:
     """Every option of the method; docs/method.md gives the formulas.
 
-    A field left at None takes its preset's value (`PRESETS`), or the value named in its help. Build one with
-    `MacsConfig.from_preset`, which resolves and validates; raises MacsError.
+    Build one with `MacsConfig.from_preset`: what is given wins over the preset (`PRESETS`), and that over the defaults
+    here. Raises MacsError for a value out of range.
     """
 
     preset: str = _opt("rank", "starting point: rank, paper, cai or off", tuple(PRESETS))

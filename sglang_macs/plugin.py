@@ -195,6 +195,7 @@ class _Worker:
         self.stats = Stats()
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, Any] = {}
+        self.top_k = 1  # the largest of the model's MoE layers
 
 
 _worker: _Worker | None = None
@@ -246,6 +247,7 @@ def _layer_planner(moe_runner_config):
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
     planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
     worker.planners[layer_id] = planner
+    worker.top_k = max(worker.top_k, moe_runner_config.top_k or 1)
     return planner
 
 
@@ -331,7 +333,7 @@ def _batch_of(forward_batch) -> batch.Batch:
     if skip not in ("", "off"):
         return batch.Batch(skip=skip)
     if not skip:
-        check_batch_size(group_tokens, 16)
+        check_batch_size(group_tokens, _the_worker().top_k)
     if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
         return batch.Batch(skip=skip)
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]

@@ -207,8 +207,15 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     tiny_models.ensure(MODEL, "qwen3_vl_moe")
-    uris = pictures(options.image, options.requests)
-    runs = [serve(preset, options.gamma, uris) for preset in ("off", "paper", "rank")]
+    try:
+        uris = pictures(options.image, options.requests)
+    except OSError as error:
+        parser.error(f"--image: got {options.image} ({error}), expected a picture file")
+    try:
+        runs = [serve(preset, options.gamma, uris) for preset in ("off", "paper", "rank")]
+    except ServerError as error:
+        print(f"{error}\ndemo FAILED: a server did not start or did not answer; above, the end of its log.")
+        return 1
     draw(runs, options.gamma, OUT / "load.png")
     (OUT / "summary.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
     ok = all(run.proved for run in runs)

@@ -144,7 +144,9 @@ class LayerPlanner:
 
     def recount(self, topk_ids: Tensor, planned: Planned) -> Tensor:
         """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
-        return stats.recount(self.plan.config, self.plan.num_experts, topk_ids, planned.result, planned.segment)
+        weight = planned.result.weight if planned.result else None
+        plan = self.plan
+        return stats.recount(plan.config, plan.num_experts, topk_ids, planned.topk_ids, weight, planned.segment)
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""

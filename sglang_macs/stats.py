@@ -25,14 +25,18 @@ def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tens
     return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, cells, weight)[1:]
 
 
-def recount(config: MacsConfig, num_experts: int, ids: Tensor, result: PlanResult | None, segment: Tensor) -> Tensor:
-    """This rank's rows, counted from the ids alone: [2, E] i64 before and after; with `verify` also the rows that the
-    claims on text and on effective load need, [5, E]."""
-    sent = ids if result is None else result.topk_ids
+def recount(
+    config: MacsConfig, num_experts: int, ids: Tensor, sent: Tensor, weight: Tensor | None, segment: Tensor
+) -> Tensor:
+    """This rank's rows, counted from the ids that were routed and those that are sent, both [T, K].
+
+    Returns [2, E] i64, before and after; with `verify` [5, E], what the claims on text and on effective load need, too.
+    weight [T] is the plan's, None without a plan.
+    """
     counts = [rows_of(ids, num_experts), rows_of(sent, num_experts)]
     if config.verify:
         text = (segment < 0).unsqueeze(1)
-        weight = torch.ones_like(segment, dtype=torch.float32) if result is None else result.weight
+        weight = torch.ones_like(segment, dtype=torch.float32) if weight is None else weight
         units = (weight * WEIGHT_ONE).round().clamp(min=1).long().unsqueeze(1).expand_as(ids)
         counts += [
             rows_of(ids.masked_fill(text | (sent != ids), -1), num_experts),

@@ -9,6 +9,7 @@ travels in one environment variable, which spawned processes inherit; without it
 docs/hooks.md says why each target is hooked.
 """
 
+import argparse
 import json
 import os
 import pkgutil
@@ -59,13 +60,27 @@ def _exit(error: Exception) -> None:
 # ---- Launcher: flags and refusals ----------------------------------------------------------------------------------
 
 
+class _EnableMacs(argparse.Action):
+    """A switch that looks at the launcher's hooks itself: with the other ones missing, nobody else would read it."""
+
+    def __init__(self, option_strings, dest, **kwargs) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            check_hooks(LAUNCHER_HOOKS)
+        except MacsNotActive as error:
+            _exit(error)
+        setattr(namespace, self.dest, True)
+
+
 def _add_cli_args(result, parser):
     """AFTER ServerArgs.add_cli_args: `macs` as a choice of backend, and MACS's own flags."""
     for action in parser._actions:
         if "--moe-a2a-backend" in action.option_strings and "macs" not in action.choices:
             action.choices = [*action.choices, "macs"]
     add_flags(parser)
-    parser.add_argument("--enable-macs", action="store_true", help="bound the expert-parallel load with MACS")
+    parser.add_argument("--enable-macs", action=_EnableMacs, help="bound the expert-parallel load with MACS")
 
 
 def _from_cli_args(original, cls, args):

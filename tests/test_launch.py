@@ -124,6 +124,23 @@ def test_the_real_command_ends_with_code_2(vl_model):
     assert "Traceback" not in done.stderr
 
 
+UNHOOKED = """
+import argparse
+from sglang_macs import plugin
+parser = argparse.ArgumentParser()
+parser.add_argument("--moe-a2a-backend", choices=["none", "deepep"])
+plugin._add_cli_args(None, parser)
+parser.parse_args(["--enable-macs", "--moe-a2a-backend", "deepep"])
+"""
+
+
+def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
+    """Flags that parse, but hooks that nobody applied: SGLang would serve on, without MACS."""
+    done = subprocess.run([sys.executable, "-c", UNHOOKED], env=env(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sglang-macs: hook on sglang.srt.server_args.ServerArgs.add_cli_args did not take" in done.stderr
+
+
 BREAK = """
 import importlib.abc, importlib.util, sys
 

@@ -48,7 +48,9 @@ def extension():
     if not cuda:
         return CppExtension("sglang_macs._C", sources, include_dirs=include, extra_compile_args={"cxx": cxx})
     arch = os.environ.get("MACS_CUDA_ARCH", "90a")
-    nvcc = ["-O3", "-std=c++20", "--fmad=true", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arch.split(","))]
+    # torch's flags take the conversions of half and bfloat16 away, which the kernels use.
+    keep = [f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")]
+    nvcc = ["-O3", "-std=c++20", *keep, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arch.split(","))]
     return CUDAExtension(
         "sglang_macs._C",
         [*sources, *sorted(glob.glob("csrc/cuda/*.cu"))],

@@ -35,6 +35,8 @@ def use_cuda() -> tuple[bool, str]:
         return False, "this torch was built without CUDA"
     if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
         return False, "no nvcc found"
+    if not os.path.exists(os.path.join(CUDA_HOME, "include", "cuda_runtime.h")):
+        return False, f"no CUDA headers below {CUDA_HOME}; set CUDA_HOME to the toolkit's folder"
     return True, f"nvcc in {CUDA_HOME}, torch for CUDA {torch.version.cuda}"
 
 

@@ -20,7 +20,6 @@ from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files
 from tqdm import tqdm
 
 from sglang_macs import tiny_models
-from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "demo"
@@ -140,7 +139,7 @@ def serve(preset: str, gamma: float, uris: list[str]) -> Run:
     args = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-preset", preset, "--macs-verify", "true"]
     if preset != "off":
         args += ["--macs-gamma", str(gamma)]
-    with Server(MODEL, args, env=environment(RANKS), log=OUT / f"server-{preset}.log") as server:
+    with Server(MODEL, args, log=OUT / f"server-{preset}.log") as server:
         chat(server, uris[0], "Warm up.")
         latencies = send(server, uris, preset)
         states = [state["macs"] for state in server.get("/server_info")["internal_states"]]

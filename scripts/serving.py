@@ -28,7 +28,9 @@ import requests
 from sglang_macs import cpu_compat
 
 HOST = "127.0.0.1"
-BASE_PORT = 34100  # far from SGLang's default 30000
+# Below 32768, where Linux begins to hand out ports for outgoing connections: one of those may be any port that SGLang
+# takes for itself later. Away from SGLang's default 30000.
+BASE_PORT, LAST_PORT = 20100, 29000
 PORTS_PER_SERVER = 500  # with dp-attention SGLang takes further ports, up to about 240 above the one it serves on
 CPU_ARGS = [
     "--device", "cpu",
@@ -62,7 +64,7 @@ def reserve_port(start: int = BASE_PORT) -> tuple[int, IO]:
     SGLang listens only when its model is loaded: without the lock, two servers started together would get one port, and
     each would take the other's health for its own. The lock goes when the file is closed or the process ends.
     """
-    for port in range(start, 60000, PORTS_PER_SERVER):
+    for port in range(start, LAST_PORT, PORTS_PER_SERVER):
         lock = (Path(tempfile.gettempdir()) / f"sglang-macs-port-{port}.lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +75,7 @@ def reserve_port(start: int = BASE_PORT) -> tuple[int, IO]:
             lock.close()
             continue
         return port, lock
-    raise ServerError(f"no free port on {HOST}: tried {start} to 60000; end servers that are no longer needed")
+    raise ServerError(f"no free port on {HOST}: tried {start} to {LAST_PORT}; end servers that are no longer needed")
 
 
 def prompt(text: str, images: int = 0) -> str:

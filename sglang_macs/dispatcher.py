@@ -87,11 +87,14 @@ class AllToAll:
 
 @dataclass(frozen=True)
 class Planned:
-    """What one layer dispatches: ids and weights [T, K]; each row's segment [T]; the plan's result, if it planned."""
+    """What one layer dispatches: ids and weights [T, K]; the plan's result, if it planned.
+
+    segment [T] is None for a batch that MACS leaves alone and does not count (decode, small): that path does nothing.
+    """
 
     topk_ids: Tensor
     topk_weights: Tensor
-    segment: Tensor
+    segment: Tensor | None
     result: PlanResult | None
 
 
@@ -126,10 +129,11 @@ class LayerPlanner:
         """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included."""
         now = batch.current()
         self.counters.dispatches += 1
-        segment = self._segment(now, topk_ids)
         if now.skip:
             self.counters.skipped[now.skip] += 1
+            segment = self._segment(now, topk_ids) if now.skip == "off" else None
             return Planned(topk_ids, topk_weights, segment, None)
+        segment = self._segment(now, topk_ids)
         start = time.perf_counter()
         result = self.plan(
             hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments, self.all_reduce
@@ -150,7 +154,7 @@ class LayerPlanner:
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
-        if batch.current().skip in ("", "off"):
+        if planned.segment is not None:
             self.counters.add_rows(self.layer_id, group, self.plan.num_ranks, planned.result)
         if planned.result is not None:
             self.counters.add_proof(self.plan.config, planned.result, own, group)

@@ -304,7 +304,7 @@ def _plan_before_deepep(dispatcher, planner):
         def planned_dispatch_a(hidden_states, topk_output):
             ids, weights = topk_output.topk_ids, topk_output.topk_weights
             planned = planner(hidden_states, ids, weights, _logits(topk_output))
-            if planner.plan.config.verify:
+            if planner.plan.config.verify and planned.segment is not None:
                 own = planner.recount(ids, planned)
                 group = own.clone()
                 planner.all_reduce(group)

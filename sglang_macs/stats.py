@@ -26,15 +26,15 @@ def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tens
 
 
 def recount(
-    config: MacsConfig, num_experts: int, ids: Tensor, sent: Tensor, weight: Tensor | None, segment: Tensor
+    config: MacsConfig, num_experts: int, ids: Tensor, sent: Tensor, weight: Tensor | None, segment: Tensor | None
 ) -> Tensor:
     """This rank's rows, counted from the ids that were routed and those that are sent, both [T, K].
 
     Returns [2, E] i64, before and after; with `verify` [5, E], what the claims on text and on effective load need, too.
-    weight [T] is the plan's, None without a plan.
+    weight [T] is the plan's, None without a plan; segment [T] is None for a batch whose claims are not tested.
     """
     counts = [rows_of(ids, num_experts), rows_of(sent, num_experts)]
-    if config.verify:
+    if config.verify and segment is not None:
         text = (segment < 0).unsqueeze(1)
         weight = torch.ones_like(segment, dtype=torch.float32) if weight is None else weight
         units = (weight * WEIGHT_ONE).round().clamp(min=1).long().unsqueeze(1).expand_as(ids)

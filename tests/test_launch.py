@@ -108,7 +108,7 @@ def test_without_macs_nothing_changes(launches):
 def launch_server(model, *arguments: str, **extra_env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *EP2, *arguments]
     return subprocess.run(
-        [*command, "--host", "127.0.0.1", "--port", "34871", "--max-total-tokens", "2048"],
+        [*command, "--host", "127.0.0.1", "--port", "19871", "--max-total-tokens", "2048"],
         env=env(**extra_env),
         capture_output=True,
         text=True,

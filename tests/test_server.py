@@ -20,7 +20,7 @@ INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
 
 
 def serve(model, *arguments: str, log: str, kind: type[Server] = Server) -> Server:
-    return kind(model, list(arguments), env=environment(ranks=2), log=HERE.parent / "build" / f"test-{log}.log")
+    return kind(model, list(arguments), log=HERE.parent / "build" / f"test-{log}.log")
 
 
 def states(server: Server) -> list[dict]:

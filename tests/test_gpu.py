@@ -70,6 +70,33 @@ def test_decisions_are_the_cpus_to_the_bit(name, tokens, top_k, ids_dtype):
         assert int(expected[2][1].sum()) > 0, "a case that clips nothing proves nothing"
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("num_segments", [0, 1, 3], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 130, 5000], ids=str)
+def test_the_fused_halves_give_the_operators_bits(name, num_segments, tokens):
+    plan = Plan(MacsConfig.from_preset(**PRESETS[name]), EXPERTS, RANKS)
+    hidden, ids, weights, logits, segment = batch(tokens, 8, 100 + tokens)
+    image = torch.arange(tokens, dtype=torch.int32) % max(num_segments, 1)
+    segment = torch.where(segment < 0, segment, image) if num_segments else torch.full_like(segment, -1)
+    hidden, ids, weights, logits, segment = to_gpu(hidden, ids, weights, logits, segment)
+    other = plan.histogram(ids, weights, plan.weight(hidden, segment, num_segments), segment).roll(256)
+
+    def all_reduce(own):
+        own.add_(other)
+
+    weight = plan.weight(hidden, segment, num_segments)
+    own = plan.histogram(ids, weights, weight, segment)
+    shift, cut = plan.threshold(own, own + other)
+    expected = plan.apply(ids, weights, weight, segment, logits, shift, cut)
+    for _ in range(3):
+        poison = [torch.full((1 << 20,), 0x7F7F7F7F, dtype=torch.int32, device="cuda") for _ in range(4)]
+        del poison  # what the outputs are made of now holds it
+        result = plan(hidden, ids, weights, logits, segment, num_segments, all_reduce)
+        assert torch.equal(result.weight, weight) and torch.equal(result.own, own) and torch.equal(result.cut, cut)
+        got = (result.topk_ids, result.topk_weights, result.counts)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():
     plan = Plan(MacsConfig.from_preset("rank", gamma=1.0), EXPERTS, RANKS)
     first, second = ([t.cuda() for t in batch(512, 8, seed)] for seed in (1, 2))

@@ -28,6 +28,7 @@ import torch
 from sglang_macs.cpu_compat import allow_torchvision
 
 VOCAB = 512
+FP8_BLOCK = 128
 PATCH, MERGE = 16, 2  # pixels per patch side, patches per visual token side: a visual token covers 32 x 32 pixels
 PIXELS_PER_TOKEN = (PATCH * MERGE) ** 2
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 160  # per image; a 640 x 427 photograph becomes 150
@@ -75,8 +76,12 @@ def build_qwen3_moe(
     top_k: int = 4,
     intermediate: int = 64,
     seed: int = SEED,
+    fp8: bool = False,
 ) -> Path:
-    """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`."""
+    """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`.
+
+    fp8: experts in 8-bit blocks of 128 x 128, as in DeepSeek's and Qwen's FP8 checkpoints; sizes must be multiples.
+    """
     allow_torchvision()
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -92,6 +97,8 @@ def build_qwen3_moe(
     config.dtype = torch.bfloat16
     model = _initialise(Qwen3MoeForCausalLM(config), _words(tokenizer, SPECIAL), seed, visual=False)
     model.save_pretrained(out)
+    if fp8:
+        _quantise_experts(out)
     return out
 
 
@@ -359,6 +366,30 @@ def _transpose_experts(file: Path) -> None:
     weights = load_file(file)
     turned = {n: w.transpose(1, 2).contiguous() if n.endswith(fused) else w for n, w in weights.items()}
     save_file(turned, file, metadata={"format": "pt"})
+
+
+def _quantise_experts(out: Path) -> None:
+    """Rewrite the expert matrices of `out` [N, K] as float8_e4m3 and `weight_scale_inv` [N / 128, K / 128] f32."""
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    for name in [name for name in weights if ".experts." in name]:
+        rows, columns = (size // FP8_BLOCK for size in weights[name].shape)
+        blocks = weights[name].float().view(rows, FP8_BLOCK, columns, FP8_BLOCK)
+        scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        quantised = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        weights[name] = quantised.view(weights[name].shape)
+        weights[f"{name}_scale_inv"] = scale
+    attention = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(config["num_hidden_layers"]) for x in "qkvo"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": ["lm_head", *attention],
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
     python3 scripts/gpu/straggler.py --out FILE        (CUDA MPS; sglang, deep_ep and deep_gemm installed)
 
 Every rank holds its share of the SMs and of the experts of one Qwen3-VL-30B-A3B layer (128 experts, top-8, hidden 2048,
-intermediate 768, bf16). A round: plan (histograms added over gloo), DeepEP's low-latency dispatch (send, host
-barrier, receive), DeepGEMM's masked grouped GEMMs around SiLU, combine. The expert stage alone is timed, repeated
-within one pair of events: `together` with all ranks at once, `alone` one rank after the other, as on GPUs of their own.
+intermediate 768, bf16). A batch is planned as a whole (histograms added over gloo) and travels in parts, since DeepEP's
+low-latency queues take fewer than 512 tokens: dispatch (send, host barrier, receive), and for the first part combine,
+whose result is checked. Its rows gathered, the expert stage runs DeepGEMM's masked grouped GEMMs around SiLU. That
+stage alone is timed, `together` with all ranks at once, and `alone` one rank after the other, as on GPUs of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +27,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
-TOKENS = 480  # a rank; DeepEP's queues take fewer than 512
+TOKENS = 480  # of a part and rank
+PARTS = (1, 8)  # of a batch: 480 tokens a rank, 3840 tokens a rank
 CASES = {"1.27": 1.27, "1.5": 1.5, "1.95": 1.95, "layer 3": None}
 BOUNDS = (1.05, 1.2)
 METHODS = ("cai", "paper", "rank")
@@ -48,17 +51,21 @@ class Experts:
         deep_gemm.set_num_sms(torch.cuda.get_device_properties(0).multi_processor_count // 2 * 2)
         pairs = [weights_of(rank * LOCAL + i) for i in range(LOCAL)]
         self.w13, self.w2 = (torch.stack(ws) for ws in zip(*pairs, strict=True))
-        rows = RANKS * TOKENS
-        self.gate_up = torch.empty(LOCAL, rows, 2 * INTERMEDIATE, dtype=torch.bfloat16, device="cuda")
-        self.act = torch.empty(LOCAL, rows, INTERMEDIATE, dtype=torch.bfloat16, device="cuda")
-        self.out = torch.empty(LOCAL, rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
+        self.empty = partial(torch.empty, dtype=torch.bfloat16, device="cuda")
 
-    def __call__(self, received, counts):
-        expected = TOKENS * RANKS * TOP_K // EXPERTS
-        self.gemm(received, self.w13, self.gate_up, counts, expected)
-        self.activate(self.gate_up, self.act, counts)
-        self.gemm(self.act, self.w2, self.out, counts, expected)
-        return self.out
+    def stage(self, rows, counts, parts: int):
+        """(run, out): the stage over `rows` [E_l, M, H], of which counts [E_l] i32 are filled."""
+        most = rows.shape[1]
+        expected = parts * TOKENS * RANKS * TOP_K // EXPERTS
+        gate_up, act = self.empty(LOCAL, most, 2 * INTERMEDIATE), self.empty(LOCAL, most, INTERMEDIATE)
+        out = self.empty(LOCAL, most, HIDDEN)
+
+        def run():
+            self.gemm(rows, self.w13, gate_up, counts, expected)
+            self.activate(gate_up, act, counts)
+            self.gemm(act, self.w2, out, counts, expected)
+
+        return run, out
 
 
 def weights_of(expert: int):
@@ -130,14 +137,14 @@ class Rank:
         self.barrier()
         return combined
 
-    def stage_us(self, received, counts) -> float:
+    def stage_us(self, run) -> float:
         """Median microseconds of one expert stage."""
         samples = []
         for _ in range(REPEATS):
             start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(INNER):
-                self.experts(received, counts)
+                run()
             end.record()
             self.torch.cuda.synchronize()
             samples.append(start.elapsed_time(end) * 1e3 / INNER)
@@ -148,26 +155,47 @@ class Rank:
         self.dist.all_gather_object(everyone, value)
         return everyone
 
-    def round(self, hidden, ids, gates, check: bool) -> dict:
-        """Dispatch, timed experts, combine; the output of a few tokens is checked."""
+    def gather_rows(self, hidden, ids):
+        """All parts through DeepEP. Returns rows [E_l, M, H], counts [E_l] i32."""
+        torch, arrived = self.torch, []
+        for start in range(0, len(ids), TOKENS):
+            received, counts, _ = self.dispatch(hidden[start : start + TOKENS], ids[start : start + TOKENS])
+            arrived.append([received[e, :count].clone() for e, count in enumerate(counts.tolist())])
+            self.barrier()
+        joined = [torch.cat(of_expert) for of_expert in zip(*arrived, strict=True)]
+        counts = torch.tensor([len(rows) for rows in joined], dtype=torch.int32, device="cuda")
+        rows = self.experts.empty(LOCAL, -(-int(counts.max()) // 128) * 128, HIDDEN)
+        for e, of_expert in enumerate(joined):
+            rows[e, : len(of_expert)] = of_expert
+        return rows, counts
+
+    def check(self, hidden, ids, gates) -> float:
+        """Relative error of dispatch, experts and combine on a few tokens of the first part."""
+        received, counts, handle = self.dispatch(hidden[:TOKENS], ids[:TOKENS])
+        run, out = self.experts.stage(received, counts, 1)
+        run()
+        combined = self.combine(out, ids[:TOKENS], gates[:TOKENS], handle)[:8].float()
+        expected = reference(hidden[:8], ids[:8], gates[:8])
+        return float((combined - expected).norm() / expected.norm())
+
+    def round(self, hidden, ids, gates) -> dict:
+        """The expert stage of one batch: rows and times of every rank."""
         ids = ids.long()
-        received, counts, handle = self.dispatch(hidden, ids)
-        together = self.stage_us(received, counts)
+        error = self.check(hidden, ids, gates)
+        rows, counts = self.gather_rows(hidden, ids)
+        run, _ = self.experts.stage(rows, counts, len(ids) // TOKENS)
+        run()
         self.barrier()
-        alone = 0.0
+        together, alone = self.stage_us(run), 0.0
+        self.barrier()
         for turn in range(RANKS):
             if turn == self.rank:
-                alone = self.stage_us(received, counts)
+                alone = self.stage_us(run)
             self.barrier()
-        combined = self.combine(self.experts(received, counts), ids, gates, handle)
-        worst = 0.0
-        if check:
-            expected = reference(hidden[:8], ids[:8], gates[:8])
-            worst = float((combined[:8].float() - expected).norm() / expected.norm())
-        state = self.gather((int(counts.sum()), together, alone, worst))
-        rows, together, alone, worst = (list(column) for column in zip(*state, strict=True))
-        assert max(worst) < 0.02, f"combined output differs from the reference: {worst}"
-        return {"rows": rows, "together_us": together, "alone_us": alone, "worst_error": max(worst)}
+        state = self.gather((int(counts.sum()), together, alone, error))
+        rows, together, alone, error = (list(column) for column in zip(*state, strict=True))
+        assert max(error) < 0.02, f"combined output differs from the reference: {error}"
+        return {"rows": rows, "together_us": together, "alone_us": alone, "worst_error": max(error)}
 
 
 def planned(rank: Rank, method: str, gamma: float, batch: dict):
@@ -186,27 +214,35 @@ def planned(rank: Rank, method: str, gamma: float, batch: dict):
     )
 
 
-def run_case(rank: Rank, name: str) -> list[dict]:
-    """Rows of one routing: unclipped, then every method at every bound."""
+def make_batch(rank: Rank, name: str, parts: int) -> dict:
+    """This rank's tokens: routing as the case has it, hidden states of differing spread, nine in ten visual."""
     import routing
     import torch
 
     shares = routing.published(3) if CASES[name] is None else routing.skewed(EXPERTS, RANKS, CASES[name])
-    bias = routing.fit_bias(shares, TOP_K)
+    tokens = parts * TOKENS
+    routed = routing.route(routing.fit_bias(shares, TOP_K), tokens, TOP_K, 77 + rank.rank)
+    batch = dict(zip(("ids", "gates", "logits"), routed, strict=True))
     generator = torch.Generator(device="cuda").manual_seed(rank.rank)
-    batch = dict(zip(("ids", "gates", "logits"), routing.route(bias, TOKENS, TOP_K, 77 + rank.rank), strict=True))
-    scale = torch.rand(TOKENS, 1, generator=generator, device="cuda") + 0.5
-    batch["hidden"] = (torch.randn(TOKENS, HIDDEN, generator=generator, device="cuda") * scale).bfloat16()
-    batch["segment"] = torch.where(torch.rand(TOKENS, generator=generator, device="cuda") < VISUAL, 0, -1).int()
+    scale = torch.rand(tokens, 1, generator=generator, device="cuda") + 0.5
+    batch["hidden"] = (torch.randn(tokens, HIDDEN, generator=generator, device="cuda") * scale).bfloat16()
+    batch["segment"] = torch.where(torch.rand(tokens, generator=generator, device="cuda") < VISUAL, 0, -1).int()
+    return batch
+
+
+def run_case(rank: Rank, name: str, parts: int) -> list[dict]:
+    """Rows of one routing: unclipped, then every method at every bound."""
+    batch = make_batch(rank, name, parts)
+    case = {"routing": name, "tokens_per_rank": parts * TOKENS}
     free = {"clipped": 0, "rerouted": 0, "dropped": 0}
-    before = rank.round(batch["hidden"], batch["ids"], batch["gates"], check=True)
-    rows = [{"case": {"routing": name, "method": "unclipped"}, **before, "assignments": free}]
+    before = rank.round(batch["hidden"], batch["ids"], batch["gates"])
+    rows = [{"case": {**case, "method": "unclipped"}, **before, "assignments": free}]
     for method in METHODS:
         for bound in BOUNDS:
             ids, gates, fate = planned(rank, method, bound, batch)
-            after = rank.round(batch["hidden"], ids, gates, check=bound == BOUNDS[0])
-            rows.append({"case": {"routing": name, "method": method, "gamma": bound}, **after, "assignments": fate})
-            rows[-1] |= judge(before, after, bound if method == "rank" else None)
+            after = rank.round(batch["hidden"], ids, gates)
+            row = {"case": {**case, "method": method, "gamma": bound}, **after, "assignments": fate}
+            rows.append(row | judge(before, after, bound if method == "rank" else None))
     return rows
 
 
@@ -230,11 +266,12 @@ def run_rank(rank: int, init: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=RANKS)
     one = Rank(rank)
     rows = []
-    for name in CASES:
-        rows += run_case(one, name)
-        if rank == 0:
-            Path(out).write_text(json.dumps(rows))
-            print(f"{name}: done", flush=True)
+    for parts in PARTS:
+        for name in CASES:
+            rows += run_case(one, name, parts)
+            if rank == 0:
+                Path(out).write_text(json.dumps(rows))
+                print(f"{parts * TOKENS} tokens, {name}: done", flush=True)
     one.buffer.destroy()
     dist.destroy_process_group()
 
@@ -280,15 +317,16 @@ def run_group(out: str, seconds: float) -> int:
 
 
 def report(rows: list[dict]) -> None:
-    print(f"{'routing':8s} {'method':10s} {'gamma':>5s} {'max rows':>8s} {'drop %':>6s} {'together':>9s} {'alone':>9s}")
-    total = TOKENS * TOP_K * RANKS
+    print(
+        f"{'tokens':6s} {'routing':8s} {'method':10s} {'gamma':>5s} {'max rows':>8s} {'drop %':>6s} {'together':>9s} {'alone':>9s}"
+    )
     for row in rows:
         case, parts = row["case"], []
         for when in ("together", "alone"):
             share = f"{row[when]['share_of_ideal']:5.0%}" if when in row else "     "
             parts.append(f"{max(row[when + '_us']):6.0f} us {share}")
-        dropped = 100 * row["assignments"]["dropped"] / total
-        name = f"{case['routing']:8s} {case['method']:10s} {case.get('gamma', ''):>5}"
+        dropped = 100 * row["assignments"]["dropped"] / (case["tokens_per_rank"] * TOP_K * RANKS)
+        name = f"{case['tokens_per_rank']:6d} {case['routing']:8s} {case['method']:10s} {case.get('gamma', ''):>5}"
         print(f"{name} {max(row['rows']):8d} {dropped:6.1f} {'  '.join(parts)}")
 
 
@@ -312,7 +350,6 @@ def main() -> int:
         "command": "python3 scripts/gpu/straggler.py",
         "date": datetime.now(UTC).date().isoformat(),
         "ranks": RANKS,
-        "tokens_per_rank": TOKENS,
         "experts": EXPERTS,
         "top_k": TOP_K,
         "hidden_size": HIDDEN,

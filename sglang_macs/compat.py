@@ -59,6 +59,8 @@ def _expert_parallel(launch: Launch) -> str:
         return f"tp {tp}, ep {ep}"
     if ep == 1 and launch.config.scope == "rank" and not launch.config.is_off:
         return "one rank, which has nothing to balance (scope rank)"
+    if ep == 1 and launch.flag("device") == "cuda" and launch.flag("deepep_mode") != "low_latency":
+        return "one rank, which DeepEP's normal mode does not take (use --deepep-mode low_latency)"
     return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
 
 

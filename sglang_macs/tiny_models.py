@@ -75,11 +75,13 @@ def build_qwen3_moe(
     num_experts: int = 16,
     top_k: int = 4,
     intermediate: int = 64,
+    head_dim: int = 32,
     seed: int = SEED,
     fp8: bool = False,
 ) -> Path:
     """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`.
 
+    head_dim: SGLang's rotary kernel for GPUs takes 64 and up.
     fp8: experts in 8-bit blocks of 128 x 128, as in DeepSeek's and Qwen's FP8 checkpoints; sizes must be multiples.
     """
     allow_torchvision()
@@ -90,7 +92,7 @@ def build_qwen3_moe(
     tokenizer = _tokenizer(SPECIAL)
     tokenizer.save_pretrained(out)
     config = Qwen3MoeConfig(
-        **_text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate),
+        **_text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate, head_dim),
         decoder_sparse_step=1,
         tie_word_embeddings=False,
     )
@@ -231,7 +233,9 @@ def _processor(tokenizer):
     )
 
 
-def _text_config(tokenizer, hidden: int, layers: int, num_experts: int, top_k: int, intermediate: int) -> dict:
+def _text_config(
+    tokenizer, hidden: int, layers: int, num_experts: int, top_k: int, intermediate: int, head_dim: int = 32
+) -> dict:
     """Config fields of the language model, shared by both kinds."""
     return {
         "vocab_size": VOCAB,
@@ -241,7 +245,7 @@ def _text_config(tokenizer, hidden: int, layers: int, num_experts: int, top_k: i
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": head_dim,
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "norm_topk_prob": True,

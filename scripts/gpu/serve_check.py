@@ -62,7 +62,6 @@ LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency"),
     "2 ranks, normal": Launch(2, "normal"),
     "1 rank, low latency": Launch(1, "low_latency", gpu="0"),
-    "1 rank, normal": Launch(1, "normal", gpu="1"),
     "2 ranks, FP8 blocks": Launch(2, "low_latency", kind="qwen3_moe", fp8=True, flags=("--moe-runner-backend", "macs")),
     "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=("--enable-two-batch-overlap",)),
 }
@@ -70,7 +69,9 @@ LAUNCHES = {
 
 def model_of(launch: Launch) -> Path:
     name = f"gpu-{launch.kind}{'-fp8' if launch.fp8 else ''}"
-    options = {**SIZE, **({"fp8": True} if launch.fp8 else {})}
+    options = dict(SIZE)
+    if launch.kind == "qwen3_moe":
+        options |= {"fp8": launch.fp8, "head_dim": 64}
     return tiny_models.ensure(ROOT / "build" / "models" / name, launch.kind, **options)
 
 

@@ -317,9 +317,7 @@ def run_group(out: str, seconds: float) -> int:
 
 
 def report(rows: list[dict]) -> None:
-    print(
-        f"{'tokens':6s} {'routing':8s} {'method':10s} {'gamma':>5s} {'max rows':>8s} {'drop %':>6s} {'together':>9s} {'alone':>9s}"
-    )
+    print("tokens routing  method     gamma max rows drop %  together         alone")
     for row in rows:
         case, parts = row["case"], []
         for when in ("together", "alone"):

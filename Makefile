@@ -39,15 +39,15 @@ test-server: build  ## only the tests that start a real server
 test-gpu: build  ## the operators on a CUDA device (without one every test fails)
 	@$(PYTEST) -m gpu
 
-lint: build  ## ruff, and the checks of README and hooks
+lint: build  ## ruff, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(PY) scripts/readme_flags.py --check
+	@$(PY) scripts/docs_tables.py --check
 
-format: build  ## ruff format, and the README's flag table
+format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(PY) scripts/readme_flags.py
+	@$(PY) scripts/docs_tables.py
 
 bench: build  ## the plan on this CPU against a vectorised torch version
 	@$(PY) scripts/bench_plan.py

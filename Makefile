@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-gpu lint format bench clean distclean
+.PHONY: help build demo test test-fast test-server test-gpu sanitize lint format bench clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,11 @@ test-server: build  ## only the tests that start a real server
 
 test-gpu: build  ## the operators on a CUDA device (without one every test fails)
 	@$(PYTEST) -m gpu
+
+sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
+	@for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) scripts/gpu/check_kernels.py --check-only --small 16 || exit 1; \
+	done
 
 lint: build  ## ruff, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .

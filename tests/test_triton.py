@@ -31,7 +31,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter from the repository's root, with the tests' modules and `env`."""
     path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, **env}
-    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
 def test_the_operators_tests_pass_under_the_interpreter():

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import checks
 
 ROW_BLOCK = 8192  # features a program holds at once; a wider row takes several steps
-TOKEN_BLOCK = 1024
+TOKEN_BLOCK = 4096
 LOWEST = tl.constexpr(-200.0)  # e^-200 is 0 in f32; a difference of -inf would make 0 * inf
 
 
@@ -81,5 +81,5 @@ def entropy_weight(entropy: Tensor, segment: Tensor, num_segments: int, delta: f
     checks.entropies(entropy, segment, num_segments)
     entropy, segment = entropy.contiguous(), segment.contiguous()
     weight = torch.ones_like(entropy)
-    _weight_kernel[(num_segments,)](entropy, segment, weight, entropy.numel(), delta, TOKEN_BLOCK, num_warps=8)
+    _weight_kernel[(num_segments,)](entropy, segment, weight, entropy.numel(), delta, TOKEN_BLOCK, num_warps=16)
     return weight

@@ -1,11 +1,14 @@
 """The five operators of the plan (docs/method.md), as thin wrappers over `torch.ops.sglang_macs`, and the two halves of
 the plan made of them.
 
-Every operator exists for CPU, CUDA (where it was built) and Meta under one name. Choices are strings here and
-integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or choice.
+Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
+built without nvcc, the one of triton_ops; MACS_CUDA_BACKEND=cuda or =triton in the environment insists on one of them.
+Choices are strings here and integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or
+choice.
 """
 
 import glob
+import importlib.util
 import os
 
 import torch
@@ -35,13 +38,36 @@ _load_library()
 _ops = torch.ops.sglang_macs
 
 
+def _choose_cuda_backend() -> str | None:
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::clip_apply", "CUDA")
+    usual = "cuda" if built else "triton" if torch.version.cuda and importlib.util.find_spec("triton") else None
+    backend = os.environ.get("MACS_CUDA_BACKEND") or usual
+    if backend == "cuda" and not built:
+        raise MacsError("MACS_CUDA_BACKEND", "cuda", "triton: this build has no CUDA kernels", "Or build with nvcc.")
+    if backend not in ("cuda", "triton", None):
+        raise MacsError("MACS_CUDA_BACKEND", backend, "cuda or triton")
+    return backend
+
+
+_cuda_backend = _choose_cuda_backend()
+if _cuda_backend == "triton":
+    from . import triton_ops
+
+    _triton_library = triton_ops.register("CUDA")
+
+
+def cuda_backend() -> str | None:
+    """Whose operators CUDA tensors get: "cuda" (the extension's kernels), "triton" or None."""
+    return _cuda_backend
+
+
 def has_cuda() -> bool:
-    """Whether this build has the operators for CUDA."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::clip_apply", "CUDA")
+    """Whether the operators take CUDA tensors."""
+    return _cuda_backend is not None
 
 
 def _is_fused(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::threshold_apply", "CUDA")
+    return tensor.is_cuda and _cuda_backend == "cuda"
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> int:

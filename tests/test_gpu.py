@@ -1,4 +1,10 @@
-"""The operators on a GPU: the CPU's bits where they are integers, close where they are not, and never a host wait."""
+"""The operators on a GPU: the CPU's bits where they are integers, close where they are not, and never a host wait.
+
+They test what CUDA tensors get (`ops.cuda_backend`): the extension's kernels, or Triton's where it has none.
+`MACS_CUDA_BACKEND=triton make test-gpu` tests Triton's beside an extension that has them.
+"""
+
+import os
 
 import pytest
 import torch
@@ -32,6 +38,14 @@ def batch(tokens: int, top_k: int, seed: int, dtype=torch.bfloat16, hidden_size:
 
 def to_gpu(*tensors: torch.Tensor):
     return [t.cuda() for t in tensors]
+
+
+def test_the_operators_are_those_asked_for():
+    assert ops.cuda_backend() in ("cuda", "triton")
+    assert ops.cuda_backend() == os.environ.get("MACS_CUDA_BACKEND", ops.cuda_backend())
+    registered = torch._C._dispatch_dump("sglang_macs::clip_apply").splitlines()
+    active = next(line for line in registered if line.startswith("CUDA:"))
+    assert ("triton_ops" in active) == (ops.cuda_backend() == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -95,6 +109,18 @@ def test_the_fused_halves_give_the_operators_bits(name, num_segments, tokens):
         assert torch.equal(result.weight, weight) and torch.equal(result.own, own) and torch.equal(result.cut, cut)
         got = (result.topk_ids, result.topk_weights, result.counts)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rank", "paper, global"])
+def test_the_plan_repeats_to_the_bit(name):
+    plan = Plan(MacsConfig.from_preset(**PRESETS[name]), EXPERTS, RANKS)
+    hidden, ids, weights, logits, segment = to_gpu(*batch(3000, 8, 5))
+    segment = torch.where(segment < 0, segment, (torch.arange(3000, device="cuda") % 7).int())
+    first = plan(hidden, ids, weights, logits, segment, 7)
+    for _ in range(20):
+        again = plan(hidden, ids, weights, logits, segment, 7)
+        for field in ("topk_ids", "topk_weights", "weight", "own", "cut", "counts"):
+            assert torch.equal(getattr(again, field), getattr(first, field)), field
 
 
 def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():

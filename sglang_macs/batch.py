@@ -15,13 +15,14 @@ from .config import MacsConfig
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
+SKIP_REASONS = ("decode", "small", "off")  # why a batch is not planned
 
 
 @dataclass(frozen=True)
 class Batch:
     """segment [T] i32, unpadded and before any scattering, or None where no token of this rank is visual.
 
-    skip: "" to plan this batch, otherwise why not ("decode", "small", "off").
+    skip: "" to plan this batch, otherwise why not, one of `SKIP_REASONS`.
     """
 
     segment: Tensor | None = None

@@ -211,6 +211,7 @@ class _Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, Any] = {}
         self.top_k = 1  # the largest of the model's MoE layers
+        self.exporter: Any = None  # of --enable-metrics
 
 
 _worker: _Worker | None = None
@@ -331,7 +332,20 @@ def _forward(original, self, forward_batch, *args, **kwargs):
         with batch.forward(batch.Batch()):
             return original(self, forward_batch, *args, **kwargs)
     with batch.forward(_batch_of(forward_batch)):
-        return original(self, forward_batch, *args, **kwargs)
+        result = original(self, forward_batch, *args, **kwargs)
+    _tick()
+    return result
+
+
+def _tick(*, idle: bool = False) -> None:
+    worker = _the_worker()
+    if worker.exporter is not None:
+        worker.exporter.tick(worker.stats, idle=idle)
+
+
+def _on_idle(result, self):
+    """AFTER Scheduler.on_idle: what was counted since the last busy moment is published, too."""
+    _tick(idle=True)
 
 
 def _batch_of(forward_batch) -> batch.Batch:
@@ -365,6 +379,16 @@ def _scheduler_init(result, self, *args, **kwargs):
     ranks = next(iter(planners.values())).plan.num_ranks
     line = f"sglang-macs: active on {len(planners)} MoE layers, {ranks} ranks, {_the_worker().config}"
     print(line, file=sys.stderr, flush=True)
+    if self.metrics_collector is not None:
+        _the_worker().exporter = _exporter(self.metrics_collector.labels)
+
+
+def _exporter(labels):
+    from sglang.srt.runtime_context import get_parallel
+
+    from .metrics import Exporter
+
+    return Exporter(labels, _the_worker().config, get_parallel().moe_ep_rank)
 
 
 def _get_internal_state(result, self, *args, **kwargs):
@@ -461,6 +485,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
     Hook("sglang.srt.layers.layer_boundary.residual.access.add_to_output", _add_deepstack, "around"),
     Hook(f"{_UNQUANT}.create_moe_runner", _create_moe_runner, "after"),

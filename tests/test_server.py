@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from reference import NEW_TOKENS, QUESTIONS, Question
 from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs
 
+from sglang_macs import cli, metrics
 from sglang_macs.cpu_compat import environment
 
 pytestmark = pytest.mark.server
@@ -45,6 +48,29 @@ def assert_bounds_held(server: Server) -> None:
         assert state["planned"] > 0 and state["misaligned"] == 0
         assert state["checks"]["bound"] == state["planned"]
         assert sum(state["violations"].values()) == 0, state["violations"]
+
+
+def assert_metrics_are_the_counters(server: Server) -> None:
+    """What Prometheus scrapes equals /server_info, series by series, for every rank."""
+    labels_of = {metric.series: metric.labels for metric in metrics.METRICS}
+    for _ in range(20):  # an idle server publishes within a second
+        expected = {
+            (metric.series, str(state["rank"]), labels): value
+            for state in states(server)
+            for metric in metrics.METRICS
+            for labels, value in metric.read(state).items()
+        }
+        published = {
+            (s.name, s.labels["moe_ep_rank"], tuple(s.labels[label] for label in labels_of[s.name])): s.value
+            for family in text_string_to_metric_families(server.get("/metrics"))
+            for s in family.samples
+            if s.name in labels_of
+        }
+        if published == pytest.approx(expected):
+            break
+        time.sleep(0.25)
+    assert published == pytest.approx(expected)
+    assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0
 
 
 def load(server: Server, count: int = 16) -> None:
@@ -92,8 +118,8 @@ def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference
                 assert layer["rows_before"] == layer["rows_after"]
 
 
-def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model):
-    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", log="rank") as server:
+def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model, capsys):
+    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", "--enable-metrics", log="rank") as server:
         load(server)
         for bad in (b"not a picture", photograph_files()["china"][:200], b""):
             with pytest.raises(ServerError, match="HTTP 4"):
@@ -106,6 +132,9 @@ def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_
             assert sum(layer["cut"] for layer in state["layers"].values()) > 0
             for layer in state["layers"].values():
                 assert layer["max_over_mean_after"] <= 1.01 * layer["dispatches"] < layer["max_over_mean_before"]
+        assert_metrics_are_the_counters(server)
+        assert cli.main(["top", server.url, "--once"]) == 0
+        assert "a bound cut in" in capsys.readouterr().out
 
 
 class SglangServe(Server):

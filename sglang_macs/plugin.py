@@ -517,13 +517,18 @@ def _define_missing(target: str, value: Any) -> None:
 def check_hooks(hooks: tuple[Hook, ...]) -> None:
     """Raises MacsNotActive unless every hook wraps its target in this process."""
     for hook in hooks:
-        owner, name = hook.target.rsplit(".", 1)
-        try:
-            now = getattr(pkgutil.resolve_name(owner), name)
-        except Exception as error:
-            raise MacsNotActive(f"hook target {hook.target} is gone ({error}); {_versions()}") from error
-        if not _is_wrapped_by(now, hook.function):
-            raise MacsNotActive(f"hook on {hook.target} did not take; {_versions()}")
+        if trouble := _trouble(hook):
+            raise MacsNotActive(f"{trouble}; {_versions()}")
+
+
+def _trouble(hook: Hook) -> str:
+    """Why `hook` does not act in this process, or ""."""
+    owner, name = hook.target.rsplit(".", 1)
+    try:
+        now = getattr(pkgutil.resolve_name(owner), name)
+    except Exception as error:
+        return f"hook target {hook.target} is gone ({error})"
+    return "" if _is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
 
 
 def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
@@ -540,6 +545,31 @@ def _versions() -> str:
     from importlib.metadata import version
 
     return f"sglang {version('sglang')}, made for 0.5.21: update sglang-macs or pin sglang==0.5.21"
+
+
+def probe(side: str) -> dict[str, str]:
+    """`sglang-macs doctor`, in a process of its own: "" or what is wrong, for every hook of the "launcher" or of a
+    "scheduler".
+    """
+    from sglang.srt.plugins import load_plugins
+
+    global _in_scheduler
+    _in_scheduler = side == "scheduler"
+    if _in_scheduler:
+        configure(MacsConfig.from_preset())
+    load_plugins()
+    hooks = (*SCHEDULER_HOOKS, *_registered) if _in_scheduler else LAUNCHER_HOOKS
+    return {hook.target: _trouble(hook) for hook in hooks}
+
+
+def try_launch(argv: list[str]) -> None:
+    """Resolves a server's flags as its launcher would, after `probe("launcher")`. Ends the process where that would."""
+    from sglang.srt.server_args import prepare_server_args
+
+    configure(None)
+    prepare_server_args(argv).resolve_once()
+    if configured() is None:
+        _exit(MacsError("server flags", "none that turn MACS on", "MACS", "Add --moe-a2a-backend macs."))
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +213,7 @@ class _Worker:
         self.planners: dict[int, Any] = {}
         self.top_k = 1  # the largest of the model's MoE layers
         self.exporter: Any = None  # of --enable-metrics
+        self.recorder: Any = None  # of --macs-trace
 
 
 _worker: _Worker | None = None
@@ -261,10 +263,20 @@ def _layer_planner(moe_runner_config):
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
+    recorder = _recorder(parallel.moe_ep_rank)
+    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp, recorder)
     worker.planners[layer_id] = planner
     worker.top_k = max(worker.top_k, moe_runner_config.top_k or 1)
     return planner
+
+
+def _recorder(rank: int):
+    from .trace import Recorder
+
+    worker = _the_worker()
+    if worker.config.trace and worker.recorder is None:
+        worker.recorder = Recorder(worker.config, rank)
+    return worker.recorder
 
 
 def _cpu_dispatcher(planner):
@@ -331,10 +343,21 @@ def _forward(original, self, forward_batch, *args, **kwargs):
     if self.is_draft_worker:
         with batch.forward(batch.Batch()):
             return original(self, forward_batch, *args, **kwargs)
-    with batch.forward(_batch_of(forward_batch)):
+    with batch.forward(_batch_of(forward_batch)), _recorded(forward_batch):
         result = original(self, forward_batch, *args, **kwargs)
     _tick()
     return result
+
+
+def _recorded(forward_batch):
+    recorder = _the_worker().recorder
+    if recorder is None:
+        return nullcontext()
+    from sglang.srt.runtime_context import get_parallel
+
+    from .trace import shown_in
+
+    return recorder.forward_pass(shown_in(forward_batch), get_parallel().attn_tp_rank)
 
 
 def _tick(*, idle: bool = False) -> None:

@@ -15,14 +15,15 @@ from .config import MacsConfig
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
+# Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
+SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
 
 
 @dataclass(frozen=True)
 class Batch:
     """segment [T] i32, unpadded and before any scattering, or None where no token of this rank is visual.
 
-    skip: "" to plan this batch, otherwise why not: "decode", "small", "off" (the preset), "draft" (model), "outside"
-    (of a forward pass: graph capture).
+    skip: "" to plan this batch, otherwise why not, one of `SKIP_REASONS`.
     group_tokens: tokens of the whole EP group, 0 where nobody counted.
     halves: (start, end) token of each half under two-batch overlap, else empty.
     """

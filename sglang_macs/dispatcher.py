@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import batch, stats
 from .plan import Plan, PlanResult
+from .trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class LayerPlanner:
         group: EP process group.
         counters: the process's `Stats`.
         attn_tp: (rank, size) of attention tensor parallelism, over which the rows were scattered.
+        recorder: of --macs-trace.
     """
 
     def __init__(
@@ -117,12 +119,14 @@ class LayerPlanner:
         group: dist.ProcessGroup,
         counters: stats.Stats,
         attn_tp: tuple[int, int] = (0, 1),
+        recorder: Recorder | None = None,
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
         self.group = group
         self.counters = counters
         self.attn_tp = attn_tp
+        self.recorder = recorder
 
     def __call__(
         self,
@@ -149,6 +153,8 @@ class LayerPlanner:
         )
         self.counters.plan_seconds += time.perf_counter() - start
         self.counters.add_plan(result)
+        if self.recorder is not None:
+            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result)
 
     def all_reduce(self, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-browser test-gpu sanitize lint format bench clean distclean
+.PHONY: help build demo test test-fast test-server test-browser test-gpu sanitize lint format bench clean distclean check-latency
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -66,3 +66,6 @@ clean:  ## build products
 
 distclean: clean  ## and the environment
 	@rm -rf $(VENV)
+
+check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
+	@$(PY) scripts/check_latency.py

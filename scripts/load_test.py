@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -262,8 +263,8 @@ def rank_killed(server: Server, within_s: float = 60.0) -> Iterator[Check]:
         server.stop()
         _, errors = pending.result()
     yield Check("rank killed: the server ends", code is not None, f"exit status {code} after {seconds:.0f} s")
-    for what in ("Connection closed by peer", "crashed with exit code"):  # of the other rank; of the launcher
-        said = [line for line in server.log_text().splitlines() if what in line]
+    for what in (r"Connection (closed|reset) by peer", "crashed with exit code"):  # the other rank, the launcher
+        said = [line for line in server.log_text().splitlines() if re.search(what, line)]
         yield Check("rank killed: it says so", bool(said), said[0][-150:] if said else f"no {what!r}")
     yield Check("rank killed: clients are told", bool(errors), f"{len(errors)} requests failed, none hung")
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import __version__, batch, compat, cpu_compat, ops, profile
@@ -149,10 +150,8 @@ def _translate_for_cuda(record) -> None:
     if not ops.has_cuda():
         fix = "Build it where nvcc and a CUDA torch are, or serve with --device cpu."
         raise MacsError("sglang_macs._C", "no CUDA operators", "a build with CUDA for a GPU server", fix)
-    if record.moe_runner_backend == RUNNER:
-        raise MacsError("--moe-runner-backend", RUNNER, "auto or deep_gemm on a GPU", "Leave it out.")
     record.moe_a2a_backend = "deepep"
-    if record.moe_runner_backend == "auto":
+    if record.moe_runner_backend in ("auto", RUNNER):
         record.moe_runner_backend = "deep_gemm"
 
 
@@ -312,23 +311,34 @@ def _logits(topk_output):
 
 def _plan_before_deepep(dispatcher, planner):
     """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class."""
+    half = None  # which half of the batch is dispatched, under two-batch overlap
 
-    def wrap(dispatch_a):
-        def planned_dispatch_a(hidden_states, topk_output):
-            ids, weights = topk_output.topk_ids, topk_output.topk_weights
-            planned = planner(hidden_states, ids, weights, _logits(topk_output))
-            if planner.plan.config.verify and planned.segment is not None:
-                own = planner.recount(ids, planned)
-                group = own.clone()
-                planner.all_reduce(group)
-                planner.prove(planned, own, group)
-            output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
-            return dispatch_a(hidden_states=hidden_states, topk_output=output)
+    def plan_first(dispatch_a, hidden_states, topk_output):
+        ids, weights = topk_output.topk_ids, topk_output.topk_weights
+        planned = planner(hidden_states, ids, weights, _logits(topk_output), half)
+        if planner.plan.config.verify and planned.segment is not None:
+            own = planner.recount(ids, planned)
+            group = own.clone()
+            planner.all_reduce(group)
+            planner.prove(planned, own, group)
+        output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
+        return dispatch_a(hidden_states=hidden_states, topk_output=output)
 
-        return planned_dispatch_a
+    def hint_rows(dispatch_b):
+        """Low latency: the rows that DeepGEMM tiles for. DeepEP's hint takes all ranks to be as full as this one."""
+        output = dispatch_b()
+        rows = planner.expected_rows(output.topk_ids.shape[1]) if hasattr(output, "expected_m") else None
+        return output if rows is None else output._replace(expected_m=rows)
+
+    def execute(original, name, tbo_subbatch_index=None, **kwargs):
+        nonlocal half
+        half = tbo_subbatch_index
+        return original(name, tbo_subbatch_index, **kwargs)
 
     for inner in dispatcher._inners:
-        inner.dispatch_a = wrap(inner.dispatch_a)
+        inner.dispatch_a = partial(plan_first, inner.dispatch_a)
+        inner.dispatch_b = partial(hint_rows, inner.dispatch_b)
+    dispatcher._execute = partial(execute, dispatcher._execute)
     return dispatcher
 
 
@@ -341,7 +351,7 @@ def _scoring(routing_method_type) -> str:
 def _forward(original, self, forward_batch, *args, **kwargs):
     """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
     if self.is_draft_worker:
-        with batch.forward(batch.Batch()):
+        with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
     with batch.forward(_batch_of(forward_batch)), _recorded(forward_batch):
         result = original(self, forward_batch, *args, **kwargs)
@@ -386,12 +396,14 @@ def _batch_of(forward_batch) -> batch.Batch:
         return batch.Batch(skip=skip)
     if not skip:
         check_batch_size(group_tokens, _the_worker().top_k)
+    halves = tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ())
+    common = {"skip": skip, "group_tokens": group_tokens, "halves": halves}
     if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
-        return batch.Batch(skip=skip)
+        return batch.Batch(**common)
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
     audio = frozenset(i.pad_value for i in items if i.is_audio())
     segment, num_segments = batch.segments(forward_batch.input_ids, config.entropy_scope, audio)
-    return batch.Batch(segment, num_segments, skip)
+    return batch.Batch(segment, num_segments, **common)
 
 
 def _scheduler_init(result, self, *args, **kwargs):

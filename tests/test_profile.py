@@ -36,6 +36,7 @@ def test_round_trip(tmp_path):
         {"schema": None},
         {"num_experts": None},
         {"num_experts": "many"},
+        {"num_experts": float("inf")},
         {"modality": {"0": [1, 0]}},
         {"modality": {"0": [2, 0, 0, 0]}},
         {"modality": {"zero": [0, 0, 0, 0]}},

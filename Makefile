@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-browser test-gpu sanitize lint format bench clean distclean check-latency
+.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-fast: build  ## without real servers
 
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m server
+
+test-load: build  ## 500 mixed requests, twice, and faults, on the real server (minutes)
+	@$(PY) scripts/load_test.py
 
 test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium: apt-get install chromium"; exit 1; }

@@ -1,4 +1,6 @@
-"""Writes the tables of the documentation: flags from MacsConfig, figures from docs/results; `--check` only compares.
+"""Writes the tables of the documentation: flags and metrics from the code, figures from docs/results.
+
+`--check` only compares.
 
 A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -->`, where NAME is a key of TABLES.
 """
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sglang_macs import metrics
 from sglang_macs.config import flag_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +86,7 @@ def serve_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "flags": flag_table,
+    "metrics": metrics.table,
     "straggler": straggler_table,
     "overhead": overhead_table,
     "serve": serve_table,

@@ -426,6 +426,20 @@ def _exporter(labels):
     return Exporter(labels, _the_worker().config, get_parallel().moe_ep_rank)
 
 
+def _run_event_loop(original, self):
+    """AROUND Scheduler.run_event_loop: one line a rank that stops, so that the rank without one is known for dead."""
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        return original(self)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        which = f"expert-parallel rank {get_parallel().moe_ep_rank} of {get_parallel().moe_ep_size}"
+        hint = "A rank without such a line died first, if one is missing."
+        print(f"sglang-macs: {which} stops: {type(error).__name__}: {why} {hint}", file=sys.stderr, flush=True)
+        raise
+
+
 def _get_internal_state(result, self, *args, **kwargs):
     """AFTER Scheduler.get_internal_state: counters under `internal_states[*].macs` of GET /server_info."""
     from sglang.srt.runtime_context import get_parallel
@@ -520,6 +534,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.run_event_loop", _run_event_loop, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
     Hook("sglang.srt.layers.layer_boundary.residual.access.add_to_output", _add_deepstack, "around"),

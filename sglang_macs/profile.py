@@ -46,7 +46,7 @@ def load(path: str) -> Profile:
             raw = json.load(file)
     except OSError as error:
         raise MacsError("--macs-profile", f"{path} ({error.strerror})", "a readable file", fix) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MacsError("--macs-profile", f"{path} (not JSON, or truncated: {error})", "a profile", fix) from error
     if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
         found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
@@ -55,7 +55,7 @@ def load(path: str) -> Profile:
         experts = int(raw["num_experts"])
         modality = {int(layer): [int(m) for m in row] for layer, row in raw["modality"].items()}
         profile = Profile(str(raw["architecture"]), experts, modality)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MacsError("--macs-profile", f"{path} ({error!r})", "architecture, num_experts, modality", fix) from error
     for layer, row in modality.items():
         if len(row) != experts or not set(row) <= {-1, 0, 1}:

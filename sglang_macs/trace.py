@@ -14,7 +14,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from . import __version__
 from .config import MacsConfig
 from .errors import MacsError
-from .ops import NUM_SUMS, WEIGHT_ONE
+from .ops import WEIGHT_ONE
 from .plan import PlanResult
 
 SCHEMA = "sglang-macs/trace/1"
@@ -113,18 +113,24 @@ class Recorder:
         self._sizes = (num_ranks, result.counts.shape[1], topk_ids.shape[1])
 
     def _write(self, shown: Sequence[Shown], attn_tp_rank: int) -> None:
-        results = [layer.result for layer in self._layers]
-        sums = torch.stack([result.group[-NUM_SUMS:] for result in results]).cpu()  # N, N_visual, W_visual, W
+        by_layer: dict[int, list[PlanResult]] = {}  # two a layer where SGLang overlaps the halves of a batch
+        for layer in self._layers:
+            by_layer.setdefault(layer.layer_id, []).append(layer.result)
+        whole = len(by_layer) == len(self._layers)  # the halves' rows would have to be put together again
+
+        def sums(of: Callable[[PlanResult], Tensor]) -> Tensor:
+            return torch.stack([sum(of(result) for result in results) for results in by_layer.values()]).cpu()
+
         units = WEIGHT_ONE if self.config.load == "effective" else 1
         line = {
             "step": self._step,
             "time": round(time.monotonic() - self._started, 4),
-            "tokens": results[0].weight.shape[0],
-            "layers": [layer.layer_id for layer in self._layers],
-            "visual_share": [round(v / w, 4) if w else 0.5 for _, _, v, w in sums.tolist()],
-            "bound": [b // units for b in torch.stack([r.cut[:, 3].amax() for r in results]).tolist()],
-            "counts": _pack(torch.stack([result.counts for result in results]).cpu().numpy().astype(np.int32)),
-            "pictures": [self._picture(part, attn_tp_rank) for part in shown if self._wanted(part)],
+            "tokens": sum(result.weight.shape[0] for result in next(iter(by_layer.values()))),
+            "layers": list(by_layer),
+            "visual_share": [round(v / w, 4) if w else 0.5 for v, w in sums(lambda r: r.group[-2:].long()).tolist()],
+            "bound": [b // units for b in sums(lambda r: r.cut[:, 3].amax().long()).tolist()],
+            "counts": _pack(sums(lambda r: r.counts).numpy().astype(np.int32)),
+            "pictures": [self._picture(part, attn_tp_rank) for part in shown if whole and self._wanted(part)],
         }
         if self._step == 0:
             self._emit(self._header())
@@ -357,7 +363,7 @@ def _step(lines: list[dict], layers: int, experts: int) -> Step:
             "trace", f"steps {[line['step'] for line in lines]}", "the same on each rank", "Record it again."
         )
     counts = sum(_unpack(line["counts"], np.int32, (layers, 3, experts, 2)).astype(np.int64) for line in lines)
-    share, bound = (_numbers(lines[0][name], (layers,), high) for name, high in (("visual_share", 1), ("bound", 2**31)))
+    share, bound = (_numbers(lines[0][name], (layers,), high) for name, high in (("visual_share", 1), ("bound", 2**33)))
     if counts.min() < 0 or (counts[:, REROUTED].sum() > counts[:, CLIPPED].sum()):
         raise ValueError("counts that no plan makes")
     time_s = float(_numbers(lines[0]["time"], (), 1e12))

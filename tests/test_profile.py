@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_macs import profile
 from sglang_macs.errors import MacsError
@@ -34,6 +36,7 @@ def test_round_trip(tmp_path):
         {"schema": None},
         {"num_experts": None},
         {"num_experts": "many"},
+        {"num_experts": float("inf")},
         {"modality": {"0": [1, 0]}},
         {"modality": {"0": [2, 0, 0, 0]}},
         {"modality": {"zero": [0, 0, 0, 0]}},
@@ -72,3 +75,41 @@ def test_a_profile_of_another_model_or_without_the_layer_is_refused():
         GOOD.check_model("Qwen3VLMoeForConditionalGeneration", 8)
     with pytest.raises(MacsError, match="no layer 1"):
         GOOD.of_layer(1)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_damage_raises_anything_but_a_macs_error(tmp_path_factory, data):
+    """One value of a good profile replaced by junk, or its bytes cut or inserted; what is read can be used."""
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    profile.save(GOOD, str(path))
+    raw = path.read_bytes()
+    if data.draw(st.booleans()):
+        whole = json.loads(raw)
+        target = whole["modality"] if data.draw(st.booleans()) else whole
+        target[data.draw(st.sampled_from(sorted(target)))] = data.draw(JUNK)
+        raw = json.dumps(whole).encode()
+    else:
+        at = data.draw(st.integers(0, len(raw)))
+        raw = raw[:at] + data.draw(st.binary(max_size=12)) + raw[at + data.draw(st.integers(0, 40)) :]
+    path.write_bytes(raw)
+    try:
+        read = profile.load(str(path))
+    except MacsError as error:
+        assert "\n" not in str(error).replace("\\n", "")
+        return
+    for layer in read.modality:
+        assert read.of_layer(layer).shape == (read.num_experts,)
+
+
+def test_a_nest_too_deep_for_the_parser_is_refused(tmp_path):
+    (tmp_path / "p.json").write_text("[" * 100_000)
+    with pytest.raises(MacsError):
+        profile.load(str(tmp_path / "p.json"))

@@ -32,6 +32,22 @@ def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):
     assert (after.max(axis=-1) <= read.steps[0].bound[0]).all() and (before.max(axis=-1) > read.steps[0].bound[0]).any()
 
 
+def test_the_halves_of_an_overlapped_batch_are_one_pass(tmp_path):
+    """Two-batch overlap plans each layer twice; the rows of both halves count, their pictures are left out."""
+    (whole,) = record(tmp_path / "whole", passes=1)
+    for rank in range(RANKS):
+        recorder = trace.Recorder(trace.MacsConfig.from_preset("rank", trace=str(tmp_path / "halves")), rank)
+        with recorder.forward_pass([shown()], 0):
+            for layer, plans in zip(LAYERS, whole, strict=True):
+                for _ in range(2):
+                    ids = plans[rank].topk_ids
+                    recorder.add(layer, RANKS, ids, plans[rank])
+    once, twice = (trace.load(str(tmp_path / name)).steps[0] for name in ("whole", "halves"))
+    assert np.array_equal(twice.counts, 2 * once.counts) and np.array_equal(twice.bound, 2 * once.bound)
+    assert twice.tokens == 2 * once.tokens and np.allclose(twice.visual_share, once.visual_share)
+    assert trace.load(str(tmp_path / "halves")).pictures == []
+
+
 def test_a_picture_has_the_fate_of_its_own_rows(tmp_path):
     plans = record(tmp_path, reroute="none")
     (got,) = trace.load(str(tmp_path)).pictures

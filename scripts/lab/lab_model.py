@@ -72,6 +72,20 @@ class Batch:
     length: Tensor
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """hidden [T, H] f32; deepstack: [T, H] f32 per level; segments: (n, L) per group; ropes: cos, sin per group;
+    valid, visual [T] bool.
+    """
+
+    hidden: Tensor
+    deepstack: list[Tensor]
+    segments: list[tuple[int, int]]
+    ropes: list[tuple[Tensor, Tensor]]
+    valid: Tensor
+    visual: Tensor
+
+
 class LabModel(nn.Module):
     """See the module's docstring."""
 
@@ -81,47 +95,53 @@ class LabModel(nn.Module):
         self.model = nn.ModuleDict({"visual": _Vision(arch), "language_model": _Language(arch)})
         self.lm_head = nn.Linear(arch.hidden, VOCAB, bias=False)
         self.dense = True  # every expert on every token, as two matrix products; else each on its own rows
-        self.on_moe_output: Callable[[int, Tensor], None] | None = None  # (layer, [T, H])
 
     def forward(
         self, batch: Sequence[Batch], seam: Seam | None = None, dtype: torch.dtype = torch.float32
     ) -> tuple[list[Tensor], list[Routing]]:
         """Logits [n, L, V] f32 of each group, and each layer's routing as the router had it."""
-        language, segments = self.model["language_model"], [b.ids.shape for b in batch]
-        hidden, stacks = [], []
+        return self.decode(self.embed(batch, dtype), seam, dtype)
+
+    def embed(self, batch: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Embedded:
+        """What enters the language model; the same whatever its experts do."""
+        hidden, deepstack = [], []
         for b in batch:
             span = _image_span(b.size)
             text = torch.cat([b.ids[:, : span.start], b.ids[:, span.stop :]], 1)
-            before, after = F.embedding(text, language.embed_tokens.weight).split(
-                [span.start, text.shape[1] - span.start], 1
-            )
-            image, deep = (), None
+            text = F.embedding(text, self.model["language_model"].embed_tokens.weight)
+            image, deep = text[:, :0], None
             if b.size is not None:
                 image, deep = self.model["visual"](b.patches, b.size, dtype)
-                image = (image,)
-            stacks.append(deep)
-            hidden.append(torch.cat([before, *image, after], 1).flatten(0, 1))
-        ropes = [_language_rope(b, self.arch) for b in batch]
+            hidden.append(torch.cat([text[:, : span.start], image, text[:, span.start :]], 1).flatten(0, 1))
+            deepstack.append(deep)
         flat = torch.cat(hidden).float()
-        valid = torch.cat([_valid(b).flatten() for b in batch])
-        visual = torch.cat([(b.ids == IMAGE).flatten() for b in batch])
-        routings = []
+        return Embedded(
+            flat,
+            [_deepstack_rows(batch, deepstack, level, flat) for level in range(len(self.arch.deepstack))],
+            [b.ids.shape for b in batch],
+            [_language_rope(b, self.arch) for b in batch],
+            torch.cat([_valid(b).flatten() for b in batch]),
+            torch.cat([(b.ids == IMAGE).flatten() for b in batch]),
+        )
+
+    def decode(
+        self, given: Embedded, seam: Seam | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """As `forward`, from `embed`'s result."""
+        language, flat, routings = self.model["language_model"], given.hidden, []
         for index, layer in enumerate(language.layers):
-            flat = flat + layer.self_attn(layer.input_layernorm(flat), segments, ropes, dtype)
-            normed = layer.post_attention_layernorm(flat)
-            routing = layer.mlp.route(index, normed.to(dtype), valid, visual)
+            flat = flat + layer.self_attn(layer.input_layernorm(flat), given.segments, given.ropes, dtype)
+            normed = layer.post_attention_layernorm(flat).to(dtype)
+            routing = layer.mlp.route(index, normed, given.valid, given.visual)
             routings.append(routing)
             ids, weights = (routing.ids, routing.weights) if seam is None else seam(routing)
-            output = layer.mlp.experts(normed.to(dtype), ids, weights, self.dense)
-            if self.on_moe_output is not None:
-                self.on_moe_output(index, output)
-            flat = flat + output
-            if index < len(self.arch.deepstack):
-                flat = flat + _deepstack_rows(batch, stacks, index, flat)
+            flat = flat + layer.mlp.experts(normed, ids, weights, self.dense)
+            if index < len(given.deepstack):
+                flat = flat + given.deepstack[index]
         flat = language.norm(flat)
         logits = [
             _linear(x, self.lm_head, dtype).float().view(*shape, -1)
-            for x, shape in zip(flat.split([n * length for n, length in segments]), segments, strict=True)
+            for x, shape in zip(flat.split([n * w for n, w in given.segments]), given.segments, strict=True)
         ]
         return logits, routings
 
@@ -161,16 +181,16 @@ def _valid(b: Batch) -> Tensor:
     return torch.arange(b.ids.shape[1], device=b.ids.device) < b.length[:, None]
 
 
-def _deepstack_rows(batch: Sequence[Batch], stacks: list, index: int, flat: Tensor) -> Tensor:
-    """[T, H]: features of vision level `index` at the visual tokens, 0 elsewhere."""
+def _deepstack_rows(batch: Sequence[Batch], deepstack: list, level: int, flat: Tensor) -> Tensor:
+    """[T, H]: features of a vision `level` at the visual tokens, 0 elsewhere."""
     rows = []
-    for b, deep in zip(batch, stacks, strict=True):
+    for b, deep in zip(batch, deepstack, strict=True):
         n, length = b.ids.shape
         span = _image_span(b.size)
         if deep is None:
             rows.append(flat.new_zeros(n * length, flat.shape[1]))
             continue
-        rows.append(F.pad(deep[index].float(), (0, 0, span.start, length - span.stop)).flatten(0, 1))
+        rows.append(F.pad(deep[level].float(), (0, 0, span.start, length - span.stop)).flatten(0, 1))
     return torch.cat(rows)
 
 

@@ -28,17 +28,17 @@ SIZES = {
 }
 # Samples of each task by picture size. Small pictures are cheap and teach fast; large ones carry most visual tokens.
 TRAIN_MIX = {
-    "text": {"add": 24, "copy": 16, "lookup": 20},
-    "tiny": {"map": 24},
-    "wide": {"read": 40, "compare": 8},
-    "square": {"read": 12, "count": 16, "count_colour": 14, "colour": 16, "where": 14, "compare": 8},
-    "large": {"read": 6, "count": 3, "count_colour": 3, "colour": 4, "where": 4, "scene": 6},
+    "text": {"add": 20, "copy": 8, "lookup": 44},
+    "tiny": {"map": 28},
+    "wide": {"read": 32, "compare": 10, "colour": 16, "where": 12},
+    "square": {"read": 10, "count": 10, "count_colour": 16, "colour": 20, "where": 20, "compare": 10},
+    "large": {"read": 6, "count": 2, "count_colour": 3, "colour": 6, "where": 5, "scene": 4},
     "huge": {"read": 2, "count": 1, "colour": 2, "where": 1},
 }
 OCR_TASKS = ("read",)
 READ_LENGTHS = {"wide": (2, 6), "square": (2, 4), "large": (4, 8), "huge": (6, 10)}
 COPY_LENGTHS = (4, 12)
-LOOKUP_PAIRS = (4, 10)
+LOOKUP_PAIRS = (2, 10)
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -200,14 +200,14 @@ def _count_colour(make: Maker, n: int, name: str) -> Asked:
 
 
 def _colour(make: Maker, n: int, name: str) -> Asked:
-    scene = make.scatter(n, SIZES[name], make.randint(2, 6, n), 6, distinct=True)
+    scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
     question = make.ask(n, "What colour is ", make.digit_tokens(scene.digit[:, :1]), "?")
     return Asked(question, make.words.table(list(COLOURS))[scene.colour[:, 0]], scene)
 
 
 def _where(make: Maker, n: int, name: str) -> Asked:
     rows, columns = SIZES[name].cells
-    scene = make.scatter(n, SIZES[name], make.randint(2, 6, n), 6, distinct=True)
+    scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
     corner = 2 * (scene.row[:, 0] >= rows // 2) + (scene.column[:, 0] >= columns // 2)
     question = make.ask(n, "Where is ", make.digit_tokens(scene.digit[:, :1]), "?")
     return Asked(question, make.words.table(CORNERS)[corner], scene)

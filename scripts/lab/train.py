@@ -65,7 +65,8 @@ class Trainer:
         logits, routings = self.model([as_batch(g) for g in groups], dtype=self.dtype)
         flat = torch.cat([x.flatten(0, 1) for x in logits])
         labels = torch.cat([g.labels.flatten() for g in groups])
-        answer = F.cross_entropy(flat, labels, ignore_index=NO_LABEL)
+        weight = torch.cat([_token_weights(g.labels) for g in groups])
+        answer = (F.cross_entropy(flat, labels, ignore_index=NO_LABEL, reduction="none") * weight).sum() / weight.sum()
         loss = answer
         imbalance = []
         for routing in routings:
@@ -103,6 +104,12 @@ class Trainer:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+def _token_weights(labels: Tensor) -> Tensor:
+    """[n * L] f32: every answer counts the same, however long: a one-word answer is not the easier one."""
+    asked = (labels != NO_LABEL).float()
+    return (asked / asked.sum(1, keepdim=True)).flatten()
 
 
 def _balance(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
@@ -162,6 +169,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--judge-every", type=float, default=60.0, help="seconds between reports")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint to go on with, instead of a random start")
     parser.add_argument("--no-graph", action="store_true", help="steps run one kernel at a time")
     options = parser.parse_args()
 
@@ -182,6 +190,8 @@ def main() -> None:
         arch, Maker(words, lab_material.load("train", device, options.material), "train"), mix, options.lr,
         options.seed, dtype,
     )  # fmt: skip
+    if options.start_from:
+        trainer.model.load_state_dict(lab_checkpoint.load(options.start_from, device).state_dict())
     held_out = Maker(words, lab_material.load("held_out", device, options.material), "held_out")
     repeats = {"text": 1, "tiny": 2, "wide": 2, "square": 4, "large": 8, "huge": 16}
     batches = [[held_out.group(s, mix[s])] for s, times in repeats.items() if s in mix for _ in range(2 * times)]

@@ -157,7 +157,7 @@ def _expert_rows(url: str) -> tuple[list[int], Tensor]:
 # -- from a dataset ----------------------------------------------------------------------------------------------------
 
 
-def replay(model_path: str, dataset: str, per_sample: int = 4) -> Recording:
+def replay(model_path: str, dataset: str, per_sample: int = 2) -> Recording:
     """A recording of transformers running `model_path` over a dataset, `per_sample` prompts to a sample.
 
     dataset: JSON lines {"text": ..., "images": [paths]}, paths relative to the file.

@@ -5,6 +5,7 @@ One row travels per assignment, to the rank that holds its expert, as in DeepEP'
 experts' outputs back and adds them up under the gate weights at the source.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -140,6 +141,8 @@ class LayerPlanner:
         )
         self.counters.plan_seconds += time.perf_counter() - start
         self.counters.add_plan(result)
+        if math.isinf(self.plan.config.gamma):
+            self.counters.add_expert_rows(self.layer_id, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result)
 
     def all_reduce(self, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ Writes docs/results/quality.json, which scripts/lab/plot.py turns into pictures 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -152,11 +152,11 @@ def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
     return Layout(tokens[by_rank], torch.bincount(rank_of, minlength=RANKS).tolist(), segment[by_rank], segments)
 
 
-def make_cases(model: LabModel, make: Maker, mix: dict, seeds: Sequence[int], batches: int, dtype: torch.dtype):
+def make_cases(model: LabModel, make: Maker, mix: dict, seeds: Sequence[int], batches: int, dtype) -> Iterator[Case]:
     """Yields the batches of each seed; pictures are drawn on the CPU, so a seed means the same everywhere."""
     device = next(model.parameters()).device
-    for seed in seeds:
-        for index in range(batches):
+    for index in range(batches):
+        for seed in seeds:
             torch.manual_seed(1000 * seed + index)
             groups = [g.to(device) for g in make.batch(mix)]
             embedded = model.embed([as_batch(g) for g in groups], dtype)
@@ -290,6 +290,8 @@ def compare(
         for method, bound in plans:
             judge(model, case, method, bound, tallies[method.name, bound], dtype, with_error)
         print(f"  batch {index + 1}: {time.perf_counter() - start:.0f} s", flush=True)
+        if time.perf_counter() - start > seconds:
+            break
     statistics = Statistics(seeds, right, asked)
     rows = []
     for (name, bound), tally in tallies.items():
@@ -340,6 +342,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed (default 16; reduced 2)")
     parser.add_argument("--sweep-batches", type=int, help="per seed, for sweeps and other importances (default 8; 1)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
     parser.add_argument("--bounds", type=float, nargs="*")
     parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance"))
     options = parser.parse_args()
@@ -375,14 +378,16 @@ def main() -> None:
         if "main" not in options.skip:
             plans = [(m, b) for b in bounds for m in lab_methods.methods(modality)]
             print(f"main comparison: {len(plans)} passes a batch", flush=True)
-            result["main"] = compare(model, cases(batches), plans, dtype, errors)
+            result["main"] = compare(model, cases(batches), plans, dtype, errors, options.seconds)
         if "sweeps" not in options.skip:
             print("sweeps", flush=True)
-            result["sweeps"] = compare(model, cases(sweep_batches), sweep_plans(modality, 1.05), dtype, 0)
+            result["sweeps"] = compare(
+                model, cases(sweep_batches), sweep_plans(modality, 1.05), dtype, 0, options.seconds
+            )
         if "importance" not in options.skip:
             print("other importances", flush=True)
             plans = importance_plans(model, recorded.norms, modality, (1.0, 1.05))
-            result["importance"] = compare(model, cases(sweep_batches), plans, dtype, errors)
+            result["importance"] = compare(model, cases(sweep_batches), plans, dtype, errors, options.seconds)
         print("drift of the calibration", flush=True)
         result["drift"] = lab_calibration.drift(model, make, other, recorded, dtype)
     result["seconds"] = round(time.perf_counter() - start, 1)

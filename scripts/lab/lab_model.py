@@ -10,6 +10,7 @@ Weights are f32; matrix products run in the `dtype` that `forward` is given.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Embedded:
-    """hidden [T, H] f32; deepstack: [T, H] f32 per level; segments: (n, L) per group; ropes: cos, sin per group;
+    """hidden [T, H] f32; deepstack: [T, H] f32 per level; segments: (n, L) per group; rope: cos, sin [T, 1, dim];
     valid, visual [T] bool.
     """
 
     hidden: Tensor
     deepstack: list[Tensor]
     segments: list[tuple[int, int]]
-    ropes: list[tuple[Tensor, Tensor]]
+    rope: tuple[Tensor, Tensor]
     valid: Tensor
     visual: Tensor
 
@@ -104,22 +105,24 @@ class LabModel(nn.Module):
 
     def embed(self, batch: Sequence[Batch], dtype: torch.dtype = torch.float32) -> Embedded:
         """What enters the language model; the same whatever its experts do."""
-        hidden, deepstack = [], []
+        pictures = [b for b in batch if b.size is not None]
+        images, levels = self.model["visual"](pictures, dtype) if pictures else (None, [])
+        hidden, deepstack, done = [], [[] for _ in levels], 0
         for b in batch:
-            span = _image_span(b.size)
+            (n, length), span = b.ids.shape, _image_span(b.size)
             text = torch.cat([b.ids[:, : span.start], b.ids[:, span.stop :]], 1)
             text = F.embedding(text, self.model["language_model"].embed_tokens.weight)
-            image, deep = text[:, :0], None
-            if b.size is not None:
-                image, deep = self.model["visual"](b.patches, b.size, dtype)
+            part = slice(done, done + n * (span.stop - span.start))
+            done = part.stop
+            image = text[:, :0] if b.size is None else images[part].view(n, -1, text.shape[2])
             hidden.append(torch.cat([text[:, : span.start], image, text[:, span.start :]], 1).flatten(0, 1))
-            deepstack.append(deep)
-        flat = torch.cat(hidden).float()
+            for rows, level in zip(deepstack, levels, strict=True):
+                rows.append(_among_text(level[part].view(n, -1, text.shape[2]), span, length))
         return Embedded(
-            flat,
-            [_deepstack_rows(batch, deepstack, level, flat) for level in range(len(self.arch.deepstack))],
-            [b.ids.shape for b in batch],
-            [_language_rope(b, self.arch) for b in batch],
+            torch.cat(hidden).float(),
+            [torch.cat(rows) for rows in deepstack],
+            [tuple(b.ids.shape) for b in batch],
+            _language_rope(_layout(batch), self.arch, batch[0].ids.device),
             torch.cat([_valid(b).flatten() for b in batch]),
             torch.cat([(b.ids == IMAGE).flatten() for b in batch]),
         )
@@ -130,7 +133,7 @@ class LabModel(nn.Module):
         """As `forward`, from `embed`'s result."""
         language, flat, routings = self.model["language_model"], given.hidden, []
         for index, layer in enumerate(language.layers):
-            flat = flat + layer.self_attn(layer.input_layernorm(flat), given.segments, given.ropes, dtype)
+            flat = flat + layer.self_attn(layer.input_layernorm(flat), given.segments, given.rope, dtype)
             normed = layer.post_attention_layernorm(flat).to(dtype)
             routing = layer.mlp.route(index, normed, given.valid, given.visual)
             routings.append(routing)
@@ -181,17 +184,9 @@ def _valid(b: Batch) -> Tensor:
     return torch.arange(b.ids.shape[1], device=b.ids.device) < b.length[:, None]
 
 
-def _deepstack_rows(batch: Sequence[Batch], deepstack: list, level: int, flat: Tensor) -> Tensor:
-    """[T, H]: features of a vision `level` at the visual tokens, 0 elsewhere."""
-    rows = []
-    for b, deep in zip(batch, deepstack, strict=True):
-        n, length = b.ids.shape
-        span = _image_span(b.size)
-        if deep is None:
-            rows.append(flat.new_zeros(n * length, flat.shape[1]))
-            continue
-        rows.append(F.pad(deep[level].float(), (0, 0, span.start, length - span.stop)).flatten(0, 1))
-    return torch.cat(rows)
+def _among_text(image: Tensor, span: slice, length: int) -> Tensor:
+    """[n, V, H] -> [n * L, H]: rows of the visual tokens, 0 elsewhere."""
+    return F.pad(image.float(), (0, 0, span.start, length - span.stop)).flatten(0, 1)
 
 
 class _RMSNorm(nn.Module):
@@ -219,31 +214,47 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(width, arch.hidden, bias=False)
         self.q_norm, self.k_norm = _RMSNorm(arch.head_dim), _RMSNorm(arch.head_dim)
 
-    def forward(self, x: Tensor, segments: list, ropes: list, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, segments: list, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """[T, H] -> [T, H]; causal within each row of each group."""
         dim, repeat = self.arch.head_dim, self.arch.heads // self.arch.kv_heads
         q = self.q_norm(_linear(x, self.q_proj, dtype).view(x.shape[0], -1, dim))
         k = self.k_norm(_linear(x, self.k_proj, dtype).view(x.shape[0], -1, dim))
         v = _linear(x, self.v_proj, dtype).view(x.shape[0], -1, dim)
-        out, sizes = [], [n * length for n, length in segments]
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), segments, ropes, strict=True)
-        for q_, k_, v_, (n, length), (cos, sin) in parts:
-            q_ = _rotate(q_.view(n, length, -1, dim), cos, sin).to(dtype).transpose(1, 2)
-            k_ = _rotate(k_.view(n, length, -1, dim), cos, sin).to(dtype).transpose(1, 2)
-            v_ = v_.view(n, length, -1, dim).transpose(1, 2)
-            k_, v_ = _repeat(k_, repeat, 1), _repeat(v_, repeat, 1)
-            attended = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True)
-            out.append(attended.transpose(1, 2).reshape(n * length, -1))
-        return _linear(torch.cat(out), self.o_proj, dtype).float()
+        q, k = _rotate(q, *rope).to(dtype), _repeat(_rotate(k, *rope).to(dtype), repeat, 1)
+        attended = _attend(q, k, _repeat(v, repeat, 1), segments, is_causal=True)
+        return _linear(attended, self.o_proj, dtype).float()
 
 
-def _language_rope(b: Batch, arch: Architecture) -> tuple[Tensor, Tensor]:
-    """cos, sin [L, 1, head_dim]: interleaved M-RoPE of one layout of prompt."""
-    length, device = b.ids.shape[1], b.ids.device
+def _attend(q: Tensor, k: Tensor, v: Tensor, segments: list, is_causal: bool) -> Tensor:
+    """[T, heads, dim] each -> [T, heads * dim], within each row of each group (n, L)."""
+    out, sizes = [], [n * length for n, length in segments]
+    for (n, length), *parts in zip(segments, *(x.split(sizes) for x in (q, k, v)), strict=True):
+        heads = [x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in parts]
+        out.append(F.scaled_dot_product_attention(*heads, is_causal=is_causal).transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(out)
+
+
+Layout = tuple[tuple[Size | None, int, int], ...]  # (picture size, rows, columns) of every group
+
+
+def _layout(batch: Sequence[Batch]) -> Layout:
+    return tuple((b.size, *b.ids.shape) for b in batch)
+
+
+@lru_cache(maxsize=64)
+def _language_rope(layout: Layout, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, 1, head_dim] of interleaved M-RoPE."""
+    angles = [_prompt_angles(size, length, arch, device).repeat(n, 1) for size, n, length in layout]
+    angle = torch.cat(angles)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def _prompt_angles(size: Size | None, length: int, arch: Architecture, device: torch.device) -> Tensor:
+    """[L, head_dim] of one prompt with a picture of `size`."""
     positions = torch.arange(length, device=device).expand(3, -1).clone()  # time, row, column
-    if b.size is not None:
-        span, (rows, columns) = _image_span(b.size), (g // MERGE for g in b.size.grid)
-        place = torch.arange(b.size.tokens, device=device)
+    if size is not None:
+        span, (rows, columns) = _image_span(size), (g // MERGE for g in size.grid)
+        place = torch.arange(size.tokens, device=device)
         positions[0, span] = span.start
         positions[1, span] = span.start + place // columns
         positions[2, span] = span.start + place % columns
@@ -254,8 +265,7 @@ def _language_rope(b: Batch, arch: Architecture) -> tuple[Tensor, Tensor]:
     mixed = angles[0].clone()
     for axis in (1, 2):
         mixed[:, axis : arch.mrope_section[axis] * 3 : 3] = angles[axis, :, axis : arch.mrope_section[axis] * 3 : 3]
-    angle = torch.cat([mixed, mixed], -1)[:, None]
-    return angle.cos(), angle.sin()
+    return torch.cat([mixed, mixed], -1)
 
 
 class _Experts(nn.Module):
@@ -334,12 +344,11 @@ class _VisionAttention(nn.Module):
         self.qkv = nn.Linear(arch.vision_hidden, 3 * arch.vision_hidden)
         self.proj = nn.Linear(arch.vision_hidden, arch.vision_hidden)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = _linear(x, self.qkv, dtype).view(n, length, 3, self.heads, -1).unbind(2)
-        q, k = (_rotate(t.float(), *rope).to(dtype).transpose(1, 2) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
-        return _linear(attended.transpose(1, 2).reshape(n, length, width), self.proj, dtype).float()
+    def forward(self, x: Tensor, segments: list, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """[T, C] -> [T, C]; within each picture."""
+        q, k, v = _linear(x, self.qkv, dtype).view(x.shape[0], 3, self.heads, -1).unbind(1)
+        q, k = (_rotate(t.float(), *rope).to(dtype) for t in (q, k))
+        return _linear(_attend(q, k, v, segments, is_causal=False), self.proj, dtype).float()
 
 
 class _VisionMLP(nn.Module):
@@ -371,7 +380,7 @@ class _Merger(nn.Module):
         self.linear_fc1, self.linear_fc2 = nn.Linear(joined, joined), nn.Linear(joined, arch.hidden)
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        joined = (x.shape[0], x.shape[1] // MERGE**2, -1)
+        joined = (x.shape[0] // MERGE**2, -1)
         x = self.norm(x.reshape(joined)) if self.normalise_joined else self.norm(x).reshape(joined)
         return _linear(F.gelu(_linear(x, self.linear_fc1, dtype)), self.linear_fc2, dtype).float()
 
@@ -397,36 +406,50 @@ class _Vision(nn.Module):
         self.merger = _Merger(arch, False)
         self.deepstack_merger_list = nn.ModuleList(_Merger(arch, True) for _ in arch.deepstack)
 
-    def forward(self, patches: Tensor, size: Size, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens [n, P / 4, H] and the deepstack levels of the same shape."""
-        row, column = _patch_positions(size, patches.device)
-        x = self.patch_embed(patches, dtype) + self._positions(row, column, size)
-        rope = self._rope(row, column)
+    def forward(self, pictures: Sequence[Batch], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Visual tokens [V, H] of all pictures, and the deepstack levels of the same shape."""
+        segments = [tuple(b.patches.shape[:2]) for b in pictures]
+        sizes, device = tuple(b.size for b in pictures), pictures[0].patches.device
+        table = [
+            (_stretch(b.size, self.arch.position_side, device) @ self.pos_embed.weight).repeat(n, 1)
+            for b, (n, _) in zip(pictures, segments, strict=True)
+        ]
+        x = self.patch_embed(torch.cat([b.patches.flatten(0, 1) for b in pictures]), dtype) + torch.cat(table)
+        head_dim = self.arch.vision_hidden // self.arch.vision_heads
+        rope = _vision_rope(tuple(zip(sizes, (n for n, _ in segments), strict=True)), head_dim, device)
         deep = []
         for index, block in enumerate(self.blocks):
-            x = x + block.attn(block.norm1(x), rope, dtype)
+            x = x + block.attn(block.norm1(x), segments, rope, dtype)
             x = x + block.mlp(block.norm2(x), dtype)
             if index in self.arch.deepstack:
                 deep.append(self.deepstack_merger_list[self.arch.deepstack.index(index)](x, dtype))
         return self.merger(x, dtype), deep
 
-    def _rope(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        dim = self.arch.vision_hidden // self.arch.vision_heads // 2
-        inverse = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, device=row.device).float() / dim)
-        angle = torch.cat([row[:, None] * inverse, column[:, None] * inverse], -1)
-        angle = torch.cat([angle, angle], -1)[:, None]  # [P, 1, head_dim]
-        return angle.cos(), angle.sin()
 
-    def _positions(self, row: Tensor, column: Tensor, size: Size) -> Tensor:
-        """[P, hidden]: the position table, stretched over the picture and interpolated."""
-        side, (rows, columns) = self.arch.position_side, size.grid
-        y, x = row * ((side - 1) / (rows - 1)), column * ((side - 1) / (columns - 1))
-        out = 0.0
-        for near_y, wy in ((y.floor(), 1 - y + y.floor()), (y.floor() + 1, y - y.floor())):
-            for near_x, wx in ((x.floor(), 1 - x + x.floor()), (x.floor() + 1, x - x.floor())):
-                index = near_y.clamp(max=side - 1) * side + near_x.clamp(max=side - 1)
-                out = out + self.pos_embed(index.long()) * (wy * wx)[:, None]
-        return out
+@lru_cache(maxsize=64)
+def _vision_rope(layout: tuple[tuple[Size, int], ...], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, 1, head_dim] of `n` pictures of each size."""
+    dim, angles = head_dim // 2, []
+    inverse = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, device=device).float() / dim)
+    for size, n in layout:
+        row, column = _patch_positions(size, device)
+        angle = torch.cat([row[:, None] * inverse, column[:, None] * inverse], -1)
+        angles.append(torch.cat([angle, angle], -1).repeat(n, 1))
+    angle = torch.cat(angles)[:, None]
+    return angle.cos(), angle.sin()
+
+
+@lru_cache(maxsize=64)
+def _stretch(size: Size, side: int, device: torch.device) -> Tensor:
+    """[P, side * side]: how every patch mixes the position table, which is stretched over the picture."""
+    (rows, columns), (row, column) = size.grid, _patch_positions(size, device)
+    y, x = row * ((side - 1) / (rows - 1)), column * ((side - 1) / (columns - 1))
+    mix = torch.zeros(rows * columns, side * side, device=device)
+    for near_y, wy in ((y.floor(), 1 - y + y.floor()), (y.floor() + 1, y - y.floor())):
+        for near_x, wx in ((x.floor(), 1 - x + x.floor()), (x.floor() + 1, x - x.floor())):
+            index = near_y.clamp(max=side - 1) * side + near_x.clamp(max=side - 1)
+            mix.scatter_add_(1, index.long()[:, None], (wy * wx)[:, None])
+    return mix
 
 
 def _patch_positions(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:

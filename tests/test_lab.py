@@ -269,7 +269,7 @@ def test_custom_importance_gives_true_weights(given):
 def test_statistics_are_paired():
     asked = [{"a": 10, "b": 10}] * 6
     base = [{"a": 9 - i % 2, "b": 10} for i in range(6)]
-    statistics = evaluate.Statistics([0, 0, 1, 1, 2, 2], base, asked)
+    statistics = evaluate.Statistics([0, 0, 1, 1, 2, 2], ["x", "y"] * 3, base, asked)
     same = statistics.summary(base)
     assert same["kept"] == [1.0, 1.0, 1.0] and same["accuracy"]["a"][0] == 0.85
     fewer = [{"a": row["a"], "b": row["b"] - 2} for row in base]

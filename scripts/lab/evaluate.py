@@ -27,14 +27,28 @@ from lab_tasks import NO_LABEL, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
 
-# One batch: 84 requests, about 8,600 tokens of which 76 % are visual.
-MIX = {
-    "text": {"copy": 12, "lookup": 8, "add": 4},
-    "tiny": {"map": 4},
-    "wide": {"read": 14, "compare": 6},
-    "square": {"read": 6, "count": 8, "compare": 6, "where": 2, "colour": 2},
-    "large": {"read": 4, "count": 2, "scene": 4},
-    "huge": {"read": 2},
+# Batches by turns from three mixes of requests. Experts are balanced over training; as in production, it is traffic
+# that differs from it which fills some ranks more than others.
+MIXES = {
+    "training": {  # 84 requests, 7,700 tokens, 79 % visual
+        "text": {"copy": 12, "lookup": 8, "add": 4},
+        "tiny": {"map": 4},
+        "wide": {"read": 14, "compare": 6},
+        "square": {"read": 6, "count": 8, "compare": 6, "where": 2, "colour": 2},
+        "large": {"read": 4, "count": 2, "scene": 4},
+        "huge": {"read": 2},
+    },
+    "documents": {  # 72 requests, 4,600 tokens, 72 % visual: strings to read
+        "text": {"copy": 20},
+        "wide": {"read": 36, "compare": 12},
+        "large": {"read": 4},
+    },
+    "pictures": {  # 72 requests, 7,600 tokens, 83 % visual: large pictures
+        "text": {"copy": 24, "lookup": 4},
+        "square": {"count": 12, "compare": 8, "read": 8},
+        "large": {"scene": 6, "count": 4, "read": 4},
+        "huge": {"read": 2},
+    },
 }
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
 BOUNDS = (1.0, 1.05, 1.1, 1.2, 1.5)
@@ -55,15 +69,19 @@ SWEEPS = {
 class Case:
     """One batch on the device, with the unclipped model's answers.
 
-    groups; embedded; layout; planned [T] bool; answers: log-probabilities [A, V] at the answers' tokens.
+    groups; embedded; layout; answers: log-probabilities [A, V] at the answers' tokens; right answers by task and size;
+    peaks: by layer, rows of the fullest rank over the mean.
     """
 
     seed: int
+    mix: str
     groups: list[Group]
     embedded: Embedded
     layout: Layout
     answers: Tensor
     right: dict[str, list[bool]]
+    peaks: list[float]
+    top_k: int
 
 
 @dataclass
@@ -153,17 +171,22 @@ def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
     return Layout(tokens[by_rank], torch.bincount(rank_of, minlength=RANKS).tolist(), segment[by_rank], segments)
 
 
-def make_cases(model: LabModel, make: Maker, mix: dict, seeds: Sequence[int], batches: int, dtype) -> Iterator[Case]:
-    """Yields the batches of each seed; pictures are drawn on the CPU, so a seed means the same everywhere."""
+def make_cases(model: LabModel, make: Maker, seeds: Sequence[int], batches: int, dtype) -> Iterator[Case]:
+    """`batches` of each seed and mix; pictures are drawn on the CPU, so a seed means the same everywhere."""
     device = next(model.parameters()).device
     for index in range(batches):
         for seed in seeds:
-            torch.manual_seed(1000 * seed + index)
-            groups = [g.to(device) for g in make.batch(mix)]
-            embedded = model.embed([as_batch(g) for g in groups], dtype)
-            logits, _ = model.decode(embedded, None, dtype)
-            right = by_task(groups, [exact(x, g.labels) for x, g in zip(logits, groups, strict=True)])
-            yield Case(seed, groups, embedded, lay_out(groups), answer_logits(logits, groups), right)
+            for number, (name, mix) in enumerate(MIXES.items()):
+                torch.manual_seed(10_000 * seed + 10 * index + number)
+                groups = [g.to(device) for g in make.batch(mix)]
+                embedded = model.embed([as_batch(g) for g in groups], dtype)
+                logits, routings = model.decode(embedded, None, dtype)
+                right = by_task(groups, [exact(x, g.labels) for x, g in zip(logits, groups, strict=True)])
+                layout = lay_out(groups)
+                rows = [rank_rows(r.ids[layout.tokens], model.arch.experts) for r in routings]
+                answers = answer_logits(logits, groups)
+                peaks = [float(r.max() * RANKS / r.sum()) for r in rows]
+                yield Case(seed, name, groups, embedded, layout, answers, right, peaks, model.arch.top_k)
 
 
 def answer_logits(logits: list[Tensor], groups: Sequence[Group]) -> Tensor:
@@ -174,6 +197,9 @@ def answer_logits(logits: list[Tensor], groups: Sequence[Group]) -> Tensor:
 
 def judge(model: LabModel, case: Case, method: Method, bound: float, tally: Tally, dtype, with_error: bool) -> None:
     """One forward pass of one method, added to `tally`."""
+    if bound >= max(case.peaks) and method.acts_above_bound_only:
+        _skip(case, tally)
+        return
     seam = Judge(model, case, method, bound, tally, with_error)
     logits, _ = model.decode(case.embedded, seam, dtype)
     seam.close()
@@ -181,6 +207,16 @@ def judge(model: LabModel, case: Case, method: Method, bound: float, tally: Tall
     tally.right.append(_by_name(right))
     now = answer_logits(logits, case.groups)
     tally.kl.append(float((case.answers.exp() * (case.answers - now)).sum(-1).mean()))
+
+
+def _skip(case: Case, tally: Tally) -> None:
+    """No rank of any layer is over the bound: the batch passes unchanged, whatever the method."""
+    tally.right.append(_by_name(case.right))
+    tally.kl.append(0.0)
+    tally.before.append(sum(case.peaks) / len(case.peaks))
+    tally.after.append(max(case.peaks))
+    for name, which in (("visual", case.layout.segment >= 0), ("text", case.layout.segment < 0)):
+        tally.counts[name] += int(which.sum()) * case.top_k * len(case.peaks)
 
 
 def _by_name(right: dict[str, list[bool]]) -> dict[str, int]:
@@ -195,8 +231,9 @@ def _by_name(right: dict[str, list[bool]]) -> dict[str, int]:
 class Statistics:
     """Confidence intervals by resampling whole batches, paired with the unclipped model."""
 
-    def __init__(self, seeds: list[int], base: list[dict[str, int]], asked: list[dict[str, int]]):
-        self.seeds, self.tasks = np.array(seeds), sorted(asked[0])
+    def __init__(self, seeds: list[int], mixes: list[str], base: list[dict[str, int]], asked: list[dict[str, int]]):
+        self.seeds, self.mixes = np.array(seeds), np.array(mixes)
+        self.tasks = sorted({task for row in asked for task in row})
         self.base, self.asked = self.table(base), self.table(asked)  # [batches, tasks]
         accuracy = self.base.sum(0) / self.asked.sum(0)
         self.mastered = accuracy >= MASTERED if (accuracy >= MASTERED).any() else accuracy >= 0
@@ -204,19 +241,24 @@ class Statistics:
         self.samples = random.integers(0, len(seeds), (RESAMPLES, len(seeds)))
 
     def table(self, rows: list[dict[str, int]]) -> np.ndarray:
-        return np.array([[row[t] for t in self.tasks] for row in rows], dtype=float)
+        return np.array([[row.get(t, 0) for t in self.tasks] for row in rows], dtype=float)
 
     def accuracy(self, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """[..., tasks] of the batches `rows` [..., batches]."""
-        return right[rows].sum(-2) / self.asked[rows].sum(-2)
+        return right[rows].sum(-2) / np.maximum(self.asked[rows].sum(-2), 1)
 
     def score(self, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Mean over the mastered tasks."""
-        return self.accuracy(right, rows)[..., self.mastered].mean(-1)
+        """Mean over the mastered tasks that `rows` ask."""
+        asked = (self.asked[rows].sum(-2) > 0) & self.mastered
+        return (self.accuracy(right, rows) * asked).sum(-1) / asked.sum(-1)
 
     def kept(self, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Score over the unclipped model's."""
         return self.score(right, rows) / self.score(self.base, rows)
+
+    def kept_at(self, right: np.ndarray, which: np.ndarray) -> float:
+        """Of some batches."""
+        return round(float(self.kept(right, np.flatnonzero(which))), 5)
 
     def interval(self, values: np.ndarray) -> list[float]:
         return [round(float(x), 5) for x in np.quantile(values, (0.025, 0.975))]
@@ -238,9 +280,8 @@ class Statistics:
                 *self.interval(self.score(table, self.samples)),
             ],
             "kept": [round(float(self.kept(table, everything)), 5), *self.interval(self.kept(table, self.samples))],
-            "kept_by_seed": {
-                str(s): round(float(self.kept(table, np.flatnonzero(self.seeds == s))), 5) for s in set(self.seeds)
-            },
+            "kept_by_seed": {str(s): self.kept_at(table, self.seeds == s) for s in sorted(set(self.seeds.tolist()))},
+            "kept_by_mix": {m: self.kept_at(table, self.mixes == m) for m in sorted(set(self.mixes.tolist()))},
         }
         if reference is not None:
             other = self.table(reference)
@@ -274,21 +315,22 @@ def row_of(name: str, bound: float | None, tally: Tally, statistics: Statistics,
         },
         "max_rank_rows_before": round(float(np.mean(tally.before)), 4),
         "max_rank_rows_after": {"mean": round(float(np.mean(tally.after)), 4), "worst": round(max(tally.after), 4)},
-        "milliseconds_per_layer": round(1e3 * float(np.mean(tally.seconds)), 3),
+        "milliseconds_per_layer": round(1e3 * float(np.mean(tally.seconds or [0.0])), 3),
     }
 
 
 def compare(
     model: LabModel, cases: Iterable[Case], plans: list[tuple[Method, float]], dtype, errors: int, seconds: float
-) -> list[dict]:
+) -> dict:
     """Rows for every (method, bound) of `plans`, and the unclipped model's; begins no batch after `seconds`."""
     base = Method("unclipped", lab_methods.keep_all)
     tallies = {(m.name, b): Tally() for m, b in plans}
     tallies["unclipped", None] = Tally()
-    seeds, right, asked = [], [], []
+    seeds, mixes, right, asked = [], [], [], []
     start = time.perf_counter()
     for index, case in enumerate(cases):
         seeds.append(case.seed)
+        mixes.append(case.mix)
         right.append(_by_name(case.right))
         asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
         with_error = index < errors
@@ -298,12 +340,18 @@ def compare(
         print(f"  batch {index + 1}: {time.perf_counter() - start:.0f} s", flush=True)
         if time.perf_counter() - start > seconds:
             break
-    statistics = Statistics(seeds, right, asked)
+    statistics = Statistics(seeds, mixes, right, asked)
     rows = []
     for (name, bound), tally in tallies.items():
         reference = tallies.get(("rank", bound))
         rows.append(row_of(name, bound, tally, statistics, reference if name != "rank" else None))
-    return sorted(rows, key=lambda r: (r["bound"] or 0.0, -r["kept"][0]))
+    mastered = [t for t, m in zip(statistics.tasks, statistics.mastered, strict=True) if m]
+    return {
+        "batches": len(seeds),
+        "requests": int(statistics.asked.sum()),
+        "mastered": mastered,
+        "rows": sorted(rows, key=lambda r: (r["bound"] or 0.0, -r["kept"][0])),
+    }
 
 
 def sweep_plans(modality: dict, bound: float) -> list[tuple[Method, float]]:
@@ -346,8 +394,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=lab_checkpoint.ROOT / "docs" / "results" / "quality.json")
     parser.add_argument("--reduced", action="store_true", help="fewer batches, bounds 1.0, 1.05 and 1.2")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batches", type=int, help="per seed (default 16; reduced 2)")
-    parser.add_argument("--sweep-batches", type=int, help="per seed, for sweeps and other importances (default 8; 1)")
+    parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
+    parser.add_argument("--sweep-batches", type=int, help="the same for sweeps and other importances (4; 1)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
     parser.add_argument("--bounds", type=float, nargs="*")
     parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance"))
@@ -361,12 +409,12 @@ def main() -> None:
     make = Maker(words, lab_material.load("held_out", path=options.material), "held_out")
     other = Maker(words, lab_material.load("train", path=options.material, variants=2), "train")
     bounds = options.bounds or ((1.0, 1.05, 1.2) if options.reduced else BOUNDS)
-    batches = options.batches or (2 if options.reduced else 16)
-    sweep_batches = options.sweep_batches or (1 if options.reduced else 8)
+    batches = options.batches or (1 if options.reduced else 8)
+    sweep_batches = options.sweep_batches or (1 if options.reduced else 4)
     errors = 2 if options.reduced else 6
     start = time.perf_counter()
     with torch.no_grad():
-        recorded = lab_calibration.record(model, other, MIX, batches=4, dtype=dtype)
+        recorded = lab_calibration.record(model, other, MIXES["training"], batches=4, dtype=dtype)
         modality = {layer: torch.tensor(row, dtype=torch.int8) for layer, row in recorded.modality().items()}
         result = {
             "schema": "sglang-macs/quality/1",
@@ -374,13 +422,11 @@ def main() -> None:
             "dtype": str(dtype).removeprefix("torch."),
             "reduced": options.reduced,
             "ranks": RANKS,
-            "requests_per_batch": sum(sum(t.values()) for t in MIX.values()),
-            "batches": options.seeds * batches,
             "seeds": list(range(options.seeds)),
-            "mix": MIX,
+            "mixes": MIXES,
             "architecture": asdict(model.arch),
         }
-        cases = lambda count: make_cases(model, make, MIX, range(options.seeds), count, dtype)  # noqa: E731
+        cases = lambda count: make_cases(model, make, range(options.seeds), count, dtype)  # noqa: E731
         if "main" not in options.skip:
             plans = [(m, b) for b in bounds for m in lab_methods.methods(modality)]
             print(f"main comparison: {len(plans)} passes a batch", flush=True)
@@ -400,7 +446,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
-    for row in result.get("main", []):
+    for row in result.get("main", {"rows": []})["rows"]:
         if row["bound"] in (None, 1.0, 1.05):
             kept, low, high = (100 * x for x in row["kept"])
             print(

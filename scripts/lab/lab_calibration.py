@@ -29,7 +29,7 @@ SHIFTED = {
 }
 SAMPLE_MIX = {"text": {"add": 1, "copy": 1, "lookup": 1}, "tiny": {"map": 1}, "wide": {"read": 1, "compare": 1}}
 SAMPLE_MIX |= {"square": {"read": 1, "count": 1, "colour": 1, "where": 1}, "large": {"read": 1, "scene": 1}}
-SAMPLES = 48
+SAMPLES = 32
 
 
 @dataclass(frozen=True)

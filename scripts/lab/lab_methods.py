@@ -76,6 +76,7 @@ class Method:
     name: str
     decide: Decide
     note: str = ""
+    acts_above_bound_only: bool = True  # a batch whose ranks are all within the bound passes unchanged
 
 
 def rank_rows(ids: Tensor, num_experts: int) -> Tensor:
@@ -291,5 +292,5 @@ def methods(modality: dict[int, Tensor]) -> list[Method]:
     """Every method of the comparison."""
     made = [Method("random", drop_random, "per rank, at random"), Method("visual top-k", cut_visual)]
     for name, (options, note) in {**EXPERT_OPTIONS, **RANK_OPTIONS}.items():
-        made.append(Method(name, WithPlan(options, modality), note))
+        made.append(Method(name, WithPlan(options, modality), note, options.get("exchange") != "local"))
     return made

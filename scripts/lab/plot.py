@@ -25,7 +25,7 @@ DRAWN = {
 
 def rows_of(result: dict, part: str = "main", bound: float | None = None) -> list[dict]:
     """Rows of a part at one bound, the unclipped model left out."""
-    return [r for r in result[part] if r["bound"] is not None and (bound is None or r["bound"] == bound)]
+    return [r for r in result[part]["rows"] if r["bound"] is not None and (bound is None or r["bound"] == bound)]
 
 
 def draw(result: dict, path: Path) -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     result = json.loads(options.json.read_text())
     draw(result, options.picture)
-    unclipped = next(r for r in result["main"] if r["bound"] is None)
+    unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
     for bound in sorted({r["bound"] for r in rows_of(result)}):
         print(f"\n### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
     print(f"\n### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")

@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-gpu lint format bench clean distclean
+.PHONY: help build demo test test-fast test-server test-browser test-gpu sanitize lint format bench clean distclean check-latency
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,18 +36,27 @@ test-fast: build  ## without real servers
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m server
 
+test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium: apt-get install chromium"; exit 1; }
+	@$(PYTEST) tests/test_report.py
+
 test-gpu: build  ## the operators on a CUDA device (without one every test fails)
 	@$(PYTEST) -m gpu
 
-lint: build  ## ruff, and the checks of README and hooks
+sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
+	@for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) scripts/gpu/check_kernels.py --check-only --small 16 || exit 1; \
+	done
+
+lint: build  ## ruff, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(PY) scripts/readme_flags.py --check
+	@$(PY) scripts/docs_tables.py --check
 
-format: build  ## ruff format, and the README's flag table
+format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(PY) scripts/readme_flags.py
+	@$(PY) scripts/docs_tables.py
 
 bench: build  ## the plan on this CPU against a vectorised torch version
 	@$(PY) scripts/bench_plan.py
@@ -57,3 +66,6 @@ clean:  ## build products
 
 distclean: clean  ## and the environment
 	@rm -rf $(VENV)
+
+check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
+	@$(PY) scripts/check_latency.py

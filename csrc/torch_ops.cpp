@@ -150,20 +150,35 @@ void run(const ClipApplyParams& p, const Tensor&) { cpu::clip_apply(p); }
 #endif
 
 // ---- CPU and CUDA --------------------------------------------------------------------------------------------------
+//
+// Every `..._to(sink, ...)` checks its arguments, makes the outputs and hands the filled parameters to `sink(p, on)`: the
+// operator runs them at once, a fused operator collects those of several and launches them together.
 
-Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
+struct RunNow {
+  template <class Params>
+  void operator()(const Params& p, const Tensor& on) const { run(p, on); }
+};
+
+template <class Sink>
+Tensor entropy_score_to(Sink&& sink, const Tensor& hidden_states, const Tensor& segment) {
   TORCH_CHECK_VALUE(hidden_states.dim() == 2 && hidden_states.size(1) > 0, "hidden_states: got shape ",
                     hidden_states.sizes(), ", expected [T, H] with H > 0");
   check_like(segment, "segment", at::kInt, {hidden_states.size(0)}, hidden_states);
   const Tensor x = hidden_states.contiguous(), s = segment.contiguous();
   Tensor entropy = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-  run(EntropyScoreParams{x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(), x.size(0),
-                         x.size(1), hidden_dtype(x)},
-      x);
+  sink(EntropyScoreParams{x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(),
+                          x.size(0), x.size(1), hidden_dtype(x)},
+       x);
   return entropy;
 }
 
-Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
+Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
+  return entropy_score_to(RunNow{}, hidden_states, segment);
+}
+
+template <class Sink>
+Tensor entropy_weight_to(Sink&& sink, const Tensor& entropy, const Tensor& segment, int64_t num_segments,
+                         double delta) {
   TORCH_CHECK_VALUE(num_segments >= 0, "num_segments: got ", num_segments, ", expected at least 0");
   TORCH_CHECK_VALUE(entropy.dim() == 1, "entropy: got shape ", entropy.sizes(), ", expected [T]");
   check_like(entropy, "entropy", at::kFloat, entropy.sizes(), entropy);
@@ -173,10 +188,14 @@ Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_
     TORCH_CHECK_VALUE(s.max().item<int32_t>() < num_segments, "num_segments: got ", num_segments, ", expected more than ",
                       s.max().item<int32_t>(), ", the greatest segment");
   Tensor weight = at::empty_like(e);
-  run(EntropyWeightParams{e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
-                          e.size(0), num_segments, static_cast<float>(delta)},
-      e);
+  sink(EntropyWeightParams{e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
+                           e.size(0), num_segments, static_cast<float>(delta)},
+       e);
   return weight;
+}
+
+Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
+  return entropy_weight_to(RunNow{}, entropy, segment, num_segments, delta);
 }
 
 void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
@@ -185,23 +204,30 @@ void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
   TORCH_CHECK_VALUE(greatest < num_experts, "topk_ids: got expert ", greatest, ", expected ids below ", num_experts);
 }
 
-Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                          const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
-                          int64_t importance) {
+template <class Sink>
+Tensor load_histogram_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                         const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
+                         int64_t importance) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                s = segment.contiguous();
   LoadHistogramParams p{checked_assignments(ids, gates, w, s, num_experts, buckets, load, importance), nullptr};
   check_ids_in_range(ids, num_experts);
   Tensor histogram = at::empty({histogram_size(num_experts, buckets)}, ids.options().dtype(at::kInt));
   p.histogram = histogram.mutable_data_ptr<int32_t>();
-  run(p, ids);
+  sink(p, ids);
   return histogram;
 }
 
-std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
-                                              int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
-                                              int64_t reroute, bool protect_text, double gamma, double rho,
-                                              double alpha, double c_min) {
+Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight, const Tensor& segment,
+                      int64_t num_experts, int64_t buckets, int64_t load, int64_t importance) {
+  return load_histogram_to(RunNow{}, topk_ids, topk_weights, weight, segment, num_experts, buckets, load, importance);
+}
+
+template <class Sink>
+std::tuple<Tensor, Tensor> clip_threshold_to(Sink&& sink, const Tensor& own, const Tensor& group,
+                                             const Tensor& modality, int64_t num_ranks, int64_t buckets, int64_t scope,
+                                             int64_t load, int64_t reroute, bool protect_text, double gamma, double rho,
+                                             double alpha, double c_min) {
   const int64_t num_experts = modality.numel();
   const int32_t bucket_bits = checked_bucket_bits(buckets);
   check_ranks(num_experts, num_ranks);
@@ -216,21 +242,30 @@ std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group
   const Scope s = checked_enum<Scope>(scope, 2, "scope");
   Tensor shift = at::empty({num_experts}, o.options());
   Tensor cut = at::empty({s == Scope::kExpert ? num_experts : num_ranks, 4}, o.options());
-  run(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
-                          shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
-                          static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
-                          checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"),
-                          protect_text, gamma, rho, alpha, c_min},
-      o);
+  sink(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
+                           shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
+                           static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
+                           checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"),
+                           protect_text, gamma, rho, alpha, c_min},
+       o);
   return {shift, cut};
 }
 
-std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights,
-                                                  const Tensor& weight, const Tensor& segment,
-                                                  const OptionalTensor& router_logits, const Tensor& shift,
-                                                  const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
-                                                  int64_t load, int64_t importance, int64_t reroute, bool protect_text,
-                                                  int64_t reroute_rounds, int64_t scoring) {
+std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
+                                          int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
+                                          int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
+                                          double c_min) {
+  return clip_threshold_to(RunNow{}, own, group, modality, num_ranks, buckets, scope, load, reroute, protect_text,
+                           gamma, rho, alpha, c_min);
+}
+
+template <class Sink>
+std::tuple<Tensor, Tensor, Tensor> clip_apply_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights,
+                                                 const Tensor& weight, const Tensor& segment,
+                                                 const OptionalTensor& router_logits, const Tensor& shift,
+                                                 const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
+                                                 int64_t load, int64_t importance, int64_t reroute, bool protect_text,
+                                                 int64_t reroute_rounds, int64_t scoring) {
   const int64_t num_experts = shift.numel();
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
@@ -259,9 +294,86 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tens
   p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
   p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
   p.protect_text = protect_text;
-  run(p, ids);
+  sink(p, ids);
   return {new_ids, new_weights, counts};
 }
+
+std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                              const Tensor& segment, const OptionalTensor& router_logits,
+                                              const Tensor& shift, const Tensor& cut, int64_t num_ranks,
+                                              int64_t buckets, int64_t scope, int64_t load, int64_t importance,
+                                              int64_t reroute, bool protect_text, int64_t reroute_rounds,
+                                              int64_t scoring) {
+  return clip_apply_to(RunNow{}, topk_ids, topk_weights, weight, segment, router_logits, shift, cut, num_ranks, buckets,
+                       scope, load, importance, reroute, protect_text, reroute_rounds, scoring);
+}
+
+// ---- Fused, CUDA only: the operators on either side of the exchange in one launch each --------------------------------
+
+#ifdef MACS_WITH_CUDA
+
+// Keeps the parameters of several operators for one launch. Inputs must be contiguous: a copy would not live that long.
+template <class... Params>
+struct Collect {
+  std::tuple<Params...> kept;
+  template <class One>
+  void operator()(const One& p, const Tensor&) { std::get<One>(kept) = p; }
+  template <class One>
+  const One& of() const { return std::get<One>(kept); }
+};
+
+std::tuple<Tensor, Tensor, Tensor> score_histogram(const Tensor& hidden_states, const Tensor& topk_ids,
+                                                   const Tensor& topk_weights, const Tensor& segment,
+                                                   int64_t num_segments, double delta, int64_t num_experts,
+                                                   int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
+                                                   int64_t importance) {
+  const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous(), gates = topk_weights.contiguous(),
+               seg = segment.contiguous();
+  check_ranks(num_experts, num_ranks);
+  const c10::cuda::CUDAGuard guard(x.device());
+  Collect<EntropyScoreParams, EntropyWeightParams, LoadHistogramParams> all;
+  const Tensor entropy = entropy_score_to(all, x, seg);
+  const Tensor weight = entropy_weight_to(all, entropy, seg, num_segments, delta);
+  const Tensor histogram = load_histogram_to(all, ids, gates, weight, seg, num_experts, buckets, load, importance);
+  ClipApplyParams apply{};
+  apply.in = all.of<LoadHistogramParams>().in;
+  apply.num_ranks = static_cast<int32_t>(num_ranks);
+  apply.scope = checked_enum<Scope>(scope, 2, "scope");
+  const Tensor workspace = workspace_on(x, cuda::plan_workspace_bytes(all.of<EntropyWeightParams>(), apply));
+  check_launch(cuda::launch_score_histogram(all.of<EntropyScoreParams>(), all.of<EntropyWeightParams>(),
+                                            all.of<LoadHistogramParams>(), workspace.data_ptr(), stream_of(x)),
+               "score_histogram");
+  return {weight, histogram, workspace};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
+    const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
+    const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const OptionalTensor& workspace,
+    int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load, int64_t importance, int64_t reroute,
+    bool protect_text, double gamma, double rho, double alpha, double c_min, int64_t reroute_rounds, int64_t scoring) {
+  const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous(), ids = topk_ids.contiguous(),
+               gates = topk_weights.contiguous(), w = weight.contiguous(), seg = segment.contiguous();
+  OptionalTensor logits;
+  if (router_logits.has_value()) logits = router_logits->contiguous();
+  const c10::cuda::CUDAGuard guard(ids.device());
+  Collect<ClipThresholdParams, ClipApplyParams> all;
+  const auto [shift, cut] = clip_threshold_to(all, o, g, m, num_ranks, buckets, scope, load, reroute, protect_text,
+                                              gamma, rho, alpha, c_min);
+  const auto [new_ids, new_weights, counts] =
+      clip_apply_to(all, ids, gates, w, seg, logits, shift, cut, num_ranks, buckets, scope, load, importance, reroute,
+                    protect_text, reroute_rounds, scoring);
+  const ClipApplyParams& apply = all.of<ClipApplyParams>();
+  const size_t bytes = cuda::plan_workspace_bytes(EntropyWeightParams{}, apply);
+  const Tensor scratch = workspace.has_value() ? *workspace : workspace_on(ids, bytes).zero_();
+  TORCH_CHECK_VALUE(static_cast<size_t>(scratch.nbytes()) >= bytes && scratch.device() == ids.device(),
+                    "workspace: got ", scratch.nbytes(), " bytes on ", scratch.device(),
+                    ", expected that of score_histogram for the same experts, ranks and scope");
+  check_launch(cuda::launch_threshold_apply(all.of<ClipThresholdParams>(), apply, scratch.data_ptr(), stream_of(ids)),
+               "threshold_apply");
+  return {new_ids, new_weights, shift, cut, counts};
+}
+
+#endif
 
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
 
@@ -327,6 +439,15 @@ TORCH_LIBRARY(sglang_macs, m) {
       "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
       "Tensor shift, Tensor cut, int num_ranks, int buckets, int scope, int load, int importance, int reroute, "
       "bool protect_text, int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "score_histogram(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
+      "float delta, int num_experts, int num_ranks, int buckets, int scope, int load, int importance) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
+      "Tensor segment, Tensor? router_logits, Tensor? workspace, int num_ranks, int buckets, int scope, int load, "
+      "int importance, int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min, "
+      "int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
@@ -344,6 +465,8 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("score_histogram", &macs::score_histogram);
+  m.impl("threshold_apply", &macs::threshold_apply);
 }
 #endif
 

@@ -15,18 +15,31 @@ from .config import MacsConfig
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
+# Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
+SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
 
 
 @dataclass(frozen=True)
 class Batch:
     """segment [T] i32, unpadded and before any scattering, or None where no token of this rank is visual.
 
-    skip: "" to plan this batch, otherwise why not ("decode", "small", "off").
+    skip: "" to plan this batch, otherwise why not, one of `SKIP_REASONS`.
+    group_tokens: tokens of the whole EP group, 0 where nobody counted.
+    halves: (start, end) token of each half under two-batch overlap, else empty.
     """
 
     segment: Tensor | None = None
     num_segments: int = 0
-    skip: str = "off"
+    skip: str = "outside"
+    group_tokens: int = 0
+    halves: tuple[tuple[int, int], ...] = ()
+
+    def segment_of(self, half: int | None) -> Tensor | None:
+        """The segment of one half, or of the whole batch where `half` is None."""
+        if self.segment is None or half is None:
+            return self.segment
+        start, end = self.halves[half]
+        return self.segment[start:end]
 
 
 _current = Batch()
@@ -44,7 +57,7 @@ def forward(batch: Batch) -> Iterator[None]:
 
 
 def current() -> Batch:
-    """The batch of the forward pass that is running, or one that is skipped as "off"."""
+    """The batch of the forward pass that is running, or one that is skipped as "outside"."""
     return _current
 
 

@@ -55,8 +55,12 @@ def _architecture(launch: Launch) -> str:
 
 def _expert_parallel(launch: Launch) -> str:
     tp, ep = launch.flag("tp_size", 1), launch.flag("ep_size", 1)
-    if ep < 2 or ep != tp:
+    if ep != tp:
         return f"tp {tp}, ep {ep}"
+    if ep == 1 and launch.config.scope == "rank" and not launch.config.is_off:
+        return "one rank, which has nothing to balance (scope rank)"
+    if ep == 1 and launch.flag("device") == "cuda" and launch.flag("deepep_mode") != "low_latency":
+        return "one rank, which DeepEP's normal mode does not take (use --deepep-mode low_latency)"
     return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
 
 
@@ -65,8 +69,8 @@ RULES = (
     Rule(
         "expert parallelism",
         _expert_parallel,
-        "ep equal to tp, at least 2, dividing the experts",
-        "Pass --tp N --ep-size N.",
+        "ep equal to tp, dividing the experts",
+        "Pass --tp N --ep-size N, on one GPU --macs-scope expert.",
     ),
     Rule(
         "--enable-prefill-cp",
@@ -107,12 +111,6 @@ RULES = (
         "--enforce-shared-experts-fusion",
         _if(lambda x: bool(x.flag("enforce_shared_experts_fusion")), "fused shared experts"),
         "shared experts of their own: a fused one must not be clipped",
-        "Leave it out.",
-    ),
-    Rule(
-        "--enable-two-batch-overlap",
-        _if(lambda x: bool(x.flag("enable_two_batch_overlap")), "two-batch overlap"),
-        "one batch at a time: the visual mask does not follow the halves yet",
         "Leave it out.",
     ),
     Rule("--enable-lora", _if(lambda x: bool(x.flag("enable_lora")), "LoRA"), "none on MoE layers", "Leave it out."),

@@ -72,6 +72,8 @@ class MacsConfig:
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
+    trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")
+    trace_limit_mb: float = _opt(64.0, "megabytes that each rank records at most")
 
     @classmethod
     def from_preset(cls, preset: str = "rank", **options) -> "MacsConfig":
@@ -95,6 +97,7 @@ class MacsConfig:
         self._check_range("reroute_rounds", 0 <= self.reroute_rounds <= 64, "0 to 64")
         if self.is_off and not math.isinf(self.gamma):
             raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
+        self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < math.inf, "a number of megabytes above 0")
         self._check_range("min_tokens", self.min_tokens >= 0, "a number of tokens >= 0")
 
     def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:

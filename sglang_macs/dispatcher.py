@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import batch, stats
 from .plan import Plan, PlanResult
+from .trace import Recorder
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class LayerPlanner:
         group: EP process group.
         counters: the process's `Stats`.
         attn_tp: (rank, size) of attention tensor parallelism, over which the rows were scattered.
+        recorder: of --macs-trace.
     """
 
     def __init__(
@@ -117,24 +119,34 @@ class LayerPlanner:
         group: dist.ProcessGroup,
         counters: stats.Stats,
         attn_tp: tuple[int, int] = (0, 1),
+        recorder: Recorder | None = None,
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
         self.group = group
         self.counters = counters
         self.attn_tp = attn_tp
+        self.recorder = recorder
 
     def __call__(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor | None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        half: int | None = None,
     ) -> Planned:
-        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included."""
+        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
+
+        half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
+        """
         now = batch.current()
         self.counters.dispatches += 1
         if now.skip:
             self.counters.skipped[now.skip] += 1
-            segment = self._segment(now, topk_ids) if now.skip == "off" else None
+            segment = self._segment(now, half, topk_ids) if now.skip == "off" else None
             return Planned(topk_ids, topk_weights, segment, None)
-        segment = self._segment(now, topk_ids)
+        segment = self._segment(now, half, topk_ids)
         start = time.perf_counter()
         result = self.plan(
             hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments, self.all_reduce
@@ -143,6 +155,8 @@ class LayerPlanner:
         self.counters.add_plan(result)
         if math.isinf(self.plan.config.gamma):
             self.counters.add_expert_rows(self.layer_id, result)
+        if self.recorder is not None:
+            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -162,8 +176,17 @@ class LayerPlanner:
         if planned.result is not None:
             self.counters.add_proof(self.plan.config, planned.result, own, group)
 
-    def _segment(self, now: batch.Batch, topk_ids: Tensor) -> Tensor:
-        segment = batch.align(now.segment, topk_ids.shape[0], *self.attn_tp, device=topk_ids.device)
+    def expected_rows(self, top_k: int) -> int | None:
+        """Rows that an expert has to expect of the batch that is running: the group's mean, never more than gamma times
+        it. None where the batch is not planned or cannot be known (halves).
+        """
+        now, config = batch.current(), self.plan.config
+        if now.skip or now.halves or not now.group_tokens:
+            return None
+        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
+
+    def _segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+        segment = batch.align(now.segment_of(half), topk_ids.shape[0], *self.attn_tp, device=topk_ids.device)
         if segment is None:  # still take part in the exchange, with every row as text: it is collective
             self.counters.misaligned += 1
             return torch.full((topk_ids.shape[0],), -1, dtype=torch.int32, device=topk_ids.device)

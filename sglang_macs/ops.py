@@ -1,10 +1,14 @@
-"""The five operators of the plan (docs/method.md), as thin wrappers over `torch.ops.sglang_macs`.
+"""The five operators of the plan (docs/method.md), as thin wrappers over `torch.ops.sglang_macs`, and the two halves of
+the plan made of them.
 
-Every operator exists for CPU, CUDA (where it was built) and Meta under one name. Choices are strings here and
-integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or choice.
+Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
+built without nvcc, the one of triton_ops; MACS_CUDA_BACKEND=cuda or =triton in the environment insists on one of them.
+Choices are strings here and integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or
+choice.
 """
 
 import glob
+import importlib.util
 import os
 
 import torch
@@ -34,9 +38,36 @@ _load_library()
 _ops = torch.ops.sglang_macs
 
 
+def _choose_cuda_backend() -> str | None:
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::clip_apply", "CUDA")
+    usual = "cuda" if built else "triton" if torch.version.cuda and importlib.util.find_spec("triton") else None
+    backend = os.environ.get("MACS_CUDA_BACKEND") or usual
+    if backend == "cuda" and not built:
+        raise MacsError("MACS_CUDA_BACKEND", "cuda", "triton: this build has no CUDA kernels", "Or build with nvcc.")
+    if backend not in ("cuda", "triton", None):
+        raise MacsError("MACS_CUDA_BACKEND", backend, "cuda or triton")
+    return backend
+
+
+_cuda_backend = _choose_cuda_backend()
+if _cuda_backend == "triton":
+    from . import triton_ops
+
+    _triton_library = triton_ops.register("CUDA")
+
+
+def cuda_backend() -> str | None:
+    """Whose operators CUDA tensors get: "cuda" (the extension's kernels), "triton" or None."""
+    return _cuda_backend
+
+
 def has_cuda() -> bool:
-    """Whether this build has the operators for CUDA."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sglang_macs::clip_apply", "CUDA")
+    """Whether the operators take CUDA tensors."""
+    return _cuda_backend is not None
+
+
+def _is_fused(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _cuda_backend == "cuda"
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
@@ -196,6 +227,115 @@ def clip_apply(
         choice("importance", importance, IMPORTANCES),
         choice("reroute", reroute, REROUTES),
         protect_text,
+        reroute_rounds,
+        choice("scoring", scoring, SCORINGS),
+    )
+
+
+def score_histogram(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    segment: Tensor,
+    *,
+    num_segments: int,
+    delta: float,
+    num_experts: int,
+    num_ranks: int,
+    buckets: int,
+    scope: str,
+    load: str,
+    importance: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`entropy_score`, `entropy_weight` and `load_histogram`: the plan before its exchange. One chain of overlapping
+    launches on CUDA, the same bits as the three operators.
+
+    Args: theirs; num_ranks and scope only size the workspace.
+    Returns:
+        weight [T] f32; the histogram; and a workspace for `threshold_apply`, None where it needs none.
+    """
+    levels = {"num_experts": num_experts, "buckets": buckets, "load": load, "importance": importance}
+    if not _is_fused(hidden_states):
+        entropy = entropy_score(hidden_states, segment)
+        weight = entropy_weight(entropy, segment, num_segments, delta)
+        return weight, load_histogram(topk_ids, topk_weights, weight, segment, **levels), None
+    return _ops.score_histogram(
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        segment,
+        num_segments,
+        delta,
+        num_experts,
+        num_ranks,
+        buckets,
+        choice("scope", scope, SCOPES),
+        choice("load", load, LOADS),
+        choice("importance", importance, IMPORTANCES),
+    )
+
+
+def threshold_apply(
+    own: Tensor,
+    group: Tensor,
+    modality: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight: Tensor,
+    segment: Tensor,
+    router_logits: Tensor | None,
+    workspace: Tensor | None,
+    *,
+    num_ranks: int,
+    buckets: int,
+    scope: str,
+    load: str,
+    importance: str,
+    reroute: str,
+    protect_text: bool,
+    gamma: float,
+    rho: float,
+    alpha: float,
+    c_min: float,
+    reroute_rounds: int,
+    scoring: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`clip_threshold` and `clip_apply`: the plan behind its exchange. One kernel on CUDA, the same bits.
+
+    Args: theirs; workspace: of the `score_histogram` of the same batch, or None.
+    Returns:
+        topk_ids, topk_weights, shift, cut, counts.
+    """
+    common = {"num_ranks": num_ranks, "buckets": buckets, "scope": scope, "load": load, "reroute": reroute}
+    common["protect_text"] = protect_text
+    if not _is_fused(topk_ids):
+        shift, cut = clip_threshold(own, group, modality, gamma=gamma, rho=rho, alpha=alpha, c_min=c_min, **common)
+        rest = {"importance": importance, "reroute_rounds": reroute_rounds, "scoring": scoring}
+        ids, weights, counts = clip_apply(
+            topk_ids, topk_weights, weight, segment, router_logits, shift, cut, **common, **rest
+        )
+        return ids, weights, shift, cut, counts
+    return _ops.threshold_apply(
+        own,
+        group,
+        modality,
+        topk_ids,
+        topk_weights,
+        weight,
+        segment,
+        router_logits,
+        workspace,
+        num_ranks,
+        buckets,
+        choice("scope", scope, SCOPES),
+        choice("load", load, LOADS),
+        choice("importance", importance, IMPORTANCES),
+        choice("reroute", reroute, REROUTES),
+        protect_text,
+        gamma,
+        rho,
+        alpha,
+        c_min,
         reroute_rounds,
         choice("scoring", scoring, SCORINGS),
     )

@@ -59,6 +59,11 @@ class Plan:
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
         self._levels = {"buckets": config.buckets, "load": config.load}
         self._clip = {"scope": config.scope, "reroute": config.reroute, "protect_text": config.protect_text}
+        self._clip["num_ranks"] = num_ranks
+        alone = config.exchange == "local"
+        self._capacity = {"gamma": config.gamma, "rho": config.rho, "alpha": config.alpha}
+        self._capacity["c_min"] = config.c_min / num_ranks if alone else config.c_min
+        self._apply = {"importance": config.importance, "reroute_rounds": config.reroute_rounds, "scoring": scoring}
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
@@ -81,20 +86,10 @@ class Plan:
 
     def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
-        config = self.config
-        alone = config.exchange == "local"
-        return ops.clip_threshold(
-            own,
-            own if alone else group,
-            self._modality_on(own.device),
-            num_ranks=self.num_ranks,
-            gamma=config.gamma,
-            rho=config.rho,
-            alpha=config.alpha,
-            c_min=config.c_min / self.num_ranks if alone else config.c_min,
-            **self._levels,
-            **self._clip,
-        )
+        if self.config.exchange == "local":
+            group = own
+        modality = self._modality_on(own.device)
+        return ops.clip_threshold(own, group, modality, **self._capacity, **self._levels, **self._clip)
 
     def _modality_on(self, device: torch.device) -> Tensor:
         if self.modality.device != device:  # once: a copy to a GPU makes the host wait
@@ -120,10 +115,7 @@ class Plan:
             router_logits,
             shift,
             cut,
-            num_ranks=self.num_ranks,
-            importance=self.config.importance,
-            reroute_rounds=self.config.reroute_rounds,
-            scoring=self.scoring,
+            **self._apply,
             **self._levels,
             **self._clip,
         )
@@ -145,16 +137,49 @@ class Plan:
             segment: [T] i32, -1 = text, otherwise below num_segments.
             all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group.
         """
-        weight = self.weight(hidden_states, segment, num_segments)
-        own = self.histogram(topk_ids, topk_weights, weight, segment)
+        weight, own, workspace = self._before_exchange(hidden_states, topk_ids, topk_weights, segment, num_segments)
         group = own
         if all_reduce is not None and self.config.exchange == "group":
             group = own.clone()
             all_reduce(group)
-        shift, cut = self.threshold(own, group)
         logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
-        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        ids, weights, _, cut, counts = ops.threshold_apply(
+            own,
+            group,
+            self._modality_on(own.device),
+            topk_ids,
+            topk_weights,
+            weight,
+            segment,
+            logits,
+            workspace,
+            **self._capacity,
+            **self._apply,
+            **self._levels,
+            **self._clip,
+        )
         return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+    def _before_exchange(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weight, histogram, workspace) as of `ops.score_histogram`; without entropies where nothing needs them."""
+        if not (self._needs_entropy and num_segments > 0):
+            weight = self.weight(hidden_states, segment, num_segments)
+            return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
+        return ops.score_histogram(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            segment,
+            num_segments=num_segments,
+            delta=self.config.delta,
+            num_experts=self.num_experts,
+            num_ranks=self.num_ranks,
+            scope=self.config.scope,
+            importance=self.config.importance,
+            **self._levels,
+        )
 
 
 def check_batch_size(group_tokens: int, top_k: int) -> None:

@@ -15,7 +15,9 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import __version__, batch, compat, cpu_compat, ops, profile
@@ -148,10 +150,8 @@ def _translate_for_cuda(record) -> None:
     if not ops.has_cuda():
         fix = "Build it where nvcc and a CUDA torch are, or serve with --device cpu."
         raise MacsError("sglang_macs._C", "no CUDA operators", "a build with CUDA for a GPU server", fix)
-    if record.moe_runner_backend == RUNNER:
-        raise MacsError("--moe-runner-backend", RUNNER, "auto or deep_gemm on a GPU", "Leave it out.")
     record.moe_a2a_backend = "deepep"
-    if record.moe_runner_backend == "auto":
+    if record.moe_runner_backend in ("auto", RUNNER):
         record.moe_runner_backend = "deep_gemm"
 
 
@@ -211,6 +211,8 @@ class _Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, Any] = {}
         self.top_k = 1  # the largest of the model's MoE layers
+        self.exporter: Any = None  # of --enable-metrics
+        self.recorder: Any = None  # of --macs-trace
 
 
 _worker: _Worker | None = None
@@ -260,10 +262,20 @@ def _layer_planner(moe_runner_config):
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp)
+    recorder = _recorder(parallel.moe_ep_rank)
+    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp, recorder)
     worker.planners[layer_id] = planner
     worker.top_k = max(worker.top_k, moe_runner_config.top_k or 1)
     return planner
+
+
+def _recorder(rank: int):
+    from .trace import Recorder
+
+    worker = _the_worker()
+    if worker.config.trace and worker.recorder is None:
+        worker.recorder = Recorder(worker.config, rank)
+    return worker.recorder
 
 
 def _cpu_dispatcher(planner):
@@ -299,23 +311,34 @@ def _logits(topk_output):
 
 def _plan_before_deepep(dispatcher, planner):
     """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class."""
+    half = None  # which half of the batch is dispatched, under two-batch overlap
 
-    def wrap(dispatch_a):
-        def planned_dispatch_a(hidden_states, topk_output):
-            ids, weights = topk_output.topk_ids, topk_output.topk_weights
-            planned = planner(hidden_states, ids, weights, _logits(topk_output))
-            if planner.plan.config.verify and planned.segment is not None:
-                own = planner.recount(ids, planned)
-                group = own.clone()
-                planner.all_reduce(group)
-                planner.prove(planned, own, group)
-            output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
-            return dispatch_a(hidden_states=hidden_states, topk_output=output)
+    def plan_first(dispatch_a, hidden_states, topk_output):
+        ids, weights = topk_output.topk_ids, topk_output.topk_weights
+        planned = planner(hidden_states, ids, weights, _logits(topk_output), half)
+        if planner.plan.config.verify and planned.segment is not None:
+            own = planner.recount(ids, planned)
+            group = own.clone()
+            planner.all_reduce(group)
+            planner.prove(planned, own, group)
+        output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
+        return dispatch_a(hidden_states=hidden_states, topk_output=output)
 
-        return planned_dispatch_a
+    def hint_rows(dispatch_b):
+        """Low latency: the rows that DeepGEMM tiles for. DeepEP's hint takes all ranks to be as full as this one."""
+        output = dispatch_b()
+        rows = planner.expected_rows(output.topk_ids.shape[1]) if hasattr(output, "expected_m") else None
+        return output if rows is None else output._replace(expected_m=rows)
+
+    def execute(original, name, tbo_subbatch_index=None, **kwargs):
+        nonlocal half
+        half = tbo_subbatch_index
+        return original(name, tbo_subbatch_index, **kwargs)
 
     for inner in dispatcher._inners:
-        inner.dispatch_a = wrap(inner.dispatch_a)
+        inner.dispatch_a = partial(plan_first, inner.dispatch_a)
+        inner.dispatch_b = partial(hint_rows, inner.dispatch_b)
+    dispatcher._execute = partial(execute, dispatcher._execute)
     return dispatcher
 
 
@@ -328,10 +351,34 @@ def _scoring(routing_method_type) -> str:
 def _forward(original, self, forward_batch, *args, **kwargs):
     """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
     if self.is_draft_worker:
-        with batch.forward(batch.Batch()):
+        with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
-    with batch.forward(_batch_of(forward_batch)):
-        return original(self, forward_batch, *args, **kwargs)
+    with batch.forward(_batch_of(forward_batch)), _recorded(forward_batch):
+        result = original(self, forward_batch, *args, **kwargs)
+    _tick()
+    return result
+
+
+def _recorded(forward_batch):
+    recorder = _the_worker().recorder
+    if recorder is None:
+        return nullcontext()
+    from sglang.srt.runtime_context import get_parallel
+
+    from .trace import shown_in
+
+    return recorder.forward_pass(shown_in(forward_batch), get_parallel().attn_tp_rank)
+
+
+def _tick(*, idle: bool = False) -> None:
+    worker = _the_worker()
+    if worker.exporter is not None:
+        worker.exporter.tick(worker.stats, idle=idle)
+
+
+def _on_idle(result, self):
+    """AFTER Scheduler.on_idle: what was counted since the last busy moment is published, too."""
+    _tick(idle=True)
 
 
 def _batch_of(forward_batch) -> batch.Batch:
@@ -349,12 +396,14 @@ def _batch_of(forward_batch) -> batch.Batch:
         return batch.Batch(skip=skip)
     if not skip:
         check_batch_size(group_tokens, _the_worker().top_k)
+    halves = tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ())
+    common = {"skip": skip, "group_tokens": group_tokens, "halves": halves}
     if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
-        return batch.Batch(skip=skip)
+        return batch.Batch(**common)
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
     audio = frozenset(i.pad_value for i in items if i.is_audio())
     segment, num_segments = batch.segments(forward_batch.input_ids, config.entropy_scope, audio)
-    return batch.Batch(segment, num_segments, skip)
+    return batch.Batch(segment, num_segments, **common)
 
 
 def _scheduler_init(result, self, *args, **kwargs):
@@ -365,6 +414,16 @@ def _scheduler_init(result, self, *args, **kwargs):
     ranks = next(iter(planners.values())).plan.num_ranks
     line = f"sglang-macs: active on {len(planners)} MoE layers, {ranks} ranks, {_the_worker().config}"
     print(line, file=sys.stderr, flush=True)
+    if self.metrics_collector is not None:
+        _the_worker().exporter = _exporter(self.metrics_collector.labels)
+
+
+def _exporter(labels):
+    from sglang.srt.runtime_context import get_parallel
+
+    from .metrics import Exporter
+
+    return Exporter(labels, _the_worker().config, get_parallel().moe_ep_rank)
 
 
 def _get_internal_state(result, self, *args, **kwargs):
@@ -461,6 +520,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
     Hook("sglang.srt.layers.layer_boundary.residual.access.add_to_output", _add_deepstack, "around"),
     Hook(f"{_UNQUANT}.create_moe_runner", _create_moe_runner, "after"),
@@ -492,13 +552,18 @@ def _define_missing(target: str, value: Any) -> None:
 def check_hooks(hooks: tuple[Hook, ...]) -> None:
     """Raises MacsNotActive unless every hook wraps its target in this process."""
     for hook in hooks:
-        owner, name = hook.target.rsplit(".", 1)
-        try:
-            now = getattr(pkgutil.resolve_name(owner), name)
-        except Exception as error:
-            raise MacsNotActive(f"hook target {hook.target} is gone ({error}); {_versions()}") from error
-        if not _is_wrapped_by(now, hook.function):
-            raise MacsNotActive(f"hook on {hook.target} did not take; {_versions()}")
+        if trouble := _trouble(hook):
+            raise MacsNotActive(f"{trouble}; {_versions()}")
+
+
+def _trouble(hook: Hook) -> str:
+    """Why `hook` does not act in this process, or ""."""
+    owner, name = hook.target.rsplit(".", 1)
+    try:
+        now = getattr(pkgutil.resolve_name(owner), name)
+    except Exception as error:
+        return f"hook target {hook.target} is gone ({error})"
+    return "" if _is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
 
 
 def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
@@ -515,6 +580,31 @@ def _versions() -> str:
     from importlib.metadata import version
 
     return f"sglang {version('sglang')}, made for 0.5.21: update sglang-macs or pin sglang==0.5.21"
+
+
+def probe(side: str) -> dict[str, str]:
+    """`sglang-macs doctor`, in a process of its own: "" or what is wrong, for every hook of the "launcher" or of a
+    "scheduler".
+    """
+    from sglang.srt.plugins import load_plugins
+
+    global _in_scheduler
+    _in_scheduler = side == "scheduler"
+    if _in_scheduler:
+        configure(MacsConfig.from_preset())
+    load_plugins()
+    hooks = (*SCHEDULER_HOOKS, *_registered) if _in_scheduler else LAUNCHER_HOOKS
+    return {hook.target: _trouble(hook) for hook in hooks}
+
+
+def try_launch(argv: list[str]) -> None:
+    """Resolves a server's flags as its launcher would, after `probe("launcher")`. Ends the process where that would."""
+    from sglang.srt.server_args import prepare_server_args
+
+    configure(None)
+    prepare_server_args(argv).resolve_once()
+    if configured() is None:
+        _exit(MacsError("server flags", "none that turn MACS on", "MACS", "Add --moe-a2a-backend macs."))
 
 
 def register() -> None:

@@ -16,6 +16,8 @@ from .ops import NUM_SUMS, WEIGHT_ONE
 from .plan import PlanResult
 
 BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount
+CLAIMS = ("bound", "text_last")  # what is checked
+MODALITIES = ("visual", "text")
 
 
 def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
@@ -134,6 +136,10 @@ class Stats:
         self.checks[claim] += 1
         self.violations[claim] = self.violations.get(claim, 0) + violated.long()
 
+    def to_host(self) -> "Stats":
+        """A copy on the host, made without waiting: on a GPU its figures are there when the current stream is."""
+        return Stats(**{name: _to_host(value) for name, value in vars(self).items()})
+
     def snapshot(self) -> dict[str, object]:
         """Every counter as JSON values; layer ids become strings, `fate` becomes `own`."""
         raw = {name: _plain(value) for name, value in vars(self).items() if name != "fate"}
@@ -142,17 +148,29 @@ class Stats:
         return raw
 
 
+def _to_host(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.to("cpu", non_blocking=True)
+    if isinstance(value, LayerStats):
+        return LayerStats(**{name: _to_host(item) for name, item in vars(value).items()})
+    if isinstance(value, dict):
+        return type(value)({key: _to_host(item) for key, item in value.items()})
+    return value
+
+
 def _plain(value: object) -> object:
     if isinstance(value, Tensor):
+        if value.is_cuda:  # its stream is that of the forward passes, not the reader's
+            torch.cuda.synchronize(value.device)
         return value.tolist()
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _fates(fate: Tensor | int) -> dict[str, int]:
     """{"clipped_visual": n, ...} from [3, 2] kept, clipped, re-routed by (visual, text)."""
-    kept, clipped, rerouted = fate.tolist() if isinstance(fate, Tensor) else [[0, 0]] * 3
+    kept, clipped, rerouted = _plain(fate) or [[0, 0]] * 3
     named = {}
-    for i, modality in enumerate(("visual", "text")):
+    for i, modality in enumerate(MODALITIES):
         named[f"assignments_{modality}"] = kept[i] + clipped[i]
         named[f"clipped_{modality}"] = clipped[i]
         named[f"rerouted_{modality}"] = rerouted[i]

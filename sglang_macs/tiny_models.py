@@ -28,6 +28,7 @@ import torch
 from sglang_macs.cpu_compat import allow_torchvision
 
 VOCAB = 512
+FP8_BLOCK = 128
 PATCH, MERGE = 16, 2  # pixels per patch side, patches per visual token side: a visual token covers 32 x 32 pixels
 PIXELS_PER_TOKEN = (PATCH * MERGE) ** 2
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 160  # per image; a 640 x 427 photograph becomes 150
@@ -74,9 +75,15 @@ def build_qwen3_moe(
     num_experts: int = 16,
     top_k: int = 4,
     intermediate: int = 64,
+    head_dim: int = 32,
     seed: int = SEED,
+    fp8: bool = False,
 ) -> Path:
-    """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`."""
+    """Write a text-only Qwen3-MoE checkpoint with its tokenizer to `out`; returns `out`.
+
+    head_dim: SGLang's rotary kernel for GPUs takes 64 and up.
+    fp8: experts in 8-bit blocks of 128 x 128, as in DeepSeek's and Qwen's FP8 checkpoints; sizes must be multiples.
+    """
     allow_torchvision()
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -85,13 +92,15 @@ def build_qwen3_moe(
     tokenizer = _tokenizer(SPECIAL)
     tokenizer.save_pretrained(out)
     config = Qwen3MoeConfig(
-        **_text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate),
+        **_text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate, head_dim),
         decoder_sparse_step=1,
         tie_word_embeddings=False,
     )
     config.dtype = torch.bfloat16
     model = _initialise(Qwen3MoeForCausalLM(config), _words(tokenizer, SPECIAL), seed, visual=False)
     model.save_pretrained(out)
+    if fp8:
+        _quantise_experts(out)
     return out
 
 
@@ -224,7 +233,9 @@ def _processor(tokenizer):
     )
 
 
-def _text_config(tokenizer, hidden: int, layers: int, num_experts: int, top_k: int, intermediate: int) -> dict:
+def _text_config(
+    tokenizer, hidden: int, layers: int, num_experts: int, top_k: int, intermediate: int, head_dim: int = 32
+) -> dict:
     """Config fields of the language model, shared by both kinds."""
     return {
         "vocab_size": VOCAB,
@@ -234,7 +245,7 @@ def _text_config(tokenizer, hidden: int, layers: int, num_experts: int, top_k: i
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": head_dim,
         "num_experts": num_experts,
         "num_experts_per_tok": top_k,
         "norm_topk_prob": True,
@@ -359,6 +370,30 @@ def _transpose_experts(file: Path) -> None:
     weights = load_file(file)
     turned = {n: w.transpose(1, 2).contiguous() if n.endswith(fused) else w for n, w in weights.items()}
     save_file(turned, file, metadata={"format": "pt"})
+
+
+def _quantise_experts(out: Path) -> None:
+    """Rewrite the expert matrices of `out` [N, K] as float8_e4m3 and `weight_scale_inv` [N / 128, K / 128] f32."""
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    for name in [name for name in weights if ".experts." in name]:
+        rows, columns = (size // FP8_BLOCK for size in weights[name].shape)
+        blocks = weights[name].float().view(rows, FP8_BLOCK, columns, FP8_BLOCK)
+        scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+        quantised = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        weights[name] = quantised.view(weights[name].shape)
+        weights[f"{name}_scale_inv"] = scale
+    attention = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(config["num_hidden_layers"]) for x in "qkvo"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": ["lm_head", *attention],
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def main() -> None:

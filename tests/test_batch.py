@@ -53,4 +53,11 @@ def test_the_current_batch_is_restored_after_an_error():
         with pytest.raises(RuntimeError), batch.forward(batch.Batch(skip="decode")):
             raise RuntimeError
         assert batch.current() is outer
-    assert batch.current().skip == "off"
+    assert batch.current().skip == "outside"
+
+
+def test_each_half_of_a_batch_has_its_own_rows_of_the_mask():
+    segment = torch.tensor([-1, 0, 0, -1, 0], dtype=torch.int32)
+    whole = batch.Batch(segment, 1, "", halves=((0, 3), (3, 5)))
+    assert [whole.segment_of(half).tolist() for half in (None, 0, 1)] == [[-1, 0, 0, -1, 0], [-1, 0, 0], [-1, 0]]
+    assert batch.Batch(None, 0, "", halves=((0, 3), (3, 5))).segment_of(1) is None

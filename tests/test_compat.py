@@ -20,6 +20,19 @@ def test_plain_expert_parallel_launches_are_taken(flags):
     compat.check(launch(**flags))
 
 
+def test_one_rank_is_taken_only_where_experts_are_bounded():
+    one = SimpleNamespace(tp_size=1, ep_size=1)
+    for preset in ("paper", "cai", "off"):
+        compat.check(compat.Launch(one, MacsConfig.from_preset(preset), "Qwen3VLMoeForConditionalGeneration", 16))
+    on_gpu = SimpleNamespace(tp_size=1, ep_size=1, device="cuda", deepep_mode="auto")
+    with pytest.raises(MacsError, match="--deepep-mode low_latency"):
+        compat.check(compat.Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
+    on_gpu.deepep_mode = "low_latency"
+    compat.check(compat.Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
+    with pytest.raises(MacsError, match="nothing to balance"):
+        compat.check(compat.Launch(one, MacsConfig.from_preset(), "Qwen3VLMoeForConditionalGeneration", 16))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -35,7 +48,6 @@ def test_plain_expert_parallel_launches_are_taken(flags):
         {"ep_num_redundant_experts": 2},
         {"ep_dispatch_algorithm": "lp"},
         {"enforce_shared_experts_fusion": True},
-        {"enable_two_batch_overlap": True},
         {"enable_lora": True},
     ],
     ids=str,

@@ -1,4 +1,10 @@
-"""The operators on a GPU: the CPU's bits where they are integers, close where they are not, and never a host wait."""
+"""The operators on a GPU: the CPU's bits where they are integers, close where they are not, and never a host wait.
+
+They test what CUDA tensors get (`ops.cuda_backend`): the extension's kernels, or Triton's where it has none.
+`MACS_CUDA_BACKEND=triton make test-gpu` tests Triton's beside an extension that has them.
+"""
+
+import os
 
 import pytest
 import torch
@@ -32,6 +38,14 @@ def batch(tokens: int, top_k: int, seed: int, dtype=torch.bfloat16, hidden_size:
 
 def to_gpu(*tensors: torch.Tensor):
     return [t.cuda() for t in tensors]
+
+
+def test_the_operators_are_those_asked_for():
+    assert ops.cuda_backend() in ("cuda", "triton")
+    assert ops.cuda_backend() == os.environ.get("MACS_CUDA_BACKEND", ops.cuda_backend())
+    registered = torch._C._dispatch_dump("sglang_macs::clip_apply").splitlines()
+    active = next(line for line in registered if line.startswith("CUDA:"))
+    assert ("triton_ops" in active) == (ops.cuda_backend() == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -68,6 +82,45 @@ def test_decisions_are_the_cpus_to_the_bit(name, tokens, top_k, ids_dtype):
     torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=0)
     if tokens == 5000 and name != "infinite":
         assert int(expected[2][1].sum()) > 0, "a case that clips nothing proves nothing"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("num_segments", [0, 1, 3], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 130, 5000], ids=str)
+def test_the_fused_halves_give_the_operators_bits(name, num_segments, tokens):
+    plan = Plan(MacsConfig.from_preset(**PRESETS[name]), EXPERTS, RANKS)
+    hidden, ids, weights, logits, segment = batch(tokens, 8, 100 + tokens)
+    image = torch.arange(tokens, dtype=torch.int32) % max(num_segments, 1)
+    segment = torch.where(segment < 0, segment, image) if num_segments else torch.full_like(segment, -1)
+    hidden, ids, weights, logits, segment = to_gpu(hidden, ids, weights, logits, segment)
+    other = plan.histogram(ids, weights, plan.weight(hidden, segment, num_segments), segment).roll(256)
+
+    def all_reduce(own):
+        own.add_(other)
+
+    weight = plan.weight(hidden, segment, num_segments)
+    own = plan.histogram(ids, weights, weight, segment)
+    shift, cut = plan.threshold(own, own + other)
+    expected = plan.apply(ids, weights, weight, segment, logits, shift, cut)
+    for _ in range(3):
+        poison = [torch.full((1 << 20,), 0x7F7F7F7F, dtype=torch.int32, device="cuda") for _ in range(4)]
+        del poison  # what the outputs are made of now holds it
+        result = plan(hidden, ids, weights, logits, segment, num_segments, all_reduce)
+        assert torch.equal(result.weight, weight) and torch.equal(result.own, own) and torch.equal(result.cut, cut)
+        got = (result.topk_ids, result.topk_weights, result.counts)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rank", "paper, global"])
+def test_the_plan_repeats_to_the_bit(name):
+    plan = Plan(MacsConfig.from_preset(**PRESETS[name]), EXPERTS, RANKS)
+    hidden, ids, weights, logits, segment = to_gpu(*batch(3000, 8, 5))
+    segment = torch.where(segment < 0, segment, (torch.arange(3000, device="cuda") % 7).int())
+    first = plan(hidden, ids, weights, logits, segment, 7)
+    for _ in range(20):
+        again = plan(hidden, ids, weights, logits, segment, 7)
+        for field in ("topk_ids", "topk_weights", "weight", "own", "cut", "counts"):
+            assert torch.equal(getattr(again, field), getattr(first, field)), field
 
 
 def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():

@@ -1,16 +1,22 @@
 """MACS inside the real SGLang server, two expert-parallel ranks: the answers, the bounds, and that it really acted."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from reference import NEW_TOKENS, QUESTIONS, Question
 from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs
 
+from sglang_macs import cli, metrics, trace
 from sglang_macs.cpu_compat import environment
 
 pytestmark = pytest.mark.server
@@ -45,6 +51,29 @@ def assert_bounds_held(server: Server) -> None:
         assert state["planned"] > 0 and state["misaligned"] == 0
         assert state["checks"]["bound"] == state["planned"]
         assert sum(state["violations"].values()) == 0, state["violations"]
+
+
+def assert_metrics_are_the_counters(server: Server) -> None:
+    """What Prometheus scrapes equals /server_info, series by series, for every rank."""
+    labels_of = {metric.series: metric.labels for metric in metrics.METRICS}
+    for _ in range(20):  # an idle server publishes within a second
+        expected = {
+            (metric.series, str(state["rank"]), labels): value
+            for state in states(server)
+            for metric in metrics.METRICS
+            for labels, value in metric.read(state).items()
+        }
+        published = {
+            (s.name, s.labels["moe_ep_rank"], tuple(s.labels[label] for label in labels_of[s.name])): s.value
+            for family in text_string_to_metric_families(server.get("/metrics"))
+            for s in family.samples
+            if s.name in labels_of
+        }
+        if published == pytest.approx(expected):
+            break
+        time.sleep(0.25)
+    assert published == pytest.approx(expected)
+    assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0
 
 
 def load(server: Server, count: int = 16) -> None:
@@ -92,8 +121,8 @@ def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference
                 assert layer["rows_before"] == layer["rows_after"]
 
 
-def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model):
-    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", log="rank") as server:
+def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model, capsys):
+    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", "--enable-metrics", log="rank") as server:
         load(server)
         for bad in (b"not a picture", photograph_files()["china"][:200], b""):
             with pytest.raises(ServerError, match="HTTP 4"):
@@ -106,6 +135,9 @@ def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_
             assert sum(layer["cut"] for layer in state["layers"].values()) > 0
             for layer in state["layers"].values():
                 assert layer["max_over_mean_after"] <= 1.01 * layer["dispatches"] < layer["max_over_mean_before"]
+        assert_metrics_are_the_counters(server)
+        assert cli.main(["top", server.url, "--once"]) == 0
+        assert "a bound cut in" in capsys.readouterr().out
 
 
 class SglangServe(Server):
@@ -117,12 +149,32 @@ class SglangServe(Server):
         return [sglang, "serve", *super().command[3:]]
 
 
-def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model):
-    flags = ["--macs-preset", "paper", "--macs-load", "rows", "--macs-gamma", "1.0"]
+def assert_trace_is_the_counters(server: Server, folder: Path) -> None:
+    """The recorded rows are those of /server_info, and the recorded pictures those that were sent."""
+    read = trace.load(str(folder))
+    recorded, first = read.rank_rows(), states(server)[0]
+    for i, layer in enumerate(read.layers):
+        for rows, stage in zip(recorded, ("before", "after"), strict=True):
+            assert rows[:, i].sum(axis=0).tolist() == first["layers"][str(layer)][f"rows_{stage}"]
+    shares = sum(step.visual_share[read.layers.index(0)] for step in read.steps)
+    assert len(read.steps) * len(read.layers) == first["planned"] and 0 < shares < len(read.steps)
+    clipped = sum(int(picture.clipped.sum()) for picture in read.pictures)
+    assert 0 < clipped < own(server, "clipped")  # pictures that came again are not recorded again
+    sent = [np.asarray(Image.open(io.BytesIO(photo)).convert("L"), float) for photo in photograph_files().values()]
+    for picture in read.pictures:
+        got = Image.open(io.BytesIO(picture.jpeg)).convert("L")
+        resized = [np.asarray(Image.fromarray(photo).resize(got.size)) for photo in sent]
+        likeness = [np.corrcoef(np.asarray(got, float).ravel(), photo.ravel())[0, 1] for photo in resized]
+        assert max(likeness) > 0.97 and not np.isnan(picture.weight).any()
+
+
+def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model, tmp_path):
+    flags = ["--macs-preset", "paper", "--macs-load", "rows", "--macs-gamma", "1.0", "--macs-trace", str(tmp_path)]
     with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="expert", kind=SglangServe) as server:
         load(server)
         assert_bounds_held(server)
         assert own(server, "clipped") > own(server, "rerouted") > 0
+        assert_trace_is_the_counters(server, tmp_path)
 
 
 def test_deepstack_rows_are_scattered_without_dp_attention(vl_model, vl_reference):

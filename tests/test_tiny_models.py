@@ -50,6 +50,19 @@ def test_visual_tokens_load_the_first_half_of_the_experts(vl_reference):
     assert text.mean() < visual.mean() - 0.1
 
 
+def test_fp8_blocks_hold_the_same_experts_to_an_eighth_bit(tmp_path):
+    sizes = {"hidden": 256, "layers": 1, "intermediate": 128}
+    plain = load_file(tiny_models.build_qwen3_moe(tmp_path / "plain", **sizes) / "model.safetensors")
+    blocks = load_file(tiny_models.build_qwen3_moe(tmp_path / "fp8", fp8=True, **sizes) / "model.safetensors")
+    quantised = [name for name, weight in blocks.items() if weight.dtype == torch.float8_e4m3fn]
+    assert len(quantised) == 16 * 3
+    for name in quantised:
+        scale = blocks[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        error = (blocks[name].float() * scale - plain[name].float()).abs().max() / plain[name].float().abs().max()
+        assert 0 < error < 2**-4
+    assert all(torch.equal(plain[name], blocks[name]) for name in plain.keys() - set(quantised))
+
+
 def test_ensure_builds_once_and_again_for_other_options(tmp_path):
     out = tiny_models.ensure(tmp_path / "m", "qwen3_moe", layers=1)
     weights = out / "model.safetensors"

@@ -1,0 +1,112 @@
+"""Writes the tables of the documentation: flags from MacsConfig, figures from docs/results; `--check` only compares.
+
+A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -->`, where NAME is a key of TABLES.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sglang_macs.config import flag_table
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def results(name: str) -> dict:
+    """One file of docs/results."""
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source(found: dict) -> str:
+    """Where figures come from, in one line."""
+    return f"{found['gpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header), ["---"] * len(list(header)), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def straggler_table() -> str:
+    """Time of the expert stage on the slowest rank, for each routing and method; and the share of the ideal."""
+    found = results("straggler_h200")
+    rows, before = [], {}
+    for row in found["rows"]:
+        case, total = row["case"], sum(row["rows"])
+        key = (case["tokens_per_rank"], case["routing"])
+        if case["method"] == "unclipped":
+            before[key] = total
+        dropped = f"{row['assignments']['dropped'] / before[key]:.1%}"
+        times = []
+        for when in ("alone", "together"):
+            share = f" ({row[when]['share_of_ideal']:.0%})" if when in row else ""
+            times.append(f"{max(row[f'{when}_us']):.0f}{share}")
+        gamma = case.get("gamma", "")
+        rows.append([*key, case["method"], gamma, f"{max(row['rows']):,}", dropped, *times])
+    header = ["tokens a rank", "routing", "method", "gamma", "rows of the slowest rank", "dropped"]
+    return source(found) + "\n\n" + markdown([*header, "alone, us", "together, us"], rows)
+
+
+def overhead_table() -> str:
+    """The plan in front of DeepEP's low-latency dispatch and combine."""
+    found, rows = results("overhead_h200"), []
+    for row in found["rows"]:
+        case = row["case"]
+        times = [f"{row[f'{name}_us']:.1f}" for name in ("deepep", "planned", "plan", "overhead")]
+        share = f"{row['overhead_percent']:.0f} %"
+        rows.append([case["H"], case["dtype"], f"{row['clipped_share']:.0%}", *times, share])
+    header = ["H", "dispatch", "clipped", "DeepEP, us", "plan + DeepEP, us", "plan alone, us", "overhead, us", ""]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
+def serve_table() -> str:
+    """What the servers counted, and whether their tokens were equal."""
+    found = results("serve_h200x2")
+    runs: dict[str, dict[str, dict]] = {}
+    for row in found["rows"]:
+        runs.setdefault(row["case"]["launch"], {})[row["case"]["gamma"]] = row
+    rows = []
+    for launch, by_gamma in runs.items():
+        equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
+        states = by_gamma["1.0"]["states"]
+        checks = sum(sum(state["checks"].values()) for name in ("inf", "1.0") for state in by_gamma[name]["states"])
+        broken = sum(sum(state["violations"].values()) for name in ("inf", "1.0") for state in by_gamma[name]["states"])
+        own = [sum(state["own"][name] for state in states) for name in ("clipped_visual", "rerouted_visual")]
+        rows.append([launch, equal, checks, broken, *own])
+    header = ["launch", "tokens, off and infinite gamma", "checks", "violations"]
+    header += ["clipped at 1.0", "of these re-routed"]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "flags": flag_table,
+    "straggler": straggler_table,
+    "overhead": overhead_table,
+    "serve": serve_table,
+}
+
+
+def with_tables(text: str) -> str:
+    """A page with the current tables between their markers."""
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> int:
+    stale = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        if (current := with_tables(text)) == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{page.relative_to(ROOT)}: a table differs from its source. Run: make format", file=sys.stderr)
+            stale = 1
+        else:
+            page.write_text(current, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""clip_apply (docs/method.md 5).
+
+Every ordered acceptance, that at the cut levels and those of the rounds, is the same three steps over blocks of BLOCK
+flat slots (token * K + slot):
+
+1. who asks writes round * E + expert into `wanted`, which never counts in a later round, and adds its units to
+   `totals[bound, block]`;
+2. `_prefix_kernel` makes of these what the blocks before ask for, and takes a copy of what may be given;
+3. `_accept_kernel` hands out the places within a block and clears its totals.
+
+Round 0 is that of the assignments at a cut level, which ask for their own expert. A slot is homeless where it had an
+expert and has none now. No kernel reads what it writes: Triton orders nothing between its threads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks
+from .level import bucket_of, importance_of, level_of, load_assignments, load_units
+
+BLOCK = 128  # slots; a block compares every pair of them
+PREFIX_BLOCK = 1024
+TOKENS = 4  # that one program looks for candidates for
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _clip_kernel(
+    ids, gates, weight, segment, shift, cut, new_ids, new_weights, wanted, totals, num_slots, num_blocks,
+    TOP_K: tl.constexpr, EXPERTS_PER_BOUND: tl.constexpr, BITS: tl.constexpr, EFFECTIVE: tl.constexpr,
+    IMPORTANCE: tl.constexpr, PROTECT_TEXT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keep what is above its bound's level, clip what is below, let what is at the level ask for its own expert."""
+    block = tl.program_id(0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_slots
+    expert, gate, w, text = load_assignments(index, inside, ids, gates, weight, segment, TOP_K)
+    used = expert >= 0
+    bound = expert // EXPERTS_PER_BOUND
+    bucket = bucket_of(importance_of(w, gate, IMPORTANCE), BITS)
+    level = level_of(bucket, tl.load(shift + expert, mask=used, other=0), text, PROTECT_TEXT, BITS)
+    threshold = tl.load(cut + bound * 4, mask=used, other=-1)
+    stays = (level > threshold) | (expert < 0)
+    asks = (level == threshold) & used
+    tl.store(new_ids + index, tl.where(stays, expert, -1), mask=inside)
+    tl.store(new_weights + index, tl.where(stays, gate, 0.0), mask=inside)
+    tl.store(wanted + index, tl.where(asks, expert, -1), mask=inside)
+    tl.atomic_add(totals + bound * num_blocks + block, load_units(w, EFFECTIVE), mask=asks, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _prefix_kernel(totals, base, left, limit, num_blocks, BLOCK: tl.constexpr):
+    """One program per bound: base [NB, blocks] = units asked for before each block."""
+    bound = tl.program_id(0)
+    tl.store(limit + bound, tl.load(left + bound))
+    before = 0
+    for start in range(0, num_blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        inside = block < num_blocks
+        place = bound * num_blocks + block
+        units = tl.load(totals + place, mask=inside, other=0)
+        tl.store(base + place, before + tl.cumsum(units, 0) - units, mask=inside)
+        before += tl.sum(units)
+
+
+@triton.jit
+def _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+                     SIGMOID: tl.constexpr):  # fmt: skip
+    """The new expert's own router probability under the scaling of the token's greatest gate, the first of equals."""
+    token = index // TOP_K
+    reference = tl.full(index.shape, -1, tl.int32)
+    greatest = tl.zeros(index.shape, tl.float32)
+    for slot in range(TOP_K):
+        other = tl.load(ids + token * TOP_K + slot, mask=accepted, other=-1).to(tl.int32)
+        gate = tl.load(gates + token * TOP_K + slot, mask=accepted, other=0.0)
+        better = (other >= 0) & ((reference < 0) | (gate > greatest))
+        reference = tl.where(better, other, reference)
+        greatest = tl.where(better, gate, greatest)
+    row = logits + token.to(tl.int64) * NUM_EXPERTS
+    to = tl.load(row + expert, mask=accepted, other=0.0).to(tl.float64)
+    origin = tl.load(row + reference, mask=accepted, other=0.0).to(tl.float64)
+    ratio = (1.0 + tl.exp(-origin)) / (1.0 + tl.exp(-to)) if SIGMOID else tl.exp(to - origin)
+    return (greatest.to(tl.float64) * ratio).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "turn"])
+def _accept_kernel(
+    ids, gates, weight, logits, wanted, base, limit, left, totals, new_ids, new_weights, num_slots, num_blocks, turn,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_PER_BOUND: tl.constexpr, EFFECTIVE: tl.constexpr,
+    REROUTES: tl.constexpr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grant what is asked for while the running sum of a bound's units, itself included, stays within its limit."""
+    block = tl.program_id(0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(wanted + index, mask=index < num_slots, other=-1) - turn * NUM_EXPERTS
+    if tl.max(expert) >= 0:
+        asks = expert >= 0
+        bound = tl.where(asks, expert // EXPERTS_PER_BOUND, -1)
+        units = load_units(tl.load(weight + index // TOP_K, mask=asks, other=0.0), EFFECTIVE)
+        not_after = (bound[None, :] == bound[:, None]) & (index[None, :] <= index[:, None])
+        running = tl.sum(tl.where(not_after, units[None, :], 0), 1)
+        running += tl.load(base + bound * num_blocks + block, mask=asks, other=0)
+        accepted = asks & (running <= tl.load(limit + bound, mask=asks, other=0))
+        if REROUTES:
+            gate = _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K, NUM_EXPERTS, SIGMOID)
+        else:
+            gate = tl.load(gates + index, mask=accepted, other=0.0)
+        tl.store(new_ids + index, expert, mask=accepted)
+        tl.store(new_weights + index, gate, mask=accepted)
+        tl.store(totals + bound * num_blocks + block, tl.zeros([BLOCK], tl.int32), mask=asks)
+        tl.atomic_add(left + bound, -units, mask=accepted, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "turn"])
+def _propose_kernel(
+    ids, weight, logits, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
+    TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_PER_BOUND: tl.constexpr, EXPERTS_PER_RANK: tl.constexpr,
+    EFFECTIVE: tl.constexpr, LOCAL: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every homeless slot, in slot order, asks for the best candidate that its token's slots before it have left."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.arange(0, SLOTS)[None, :]
+    inside = (token[:, None] < num_tokens) & (slot < TOP_K)
+    index = token[:, None] * TOP_K + slot
+    is_homeless = (tl.load(ids + index, mask=inside, other=-1) >= 0) & (
+        tl.load(new_ids + index, mask=inside, other=-1) < 0
+    )
+    if tl.max(is_homeless.to(tl.int32)) > 0:
+        here = token < num_tokens
+        units = load_units(tl.load(weight + token, mask=here, other=0.0), EFFECTIVE)
+        candidate = tl.arange(0, EXPERTS)[None, :]
+        exists = here[:, None] & (candidate < NUM_EXPERTS)
+        place = token.to(tl.int64)[:, None] * NUM_EXPERTS + candidate
+        score = tl.load(logits + place, mask=exists, other=float("-inf"))
+        room_there = tl.load(room + candidate // EXPERTS_PER_BOUND, mask=candidate < NUM_EXPERTS, other=0)
+        open_ = (tl.abs(score) < float("inf")) & (room_there >= units[:, None])
+        for k in range(TOP_K):
+            before = tl.load(ids + token * TOP_K + k, mask=here, other=-1).to(tl.int32)
+            now = tl.load(new_ids + token * TOP_K + k, mask=here, other=-1).to(tl.int32)
+            open_ = open_ & (candidate != before[:, None]) & (candidate != now[:, None])
+        for k in range(TOP_K):
+            before = tl.load(ids + token * TOP_K + k, mask=here, other=-1).to(tl.int32)
+            now = tl.load(new_ids + token * TOP_K + k, mask=here, other=-1).to(tl.int32)
+            allowed = open_ & ((before >= 0) & (now < 0))[:, None]
+            if LOCAL:
+                allowed = allowed & (candidate // EXPERTS_PER_RANK == (before // EXPERTS_PER_RANK)[:, None])
+            masked = tl.where(allowed, score, float("-inf"))
+            finds = tl.max(masked, 1) > float("-inf")
+            choice = tl.argmax(masked, 1)  # the first of equals
+            open_ = open_ & ((candidate != choice[:, None]) | (finds == 0)[:, None])
+            asked = token * TOP_K + k
+            tl.store(wanted + asked, turn * NUM_EXPERTS + choice, mask=finds)
+            total = totals + choice // EXPERTS_PER_BOUND * num_blocks + asked // BLOCK
+            tl.atomic_add(total, units, mask=finds, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _count_kernel(ids, new_ids, segment, counts, num_slots, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """counts [3, E, 2]: originals that stay, originals that do not, experts that came instead."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < num_slots
+    before = tl.load(ids + index, mask=inside, other=-1).to(tl.int32)
+    now = tl.load(new_ids + index, mask=inside, other=-1).to(tl.int32)
+    text = (tl.load(segment + index // TOP_K, mask=inside, other=-1) < 0).to(tl.int32)
+    one = tl.full([BLOCK], 1, tl.int32)
+    lost = (before != now).to(tl.int32)
+    tl.atomic_add(counts + (lost * NUM_EXPERTS + before) * 2 + text, one, mask=before >= 0, sem="relaxed")
+    came = (before != now) & (now >= 0)
+    tl.atomic_add(counts + (2 * NUM_EXPERTS + now) * 2 + text, one, mask=came, sem="relaxed")
+
+
+def clip_apply(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight: Tensor,
+    segment: Tensor,
+    router_logits: Tensor | None,
+    shift: Tensor,
+    cut: Tensor,
+    num_ranks: int,
+    buckets: int,
+    scope: int,
+    load: int,
+    importance: int,
+    reroute: int,
+    protect_text: bool,
+    reroute_rounds: int,
+    scoring: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_experts = shift.numel()
+    checks.assignments(topk_ids, topk_weights, weight, segment, num_experts, load, importance)
+    checks.clips(topk_ids, router_logits, shift, cut, num_ranks, scope, reroute, scoring)
+    bits, effective = checks.bucket_bits(buckets), load == 1
+    ids, gates, weight, segment = (t.contiguous() for t in (topk_ids, topk_weights, weight, segment))
+    shift, cut = shift.contiguous(), cut.contiguous()
+    logits = None if router_logits is None else router_logits.contiguous()
+    num_tokens, top_k = ids.shape
+    num_bounds, num_slots = len(cut), ids.numel()
+    num_blocks = triton.cdiv(num_slots, BLOCK)
+    per_bound = num_experts // num_bounds
+
+    new_ids, new_weights = torch.empty_like(ids), torch.empty_like(gates)
+    counts = shift.new_zeros(3, num_experts, 2)
+    wanted = shift.new_empty(num_slots)
+    totals, base = shift.new_zeros(num_bounds, num_blocks), shift.new_empty(num_bounds, num_blocks)
+    limit = shift.new_empty(num_bounds)
+
+    def accept(turn: int, left: Tensor) -> None:
+        _prefix_kernel[(num_bounds,)](totals, base, left, limit, num_blocks, PREFIX_BLOCK)
+        _accept_kernel[(num_blocks,)](
+            ids, gates, weight, logits, wanted, base, limit, left, totals, new_ids, new_weights, num_slots, num_blocks,
+            turn, top_k, num_experts, per_bound, effective, turn > 0, scoring == 1, BLOCK, num_warps=8,
+        )  # fmt: skip
+
+    _clip_kernel[(num_blocks,)](
+        ids, gates, weight, segment, shift, cut, new_ids, new_weights, wanted, totals, num_slots, num_blocks,
+        top_k, per_bound, bits, effective, importance, protect_text, BLOCK,
+    )  # fmt: skip
+    quota, room = cut.t()[1:3].clone(memory_format=torch.contiguous_format)  # a copy: what is given is taken off
+    accept(0, quota)
+    if reroute != 0 and logits is not None:
+        for turn in range(1, reroute_rounds + 1):
+            _propose_kernel[(triton.cdiv(num_tokens, TOKENS),)](
+                ids, weight, logits, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
+                top_k, num_experts, per_bound, num_experts // num_ranks, effective, reroute == 1,
+                TOKENS, triton.next_power_of_2(top_k), triton.next_power_of_2(num_experts), BLOCK,
+            )  # fmt: skip
+            accept(turn, room)
+    _count_kernel[(num_blocks,)](ids, new_ids, segment, counts, num_slots, top_k, num_experts, BLOCK)
+    return new_ids, new_weights, counts

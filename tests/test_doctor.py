@@ -1,0 +1,109 @@
+"""`sglang-macs doctor`: a healthy machine passes, each fault is named with its fix, and hooks are tried for real."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_launch import BREAK
+
+from sglang_macs import cli, doctor
+from sglang_macs.cpu_compat import environment
+from sglang_macs.doctor import FAIL, OK, SKIP, Check
+from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
+
+EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
+
+
+def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
+    """Exit status, and the checks by name, of `sglang-macs doctor --json`."""
+    program = "import sys; from sglang_macs import cli; sys.exit(cli.main())"
+    command = [sys.executable, "-c", program, "doctor", "--json", *arguments]
+    full = {**os.environ, **environment(ranks=2), "HF_HUB_OFFLINE": "1", **env}
+    done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=300, check=False)
+    by_name: dict[str, list[dict]] = {}
+    for check in json.loads(done.stdout):
+        by_name.setdefault(check["name"], []).append(check)
+    return done.returncode, by_name
+
+
+@pytest.mark.server
+def test_a_machine_and_a_launch_that_are_fine(vl_model):
+    status, checks = run("--", "--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs")
+    assert status == 0, checks
+    for side, hooks in (("launcher", LAUNCHER_HOOKS), ("scheduler", SCHEDULER_HOOKS)):
+        found = {check["found"] for check in checks[f"{side} hook"]}
+        assert {hook.target for hook in hooks} <= found
+    assert checks["server flags"][0]["status"] == checks["extension"][0]["status"] == OK
+
+
+@pytest.mark.server
+def test_a_lost_hook_and_a_bad_flag_are_named(tmp_path, vl_model):
+    breaks = {"module": "sglang.srt.model_executor.model_runner", "owner": "ModelRunner", "method": "forward"}
+    (tmp_path / "sitecustomize.py").write_text(BREAK.format(**breaks))
+    path = os.pathsep.join([*environment(ranks=2)["PYTHONPATH"].split(os.pathsep), str(tmp_path)])
+    flags = ["--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs", "--macs-gamma", "0"]
+    status, checks = run("--", *flags, PYTHONPATH=path)
+    assert status == 1
+    failed = [check for name in checks for check in checks[name] if check["status"] == FAIL]
+    hook, launch = sorted(failed, key=lambda check: check["name"])
+    assert "sglang.srt.model_executor.model_runner.ModelRunner.forward is gone" in hook["found"]
+    assert "sglang==0.5.21" in hook["fix"]
+    assert launch["found"] == "--macs-gamma: got 0.0, expected a number above 0"
+    assert launch["fix"] == "inf turns clipping off."
+
+
+def test_the_exit_status_follows_the_checks(monkeypatch, capsys):
+    for checks, status in (([Check("a", OK, "x"), Check("b", SKIP, "y")], 0), ([Check("a", FAIL, "x", "do z")], 1)):
+        monkeypatch.setattr(doctor, "run", lambda flags, checks=checks: checks)
+        assert cli.main(["doctor"]) == status
+    assert "fix: do z" in capsys.readouterr().out
+
+
+def test_the_report_folds_hooks_that_took():
+    taken = [Check("launcher hook", OK, f"target {i}") for i in range(5)]
+    text = doctor.report([*taken, Check("scheduler hook", FAIL, "target 9 is gone", "pin it")])
+    assert "5 took" in text and "target 3" not in text and "target 9 is gone" in text and "fix: pin it" in text
+    assert text.endswith("1 of 6 checks failed.")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("sglang", "0.5.2"), ("sglang", "0.5.210"), ("torch", "2.12.1"), ("torch", None)]
+)
+def test_other_versions_fail(monkeypatch, name, found):
+    monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG)
+    check = next(check for check in doctor._versions() if check.name == name)
+    assert check.status == FAIL and name in check.fix
+
+
+def test_a_build_for_another_torch_fails(monkeypatch):
+    import sglang_macs
+
+    monkeypatch.delattr(sglang_macs, "ops", raising=False)
+    monkeypatch.setitem(sys.modules, "sglang_macs.ops", None)  # its import raises ImportError
+    assert doctor._extension().status == FAIL and "make build" in doctor._extension().fix
+
+
+def test_a_plugin_list_without_macs_fails(monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, more")
+    assert doctor._entry_point().status == FAIL
+    monkeypatch.setenv("SGLANG_PLUGINS", "other, macs")
+    assert doctor._entry_point().status == OK
+
+
+def test_a_shell_without_the_cpu_environment_fails(monkeypatch):
+    for name, value in environment(ranks=2).items():
+        monkeypatch.setenv(name, value)
+    assert [check.status for check in doctor._cpu()] == [SKIP, OK]
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    assert list(doctor._cpu())[1].status == FAIL
+
+
+def test_a_module_that_breaks_on_import_fails(monkeypatch, tmp_path):
+    (tmp_path / "broken_by_design.py").write_text("raise OSError('libnothing.so not found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._importable("broken_by_design") == (False, "OSError: libnothing.so not found")
+    assert doctor._importable("not_there_by_design") == (False, "not installed")
+    assert doctor._importable("json")[0]

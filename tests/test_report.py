@@ -1,0 +1,158 @@
+"""The report holds the trace's figures in one file, and a real browser draws it."""
+
+import shutil
+import struct
+import subprocess
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from traces import COLUMNS, LAYERS, ROWS, record
+
+from sglang_macs import cli, report, trace
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text; fails on a tag that is not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A trace in which nothing is re-routed, so that tokens lose assignments; and its folder."""
+    folder = tmp_path_factory.mktemp("trace")
+    record(folder, passes=5, reroute="none")
+    return trace.load(str(folder)), folder
+
+
+def unpng(data: bytes) -> np.ndarray:
+    """[height, width, 4] u8 of a PNG file as `report` writes them."""
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    start = data.index(b"IDAT") + 4
+    size = struct.unpack(">I", data[start - 8 : start - 4])[0]
+    assert zlib.crc32(data[start - 4 : start + size]) == struct.unpack(">I", data[start + size : start + size + 4])[0]
+    rows = np.frombuffer(zlib.decompress(data[start : start + size]), dtype=np.uint8).reshape(height, 1 + 4 * width)
+    return rows[:, 1:].reshape(height, width, 4)
+
+
+def test_the_page_is_whole_and_loads_nothing(recorded):
+    page = Page(report.page(recorded[0]))
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    assert "url(" not in report.page(recorded[0]) and "@import" not in report.page(recorded[0])
+
+
+def test_the_figures_are_the_traces(recorded):
+    read, _ = recorded
+    before, after = read.rank_rows()
+    text = Page(report.page(read, row_us=2.0)).text
+    ratio = [(rows.max(axis=-1) / rows.mean(axis=-1)).mean() for rows in (before, after)]
+    assert f"{ratio[0]:.2f} → {ratio[1]:.2f}" in text and ratio[0] > ratio[1] + 0.05
+    saved, slowest = int((before.max(axis=-1) - after.max(axis=-1)).sum()), int(before.max(axis=-1).sum())
+    assert f"({saved:,} of {slowest:,})" in text and saved > 0
+    assert f"{saved * 2.0 / 1e3:,.1f} ms" in text
+    cells = before[:, :, 0].sum(axis=0) / before.sum(axis=0).mean(axis=-1)  # rank 0, by layer
+    for layer, value in zip(LAYERS, cells, strict=True):
+        assert f"layer {layer}" in text and f"{value:.2f}" in text
+
+
+def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
+    read, _ = recorded
+    (picture,) = read.pictures
+    drawn = unpng(report._fate_png(picture, slice(None), read.top_k))
+    assert drawn.shape == (ROWS, COLUMNS, 4)
+    assert np.array_equal(drawn[..., 3] > 0, picture.clipped.sum(axis=0) > 0)
+    lost = picture.dropped.sum(axis=0)
+    assert lost.min() == 0 < lost.max(), "a case in which all or none lose something proves little"
+    assert drawn[..., 3][lost == lost.max()].min() == drawn[..., 3].max() > drawn[..., 3][lost == 1].max()
+    assert (drawn[lost > 0][:, :3] == report.DROPPED).all()
+    weight = unpng(report._weight_png(picture.weight[0]))
+    brightness = weight[..., :3].astype(int).sum(axis=-1)
+    assert brightness.argmin() == picture.weight[0].argmin() and brightness.argmax() == picture.weight[0].argmax()
+
+
+def test_a_long_trace_is_thinned_to_means_of_neighbours():
+    thinned = report._thinned(np.arange(1001))
+    assert len(thinned) == 201 <= report.MAX_POINTS and thinned[:2].tolist() == [2.0, 7.0] and thinned[-1] == 1000.0
+    assert report._thinned(np.arange(7)).tolist() == list(range(7))
+
+
+def test_what_the_trace_says_is_escaped(recorded):
+    evil = dict(recorded[0].config, preset="<script>alert(1)</script>")
+    page = report.page(trace.Trace(**{**vars(recorded[0]), "config": evil}))
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_command_writes_the_page(recorded, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert cli.main(["report", str(recorded[1]), "-o", str(out), "--row-us", "0.5"]) == 0
+    assert "µs a row" in out.read_text() and str(out) in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "nowhere"), "-o", str(out)]) == 2
+    assert cli.main(["report", str(recorded[1]), "-o", str(tmp_path / "no" / "folder.html")]) == 2
+    assert all(line.startswith("sglang-macs report: ") for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, then make test-browser")
+def test_a_browser_draws_it(recorded, tmp_path):
+    """Everything is visible: the charts' colours, and the photograph beside its red overlay."""
+    page, shot = tmp_path / "report.html", tmp_path / "report.png"
+    page.write_text(report.page(recorded[0]))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2000"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert shot.exists(), done.stderr[-2000:]
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape == (2000, 1100, 3)
+
+    def found(colour: tuple[int, ...], within: int = 12) -> int:
+        return int((np.abs(pixels - np.array(colour)).max(axis=-1) <= within).sum())
+
+    for colour in (report.BEFORE, report.AFTER, report.SHARE):
+        assert found(tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))) > 200, colour
+    assert found((226, 232, 240)) > 1000, "the sections' borders"
+    assert found((255, 255, 255), 0) > 300_000, "the sections"
+    # The made-up picture of tests/traces.py: red below, green to the right, blue in one corner, as nothing else is.
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    assert ((red > 200) & (green < 60) & (blue < 60)).sum() > 500 and ((green > 200) & (red < 60)).sum() > 500
+    # Its overlay, on grey: red throughout, and redder where more was lost.
+    reddish = (red - green > 60) & (np.abs(green - blue) < 40)
+    assert reddish.sum() > 5000

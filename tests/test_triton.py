@@ -1,0 +1,130 @@
+"""The Triton operators without a GPU: test_ops.py under Triton's interpreter, and every kernel compiled for sm_90."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cases
+import pytest
+import test_ops
+import torch
+
+from sglang_macs import ops
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+# Of test_ops.py what the interpreter does within a minute: all operators, no batch of 1500 tokens.
+SELECTED = """
+(test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
+or any_gate or of_any or infinite_gamma
+or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
+or (awkward and nan) or a_proposal or without_logits or keep_their or strided
+"""
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter from the repository's root, with the tests' modules and `env`."""
+    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, **env}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+def test_the_operators_tests_pass_under_the_interpreter():
+    selected = " ".join(SELECTED.split())
+    pytest_args = ("-m", "pytest", "-q", "-p", "interpreted_triton", "tests/test_ops.py", "-k", selected)
+    run = python(*pytest_args, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "call"), test_ops.BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(test_ops.BAD)]
+)
+def test_bad_input_says_what_was_got_and_what_expected(monkeypatch, name, what, call):
+    """The checks that the C++ operators make, before any kernel is launched."""
+    from sglang_macs import triton_ops
+
+    operator, inputs, settings = test_ops.chain(cases.named("imbalanced"))[name]
+    monkeypatch.setattr(ops, "_ops", SimpleNamespace(**{f.__name__: f for f in triton_ops.OPERATORS}))
+    with pytest.raises(ValueError, match=what) as error:
+        call(operator, inputs, settings)
+    assert ": got " in str(error.value)
+    assert ", expected " in str(error.value)
+
+
+class NoGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> dict[str, list[str]]:
+    """Launches compile for sm_90 and run nothing: name of the kernel -> PTX of its versions."""
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: dict[str, list[str]] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        kernels.setdefault(self.__name__, []).append(kernel.asm["ptx"])
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    return kernels
+
+
+def test_every_kernel_compiles_for_sm_90(compiled):
+    from sglang_macs import triton_ops
+
+    tokens, experts, ranks = 64, 16, 4
+    ids = torch.zeros(tokens, 4, dtype=torch.int64)
+    gates, logits = torch.zeros(tokens, 4), torch.zeros(tokens, experts)
+    segment = torch.zeros(tokens, dtype=torch.int32)
+    entropy = triton_ops.entropy_score(torch.zeros(tokens, 128, dtype=torch.bfloat16), segment)
+    weight = triton_ops.entropy_weight(entropy, segment, 1, 1.0)
+    for scope, load, importance, reroute, scoring in ((1, 0, 2, 2, 0), (0, 1, 0, 1, 1)):
+        own = triton_ops.load_histogram(ids, gates, weight, segment, experts, 128, load, importance)
+        modality = torch.zeros(experts, dtype=torch.int8)
+        shift, cut = triton_ops.clip_threshold(
+            own, own, modality, ranks, 128, scope, load, reroute, True, 1.05, 0.5, 1.0, 2.0
+        )
+        triton_ops.clip_apply(
+            ids, gates, weight, segment, logits, shift, cut,
+            ranks, 128, scope, load, importance, reroute, True, 1, scoring,
+        )  # fmt: skip
+    written = {name for file in (ROOT / "sglang_macs/triton_ops").glob("*.py")
+               for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}  # fmt: skip
+    assert set(compiled) == written
+    for name in ("_levels_kernel", "_cut_kernel"):  # the thresholds' double arithmetic is in the order written
+        assert any("mul.rn.f64" in ptx for ptx in compiled[name])
+        assert not any(re.search(r"fma\.\w+\.f64", ptx) for ptx in compiled[name])
+
+
+@pytest.mark.parametrize("asked", ["triton", "metal"])
+def test_the_environment_chooses_the_cuda_operators(asked):
+    answer = "from sglang_macs import ops; print(ops.cuda_backend(), ops.has_cuda())"
+    run = python("-c", answer, MACS_CUDA_BACKEND=asked)
+    if asked == "triton":
+        assert run.stdout.split() == ["triton", "True"]
+    else:
+        assert "MACS_CUDA_BACKEND: got metal, expected cuda or triton." in run.stderr

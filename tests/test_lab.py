@@ -267,14 +267,16 @@ def test_custom_importance_gives_true_weights(given):
 
 
 def test_statistics_are_paired():
-    asked = [{"a": 10, "b": 10}] * 6
-    base = [{"a": 9 - i % 2, "b": 10} for i in range(6)]
+    asked = [{"a": 10, "b": 10, "unlearned": 10}] * 6
+    base = [{"a": 10 - i % 2, "b": 10, "unlearned": 2} for i in range(6)]
     statistics = evaluate.Statistics([0, 0, 1, 1, 2, 2], ["x", "y"] * 3, base, asked)
     same = statistics.summary(base)
-    assert same["kept"] == [1.0, 1.0, 1.0] and same["accuracy"]["a"][0] == 0.85
-    fewer = [{"a": row["a"], "b": row["b"] - 2} for row in base]
+    assert same["kept"] == [1.0, 1.0, 1.0] and same["accuracy"]["a"][0] == 0.95
+    fewer = [
+        {"a": row["a"], "b": row["b"] - 2, "unlearned": 0} for row in base
+    ]  # what was never learned counts nowhere
     worse = statistics.summary(fewer, reference=base)
-    assert worse["kept"][0] == round((0.85 + 0.8) / (0.85 + 1.0), 5)
+    assert worse["kept"][0] == round((0.95 + 0.8) / (0.95 + 1.0), 5)
     assert worse["kept_more_than_default"][0] < 0 and worse["kept_more_than_default"][2] < 0
 
 

@@ -123,7 +123,7 @@ def answer_of(asked, row: int, words) -> str:
     return words.text(asked.answer[row])
 
 
-@pytest.mark.parametrize("task", ["read", "count", "count_colour", "colour", "where", "compare"])
+@pytest.mark.parametrize("task", ["read", "count", "count_colour", "colour", "where", "compare", "describe"])
 def test_answers_follow_from_the_picture(task, make, words):
     """Each answer worked out again from the scene, by plain loops."""
     torch.manual_seed(3)
@@ -140,6 +140,9 @@ def test_answers_follow_from_the_picture(task, make, words):
         elif task == "count_colour":
             colour = question.rstrip("?").split()[-1]
             expected = str(sum(colours[int(scene.colour[i, j])] == colour for j in on))
+        elif task == "describe":
+            order = sorted(on, key=lambda j: (int(scene.row[i, j]), int(scene.column[i, j])))
+            expected = "".join(f"{digit[j]}{colours[int(scene.colour[i, j])]}" for j in order)
         elif task == "compare":
             expected = (
                 "left" if digit[min(on, key=lambda j: int(scene.column[i, j]))] == max(digit.values()) else "right"
@@ -156,7 +159,7 @@ def test_answers_follow_from_the_picture(task, make, words):
         assert answer_of(asked, i, words) == expected
 
 
-@pytest.mark.parametrize("task", ["add", "copy", "lookup"])
+@pytest.mark.parametrize("task", ["add", "copy", "lookup", "lookup_many"])
 def test_answers_follow_from_the_text(task, make, words):
     torch.manual_seed(4)
     asked = TASKS[task](make, 40, "text")
@@ -168,8 +171,9 @@ def test_answers_follow_from_the_text(task, make, words):
         elif task == "copy":
             expected = question.removeprefix("Copy ").rstrip(".")
         else:
-            table, wanted = question.removeprefix("Given ").split(". What is ")
-            expected = {pair[0]: pair[1] for pair in table.split()}[wanted.rstrip("?")]
+            table, wanted = question.removeprefix("Given ").replace(" are ", " is ").split(". What is ")
+            digits = {pair[0]: pair[1] for pair in table.split()}
+            expected = "".join(digits[letter] for letter in wanted.rstrip("?").split())
         assert answer_of(asked, i, words) == expected
 
 

@@ -27,11 +27,12 @@ SIZES = {
     "huge": Size(320, 384),  # 480: 0.97 of its request
 }
 # Samples of each task by picture size. Small pictures are cheap and teach fast; large ones carry most visual tokens.
+# "lookup_many" and "describe" are for training alone: a one-word answer teaches too little about what belongs to what.
 TRAIN_MIX = {
-    "text": {"add": 20, "copy": 8, "lookup": 44},
+    "text": {"add": 20, "copy": 8, "lookup": 24, "lookup_many": 24},
     "tiny": {"map": 28},
-    "wide": {"read": 32, "compare": 10, "colour": 16, "where": 12},
-    "square": {"read": 10, "count": 10, "count_colour": 16, "colour": 20, "where": 20, "compare": 10},
+    "wide": {"read": 30, "compare": 10, "colour": 12, "where": 10, "describe": 12},
+    "square": {"read": 10, "count": 8, "count_colour": 14, "colour": 16, "where": 16, "compare": 8, "describe": 16},
     "large": {"read": 6, "count": 2, "count_colour": 3, "colour": 6, "where": 5, "scene": 4},
     "huge": {"read": 2, "count": 1, "colour": 2, "where": 1},
 }
@@ -256,6 +257,32 @@ def _lookup(make: Maker, n: int, name: str) -> Asked:
     return Asked(question, make.digit_tokens(digit.gather(1, asked)))
 
 
+def _lookup_many(make: Maker, n: int, name: str) -> Asked:
+    """As `_lookup`, for several letters of the table at once: as many lessons in one row."""
+    tokens, letter, digit, _, count = _pairs(make, n)
+    slots = LOOKUP_PAIRS[1]
+    outside = torch.arange(slots, device=make.device) >= count[:, None]
+    order = (torch.rand(n, slots, device=make.device) + outside).argsort(1)  # the table's places, shuffled
+    asked, hole = order[:, :6], outside.gather(1, order)[:, :6]
+    names = make.words.letters[letter.gather(1, asked)].masked_fill(hole, HOLE)
+    question = make.ask(n, "Given", tokens, ". What are", names, "?")
+    return Asked(question, make.digit_tokens(digit.gather(1, asked)).masked_fill(hole, HOLE))
+
+
+def _describe(make: Maker, n: int, name: str) -> Asked:
+    """Digits and colours in reading order: everything that `colour` asks of one digit, of all."""
+    slots = 5
+    scene = make.scatter(n, SIZES[name], make.randint(1, slots, n), slots, distinct=True)
+    columns = SIZES[name].cells[1]
+    place = (scene.row * columns + scene.column).masked_fill(~scene.on, 10_000)
+    order = place.argsort(dim=1, stable=True)[:, :slots]
+    off = ~scene.on.gather(1, order)
+    digits = make.digit_tokens(scene.digit.gather(1, order))[..., None]
+    colours = make.words.table(list(COLOURS))[scene.colour.gather(1, order)]  # [n, slots, tokens of a colour]
+    answer = torch.cat([digits, colours], 2).masked_fill(off[..., None], HOLE).flatten(1)
+    return Asked(make.ask(n, "Describe the digits."), answer, scene)
+
+
 def _map(make: Maker, n: int, name: str) -> Asked:
     """One digit in a small picture, and a table of letters in the text."""
     tokens, letter, digit, asked, _ = _pairs(make, n)
@@ -294,6 +321,8 @@ TASKS: dict[str, Callable[[Maker, int, str], Asked]] = {
     "scene": _scene,
     "map": _map,
     "lookup": _lookup,
+    "lookup_many": _lookup_many,
+    "describe": _describe,
     "add": _add,
     "copy": _copy,
 }

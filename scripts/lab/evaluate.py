@@ -398,7 +398,7 @@ def main() -> None:
     parser.add_argument("--sweep-batches", type=int, help="the same for sweeps and other importances (4; 1)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
     parser.add_argument("--bounds", type=float, nargs="*")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance", "drift"))
     options = parser.parse_args()
 
     device = torch.device(options.device)
@@ -438,10 +438,11 @@ def main() -> None:
             )
         if "importance" not in options.skip:
             print("other importances", flush=True)
-            plans = importance_plans(model, recorded.norms, modality, (1.0, 1.05))
+            plans = importance_plans(model, recorded.norms, modality, options.bounds or (1.0, 1.05))
             result["importance"] = compare(model, cases(sweep_batches), plans, dtype, errors, options.seconds)
-        print("drift of the calibration", flush=True)
-        result["drift"] = lab_calibration.drift(model, make, other, recorded, dtype)
+        if "drift" not in options.skip:
+            print("drift of the calibration", flush=True)
+            result["drift"] = lab_calibration.drift(model, make, other, recorded, dtype)
     result["seconds"] = round(time.perf_counter() - start, 1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,6 +11,8 @@ from lab_checkpoint import ROOT
 from lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs"
+MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
+SWEPT_AT = 1.05
 DRAWN = {
     "rank": ("C3", "o-"),
     "paper": ("C0", "s-"),
@@ -101,22 +103,41 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def tables(result: dict) -> str:
+    """Everything between the marks of docs/quality.md."""
+    main, found = result["main"], []
+    unclipped = next(r for r in main["rows"] if r["bound"] is None)
+    found.append(
+        f"{main['batches']} batches, {main['requests']} requests, {result['device']}, {result['dtype']}; unclipped: "
+        f"fullest rank {unclipped['max_rank_rows_after']['mean']:.2f} times the mean (a batch's worst layer, mean over "
+        f"batches), at most {unclipped['max_rank_rows_after']['worst']:.2f}. Tasks that count: "
+        f"{', '.join(main['mastered'])}."
+    )
+    for bound in sorted({r["bound"] for r in rows_of(result)}):
+        found.append(f"### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
+    found.append(f"### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
+    if "sweeps" in result:
+        found.append(f"### Sweeps, bound {SWEPT_AT}\n\n{sweep_table(rows_of(result, 'sweeps'))}")
+    for bound in sorted({r["bound"] for r in rows_of(result, "importance")}) if "importance" in result else ():
+        found.append(f"### Other importances, bound {bound:g}\n\n{table(rows_of(result, 'importance', bound))}")
+    return "\n\n".join(found)
+
+
+def write_tables(text: str, path: Path) -> None:
+    """Replaces what stands between the marks of `path`."""
+    page = path.read_text()
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=DOCS / "results" / "quality.json")
-    parser.add_argument("--picture", type=Path, default=DOCS / "quality.png")
     options = parser.parse_args()
     result = json.loads(options.json.read_text())
-    draw(result, options.picture)
-    unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
-    for bound in sorted({r["bound"] for r in rows_of(result)}):
-        print(f"\n### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
-    print(f"\n### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
-    if "sweeps" in result:
-        print(f"\n### Sweeps, bound 1.05\n\n{sweep_table(rows_of(result, 'sweeps'))}")
-    for bound in (1.0, 1.05):
-        if "importance" in result:
-            print(f"\n### Other importances, bound {bound:g}\n\n{table(rows_of(result, 'importance', bound))}")
+    draw(result, DOCS / "quality.png")
+    write_tables(tables(result), DOCS / "quality.md")
 
 
 if __name__ == "__main__":

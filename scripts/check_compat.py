@@ -1,0 +1,110 @@
+"""The product against other releases of SGLang: hooks, launches, servers.
+
+    python scripts/check_compat.py 0.5.23 0.5.20 [--stages hooks,launch,server] [--out docs/results/compat.json]
+
+Each release is put into build/compat/VERSION without its dependencies (pip --target), before the installed one;
+everything else is shared. Exit 0 if every stage of every release passes. docs/compatibility.md has the table.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from sglang_macs.cpu_compat import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPAT = ROOT / "build" / "compat"
+
+# Every hook applied and looked at on its own, as the launcher and then as a scheduler process would.
+HOOKS = """
+import json
+from importlib.metadata import version
+from sglang_macs import plugin
+from sglang_macs.config import MacsConfig
+import sglang.srt.plugins as plugins
+
+def missing(hooks):
+    found = {}
+    for hook in hooks:
+        try:
+            plugin.check_hooks((hook,))
+        except plugin.MacsNotActive as error:
+            found[hook.target] = str(error).split(";")[0]
+    return found
+
+plugin.configure(MacsConfig.from_preset("rank"))
+plugins.load_plugins()
+lost = missing(plugin.LAUNCHER_HOOKS)
+plugin._in_scheduler, plugins._plugins_loaded = True, False
+plugins.load_plugins()
+lost |= missing((*plugin.SCHEDULER_HOOKS, *plugin._registered))
+print("HOOKS", json.dumps({"version": version("sglang"), "lost": lost}))
+"""
+STAGES = {
+    "launch": ["tests/test_launch.py", "-k", "refused or fine or nothing_changes"],
+    "server": ["tests/test_server.py", "-k", "infinite_gamma or rank_bounds or deepstack"],
+}
+
+
+def install(version: str) -> Path:
+    """The folder that holds this release. Raises CalledProcessError."""
+    folder = COMPAT / version
+    if not (folder / "sglang").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), f"sglang=={version}"], check=True)
+    return folder
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """This process's environment with the release in front."""
+    tail = os.pathsep.join(p for p in (str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    return {**os.environ, **environment(2, {"PYTHONPATH": tail}), "HF_HUB_OFFLINE": "1"}
+
+
+def check_hooks(version: str, folder: Path) -> dict:
+    """{"passed": ..., "detail": ...} of all hooks."""
+    command = [sys.executable, "-c", HOOKS]
+    done = subprocess.run(command, env=environment_of(folder), capture_output=True, text=True, check=False)
+    lines = [line[6:] for line in done.stdout.splitlines() if line.startswith("HOOKS ")]
+    if not lines:
+        return {"passed": False, "detail": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    found = json.loads(lines[0])
+    if found["version"] != version:
+        return {"passed": False, "detail": f"found sglang {found['version']} instead"}
+    return {"passed": not found["lost"], "detail": found["lost"] or "all took"}
+
+
+def check_tests(folder: Path, selection: list[str]) -> dict:
+    """{"passed": ..., "detail": ...} of some of this project's tests."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
+    done = subprocess.run(command, cwd=ROOT, env=environment_of(folder), capture_output=True, text=True, check=False)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    summary = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
+    return {"passed": done.returncode == 0, "detail": failed or summary}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+")
+    parser.add_argument("--stages", default="hooks,launch,server")
+    parser.add_argument("--out", type=Path, help="write the findings as JSON")
+    options = parser.parse_args()
+    rows = []
+    for version in options.versions:
+        folder, row = install(version), {"sglang": version}
+        for stage in options.stages.split(","):
+            row[stage] = check_hooks(version, folder) if stage == "hooks" else check_tests(folder, STAGES[stage])
+            found = row[stage]
+            print(f"{version:<8} {stage:<7} {'passed' if found['passed'] else 'FAILED'}  {found['detail']}", flush=True)
+        rows.append(row)
+    if options.out:
+        options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row[stage]["passed"] for row in rows for stage in options.stages.split(",")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

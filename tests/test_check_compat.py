@@ -1,0 +1,27 @@
+"""The check against other releases, on the one that is installed; others take a download."""
+
+from pathlib import Path
+
+import check_compat
+
+
+def test_every_hook_takes_in_the_installed_release(tmp_path):
+    assert check_compat.check_hooks("0.5.21", tmp_path) == {"passed": True, "detail": "all took"}
+
+
+def test_another_release_than_asked_for_is_not_called_tested(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_compat, "HOOKS", 'print("HOOKS", \'{"version": "0.5.21", "lost": {}}\')')
+    found = check_compat.check_hooks("0.5.23", tmp_path)
+    assert not found["passed"] and "0.5.21 instead" in found["detail"]
+
+
+def test_a_lost_hook_and_a_crash_are_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_compat, "HOOKS", 'print("HOOKS", \'{"version": "1", "lost": {"a.b": "gone"}}\')')
+    assert check_compat.check_hooks("1", tmp_path) == {"passed": False, "detail": {"a.b": "gone"}}
+    monkeypatch.setattr(check_compat, "HOOKS", "raise SystemExit('no such module')")
+    assert check_compat.check_hooks("1", tmp_path) == {"passed": False, "detail": "no such module"}
+
+
+def test_the_release_comes_before_the_installed_one(tmp_path):
+    first, second, *_ = check_compat.environment_of(tmp_path)["PYTHONPATH"].split(":")
+    assert Path(first).name == "site" and second == str(tmp_path)

@@ -86,6 +86,7 @@ __device__ __forceinline__ bool accept_in_order(bool pending, int bound, int uni
     if (rows) {
       sum += __popc(lower);
     } else {
+#pragma unroll 1
       for (unsigned left = active; left != 0; left &= left - 1) {
         const int source = __ffs(left) - 1;
         const int other = __shfl_sync(active, units, source);

@@ -7,7 +7,7 @@
 //              passes: a pass adds up units per (warp, bound) in shared memory, a grid barrier turns these into
 //              prefixes, and a second pass hands the places out in order (match_any inside a step). Between the passes
 //              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
-//              first step stay in registers: up to about 8000 tokens there is no other.
+//              first step stay in registers and are written last: up to about 8000 tokens there is no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
@@ -26,7 +26,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxExperts = 1024;
-constexpr int kTokensAtOnce = 2;  // of a warp's, that choose together
 
 struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
@@ -58,10 +57,12 @@ struct Output {
   __device__ __forceinline__ void set(int id, float weight) const { *ids = static_cast<Id>(id), *weights = weight; }
 };
 
-// A slot and its present id: >= 0 an expert, -1 homeless, -2 - j a proposal.
+// A slot, its present id (>= 0 an expert, -1 homeless, -2 - j a proposal) and its new weight.
 struct State {
   Slot slot;
   int current;
+  float weight;
+  bool in_registers;  // until the end; else its output slot holds it between the passes
 };
 
 // What every pass shares: the tokens of this warp, step by step, the first step kept in registers.
@@ -80,17 +81,30 @@ struct Walk {
     begin = p.in.num_tokens * warp / warps, end = p.in.num_tokens * (warp + 1) / warps;
   }
   // Before the wait: what is older than the chain of kernels. The weight is not.
-  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1}; }
+  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1, 0.0f, true}; }
   __device__ __forceinline__ void load_weight() {
     if (first.slot.inside) first.slot.weight = p.in.weight[first.slot.token];
   }
 
-  // body(State&): writes its outputs itself and leaves `current` as written.
+  __device__ __forceinline__ void put(State& state, int id, float weight) const {
+    state.current = id, state.weight = weight;
+    if (!state.in_registers) Output<Id>(p, state.slot, step).set(id, weight);
+  }
+  __device__ __forceinline__ void put(State& state, int id) const {
+    state.current = id;
+    if (!state.in_registers) *Output<Id>(p, state.slot, step).ids = static_cast<Id>(id);
+  }
+  // Last: a barrier would wait for stores sooner.
+  __device__ __forceinline__ void write_first() const {
+    if (first.slot.inside) Output<Id>(p, first.slot, step).set(first.current, first.weight);
+  }
+
+  // body(State&, first token of the step): changes a state by `put`.
   template <class Body>
   __device__ __forceinline__ void for_each(bool with_current, Body body) {
     if (begin < end) body(first, begin);
     for (int64_t at = begin + step.tokens; at < end; at += step.tokens) {
-      State state = {load_slot<Id, true>(p.in, step, at, end), -1};
+      State state = {load_slot<Id, true>(p.in, step, at, end), -1, 0.0f, false};
       if (with_current && state.slot.inside) state.current = static_cast<int>(*Output<Id>(p, state.slot, step).ids);
       body(state, at);
     }
@@ -114,8 +128,7 @@ __device__ __forceinline__ bool clip_pass(Walk<Id>& walk) {
     const Slot& slot = state.slot;
     if (!slot.inside) return;
     const int side = slot.expert < 0 ? 1 : walk.compare_to_cut(slot);
-    state.current = side < 0 ? -1 : slot.expert;
-    Output<Id>(walk.p, slot, walk.step).set(state.current, side < 0 ? 0.0f : slot.gate);
+    walk.put(state, side < 0 ? -1 : slot.expert, side < 0 ? 0.0f : slot.gate);
     if (side == 0) {
       any = true;
       atomicAdd(walk.board.own_running() + walk.board.bound_of()[slot.expert], walk.units(slot));
@@ -137,17 +150,15 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
     const int64_t limit = static_cast<int64_t>(walk.board.quota()[bound]) - walk.board.base()[bound];
     const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.board.own_running(), limit);
     if (!pending) return;
-    if (!stays) {
-      state.current = -1;
-      Output<Id>(walk.p, slot, walk.step).set(-1, 0.0f);
-    }
+    if (!stays) walk.put(state, -1, 0.0f);
     walk.count(stays ? 0 : 1, slot.expert, slot.text());
   });
 }
 
-// Proposals of a round: the homeless slots of every token of this warp, two tokens at a time.
+// Proposals of a round: the homeless slots of every token of this warp, two tokens at a time as far as registers go.
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
+  constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = experts / p.num_ranks;
@@ -177,8 +188,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
       choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank));
     }
     if (choice >= 0) {
-      state.current = -2 - choice;
-      *Output<Id>(p, slot, walk.step).ids = static_cast<Id>(state.current);
+      walk.put(state, -2 - choice);
       atomicAdd(board.own_running() + board.bound_of()[choice], units);
     }
   });
@@ -200,17 +210,14 @@ __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
     const bool accepted = accept_in_order(pending, bound, units, rows, board.own_running(), limit);
     const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
     if (!pending) return;
-    const Output<Id> out(p, slot, walk.step);
     if (accepted) {
-      state.current = wanted;
       const float* const row = p.router_logits + slot.token * p.in.num_experts;
       const float to = __ldg(row + wanted), from = __ldg(row + reference.expert);
-      out.set(wanted, rerouted_weight(p.scoring, reference.gate, to, from));
+      walk.put(state, wanted, rerouted_weight(p.scoring, reference.gate, to, from));
       if (!rows) atomicAdd(board.taken() + bound, units);
       walk.count(2, wanted, slot.text());
     } else {
-      state.current = -1;
-      *out.ids = static_cast<Id>(-1);
+      walk.put(state, -1);
     }
   });
 }
@@ -279,6 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
   }
+  walk.write_first();
   __syncthreads();
   for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) {
     if (board.counts()[i] != 0) atomicAdd(p.counts + i, board.counts()[i]);

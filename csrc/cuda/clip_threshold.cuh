@@ -43,41 +43,43 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
 // Units per level of one bound, in shared memory. Without an exchange `own` is `group`.
 struct Levels {
   int *group, *own;
-
-  __device__ __forceinline__ Cell at(int level) const {
-    const int units = group[level];
-    return {units, own == group ? units : own[level]};
-  }
 };
 
-// One warp: where `bound` cuts the levels, the highest first.
+// One warp: where `bound` cuts the levels, the highest first. A lane takes up to kShare levels (their number / 32).
+template <int kShare>
 __device__ __forceinline__ Cut warp_find_cut(const Levels& levels, int num_levels, int bound) {
-  const int lane = threadIdx.x % kWarp, share = num_levels / kWarp;  // num_levels: 32 or more, a power of two
-  const int low = lane * share;
+  const int lane = threadIdx.x % kWarp, share = num_levels / kWarp, low = lane * share;
+  int group[kShare], own[kShare];
   Cell sum = {0, 0};
-#pragma unroll 8
-  for (int l = low; l < low + share; ++l) {
-    const Cell cell = levels.at(l);
-    sum.group += cell.group, sum.own += cell.own;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    group[i] = i < share ? levels.group[low + i] : 0;
+    sum.group += group[i];
   }
-  const Cell upto = {warp_inclusive_sum(sum.group), warp_inclusive_sum(sum.own)};
+  const bool alone = levels.own == levels.group;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    own[i] = group[i];
+    if (!alone) own[i] = i < share ? levels.own[low + i] : 0;
+    sum.own += own[i];
+  }
+  Cell upto = {warp_inclusive_sum(sum.group), 0};
+  upto.own = alone ? upto.group : warp_inclusive_sum(sum.own);
   const int total = __shfl_sync(kFullMask, upto.group, kWarp - 1);
   if (total <= bound) return {-1, 0, static_cast<int64_t>(bound) - total, {0, 0}};
-  int above = total - upto.group;  // units over this lane's levels
-  const bool here = above <= bound && above + sum.group > bound;
+  int above = total - upto.group;  // units over this lane's levels, then over those passed
+  bool here = false;
   Cut cut = {0, 0, 0, {0, 0}};
-  if (here) {
-    int level = low + share - 1, own_from = upto.own;
-    Cell cell = levels.at(level);
-    while (above + cell.group <= bound) {
-      above += cell.group, own_from -= cell.own;
-      cell = levels.at(--level);
+  if (above <= bound && above + sum.group > bound) {
+    Cell at = {0, 0};
+#pragma unroll
+    for (int i = kShare - 1; i >= 0; --i) {
+      if (!here && above + group[i] > bound) here = true, at = {group[i], own[i]}, cut.level = low + i;
+      if (!here) above += group[i], upto.own -= own[i];
     }
-    const int remainder = bound - above;
-    const int quota = cell.own == cell.group
-                          ? remainder
-                          : static_cast<int>(static_cast<int64_t>(remainder) * cell.own / cell.group);
-    cut = {level, quota, 0, {static_cast<unsigned>(total - above), static_cast<unsigned>(own_from)}};
+    const int64_t remainder = bound - above;
+    cut.quota = static_cast<int>(at.own == at.group ? remainder : remainder * at.own / at.group);
+    cut.kept = {static_cast<unsigned>(total - above), static_cast<unsigned>(upto.own)};
   }
   const int source = __ffs(__ballot_sync(kFullMask, here)) - 1;
   cut.level = __shfl_sync(kFullMask, cut.level, source);
@@ -87,14 +89,20 @@ __device__ __forceinline__ Cut warp_find_cut(const Levels& levels, int num_level
   return cut;
 }
 
+// Correctly rounded, as a division; by a power of two it is a multiplication.
+__device__ __forceinline__ double divide(double x, int n) {
+  if ((n & (n - 1)) == 0) return __dmul_rn(x, __hiloint2double((1024 - __ffs(n)) << 20, 0));
+  return __ddiv_rn(x, static_cast<double>(n));
+}
+
 struct Capacity {
   double all, base, visual_share, units;  // base, bound: rows; units: per row
 
-  __device__ __forceinline__ explicit Capacity(const ClipThresholdParams& p, const int32_t* sums) {
-    const int visual_weight = __ldcg(sums + 2), weight = __ldcg(sums + 3);
-    all = __ldcg(sums);
-    visual_share = weight == 0 ? 0.5 : __ddiv_rn(static_cast<double>(visual_weight), static_cast<double>(weight));
-    base = __ddiv_rn(__dmul_rn(p.gamma, all), static_cast<double>(p.num_experts));
+  // sums: N, N_visual, W_visual, W of the group.
+  __device__ __forceinline__ Capacity(const ClipThresholdParams& p, const int4& sums) {
+    all = sums.x;
+    visual_share = sums.w == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
+    base = divide(__dmul_rn(p.gamma, all), p.num_experts);
     units = static_cast<double>(units_per_row(p.load));
   }
   __device__ __forceinline__ double of_expert(const ClipThresholdParams& p, int modality) const {
@@ -105,7 +113,7 @@ struct Capacity {
     return scaled > p.c_min ? scaled : p.c_min;
   }
   __device__ __forceinline__ int of_rank(const ClipThresholdParams& p) const {
-    return bound_of(p.gamma, __ddiv_rn(__dmul_rn(p.gamma, all), static_cast<double>(p.num_ranks)), units);
+    return bound_of(p.gamma, divide(__dmul_rn(p.gamma, all), p.num_ranks), units);
   }
   static __device__ __forceinline__ int bound_of(double gamma, double rows, double units) {
     const double bound = floor(__dmul_rn(rows, units));
@@ -129,100 +137,85 @@ __device__ __forceinline__ Levels levels_of(const ClipThresholdParams& p, int* s
 // Before find_cuts, and before a barrier of the block.
 __device__ __forceinline__ void clear_levels(const ClipThresholdParams& p, int* shared) {
   const int words = static_cast<int>(threshold_shared_bytes(p, blockDim.x / kWarp) / sizeof(int));
+#pragma unroll 1
   for (int i = threadIdx.x; i < words; i += blockDim.x) shared[i] = 0;
 }
 
-// Four neighbouring cells of an expert, all visual or all text.
-struct Quad {
-  int4 group, own;
-
-  __device__ __forceinline__ int group_units() const { return group.x + group.y + group.z + group.w; }
-};
-
-constexpr int kQuads = 2;  // per lane in registers: all cells of an expert up to B = 128; more are read twice
-
-__device__ __forceinline__ int4 load_quad(const int32_t* cells) {
-  if (reinterpret_cast<uintptr_t>(cells) % sizeof(int4) == 0) return __ldcg(reinterpret_cast<const int4*>(cells));
+template <bool kAligned>
+__device__ __forceinline__ int4 load_four(const int32_t* cells) {
+  if (kAligned) return __ldcg(reinterpret_cast<const int4*>(cells));
   return make_int4(__ldcg(cells), __ldcg(cells + 1), __ldcg(cells + 2), __ldcg(cells + 3));
 }
 
-// `first`: of its four cells among the expert's 2 B.
-__device__ __forceinline__ Quad load_quad(const ClipThresholdParams& p, int expert, int first) {
-  const int cells = 2 * num_buckets(p.bucket_bits);
-  Quad quad = {make_int4(0, 0, 0, 0), make_int4(0, 0, 0, 0)};
-  if (expert >= p.num_experts || first >= cells) return quad;
-  const int64_t at = static_cast<int64_t>(expert) * cells + first;
-  quad.group = load_quad(p.group + at);
-  if (p.own != p.group) quad.own = load_quad(p.own + at);
-  return quad;
-}
-
-// The cells of one expert, spread over a warp.
+// The cells of one expert, spread over a warp: four neighbours per lane out of each 128. kQuads: 2 up to B = 128, else 4.
+template <int kQuads, bool kAligned>
 struct ExpertCells {
   int expert, modality;
-  Quad quads[kQuads];
+  int4 group[kQuads], own[kQuads];
 
   static __device__ __forceinline__ int first_of(int quad) {
     return (quad * kWarp + static_cast<int>(threadIdx.x) % kWarp) * 4;
   }
-  static __device__ __forceinline__ int num_quads(const ClipThresholdParams& p) {
-    return max(kQuads, 2 * num_buckets(p.bucket_bits) / (4 * kWarp));
-  }
-  __device__ __forceinline__ ExpertCells(const ClipThresholdParams& p, int of) : expert(of) {
-    modality = expert < p.num_experts ? __ldg(p.modality + expert) : 0;
+
+  // No expert at all: `of` = E.
+  __device__ __forceinline__ ExpertCells(const ClipThresholdParams& p, int of) : expert(of), modality(0) {
+    const int cells = 2 * num_buckets(p.bucket_bits);
+    if (expert < p.num_experts) modality = __ldg(p.modality + expert);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) quads[i] = load_quad(p, expert, first_of(i));
+    for (int i = 0; i < kQuads; ++i) {
+      group[i] = own[i] = make_int4(0, 0, 0, 0);
+      if (expert >= p.num_experts || first_of(i) >= cells) continue;
+      const int at = expert * cells + first_of(i);
+      group[i] = load_four<kAligned>(p.group + at);
+      if (p.own != p.group) own[i] = load_four<kAligned>(p.own + at);
+    }
   }
-  __device__ __forceinline__ int load(const ClipThresholdParams& p) const {
+
+  __device__ __forceinline__ int load() const {
     int units = 0;
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) units += quads[i].group_units();
-    for (int i = kQuads; i < num_quads(p); ++i) units += load_quad(p, expert, first_of(i)).group_units();
+    for (int i = 0; i < kQuads; ++i) units += group[i].x + group[i].y + group[i].z + group[i].w;
     return __reduce_add_sync(kFullMask, units);
   }
 
-  // Adds all cells to their levels. Most of a shifted expert's fall on the lowest one: added up before.
   __device__ __forceinline__ void add_to(const ClipThresholdParams& p, const Levels& levels, int shift) const {
-    const int buckets = num_buckets(p.bucket_bits);
-    Cell lowest[2] = {};  // visual, text
-    const auto add = [&](const Quad& quad, int first) {
-      const bool text = first >= buckets;
-      const int top = text && p.protect_text ? buckets : 0;
-      const int e = first - (text ? buckets : 0) - shift;
-      const int group[4] = {quad.group.x, quad.group.y, quad.group.z, quad.group.w};
-      const int own[4] = {quad.own.x, quad.own.y, quad.own.z, quad.own.w};
+    add(p, group, levels.group, shift);
+    if (levels.own != levels.group) add(p, own, levels.own, shift);
+  }
+
+ private:
+  // Most of a shifted expert's cells fall on the lowest level: added up before.
+  static __device__ __forceinline__ void add(const ClipThresholdParams& p, const int4 (&quads)[kQuads], int* levels,
+                                             int shift) {
+    const int buckets = num_buckets(p.bucket_bits), top = p.protect_text ? buckets : 0;
+    int visual = 0, text = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool low = e + i <= 0;
-        if (text) {
-          lowest[1].group += low ? group[i] : 0, lowest[1].own += low ? own[i] : 0;
-        } else {
-          lowest[0].group += low ? group[i] : 0, lowest[0].own += low ? own[i] : 0;
+    for (int i = 0; i < kQuads; ++i) {
+      const bool is_text = first_of(i) >= buckets;
+      const int e = first_of(i) - (is_text ? buckets : 0) - shift;
+      const int units[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
+      int lowest = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (e + j < 0) {
+          lowest += units[j];
+        } else if (units[j] != 0) {
+          atomicAdd(levels + (is_text ? top : 0) + e + j, units[j]);
         }
-        if (!low && group[i] != 0) atomicAdd(levels.group + top + e + i, group[i]);
-        if (!low && own[i] != 0) atomicAdd(levels.own + top + e + i, own[i]);
       }
-    };
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) add(quads[i], first_of(i));
-    for (int i = kQuads; i < num_quads(p); ++i) {
-      if (first_of(i) < 2 * buckets) add(load_quad(p, expert, first_of(i)), first_of(i));
+      visual += is_text ? 0 : lowest, text += is_text ? lowest : 0;
     }
-#pragma unroll
-    for (int text = 0; text < 2; ++text) {
-      const int level = text != 0 && p.protect_text ? buckets : 0;
-      const int group = __reduce_add_sync(kFullMask, lowest[text].group);
-      const int own = p.own == p.group ? 0 : __reduce_add_sync(kFullMask, lowest[text].own);
-      if (threadIdx.x % kWarp == 0 && group != 0) atomicAdd(levels.group + level, group);
-      if (threadIdx.x % kWarp == 0 && own != 0) atomicAdd(levels.own + level, own);
-    }
+    if (shift == 0) return;
+    visual = __reduce_add_sync(kFullMask, visual), text = __reduce_add_sync(kFullMask, text);
+    if (threadIdx.x % kWarp == 0 && visual != 0) atomicAdd(levels, visual);
+    if (threadIdx.x % kWarp == 0 && text != 0) atomicAdd(levels + top, text);
   }
 };
 
-__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity,
-                                            const ExpertCells& cells) {
+template <class Cells>
+__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, const Cells& cells) {
   if (p.scope != Scope::kRank || !(p.alpha > 0.0)) return 0;
-  const double rows = static_cast<double>(cells.load(p)) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
+  const double rows = static_cast<double>(cells.load()) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
   return pressure_shift(rows, capacity.of_expert(p, cells.modality), p.alpha, p.bucket_bits);
 }
 
@@ -239,49 +232,53 @@ __device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t 
   return static_cast<int>(static_cast<unsigned long long>(group_room) * pool.own / pool.group);
 }
 
-// This block's share of the bounds, round robin over `num_blocks`; levels cleared before. Whole warps call
-// `sink.shift(expert, shift)` for every expert and `sink.cut(n, cut, bound)` for every bound.
+// This block's share of the bounds, round robin over `num_blocks`: a rank at a time, or an expert per warp. Levels are
+// cleared before. Whole warps call `sink.shift(expert, shift)` for every expert and `sink.cut(n, cut, bound)` for every
+// bound. kAligned: the histograms, to 16 bytes.
+template <int kQuads, bool kAligned, class Sink>
+__device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
+                                             const Sink& sink) {
+  using Cells = ExpertCells<kQuads, kAligned>;
+  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp, num_levels = 2 * num_buckets(p.bucket_bits);
+  const bool by_rank = p.scope == Scope::kRank;
+  const int experts = p.num_experts, together = by_rank ? experts / p.num_ranks : num_warps;
+  const Levels levels = levels_of(p, shared, by_rank ? 0 : warp);
+  for (int first = block * together; first < experts; first += num_blocks * together) {
+    const int end = min(first + together, experts);
+    Cells next(p, first + warp < end ? first + warp : experts);
+    const Capacity capacity(p, load_four<kAligned>(p.group + experts * num_levels));
+    int bound = capacity.of_rank(p);
+    for (int expert = first + warp; expert < end; expert += num_warps) {
+      const Cells cells = next;
+      next = Cells(p, expert + num_warps < end ? expert + num_warps : experts);
+      if (!by_rank) bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, cells.modality), capacity.units);
+      const int shift = expert_shift(p, capacity, cells);
+      sink.shift(expert, shift);
+      cells.add_to(p, levels, shift);
+    }
+    __syncthreads();
+    if (by_rank ? warp == 0 : first + warp < end) {
+      sink.cut(by_rank ? first / together : first + warp, warp_find_cut<4 * kQuads>(levels, num_levels, bound), bound);
+    }
+    if (first + num_blocks * together < experts) {
+      __syncthreads();
+      clear_levels(p, shared);
+      __syncthreads();
+    }
+  }
+}
+
+__host__ __device__ inline bool aligned_histograms(const ClipThresholdParams& p) {
+  return (reinterpret_cast<uintptr_t>(p.own) | reinterpret_cast<uintptr_t>(p.group)) % sizeof(int4) == 0;
+}
+
 template <class Sink>
 __device__ __forceinline__ void find_cuts(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
                                           const Sink& sink) {
-  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp, num_levels = 2 * num_buckets(p.bucket_bits);
-  const int local = p.num_experts / p.num_ranks;
-  const int32_t* const sums = p.group + static_cast<int64_t>(p.num_experts) * num_levels;
-  if (p.scope == Scope::kRank) {
-    for (int rank = block; rank < p.num_ranks; rank += num_blocks) {
-      const Levels levels = levels_of(p, shared, 0);
-      ExpertCells next(p, warp < local ? rank * local + warp : p.num_experts);  // loads before the arithmetic
-      const Capacity capacity(p, sums);
-      const int bound = capacity.of_rank(p);
-      for (int i = warp; i < local; i += num_warps) {
-        const ExpertCells cells = next;
-        next = ExpertCells(p, i + num_warps < local ? cells.expert + num_warps : p.num_experts);
-        const int shift = expert_shift(p, capacity, cells);
-        sink.shift(cells.expert, shift);
-        cells.add_to(p, levels, shift);
-      }
-      __syncthreads();
-      if (warp == 0) sink.cut(rank, warp_find_cut(levels, num_levels, bound), bound);
-      if (rank + num_blocks < p.num_ranks) {
-        __syncthreads();
-        clear_levels(p, shared);
-        __syncthreads();
-      }
-    }
-    return;
-  }
-  const Levels levels = levels_of(p, shared, warp);
-  for (int expert = warp * num_blocks + block; expert < p.num_experts; expert += num_warps * num_blocks) {
-    const ExpertCells cells(p, expert);
-    const Capacity capacity(p, sums);
-    const int bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, cells.modality), capacity.units);
-    sink.shift(expert, 0);
-    cells.add_to(p, levels, 0);
-    __syncwarp();
-    sink.cut(expert, warp_find_cut(levels, num_levels, bound), bound);
-    __syncwarp();
-    for (int l = threadIdx.x % kWarp; l < 2 * num_levels; l += kWarp) levels.group[l] = 0;
-    __syncwarp();
+  if (aligned_histograms(p) && num_buckets(p.bucket_bits) <= 128) {
+    find_cuts_of<2, true>(p, shared, block, num_blocks, sink);
+  } else {
+    find_cuts_of<4, false>(p, shared, block, num_blocks, sink);
   }
 }
 

@@ -49,16 +49,13 @@ class Inbox {
 
   // Until the phase is over; phases alternate between 0 and 1.
   __device__ __forceinline__ void wait(int phase) {
-    uint32_t done;
-    do {
-      asm volatile(
-          "{\n.reg .pred over;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, over;\n}"
-          : "=r"(done)
-          : "r"(shared_address(&barrier_)), "r"(phase)
-          : "memory");
-    } while (done == 0);
+    asm volatile(
+        "{\n.reg .pred over;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+        "@!over bra again;\n}" ::"r"(shared_address(&barrier_)),
+        "r"(phase)
+        : "memory");
   }
 
   // Store to the place of `target` in another block (or this one).

@@ -17,7 +17,9 @@ __device__ __forceinline__ void zero_all(const ZeroArgs& args) {  // by the whol
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   const int64_t vectors = args.first_bytes / 16, more = args.second_bytes / 16;
+#pragma unroll 1
   for (int64_t i = first; i < vectors; i += stride) static_cast<uint4*>(args.first)[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
   for (int64_t i = first; i < more; i += stride) static_cast<uint4*>(args.second)[i] = make_uint4(0, 0, 0, 0);
 }
 cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream);

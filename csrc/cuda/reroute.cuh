@@ -44,8 +44,46 @@ __device__ __forceinline__ void load_logits(const float* router_logits, int expe
   }
 }
 
-// A token whose homeless slots choose. Lanes that hold its slots bring each slot's `original` and `current` expert,
-// and, where only that is allowed, the first expert of its rank (`from`, else -1); other lanes bring -1 for all.
+// Strikes the experts that the lanes bring (-1: none) out of a token's candidates.
+template <int kKeys>
+__device__ __forceinline__ void strike_out(unsigned (&keys)[kKeys], int expert, int other = -1) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const unsigned one = expert >= 0 && expert / kWarp == i ? 1u << (expert % kWarp) : 0;
+    const unsigned two = other >= 0 && other / kWarp == i ? 1u << (other % kWarp) : 0;
+    if ((__reduce_or_sync(kFullMask, one | two) >> lane & 1u) != 0) keys[i] = 0;
+  }
+}
+
+// The best candidate of every token, struck out for the next time; -1: none. `from`: the first expert of the only rank
+// allowed (of `per_rank` experts), or -1. The tokens go together: one alone would wait for its own last instruction.
+template <int kTokens, int kKeys>
+__device__ __forceinline__ void pick(unsigned (&keys)[kTokens][kKeys], const int (&from)[kTokens], int per_rank,
+                                     int (&winner)[kTokens]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    unsigned best = 0;
+    int expert = 0;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int j = i * kWarp + lane;
+      const bool allowed = from[t] < 0 || static_cast<unsigned>(j - from[t]) < static_cast<unsigned>(per_rank);
+      if (keys[t][i] > best && allowed) best = keys[t][i], expert = j;
+    }
+    const unsigned most = __reduce_max_sync(kFullMask, best);
+    const unsigned first = __reduce_min_sync(kFullMask, best == most ? static_cast<unsigned>(expert) : 0xffffffffu);
+    winner[t] = most != 0 ? static_cast<int>(first) : -1;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if (i * kWarp + lane == winner[t]) keys[t][i] = 0;
+    }
+  }
+}
+
+// A token whose homeless slots choose. Lanes that hold its slots bring each slot's `original` and `current` expert and
+// `from` (see pick); other lanes bring -1 for all.
 template <int kKeys>
 struct Chooser {
   unsigned homeless;  // lanes
@@ -53,8 +91,7 @@ struct Chooser {
   float logits[kKeys];
 };
 
-// Every homeless slot in turn takes the best candidate that is left. Returns this lane's choice, -1 for none. The
-// tokens go step by step together: one alone leaves the warp waiting for its own last instruction. `per_rank`: experts.
+// Every homeless slot in turn takes the best candidate that is left. Returns this lane's choice, -1 for none.
 template <int kTokens, int kKeys>
 __device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<kKeys> (&tokens)[kTokens],
                                       int per_rank) {
@@ -62,42 +99,24 @@ __device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<k
   unsigned keys[kTokens][kKeys], homeless[kTokens], all = 0;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    const int original = tokens[t].original, current = tokens[t].current;
     all |= homeless[t] = tokens[t].homeless;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      const unsigned before = original >= 0 && original / kWarp == i ? 1u << (original % kWarp) : 0;
-      const unsigned now = current >= 0 && current / kWarp == i ? 1u << (current % kWarp) : 0;
-      const unsigned had = __reduce_or_sync(kFullMask, before | now);
-      keys[t][i] = rooms.of[i] >= tokens[t].units && (had >> lane & 1u) == 0 ? key_of(tokens[t].logits[i]) : 0;
-    }
+    for (int i = 0; i < kKeys; ++i) keys[t][i] = rooms.of[i] >= tokens[t].units ? key_of(tokens[t].logits[i]) : 0;
+    strike_out<kKeys>(keys[t], tokens[t].original, tokens[t].current);
   }
   int choice = -1;
   while (all != 0) {
+    int taker[kTokens], from[kTokens], winner[kTokens];
     all = 0;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      const int taker = __ffs(homeless[t]) - 1;  // -1: this token has done
-      const int from = __shfl_sync(kFullMask, tokens[t].from, max(taker, 0));
-      unsigned best = 0;
-      int index = 0;
-#pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        const bool allowed = from < 0 || static_cast<unsigned>(i * kWarp + lane - from) < static_cast<unsigned>(per_rank);
-        if (keys[t][i] > best && allowed) best = keys[t][i], index = i;
-      }
-      const unsigned most = __reduce_max_sync(kFullMask, best);
-      const unsigned expert = static_cast<unsigned>(index * kWarp + lane);
-      const int winner = static_cast<int>(__reduce_min_sync(kFullMask, best == most ? expert : 0xffffffffu));
-      if (taker >= 0 && most != 0) {
-        if (lane == taker) choice = winner;
-#pragma unroll
-        for (int i = 0; i < kKeys; ++i) {
-          if (i * kWarp + lane == winner) keys[t][i] = 0;
-        }
-      }
+      taker[t] = __ffs(homeless[t]) - 1;  // -1: this token has done
+      from[t] = __shfl_sync(kFullMask, tokens[t].from, max(taker[t], 0));
       all |= homeless[t] &= homeless[t] - 1;
     }
+    pick<kTokens, kKeys>(keys, from, per_rank, winner);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) choice = lane == taker[t] ? winner[t] : choice;
   }
   return choice;
 }
@@ -110,6 +129,7 @@ struct Reference {
 
 __device__ __forceinline__ Reference reference_of(int expert, float gate, int first_lane, int top_k) {
   Reference reference = {-1, 0.0f};
+#pragma unroll 1
   for (int k = 0; k < top_k; ++k) {
     const int lane = min(first_lane + k, kWarp - 1);
     const int other = __shfl_sync(kFullMask, expert, lane);

@@ -45,23 +45,41 @@ struct Batch {
   float entropy[kMaxTokens];
 };
 
-// One warp: the tokens of a segment.
-__device__ __forceinline__ int count_of(const Batch& batch, int num_tokens, int segment) {
-  int count = 0;
-  for (int t = threadIdx.x % kWarp; t < num_tokens; t += kWarp) count += batch.segment[t] == segment ? 1 : 0;
-  return __reduce_add_sync(kFullMask, count);
+// A lane's tokens of one segment: bit i stands for token lane + 32 i.
+__device__ __forceinline__ unsigned members_of(const Batch& batch, int num_tokens, int segment) {
+  unsigned members = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxTokens / kWarp; ++i) {
+    const int token = threadIdx.x % kWarp + i * kWarp;
+    members |= token < num_tokens && batch.segment[token] == segment ? 1u << i : 0;
+  }
+  return members;
 }
 
-__device__ __forceinline__ SegmentSums sums_of(const Batch& batch, int num_tokens, int segment) {
+// One warp: the sums of a segment, four tokens of a lane at a time.
+__device__ __forceinline__ SegmentSums sums_of(const Batch& batch, int num_tokens, unsigned members, int count) {
   SegmentSums sums = {0, 0, 0, 0};
-  for (int t = threadIdx.x % kWarp; t < num_tokens; t += kWarp) {
-    if (batch.segment[t] == segment) sums.add(batch.entropy[t]);
+  for (int first = 0; first < num_tokens; first += 4 * kWarp, members >>= 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float entropy = batch.entropy[first + i * kWarp + threadIdx.x % kWarp];
+      sums.add((members >> i & 1u) != 0 ? entropy : 0.0f);
+    }
   }
-  sums.count = __reduce_add_sync(kFullMask, static_cast<unsigned>(sums.count));
+  sums.count = count;
   sums.sum = warp_sum_wide(sums.sum);
   sums.square_low = warp_sum_wide(sums.square_low);
   sums.square_high = warp_sum_wide(sums.square_high);
   return sums;
+}
+
+// One warp: the token's share of N, N_visual, W_visual and W, added to the block's.
+__device__ __forceinline__ void add_sums(const Slot& slot, int* block_sums) {
+  const int lane = threadIdx.x % kWarp, slots = __popc(__ballot_sync(kFullMask, slot.expert >= 0));
+  const int fixed = slots != 0 ? fixed_weight(slot.weight) : 0;
+  const int both = lane == 0 || lane == 1 ? slots : fixed;
+  const bool only_visual = lane == 1 || lane == 2;
+  if (lane < kNumSums && !(only_visual && slot.text())) atomicAdd(block_sums + lane, both);
 }
 
 template <class Element, int kVectors, bool kExact, int kThreads>
@@ -70,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   __shared__ Batch batch;
   __shared__ Part parts[kMaxRows][kRowWarps];
   __shared__ Inbox inbox;
+  __shared__ int block_sums[kNumSums];
   start_dependents();
   const EntropyScoreParams& score = args.score;
   const Assignments& in = args.histogram.in;
@@ -87,12 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
       shares[i].load(static_cast<const uint4*>(score.hidden_states) + static_cast<int64_t>(token) * num_vectors);
     }
   }
-  if (threadIdx.x == 0) {
-    inbox.init();
-    inbox.expect(num_tokens * static_cast<int>(sizeof(float)));
-  }
-  for (int t = threadIdx.x; t < num_tokens; t += kThreads) batch.segment[t] = __ldg(score.segment + t);
-  // Below, warp r has row r. A lane has one of its slots.
+  // Below, warp r has row r, a lane one of its slots.
   Slot slot = {block + static_cast<int64_t>(warp) * num_blocks, -1, -1, 0.0f, 1.0f, false};
   const bool has_token = slot.token < num_tokens;
   if (has_token && lane < in.top_k) {
@@ -100,8 +114,25 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
     slot.expert = load_id(in, slot.token * in.top_k + lane);
     slot.gate = __ldg(in.topk_weights + slot.token * in.top_k + lane);
   }
+  const int own_segment = threadIdx.x < num_tokens ? __ldg(score.segment + threadIdx.x) : -1;
   zero_all(args.zero);
+  if (threadIdx.x == 0) {
+    inbox.init();
+    inbox.expect(num_tokens * static_cast<int>(sizeof(float)));
+  }
   cluster_arrive();  // the cells are clear, the inboxes there
+  if (threadIdx.x < kNumSums) block_sums[threadIdx.x] = 0;
+  if (threadIdx.x < num_tokens) batch.segment[threadIdx.x] = own_segment;
+  __syncthreads();
+  unsigned members = 0;
+  int count = 0;
+  double inverse_count = 0.0;
+  if (has_token) {
+    slot.segment = batch.segment[slot.token];
+    members = members_of(batch, num_tokens, slot.segment);
+    count = __reduce_add_sync(kFullMask, __popc(members));
+    inverse_count = 1.0 / static_cast<double>(count);
+  }
 #pragma unroll
   for (int i = 0; i < kRowsAhead; ++i) {
     const int row = team + i * kTeams;
@@ -110,32 +141,26 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
     if (lane == 0) parts[row][warp % kRowWarps] = part;
   }
   __syncthreads();
-  double inverse_count = 0.0;
-  float entropy = 0.0f;
-  if (has_token) {
-    slot.segment = batch.segment[slot.token];
-    inverse_count = 1.0 / static_cast<double>(count_of(batch, num_tokens, slot.segment));
-    if (!slot.text()) entropy = entropy_of_parts<kRowWarps>(parts[warp]);
-  }
   cluster_wait();
-  Sums sums;
   if (has_token) {
+    const float entropy = slot.text() ? 0.0f : entropy_of_parts<kRowWarps>(parts[warp]);
     if (lane < num_blocks) inbox.send(lane, batch.entropy + slot.token, __float_as_uint(entropy));
+    if (lane == 0) score.entropy[slot.token] = entropy;
     inbox.wait(0);
     if (!slot.text()) {
-      const SegmentMoments moments = moments_of(sums_of(batch, num_tokens, slot.segment), inverse_count);
+      const SegmentMoments moments = moments_of(sums_of(batch, num_tokens, members, count), inverse_count);
       slot.weight = weight_of(entropy, moments, args.weight.delta);
     }
-    const bool filled = __any_sync(kFullMask, slot.expert >= 0);
-    sums.add(slot, lane == 0, filled);
     add_to_cell(args.histogram, slot);
-    if (lane == 0) {
-      score.entropy[slot.token] = entropy;
-      args.weight.weight[slot.token] = slot.weight;
-    }
+    if (lane == 0) args.weight.weight[slot.token] = slot.weight;
+    add_sums(slot, block_sums);
   }
   inbox.wait(0);  // nobody leaves while mail is on its way to it
-  sums.flush(args.histogram);
+  __syncthreads();
+  if (threadIdx.x < kNumSums) {
+    const int cells = in.num_experts * 2 * num_buckets(in.bucket_bits);
+    atomicAdd(args.histogram.histogram + cells + threadIdx.x, block_sums[threadIdx.x]);
+  }
 }
 
 template <class Element, int kVectors, bool kExact, int kThreads>
@@ -156,10 +181,6 @@ cudaError_t enqueue(const SmallHistogramArgs& args, bool& taken, cudaStream_t st
   const bool whole = aligned && args.score.hidden_size % Vector<Element>::kSize == 0;
   constexpr int kPerVector = kRowWarps * kWarp;
   if (whole && vectors == 2 * kPerVector) return enqueue<Element, 2, true, 1024>(args, taken, stream);
-  if (whole && vectors == 7 * kPerVector) return enqueue<Element, 7, true, 512>(args, taken, stream);
-  if (whole && vectors > 2 * kPerVector && vectors <= 8 * kPerVector) {
-    return enqueue<Element, 8, false, 512>(args, taken, stream);
-  }
   return cudaSuccess;
 }
 

@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor> clip_threshold_to(Sink&& sink, const Tensor& own, con
   const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
   const Scope s = checked_enum<Scope>(scope, 2, "scope");
   Tensor shift = at::empty({num_experts}, o.options());
-  Tensor cut = at::empty({s == Scope::kExpert ? num_experts : num_ranks, 4}, o.options());
+  Tensor cut = at::empty({num_bounds(s, num_experts, num_ranks), 4}, o.options());
   sink(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
                            shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
                            static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_to(Sink&& sink, const Tensor& topk
   check_ranks(num_experts, num_ranks);
   p.scope = checked_enum<Scope>(scope, 2, "scope");
   check_like(sh, "shift", at::kInt, {num_experts}, ids);
-  check_like(c, "cut", at::kInt, {p.scope == Scope::kExpert ? num_experts : num_ranks, 4}, ids);
+  check_like(c, "cut", at::kInt, {num_bounds(p.scope, p.in.num_experts, p.num_ranks), 4}, ids);
   Tensor logits;
   if (router_logits.has_value()) {
     logits = router_logits->contiguous();

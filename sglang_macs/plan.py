@@ -137,12 +137,13 @@ class Plan:
             segment: [T] i32, -1 = text, otherwise below num_segments.
             all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group.
         """
+        # Made first: on CUDA, what comes behind the exchange reads the routing before it waits for anything.
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
         weight, own, workspace = self._before_exchange(hidden_states, topk_ids, topk_weights, segment, num_segments)
         group = own
         if all_reduce is not None and self.config.exchange == "group":
             group = own.clone()
             all_reduce(group)
-        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
         ids, weights, _, cut, counts = ops.threshold_apply(
             own,
             group,

@@ -19,7 +19,7 @@ struct Apply {
   const ClipApplyParams& p;
   const Assignments& a = p.in;
   const int32_t per_rank = a.num_experts / p.num_ranks;
-  const int32_t num_bounds = p.scope == Scope::kExpert ? a.num_experts : p.num_ranks;
+  const int32_t num_bounds = macs::num_bounds(p.scope, a.num_experts, p.num_ranks);
   std::vector<Slot> homeless;                  // in (token, slot) order
   std::vector<int64_t> room, proposed, taken;  // [NB] units
   std::vector<int64_t> excluded;               // [E] token that may not use the expert, +1

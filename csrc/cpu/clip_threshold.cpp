@@ -18,7 +18,7 @@ struct Threshold {
   const ClipThresholdParams& p;
   const int32_t buckets = num_buckets(p.bucket_bits), levels = 2 * buckets;
   const int32_t per_rank = p.num_experts / p.num_ranks;
-  const int32_t num_bounds = p.scope == Scope::kExpert ? p.num_experts : p.num_ranks;
+  const int32_t num_bounds = macs::num_bounds(p.scope, p.num_experts, p.num_ranks);
   const int32_t* sums = p.group + static_cast<int64_t>(p.num_experts) * levels;
   const double unit = units_per_row(p.load);
   std::vector<int64_t> group_level, own_level;          // [levels], reused for every bound

@@ -1,3 +1,5 @@
+// Assignments as lanes hold them, and their order.
+//
 // How a warp walks over assignments: a *step* is as many whole tokens as fit into its lanes (32 / K tokens of K slots),
 // so that a token never straddles two steps and the lanes of a step are in (token, slot) order.
 #pragma once
@@ -40,6 +42,11 @@ struct Step {
   }
 };
 
+__device__ __forceinline__ int load_id(const Assignments& in, int64_t index) {
+  return in.ids_are_i64 ? static_cast<int>(__ldg(static_cast<const int64_t*>(in.topk_ids) + index))
+                        : __ldg(static_cast<const int32_t*>(in.topk_ids) + index);
+}
+
 template <class Id, bool kWithWeight>
 __device__ __forceinline__ Slot load_slot(const Assignments& in, const Step& step, int64_t first, int64_t end) {
   Slot slot;
@@ -62,6 +69,37 @@ __device__ __forceinline__ int bucket_of_slot(const Assignments& in, const Slot&
   const float product = __fmul_rn(slot.weight, slot.gate);  // rounded once, never contracted
   const bool both = in.importance == Importance::kEntropyGate;
   return bucket_of(both ? product : importance_of(in.importance, slot.weight, slot.gate), in.bucket_bits);
+}
+
+// Hand out places in lane order: whether the running sum of the bound's units, own included, stays within its limit.
+// `running`: [NB] of this warp, what the bounds have given so far.
+__device__ __forceinline__ bool accept_in_order(bool pending, int bound, int units, bool rows, int* running,
+                                                int64_t limit) {
+  const unsigned active = __ballot_sync(kFullMask, pending);
+  if (active == 0) return false;
+  const int lane = threadIdx.x % kWarp;
+  bool accepted = false;
+  if (pending) {
+    const unsigned peers = __match_any_sync(active, bound);
+    const unsigned lower = peers & ((1u << lane) - 1u);
+    int sum = units;
+    if (rows) {
+      sum += __popc(lower);
+    } else {
+#pragma unroll 1
+      for (unsigned left = active; left != 0; left &= left - 1) {
+        const int source = __ffs(left) - 1;
+        const int other = __shfl_sync(active, units, source);
+        if ((lower >> source & 1u) != 0) sum += other;
+      }
+    }
+    sum += running[bound];
+    __syncwarp(active);
+    if (lane == kWarp - 1 - __clz(peers)) running[bound] = sum;
+    accepted = sum <= limit;
+  }
+  __syncwarp();
+  return accepted;
 }
 
 }  // namespace macs::cuda

@@ -15,6 +15,10 @@ namespace macs::cuda {
 struct alignas(32) RawCut {
   int4 cut;  // level, quota, group room, bound
   Kept kept;
+
+  static __device__ __forceinline__ RawCut of(const Cut& cut, int bound) {
+    return {make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound), cut.kept};
+  }
 };
 
 // Scratch in device memory, behind the GridState.
@@ -45,7 +49,7 @@ struct Board {
   }
   __device__ __forceinline__ Board(const ClipApplyParams& p, unsigned char* shared)
       : ints(reinterpret_cast<int*>(shared)), experts(p.in.num_experts),
-        num_bounds(cuda::num_bounds(p.scope, p.in.num_experts, p.num_ranks)) {}
+        num_bounds(macs::num_bounds(p.scope, p.in.num_experts, p.num_ranks)) {}
 
   __device__ __forceinline__ int* shift() const { return ints; }                  // [E]
   __device__ __forceinline__ int* bound_of() const { return ints + experts; }     // [E]

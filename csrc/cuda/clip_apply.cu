@@ -7,7 +7,7 @@
 //              passes: a pass adds up units per (warp, bound) in shared memory, a grid barrier turns these into
 //              prefixes, and a second pass hands the places out in order (match_any inside a step). Between the passes
 //              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
-//              first step stay in registers: up to about 8000 tokens there is no other.
+//              first step stay in registers and are written last: up to about 8000 tokens there is no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
@@ -33,6 +33,18 @@ struct ThresholdApplyArgs {
   GridState* state;  // the scratch lies behind it
 };
 
+struct StoreCuts {
+  const ClipThresholdParams& p;
+  RawCut* raw;
+
+  __device__ __forceinline__ void shift(int expert, int shift) const {
+    if (threadIdx.x % kWarp == 0) p.shift[expert] = shift;
+  }
+  __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
+    if (threadIdx.x % kWarp == 0) raw[n] = RawCut::of(cut, bound);
+  }
+};
+
 template <class Id>
 struct Output {
   Id* ids;
@@ -45,10 +57,12 @@ struct Output {
   __device__ __forceinline__ void set(int id, float weight) const { *ids = static_cast<Id>(id), *weights = weight; }
 };
 
-// A slot and its present id: >= 0 an expert, -1 homeless, -2 - j a proposal.
+// A slot, its present id (>= 0 an expert, -1 homeless, -2 - j a proposal) and its new weight.
 struct State {
   Slot slot;
   int current;
+  float weight;
+  bool in_registers;  // until the end; else its output slot holds it between the passes
 };
 
 // What every pass shares: the tokens of this warp, step by step, the first step kept in registers.
@@ -67,17 +81,30 @@ struct Walk {
     begin = p.in.num_tokens * warp / warps, end = p.in.num_tokens * (warp + 1) / warps;
   }
   // Before the wait: what is older than the chain of kernels. The weight is not.
-  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1}; }
+  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1, 0.0f, true}; }
   __device__ __forceinline__ void load_weight() {
     if (first.slot.inside) first.slot.weight = p.in.weight[first.slot.token];
   }
 
-  // body(State&): writes its outputs itself and leaves `current` as written.
+  __device__ __forceinline__ void put(State& state, int id, float weight) const {
+    state.current = id, state.weight = weight;
+    if (!state.in_registers) Output<Id>(p, state.slot, step).set(id, weight);
+  }
+  __device__ __forceinline__ void put(State& state, int id) const {
+    state.current = id;
+    if (!state.in_registers) *Output<Id>(p, state.slot, step).ids = static_cast<Id>(id);
+  }
+  // Last: a barrier would wait for stores sooner.
+  __device__ __forceinline__ void write_first() const {
+    if (first.slot.inside) Output<Id>(p, first.slot, step).set(first.current, first.weight);
+  }
+
+  // body(State&, first token of the step): changes a state by `put`.
   template <class Body>
   __device__ __forceinline__ void for_each(bool with_current, Body body) {
     if (begin < end) body(first, begin);
     for (int64_t at = begin + step.tokens; at < end; at += step.tokens) {
-      State state = {load_slot<Id, true>(p.in, step, at, end), -1};
+      State state = {load_slot<Id, true>(p.in, step, at, end), -1, 0.0f, false};
       if (with_current && state.slot.inside) state.current = static_cast<int>(*Output<Id>(p, state.slot, step).ids);
       body(state, at);
     }
@@ -93,36 +120,6 @@ struct Walk {
   }
 };
 
-// Hand out places in lane order: whether the running sum of the bound's units, own included, stays within its limit.
-__device__ __forceinline__ bool accept_in_order(bool pending, int bound, int units, bool rows, const int* limit,
-                                                const Board& board) {
-  const unsigned active = __ballot_sync(kFullMask, pending);
-  if (active == 0) return false;
-  const int lane = threadIdx.x % kWarp;
-  int* const running = board.own_running();
-  bool accepted = false;
-  if (pending) {
-    const unsigned peers = __match_any_sync(active, bound);
-    const unsigned lower = peers & ((1u << lane) - 1u);
-    int sum = units;
-    if (rows) {
-      sum += __popc(lower);
-    } else {
-      for (unsigned left = active; left != 0; left &= left - 1) {
-        const int source = __ffs(left) - 1;
-        const int other = __shfl_sync(active, units, source);
-        if ((lower >> source & 1u) != 0) sum += other;
-      }
-    }
-    sum += running[bound];
-    __syncwarp(active);
-    if (lane == kWarp - 1 - __clz(peers)) running[bound] = sum;
-    accepted = static_cast<int64_t>(board.base()[bound]) + sum <= limit[bound];
-  }
-  __syncwarp();
-  return accepted;
-}
-
 // Keep what is above the cut, clip what is below, count units at it. Returns whether the warp has any there.
 template <class Id>
 __device__ __forceinline__ bool clip_pass(Walk<Id>& walk) {
@@ -131,8 +128,7 @@ __device__ __forceinline__ bool clip_pass(Walk<Id>& walk) {
     const Slot& slot = state.slot;
     if (!slot.inside) return;
     const int side = slot.expert < 0 ? 1 : walk.compare_to_cut(slot);
-    state.current = side < 0 ? -1 : slot.expert;
-    Output<Id>(walk.p, slot, walk.step).set(state.current, side < 0 ? 0.0f : slot.gate);
+    walk.put(state, side < 0 ? -1 : slot.expert, side < 0 ? 0.0f : slot.gate);
     if (side == 0) {
       any = true;
       atomicAdd(walk.board.own_running() + walk.board.bound_of()[slot.expert], walk.units(slot));
@@ -151,62 +147,51 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
     const Slot& slot = state.slot;
     const bool pending = slot.expert >= 0 && walk.compare_to_cut(slot) == 0;
     const int bound = pending ? walk.board.bound_of()[slot.expert] : 0;
-    const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.board.quota(), walk.board);
+    const int64_t limit = static_cast<int64_t>(walk.board.quota()[bound]) - walk.board.base()[bound];
+    const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.board.own_running(), limit);
     if (!pending) return;
-    if (!stays) {
-      state.current = -1;
-      Output<Id>(walk.p, slot, walk.step).set(-1, 0.0f);
-    }
+    if (!stays) walk.put(state, -1, 0.0f);
     walk.count(stays ? 0 : 1, slot.expert, slot.text());
   });
 }
 
-// Proposals of a round: the homeless slots of every token of this warp.
+// Proposals of a round: the homeless slots of every token of this warp, two tokens at a time as far as registers go.
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
+  constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
-  const int top_k = p.in.top_k, experts = board.experts;
+  const int top_k = p.in.top_k, experts = board.experts, per_rank = experts / p.num_ranks;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
-  const Lanes<kKeys> lanes(experts, board.room(), board.bound_of(), board.rank_of());
+  const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
     unsigned left = __ballot_sync(kFullMask, slot.expert >= 0 && state.current < 0);
     if (left == 0) return;
-    const int rank = p.reroute == Reroute::kLocal && slot.expert >= 0 ? board.rank_of()[slot.expert] : -1;
-    const int units = walk.units(slot);
+    const bool local = p.reroute == Reroute::kLocal && slot.expert >= 0;
+    const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
     int choice = -1;
-    float logits[kKeys];
-    load_logits<kKeys>(p.router_logits, experts, first + (__ffs(left) - 1) / top_k, logits);
     while (left != 0) {
-      const int token = (__ffs(left) - 1) / top_k;
-      const unsigned of_token = slots << (token * top_k), homeless = left & of_token;
-      left &= ~of_token;
-      float ahead[kKeys] = {};  // the next token's logits come while this one chooses
-      if (left != 0) load_logits<kKeys>(p.router_logits, experts, first + (__ffs(left) - 1) / top_k, ahead);
-      const bool mine = walk.step.used && walk.step.token_lane == token;
-      const int token_units = __shfl_sync(kFullMask, units, token * top_k);
-      choice = max(choice, choose<kKeys>(lanes, logits, homeless, mine ? slot.expert : -1, mine ? state.current : -1,
-                                         rank, token_units));
+      Chooser<kKeys> tokens[kTokensAtOnce];
 #pragma unroll
-      for (int i = 0; i < kKeys; ++i) logits[i] = ahead[i];
+      for (int t = 0; t < kTokensAtOnce; ++t) {
+        const int token = left != 0 ? (__ffs(left) - 1) / top_k : 0;
+        const unsigned of_token = slots << (token * top_k);
+        const bool mine = walk.step.used && walk.step.token_lane == token;
+        tokens[t].homeless = left & of_token;
+        left &= ~of_token;
+        tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
+        tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
+        if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
+      }
+      choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank));
     }
     if (choice >= 0) {
-      state.current = -2 - choice;
-      *Output<Id>(p, slot, walk.step).ids = static_cast<Id>(state.current);
+      walk.put(state, -2 - choice);
       atomicAdd(board.own_running() + board.bound_of()[choice], units);
     }
   });
-}
-
-// The gate of a re-routed expert: its own router probability under the scaling that the token's top-k weights had.
-__device__ __forceinline__ float rerouted_weight(const ClipApplyParams& p, int64_t token, int expert, int reference,
-                                                 float gate) {
-  const float* row = p.router_logits + token * p.in.num_experts;
-  const float to = __ldg(row + expert), from = __ldg(row + reference);
-  if (p.scoring == Scoring::kSoftmax) return gate * expf(to - from);
-  return gate * ((1.0f + expf(-from)) / (1.0f + expf(-to)));
 }
 
 // Proposals in order, up to the room.
@@ -221,25 +206,18 @@ __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
     const bool pending = wanted >= 0;
     if (!__any_sync(kFullMask, pending)) return;
     const int bound = pending ? board.bound_of()[wanted] : 0, units = walk.units(slot);
-    const bool accepted = accept_in_order(pending, bound, units, rows, board.room(), board);
-    int reference = -1;
-    float gate = 0.0f;
-    for (int k = 0; k < p.in.top_k; ++k) {  // the slot of greatest gate, the lowest among equals
-      const int lane = min(walk.step.first_lane(p.in.top_k) + k, kWarp - 1);
-      const int other = __shfl_sync(kFullMask, slot.expert, lane);
-      const float other_gate = __shfl_sync(kFullMask, slot.gate, lane);
-      if (other >= 0 && (reference < 0 || other_gate > gate)) reference = other, gate = other_gate;
-    }
+    const int64_t limit = static_cast<int64_t>(board.room()[bound]) - board.base()[bound];
+    const bool accepted = accept_in_order(pending, bound, units, rows, board.own_running(), limit);
+    const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
     if (!pending) return;
-    const Output<Id> out(p, slot, walk.step);
     if (accepted) {
-      state.current = wanted;
-      out.set(wanted, rerouted_weight(p, slot.token, wanted, reference, gate));
+      const float* const row = p.router_logits + slot.token * p.in.num_experts;
+      const float to = __ldg(row + wanted), from = __ldg(row + reference.expert);
+      walk.put(state, wanted, rerouted_weight(p.scoring, reference.gate, to, from));
       if (!rows) atomicAdd(board.taken() + bound, units);
       walk.count(2, wanted, slot.text());
     } else {
-      state.current = -1;
-      *out.ids = static_cast<Id>(-1);
+      walk.put(state, -1);
     }
   });
 }
@@ -276,12 +254,17 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   start_dependents();
   const ClipApplyParams& p = args.apply;
   // The cuts' levels lie before the board: both are needed at once.
-  const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold) : 0));
+  const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.state + 1, board.num_bounds, gridDim.x);
   Walk<Id> walk(p, board);
   walk.load_first();
   clear_board(p, board);
+  int* const levels = reinterpret_cast<int*>(shared);
+  if constexpr (kWithThreshold) {
+    clear_levels(args.threshold, levels);
+    __syncthreads();
+  }
   wait_for_previous();
   walk.load_weight();
   if (blockIdx.x == 0) {
@@ -289,10 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   bool cut;
   if constexpr (kWithThreshold) {
-    find_cuts(args.threshold, shared, blockIdx.x, gridDim.x, [&](int n, const Cut& found, int bound) {
-      const int4 raw = make_int4(found.level, found.quota, static_cast<int>(found.group_room), bound);
-      scratch.raw[n] = {raw, found.kept};
-    });
+    find_cuts(args.threshold, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw});
     grid.barrier();
     cut = fill_bounds(args.threshold, board, scratch);
   } else {
@@ -306,6 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
   }
+  walk.write_first();
   __syncthreads();
   for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) {
     if (board.counts()[i] != 0) atomicAdd(p.counts + i, board.counts()[i]);
@@ -326,7 +307,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.num_experts, num_bounds(p.scope, p.in.num_experts, p.num_ranks), kWarps);
-  if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold);
+  if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxPools * sizeof(Kept));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (!raised[current_device()]) {
@@ -377,6 +358,9 @@ size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyPa
 
 cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
                                    cudaStream_t stream) {
+  bool small = false;
+  const cudaError_t error = enqueue_small_apply(threshold, apply, small, stream);
+  if (small) return error;
   return enqueue_clip_apply<true>({threshold, apply, static_cast<GridState*>(workspace)}, stream);
 }
 

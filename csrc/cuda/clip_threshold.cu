@@ -19,24 +19,39 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+
+struct StoreCuts {
+  const ClipThresholdParams& p;
+  Kept* kept;
+
+  __device__ __forceinline__ void shift(int expert, int shift) const {
+    if (threadIdx.x % kWarp == 0) p.shift[expert] = shift;
+  }
+  __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
+    if (threadIdx.x % kWarp != 0) return;
+    const int4 stored = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound);
+    reinterpret_cast<int4*>(p.cut)[n] = stored;
+    if (cut.level < 0) return;
+    atomicAdd(&kept[pool_of(p, n)].group, cut.kept.group);
+    atomicAdd(&kept[pool_of(p, n)].own, cut.kept.own);
+  }
+};
 
 __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_constant__ ClipThresholdParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   start_dependents();
   const cg::cluster_group cluster = cg::this_cluster();
   const int num_blocks = cluster.num_blocks(), pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
-  Kept* const kept = reinterpret_cast<Kept*>(shared + threshold_shared_bytes(p));
+  int* const levels = reinterpret_cast<int*>(shared);
+  Kept* const kept = reinterpret_cast<Kept*>(shared + threshold_shared_bytes(p, kWarps));
   Kept* const kept_by_all = kept + pools;
   int4* const cuts = reinterpret_cast<int4*>(p.cut);
   for (int pool = threadIdx.x; pool < pools; pool += kThreads) kept[pool] = {0, 0};
+  clear_levels(p, levels);
   __syncthreads();
   wait_for_previous();
-  find_cuts(p, shared, cluster.block_rank(), num_blocks, [&](int n, const Cut& cut, int bound) {
-    cuts[n] = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound);
-    if (cut.level < 0) return;
-    atomicAdd(&kept[pool_of(p, n)].group, cut.kept.group);
-    atomicAdd(&kept[pool_of(p, n)].own, cut.kept.own);
-  });
+  find_cuts(p, levels, cluster.block_rank(), num_blocks, StoreCuts{p, kept});
   cluster.sync();
   for (int pool = threadIdx.x; pool < pools; pool += kThreads) {
     Kept sum = {0, 0};
@@ -59,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
 
 cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t stream) {
   static int cached[kMaxDevices] = {};
-  const size_t bytes = threshold_shared_bytes(p) + 2 * sizeof(Kept) * p.num_ranks;
+  const size_t bytes = threshold_shared_bytes(p, kWarps) + 2 * sizeof(Kept) * p.num_ranks;
   if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
   const int cluster = largest_cluster(clip_threshold_kernel, kThreads, cached);
   const Shape shape = {

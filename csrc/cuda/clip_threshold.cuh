@@ -15,10 +15,6 @@ namespace macs::cuda {
 
 constexpr int kMaxPools = 1024;  // ranks
 
-__host__ __device__ inline int num_bounds(Scope scope, int num_experts, int num_ranks) {
-  return scope == Scope::kExpert ? num_experts : num_ranks;
-}
-
 // Own and group units at the levels that a cut bound keeps in full or in part.
 struct Kept {
   unsigned long long group, own;
@@ -44,56 +40,80 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
   return x;
 }
 
-// One warp: where `bound` cuts the levels, the highest first. `at(l)` yields the units at level l.
-template <class At>
-__device__ Cut warp_find_cut(const At& at, int num_levels, int bound) {
-  const int lane = threadIdx.x % kWarp;
-  const int share = (num_levels + kWarp - 1) / kWarp;
-  const int low = min(lane * share, num_levels), high = min(low + share, num_levels);
+// Units per level of one bound, in shared memory. Without an exchange `own` is `group`.
+struct Levels {
+  int *group, *own;
+};
+
+// One warp: where `bound` cuts the levels, the highest first. A lane takes up to kShare levels (their number / 32).
+template <int kShare>
+__device__ __forceinline__ Cut warp_find_cut(const Levels& levels, int num_levels, int bound) {
+  const int lane = threadIdx.x % kWarp, share = num_levels / kWarp, low = lane * share;
+  int group[kShare], own[kShare];
   Cell sum = {0, 0};
-  for (int l = low; l < high; ++l) {
-    const Cell cell = at(l);
-    sum.group += cell.group, sum.own += cell.own;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    group[i] = i < share ? levels.group[low + i] : 0;
+    sum.group += group[i];
   }
-  const Cell upto = {warp_inclusive_sum(sum.group), warp_inclusive_sum(sum.own)};
+  const bool alone = levels.own == levels.group;
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) {
+    own[i] = group[i];
+    if (!alone) own[i] = i < share ? levels.own[low + i] : 0;
+    sum.own += own[i];
+  }
+  Cell upto = {warp_inclusive_sum(sum.group), 0};
+  upto.own = alone ? upto.group : warp_inclusive_sum(sum.own);
   const int total = __shfl_sync(kFullMask, upto.group, kWarp - 1);
   if (total <= bound) return {-1, 0, static_cast<int64_t>(bound) - total, {0, 0}};
-  int above = total - upto.group;  // units over this lane's levels
-  const bool here = above <= bound && above + sum.group > bound;
+  int above = total - upto.group;  // units over this lane's levels, then over those passed
+  bool here = false;
   Cut cut = {0, 0, 0, {0, 0}};
-  if (here) {
-    Cell cell = at(high - 1);
-    int level = high - 1, own_from = upto.own;
-    while (above + cell.group <= bound) {
-      above += cell.group, own_from -= cell.own;
-      cell = at(--level);
+  if (above <= bound && above + sum.group > bound) {
+    Cell at = {0, 0};
+#pragma unroll
+    for (int i = kShare - 1; i >= 0; --i) {
+      if (!here && above + group[i] > bound) here = true, at = {group[i], own[i]}, cut.level = low + i;
+      if (!here) above += group[i], upto.own -= own[i];
     }
-    const int64_t quota = static_cast<int64_t>(bound - above) * cell.own / cell.group;
-    cut = {level, static_cast<int>(quota), 0, {static_cast<unsigned>(total - above), static_cast<unsigned>(own_from)}};
+    const int64_t remainder = bound - above;
+    cut.quota = static_cast<int>(at.own == at.group ? remainder : remainder * at.own / at.group);
+    cut.kept = {static_cast<unsigned>(total - above), static_cast<unsigned>(upto.own)};
   }
   const int source = __ffs(__ballot_sync(kFullMask, here)) - 1;
   cut.level = __shfl_sync(kFullMask, cut.level, source);
   cut.quota = __shfl_sync(kFullMask, cut.quota, source);
-  cut.kept.group = __shfl_sync(kFullMask, cut.kept.group, source);
-  cut.kept.own = __shfl_sync(kFullMask, cut.kept.own, source);
+  cut.kept.group = __shfl_sync(kFullMask, static_cast<unsigned>(cut.kept.group), source);
+  cut.kept.own = __shfl_sync(kFullMask, static_cast<unsigned>(cut.kept.own), source);
   return cut;
 }
 
-struct Capacity {
-  double base, visual_share, units;
+// Correctly rounded, as a division; by a power of two it is a multiplication.
+__device__ __forceinline__ double divide(double x, int n) {
+  if ((n & (n - 1)) == 0) return __dmul_rn(x, __hiloint2double((1024 - __ffs(n)) << 20, 0));
+  return __ddiv_rn(x, static_cast<double>(n));
+}
 
-  __device__ __forceinline__ explicit Capacity(const ClipThresholdParams& p, const int32_t* sums) {
-    const double all = sums[0], weight = sums[3];
-    visual_share = sums[3] == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums[2]), weight);
-    base = __ddiv_rn(__dmul_rn(p.gamma, all), static_cast<double>(p.num_experts));
+struct Capacity {
+  double all, base, visual_share, units;  // base, bound: rows; units: per row
+
+  // sums: N, N_visual, W_visual, W of the group.
+  __device__ __forceinline__ Capacity(const ClipThresholdParams& p, const int4& sums) {
+    all = sums.x;
+    visual_share = sums.w == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
+    base = divide(__dmul_rn(p.gamma, all), p.num_experts);
     units = static_cast<double>(units_per_row(p.load));
   }
-  __device__ __forceinline__ double of_expert(const ClipThresholdParams& p, int expert) const {
+  __device__ __forceinline__ double of_expert(const ClipThresholdParams& p, int modality) const {
     if (isinf(p.gamma)) return p.gamma;
-    const double towards = __dmul_rn(p.rho, static_cast<double>(p.modality[expert]));
+    const double towards = __dmul_rn(p.rho, static_cast<double>(modality));
     const double lean = __dmul_rn(towards, __dsub_rn(visual_share, 0.5));
     const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
     return scaled > p.c_min ? scaled : p.c_min;
+  }
+  __device__ __forceinline__ int of_rank(const ClipThresholdParams& p) const {
+    return bound_of(p.gamma, divide(__dmul_rn(p.gamma, all), p.num_ranks), units);
   }
   static __device__ __forceinline__ int bound_of(double gamma, double rows, double units) {
     const double bound = floor(__dmul_rn(rows, units));
@@ -102,80 +122,101 @@ struct Capacity {
   }
 };
 
-// Levels of one rank's bound, group's and own, and the shifts of its experts; a multiple of 16.
-__host__ __device__ inline size_t threshold_shared_bytes(const ClipThresholdParams& p) {
-  const size_t ints = 4 * num_buckets(p.bucket_bits) + p.num_experts / p.num_ranks;
-  return (ints * sizeof(int) + 15) / 16 * 16;
+// Levels of as many bounds as a block works on at once: one (scope=rank), or one per warp.
+__host__ __device__ inline size_t threshold_shared_bytes(const ClipThresholdParams& p, int num_warps) {
+  const size_t bounds = p.scope == Scope::kRank ? 1 : num_warps;
+  return bounds * 4 * num_buckets(p.bucket_bits) * sizeof(int);
 }
 
-// One warp: the shift of an expert, and what falls on its lowest levels (text and visual) into `levels`.
-__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, int expert,
-                                            int* group_levels, int* own_levels) {
-  const int lane = threadIdx.x % kWarp, buckets = num_buckets(p.bucket_bits);
-  const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
-  const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
-  int shift = 0;
-  if (p.alpha > 0.0) {
-    int load = 0;
-#pragma unroll 8
-    for (int cell = lane; cell < 2 * buckets; cell += kWarp) load += group[cell];
-    const double most = capacity.of_expert(p, expert);
-    load = __reduce_add_sync(kFullMask, load);
-    const double rows = static_cast<double>(load) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
-    shift = pressure_shift(rows, most, p.alpha, p.bucket_bits);
-  }
-  for (int text = 0; text < 2; ++text) {
-    Cell lowest = {0, 0};
-#pragma unroll 4
-    for (int bucket = lane; bucket < buckets; bucket += kWarp) {  // loads first, all at once; most fall away
-      const Cell cell = {group[text * buckets + bucket], own[text * buckets + bucket]};
-      lowest.group += bucket <= shift ? cell.group : 0, lowest.own += bucket <= shift ? cell.own : 0;
-    }
-    lowest.group = __reduce_add_sync(kFullMask, lowest.group);
-    lowest.own = __reduce_add_sync(kFullMask, lowest.own);
-    const int level = text != 0 && p.protect_text ? buckets : 0;
-    if (lane == 0) atomicAdd(&group_levels[level], lowest.group), atomicAdd(&own_levels[level], lowest.own);
-  }
-  if (lane == 0) p.shift[expert] = shift;
-  return shift;
+__device__ __forceinline__ Levels levels_of(const ClipThresholdParams& p, int* shared, int i) {
+  const int num_levels = 2 * num_buckets(p.bucket_bits);
+  int* const group = shared + i * 2 * num_levels;
+  return {group, p.own == p.group ? group : group + num_levels};
 }
 
-// Levels of one rank's bound (block): first the shifts of its experts, then every level above the lowest gathers its
-// cells, one expert after the other.
-__device__ inline void gather_rank_levels(const ClipThresholdParams& p, const Capacity& capacity, int rank,
-                                          int* group_levels, int* own_levels, int* shifts) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
-  const int buckets = num_buckets(p.bucket_bits), local = p.num_experts / p.num_ranks;
-  const bool alone = p.own == p.group;  // without an exchange: read once
-  for (int l = threadIdx.x; l < 2 * buckets; l += blockDim.x) group_levels[l] = own_levels[l] = 0;
-  __syncthreads();
-  for (int i = warp; i < local; i += num_warps) {
-    const int shift = expert_shift(p, capacity, rank * local + i, group_levels, own_levels);
-    if (lane == 0) shifts[i] = shift;
+// Before find_cuts, and before a barrier of the block.
+__device__ __forceinline__ void clear_levels(const ClipThresholdParams& p, int* shared) {
+  const int words = static_cast<int>(threshold_shared_bytes(p, blockDim.x / kWarp) / sizeof(int));
+#pragma unroll 1
+  for (int i = threadIdx.x; i < words; i += blockDim.x) shared[i] = 0;
+}
+
+template <bool kAligned>
+__device__ __forceinline__ int4 load_four(const int32_t* cells) {
+  if (kAligned) return __ldcg(reinterpret_cast<const int4*>(cells));
+  return make_int4(__ldcg(cells), __ldcg(cells + 1), __ldcg(cells + 2), __ldcg(cells + 3));
+}
+
+// The cells of one expert, spread over a warp: four neighbours per lane out of each 128. kQuads: 2 up to B = 128, else 4.
+template <int kQuads, bool kAligned>
+struct ExpertCells {
+  int expert, modality;
+  int4 group[kQuads], own[kQuads];
+
+  static __device__ __forceinline__ int first_of(int quad) {
+    return (quad * kWarp + static_cast<int>(threadIdx.x) % kWarp) * 4;
   }
-  __syncthreads();
-  // Experts are dealt to as many threads per level as there are.
-  const int parts = max(1, static_cast<int>(blockDim.x) / (2 * buckets));
-  const int part = threadIdx.x / (2 * buckets);
-  const int first = parts > 1 ? threadIdx.x % (2 * buckets) : threadIdx.x;
-  for (int l = first; l < 2 * buckets && part < parts; l += parts > 1 ? 2 * buckets : blockDim.x) {
-    const int text = l / buckets, e = l % buckets;
-    Cell sum = {0, 0};
-#pragma unroll 8
-    for (int i = part; i < local; i += parts) {
-      const int bucket = e + shifts[i];
-      const bool counts = e != 0 && bucket < buckets;
-      const int cell = ((rank * local + i) * 2 + text) * buckets + min(bucket, buckets - 1);  // loaded in any case:
-      const int group = p.group[cell], own = alone ? 0 : p.own[cell];                         // no branch in between
-      sum.group += counts ? group : 0;
-      sum.own += counts ? own : 0;
+
+  // No expert at all: `of` = E.
+  __device__ __forceinline__ ExpertCells(const ClipThresholdParams& p, int of) : expert(of), modality(0) {
+    const int cells = 2 * num_buckets(p.bucket_bits);
+    if (expert < p.num_experts) modality = __ldg(p.modality + expert);
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      group[i] = own[i] = make_int4(0, 0, 0, 0);
+      if (expert >= p.num_experts || first_of(i) >= cells) continue;
+      const int at = expert * cells + first_of(i);
+      group[i] = load_four<kAligned>(p.group + at);
+      if (p.own != p.group) own[i] = load_four<kAligned>(p.own + at);
     }
-    if (alone) sum.own = sum.group;
-    const int level = e + (text != 0 && p.protect_text ? buckets : 0);
-    if (sum.group != 0) atomicAdd(&group_levels[level], sum.group);
-    if (sum.own != 0) atomicAdd(&own_levels[level], sum.own);
   }
-  __syncthreads();
+
+  __device__ __forceinline__ int load() const {
+    int units = 0;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) units += group[i].x + group[i].y + group[i].z + group[i].w;
+    return __reduce_add_sync(kFullMask, units);
+  }
+
+  __device__ __forceinline__ void add_to(const ClipThresholdParams& p, const Levels& levels, int shift) const {
+    add(p, group, levels.group, shift);
+    if (levels.own != levels.group) add(p, own, levels.own, shift);
+  }
+
+ private:
+  // Most of a shifted expert's cells fall on the lowest level: added up before.
+  static __device__ __forceinline__ void add(const ClipThresholdParams& p, const int4 (&quads)[kQuads], int* levels,
+                                             int shift) {
+    const int buckets = num_buckets(p.bucket_bits), top = p.protect_text ? buckets : 0;
+    int visual = 0, text = 0;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const bool is_text = first_of(i) >= buckets;
+      const int e = first_of(i) - (is_text ? buckets : 0) - shift;
+      const int units[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
+      int lowest = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (e + j < 0) {
+          lowest += units[j];
+        } else if (units[j] != 0) {
+          atomicAdd(levels + (is_text ? top : 0) + e + j, units[j]);
+        }
+      }
+      visual += is_text ? 0 : lowest, text += is_text ? lowest : 0;
+    }
+    if (shift == 0) return;
+    visual = __reduce_add_sync(kFullMask, visual), text = __reduce_add_sync(kFullMask, text);
+    if (threadIdx.x % kWarp == 0 && visual != 0) atomicAdd(levels, visual);
+    if (threadIdx.x % kWarp == 0 && text != 0) atomicAdd(levels + top, text);
+  }
+};
+
+template <class Cells>
+__device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, const Cells& cells) {
+  if (p.scope != Scope::kRank || !(p.alpha > 0.0)) return 0;
+  const double rows = static_cast<double>(cells.load()) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
+  return pressure_shift(rows, capacity.of_expert(p, cells.modality), p.alpha, p.bucket_bits);
 }
 
 // Where a bound's losses and room are counted: with its rank, or all in one place.
@@ -187,44 +228,57 @@ __device__ __forceinline__ int pool_of(const ClipThresholdParams& p, int n) {
 // The own share of the group's room, given what the pool keeps.
 __device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t group_room, const Kept& pool) {
   if (p.reroute == Reroute::kNone || pool.group == 0) return 0;
+  if (pool.own == pool.group) return static_cast<int>(group_room);
   return static_cast<int>(static_cast<unsigned long long>(group_room) * pool.own / pool.group);
 }
 
-// This block's share of the bounds, round robin over `num_blocks`: `store(n, cut, bound)` is called by one thread each.
-// Not inlined: its registers would weigh on the fused kernel's.
-template <class Store>
-__device__ __noinline__ void find_cuts(const ClipThresholdParams& p, unsigned char* shared, int block, int num_blocks,
-                                       Store store) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
-  const int buckets = num_buckets(p.bucket_bits);
-  int* const group_levels = reinterpret_cast<int*>(shared);
-  int* const own_levels = group_levels + 2 * buckets;
-  const int32_t* const sums = p.group + static_cast<int64_t>(p.num_experts) * 2 * buckets;
-  const Capacity capacity(p, sums);
-  if (p.scope == Scope::kRank) {
-    const double rows = __ddiv_rn(__dmul_rn(p.gamma, static_cast<double>(sums[0])), static_cast<double>(p.num_ranks));
-    const int bound = Capacity::bound_of(p.gamma, rows, capacity.units);
-    for (int rank = block; rank < p.num_ranks; rank += num_blocks) {
-      gather_rank_levels(p, capacity, rank, group_levels, own_levels, own_levels + 2 * buckets);
-      if (warp == 0) {
-        const Cut cut = warp_find_cut([&](int l) { return Cell{group_levels[l], own_levels[l]}; }, 2 * buckets, bound);
-        if (lane == 0) store(rank, cut, bound);
-      }
+// This block's share of the bounds, round robin over `num_blocks`: a rank at a time, or an expert per warp. Levels are
+// cleared before. Whole warps call `sink.shift(expert, shift)` for every expert and `sink.cut(n, cut, bound)` for every
+// bound. kAligned: the histograms, to 16 bytes.
+template <int kQuads, bool kAligned, class Sink>
+__device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
+                                             const Sink& sink) {
+  using Cells = ExpertCells<kQuads, kAligned>;
+  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp, num_levels = 2 * num_buckets(p.bucket_bits);
+  const bool by_rank = p.scope == Scope::kRank;
+  const int experts = p.num_experts, together = by_rank ? experts / p.num_ranks : num_warps;
+  const Levels levels = levels_of(p, shared, by_rank ? 0 : warp);
+  for (int first = block * together; first < experts; first += num_blocks * together) {
+    const int end = min(first + together, experts);
+    Cells next(p, first + warp < end ? first + warp : experts);
+    const Capacity capacity(p, load_four<kAligned>(p.group + experts * num_levels));
+    int bound = capacity.of_rank(p);
+    for (int expert = first + warp; expert < end; expert += num_warps) {
+      const Cells cells = next;
+      next = Cells(p, expert + num_warps < end ? expert + num_warps : experts);
+      if (!by_rank) bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, cells.modality), capacity.units);
+      const int shift = expert_shift(p, capacity, cells);
+      sink.shift(expert, shift);
+      cells.add_to(p, levels, shift);
+    }
+    __syncthreads();
+    if (by_rank ? warp == 0 : first + warp < end) {
+      sink.cut(by_rank ? first / together : first + warp, warp_find_cut<4 * kQuads>(levels, num_levels, bound), bound);
+    }
+    if (first + num_blocks * together < experts) {
+      __syncthreads();
+      clear_levels(p, shared);
       __syncthreads();
     }
-    return;
   }
-  for (int expert = warp * num_blocks + block; expert < p.num_experts; expert += num_warps * num_blocks) {
-    const int32_t* group = p.group + static_cast<int64_t>(expert) * 2 * buckets;
-    const int32_t* own = p.own + static_cast<int64_t>(expert) * 2 * buckets;
-    const int bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, expert), capacity.units);
-    const auto apart = [&](int l) { return Cell{group[l], own[l]}; };
-    const auto together = [&](int l) { return Cell{group[l] + group[buckets + l], own[l] + own[buckets + l]}; };
-    const Cut cut = p.protect_text ? warp_find_cut(apart, 2 * buckets, bound) : warp_find_cut(together, buckets, bound);
-    if (lane == 0) {
-      p.shift[expert] = 0;
-      store(expert, cut, bound);
-    }
+}
+
+__host__ __device__ inline bool aligned_histograms(const ClipThresholdParams& p) {
+  return (reinterpret_cast<uintptr_t>(p.own) | reinterpret_cast<uintptr_t>(p.group)) % sizeof(int4) == 0;
+}
+
+template <class Sink>
+__device__ __forceinline__ void find_cuts(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
+                                          const Sink& sink) {
+  if (aligned_histograms(p) && num_buckets(p.bucket_bits) <= 128) {
+    find_cuts_of<2, true>(p, shared, block, num_blocks, sink);
+  } else {
+    find_cuts_of<4, false>(p, shared, block, num_blocks, sink);
   }
 }
 

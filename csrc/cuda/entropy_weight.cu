@@ -21,11 +21,7 @@ struct EntropyWeightArgs {
 
 __global__ void __launch_bounds__(kThreads) zero_kernel(const __grid_constant__ ZeroArgs args) {
   start_dependents();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const int64_t vectors = args.first_bytes / 16, more = args.second_bytes / 16;
-  for (int64_t i = first; i < vectors; i += stride) static_cast<uint4*>(args.first)[i] = make_uint4(0, 0, 0, 0);
-  for (int64_t i = first; i < more; i += stride) static_cast<uint4*>(args.second)[i] = make_uint4(0, 0, 0, 0);
+  zero_all(args);
 }
 
 __global__ void __launch_bounds__(kThreads) segment_sums_kernel(const __grid_constant__ EntropyWeightArgs args) {

@@ -13,6 +13,15 @@ struct ZeroArgs {
   void* second;
   int64_t first_bytes, second_bytes;
 };
+__device__ __forceinline__ void zero_all(const ZeroArgs& args) {  // by the whole grid
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int64_t vectors = args.first_bytes / 16, more = args.second_bytes / 16;
+#pragma unroll 1
+  for (int64_t i = first; i < vectors; i += stride) static_cast<uint4*>(args.first)[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int64_t i = first; i < more; i += stride) static_cast<uint4*>(args.second)[i] = make_uint4(0, 0, 0, 0);
+}
 cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream);
 
 // Entropies, and the sums of their segments where `layout.sums` is given (zeroed by the kernel before).
@@ -29,5 +38,12 @@ struct LoadHistogramArgs {
   SumsLayout layout;
 };
 cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream);
+
+// The same for small batches in one launch each, where they fit (`taken`).
+cudaError_t enqueue_small_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
+                                    const LoadHistogramParams& histogram, const ZeroArgs& zero, bool& taken,
+                                    cudaStream_t stream);
+cudaError_t enqueue_small_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, bool& taken,
+                                cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -8,6 +8,7 @@
 // Determinism: integer additions only.
 #include "assignments.cuh"
 #include "grid.cuh"
+#include "histogram.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
@@ -18,46 +19,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// The four sums of a warp in registers, then of the block, then one addition each.
-struct Sums {
-  unsigned all = 0, visual = 0, visual_weight = 0, weight = 0;
-
-  __device__ __forceinline__ void add(const Slot& slot, bool leader, bool token_counts) {
-    if (slot.expert >= 0) {
-      all += 1;
-      visual += slot.text() ? 0 : 1;
-    }
-    if (leader && token_counts) {
-      const unsigned fixed = fixed_weight(slot.weight);
-      weight += fixed;
-      visual_weight += slot.text() ? 0 : fixed;
-    }
-  }
-
-  __device__ __forceinline__ void flush(int32_t* target) const {
-    __shared__ unsigned block[kNumSums];
-    if (threadIdx.x < kNumSums) block[threadIdx.x] = 0;
-    __syncthreads();
-    const unsigned sums[kNumSums] = {all, visual, visual_weight, weight};
-#pragma unroll
-    for (int i = 0; i < kNumSums; ++i) {
-      const unsigned sum = __reduce_add_sync(kFullMask, sums[i]);
-      if (threadIdx.x % kWarp == 0) atomicAdd(&block[i], sum);
-    }
-    __syncthreads();
-    if (threadIdx.x < kNumSums && block[threadIdx.x] != 0) {
-      atomicAdd(reinterpret_cast<unsigned*>(target) + threadIdx.x, block[threadIdx.x]);
-    }
-  }
-};
-
 template <class Id, bool kFromEntropy>
 __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_constant__ LoadHistogramArgs args) {
   start_dependents();
   __shared__ SegmentMoments table[kFromEntropy ? kFewSegments : 1];
   const Assignments& in = args.p.in;
   const Step step(in.top_k);
-  const int buckets = num_buckets(in.bucket_bits);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps * step.tokens;
   int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * step.tokens;
   // The weight is an input older than this chain unless it is made here: the first loads need not wait.
@@ -85,13 +52,10 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
     }
     const unsigned filled = __ballot_sync(kFullMask, slot.expert >= 0);
     sums.add(slot, leader, step.used && (filled & step.token_mask(in.top_k)) != 0);
-    if (slot.expert >= 0) {
-      const int cell = (slot.expert * 2 + (slot.text() ? 1 : 0)) * buckets + bucket_of_slot(in, slot);
-      atomicAdd(args.p.histogram + cell, load_units(in.load, slot.weight));
-    }
+    add_to_cell(args.p, slot);
     slot = next;
   }
-  sums.flush(args.p.histogram + static_cast<int64_t>(in.num_experts) * 2 * buckets);
+  sums.flush(args.p);
 }
 
 }  // namespace
@@ -124,9 +88,14 @@ cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t str
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
   GridState* const state = static_cast<GridState*>(workspace);  // for threshold_apply
+  bool small = false;
+  cudaError_t error = enqueue_small_histogram(
+      score, weight, histogram, {histogram.histogram, state, histogram_bytes(histogram.in), sizeof(GridState)}, small,
+      stream);
+  if (small || error != cudaSuccess) return error;
   const SumsLayout layout = SumsLayout::of(state + 1, weight.num_segments);
   const int64_t state_bytes = static_cast<int64_t>(sizeof(GridState)) + layout.bytes();
-  cudaError_t error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), state_bytes}, stream);
+  error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), state_bytes}, stream);
   if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .layout = layout}, true, stream);
   if (error != cudaSuccess) return error;
   return enqueue_load_histogram({.p = histogram, .weight = weight, .layout = layout}, stream);

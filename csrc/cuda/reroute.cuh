@@ -19,18 +19,16 @@ __device__ __forceinline__ unsigned key_of(float logit) {
   return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
 }
 
-// What this lane's experts have to do with room and rank; the same for every token of a round.
+// The room of this lane's experts, the same for every token of a round; -1 where there is no expert.
 template <int kKeys>
-struct Lanes {
-  int room[kKeys];  // of the expert's bound; -1 where there is no expert
-  int rank[kKeys];
+struct Rooms {
+  int of[kKeys];
 
-  __device__ __forceinline__ Lanes(int experts, const int* room_of_bound, const int* bound_of, const int* rank_of) {
+  __device__ __forceinline__ Rooms(int experts, const int* room_of_bound, const int* bound_of) {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int j = i * kWarp + static_cast<int>(threadIdx.x) % kWarp;
-      room[i] = j < experts ? room_of_bound[bound_of[j]] : -1;
-      rank[i] = j < experts ? rank_of[j] : -1;
+      of[i] = j < experts ? room_of_bound[bound_of[j]] : -1;
     }
   }
 };
@@ -46,42 +44,106 @@ __device__ __forceinline__ void load_logits(const float* router_logits, int expe
   }
 }
 
-// Every homeless slot in turn takes the best candidate that is left. A lane of the token brings its slot's `original`
-// and `current` expert and its rank where only that is allowed (`rank`, else -1); lanes of other tokens bring -1 for
-// all. Returns this lane's choice, -1 for none.
+// Strikes the experts that the lanes bring (-1: none) out of a token's candidates.
 template <int kKeys>
-__device__ __forceinline__ int choose(const Lanes<kKeys>& lanes, const float (&logits)[kKeys], unsigned homeless,
-                                      int original, int current, int rank, int units) {
+__device__ __forceinline__ void strike_out(unsigned (&keys)[kKeys], int expert, int other = -1) {
   const int lane = threadIdx.x % kWarp;
-  unsigned keys[kKeys];
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
-    const unsigned before = original >= 0 && original / kWarp == i ? 1u << (original % kWarp) : 0;
-    const unsigned now = current >= 0 && current / kWarp == i ? 1u << (current % kWarp) : 0;
-    const unsigned had = __reduce_or_sync(kFullMask, before | now);
-    keys[i] = lanes.room[i] >= units && (had >> lane & 1u) == 0 ? key_of(logits[i]) : 0;
+    const unsigned one = expert >= 0 && expert / kWarp == i ? 1u << (expert % kWarp) : 0;
+    const unsigned two = other >= 0 && other / kWarp == i ? 1u << (other % kWarp) : 0;
+    if ((__reduce_or_sync(kFullMask, one | two) >> lane & 1u) != 0) keys[i] = 0;
   }
-  int choice = -1;
-  for (; homeless != 0; homeless &= homeless - 1) {
-    const int taker = __ffs(homeless) - 1;
-    const int only = __shfl_sync(kFullMask, rank, taker);
+}
+
+// The best candidate of every token, struck out for the next time; -1: none. `from`: the first expert of the only rank
+// allowed (of `per_rank` experts), or -1. The tokens go together: one alone would wait for its own last instruction.
+template <int kTokens, int kKeys>
+__device__ __forceinline__ void pick(unsigned (&keys)[kTokens][kKeys], const int (&from)[kTokens], int per_rank,
+                                     int (&winner)[kTokens]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
     unsigned best = 0;
-    int index = 0;
+    int expert = 0;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      if (keys[i] > best && (only < 0 || lanes.rank[i] == only)) best = keys[i], index = i;
+      const int j = i * kWarp + lane;
+      const bool allowed = from[t] < 0 || static_cast<unsigned>(j - from[t]) < static_cast<unsigned>(per_rank);
+      if (keys[t][i] > best && allowed) best = keys[t][i], expert = j;
     }
     const unsigned most = __reduce_max_sync(kFullMask, best);
-    if (most == 0) continue;
-    const unsigned expert = static_cast<unsigned>(index * kWarp + lane);
-    const int winner = static_cast<int>(__reduce_min_sync(kFullMask, best == most ? expert : 0xffffffffu));
-    if (lane == taker) choice = winner;
+    const unsigned first = __reduce_min_sync(kFullMask, best == most ? static_cast<unsigned>(expert) : 0xffffffffu);
+    winner[t] = most != 0 ? static_cast<int>(first) : -1;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      if (i * kWarp + lane == winner) keys[i] = 0;
+      if (i * kWarp + lane == winner[t]) keys[t][i] = 0;
     }
   }
+}
+
+// A token whose homeless slots choose. Lanes that hold its slots bring each slot's `original` and `current` expert and
+// `from` (see pick); other lanes bring -1 for all.
+template <int kKeys>
+struct Chooser {
+  unsigned homeless;  // lanes
+  int original, current, from, units;
+  float logits[kKeys];
+};
+
+// Every homeless slot in turn takes the best candidate that is left. Returns this lane's choice, -1 for none.
+template <int kTokens, int kKeys>
+__device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<kKeys> (&tokens)[kTokens],
+                                      int per_rank) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned keys[kTokens][kKeys], homeless[kTokens], all = 0;
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+    all |= homeless[t] = tokens[t].homeless;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) keys[t][i] = rooms.of[i] >= tokens[t].units ? key_of(tokens[t].logits[i]) : 0;
+    strike_out<kKeys>(keys[t], tokens[t].original, tokens[t].current);
+  }
+  int choice = -1;
+  while (all != 0) {
+    int taker[kTokens], from[kTokens], winner[kTokens];
+    all = 0;
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      taker[t] = __ffs(homeless[t]) - 1;  // -1: this token has done
+      from[t] = __shfl_sync(kFullMask, tokens[t].from, max(taker[t], 0));
+      all |= homeless[t] &= homeless[t] - 1;
+    }
+    pick<kTokens, kKeys>(keys, from, per_rank, winner);
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) choice = lane == taker[t] ? winner[t] : choice;
+  }
   return choice;
+}
+
+// The slot of greatest gate of a token, the lowest among equals; its slots are `top_k` lanes from `first_lane` on.
+struct Reference {
+  int expert;
+  float gate;
+};
+
+__device__ __forceinline__ Reference reference_of(int expert, float gate, int first_lane, int top_k) {
+  Reference reference = {-1, 0.0f};
+#pragma unroll 1
+  for (int k = 0; k < top_k; ++k) {
+    const int lane = min(first_lane + k, kWarp - 1);
+    const int other = __shfl_sync(kFullMask, expert, lane);
+    const float other_gate = __shfl_sync(kFullMask, gate, lane);
+    if (other >= 0 && (reference.expert < 0 || other_gate > reference.gate)) reference = {other, other_gate};
+  }
+  return reference;
+}
+
+// The gate of a re-routed expert: its own router probability under the scaling that the token's top-k weights had.
+// `to`, `from`: the new expert's logit and the reference's.
+__device__ __forceinline__ float rerouted_weight(Scoring scoring, float gate, float to, float from) {
+  if (scoring == Scoring::kSoftmax) return gate * expf(to - from);
+  return gate * ((1.0f + expf(-from)) / (1.0f + expf(-to)));
 }
 
 }  // namespace macs::cuda

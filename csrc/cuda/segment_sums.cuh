@@ -20,8 +20,21 @@ constexpr float kEntropyMost = 32.0f;       // nats; ln H stays far below
 constexpr int kCopies = 16;                 // of the sums of few segments, against contention on one address
 constexpr int kFewSegments = 64;
 
+__device__ __forceinline__ long long quantized(float entropy) {
+  return __float2ll_rn(fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost) * kEntropyOne);
+}
+
 struct alignas(32) SegmentSums {
   unsigned long long count, sum, square_low, square_high;
+
+  __device__ __forceinline__ void add(float entropy) {
+    const long long q = quantized(entropy);
+    const unsigned long long size = static_cast<unsigned long long>(q < 0 ? -q : q), square = size * size;
+    count += 1;
+    sum += static_cast<unsigned long long>(q);
+    square_low += square & 0xffffffffull;
+    square_high += (__umul64hi(size, size) << 32) | (square >> 32);
+  }
 };
 
 struct SegmentMoments {
@@ -43,10 +56,6 @@ struct SumsLayout {
   int64_t bytes() const { return static_cast<int64_t>(copies) * stride * sizeof(SegmentSums); }
 };
 
-__device__ __forceinline__ long long quantized(float entropy) {
-  return __float2ll_rn(fminf(fmaxf(entropy, -kEntropyMost), kEntropyMost) * kEntropyOne);
-}
-
 // Sums of a run of tokens of one segment, added to a copy in device memory when the segment changes. A kernel short of
 // registers keeps it in shared memory, so it has no constructor: `clear` first.
 class SegmentAccumulator {
@@ -59,12 +68,7 @@ class SegmentAccumulator {
   __device__ __forceinline__ void add(int segment, float entropy, const SumsLayout& layout, int copy) {
     if (segment != segment_) flush(layout, copy);
     segment_ = segment;
-    const long long q = quantized(entropy);
-    const unsigned long long size = static_cast<unsigned long long>(q < 0 ? -q : q), square = size * size;
-    local_.count += 1;
-    local_.sum += static_cast<unsigned long long>(q);
-    local_.square_low += square & 0xffffffffull;
-    local_.square_high += (__umul64hi(size, size) << 32) | (square >> 32);
+    local_.add(entropy);
   }
 
   // Takes over what `other` holds if it is of the same segment.
@@ -94,8 +98,8 @@ class SegmentAccumulator {
   int segment_;
 };
 
-__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
-  if (s.count == 0) return {0.0, 0.0f};
+// `inverse`: 1 / count, which a caller may know before the sums.
+__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s, double inverse) {
   using Wide = unsigned __int128;
   const long long sum = static_cast<long long>(s.sum);
   const unsigned long long magnitude = static_cast<unsigned long long>(sum < 0 ? -sum : sum);
@@ -103,9 +107,13 @@ __device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
   const Wide spread = squares * s.count - static_cast<Wide>(magnitude) * magnitude;
   const double wide = static_cast<double>(static_cast<unsigned long long>(spread >> 64)) * 18446744073709551616.0 +
                       static_cast<double>(static_cast<unsigned long long>(spread));
-  const double inverse = 1.0 / static_cast<double>(s.count);
   const float variance = static_cast<float>(wide * inverse * inverse) * kEntropyUnit * kEntropyUnit;
   return {static_cast<double>(sum) * inverse * kEntropyUnit, 1.0f / (sqrtf(variance) + kStdEpsilon)};
+}
+
+__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
+  if (s.count == 0) return {0.0, 0.0f};
+  return moments_of(s, 1.0 / static_cast<double>(s.count));
 }
 
 // One warp: the moments of a segment out of its copies, the same in every lane.

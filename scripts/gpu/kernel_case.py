@@ -209,7 +209,8 @@ def small_configs(count: int, seed: int) -> list[Config]:
         e, r = pick((8, 2), (8, 8), (60, 4), (64, 1), (128, 8), (130, 10), (160, 8), (256, 16), (384, 4), (600, 8))
         configs.append(
             Config(
-                T=0 if i == 0 else pick(1, 3, 17, 64, 150), H=pick(8, 24, 100, 1024, 2048, 7168, 4100, 5120, 20000),
+                T=0 if i == 0 else pick(1, 3, 17, 64, 128, 150, 300, 512),
+                H=pick(8, 24, 100, 1024, 2048, 2048, 7168, 4100, 5120, 20000),
                 E=e, R=r, K=pick(1, 2, 4, 6, 8), bucket_bits=pick(0, 1, 3, 3, 4),
                 dtype=pick(*c.DTYPES), ids_i64=pick(True, False), scope=pick(*c.SCOPES), load=pick(*c.LOADS),
                 importance=pick(*c.IMPORTANCES), reroute=pick("none", "local", "local", "global", "global"),

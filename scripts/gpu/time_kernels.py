@@ -159,8 +159,10 @@ def report(kernels: c.Kernels) -> None:
     every = Report(kernels)
     for config in (Config(T=65536), Config(T=65536, H=7168), Config(T=8192), Config(T=8192, H=7168), Config(T=128)):
         every.score(config)
-    for config in (Config(T=128, hot=HOT), Config(T=1024, hot=HOT), Config(T=8192, hot=HOT), Config(T=65536, hot=HOT)):
-        every.plan(config)
+    for tokens in (1, 32, 128, 256, 512, 1024, 8192, 65536):
+        every.plan(Config(T=tokens, hot=HOT))
+    every.plan(Config(T=128, H=7168, hot=HOT))
+    every.plan(Config(T=128, hot=HOT, scope="expert", load="effective", reroute="local"))
     every.plan(Config(T=8192, hot=1.0))
     every.plan(Config(T=8192, hot=HOT, scope="expert", load="effective", importance="entropy", reroute="local"))
     every.rounds(Config(T=128, hot=HOT))

@@ -22,7 +22,8 @@ cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStr
 
 // The plan in two calls, one on each side of the exchange; the same bits as the five operators one after the other.
 // Both get the same `workspace`: the first call prepares in it what the second needs; the second leaves it prepared.
-// Routing inputs (ids, gates, segment) are complete before the first call.
+// Routing inputs (ids, gates, segment, router logits) are complete before the first call: the second reads them before
+// it waits for the exchange.
 // Before the exchange: score.entropy is weight.entropy, weight.weight is histogram.in.weight.
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream);

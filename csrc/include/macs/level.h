@@ -28,6 +28,11 @@ MACS_HOST_DEVICE int32_t clamp_i32(int32_t x, int32_t low, int32_t high) { retur
 
 MACS_HOST_DEVICE int32_t num_buckets(int32_t bucket_bits) { return kOctaves << bucket_bits; }
 
+// One bound per expert or one per rank.
+MACS_HOST_DEVICE int32_t num_bounds(Scope scope, int32_t num_experts, int32_t num_ranks) {
+  return scope == Scope::kExpert ? num_experts : num_ranks;
+}
+
 // An entropy weight in units of 1 / 256, at least one unit so that no assignment is free.
 MACS_HOST_DEVICE int32_t fixed_weight(float weight) {
 #ifdef __CUDA_ARCH__

@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_to(Sink&& sink, const Tensor& topk
   check_ranks(num_experts, num_ranks);
   p.scope = checked_enum<Scope>(scope, 2, "scope");
   check_like(sh, "shift", at::kInt, {num_experts}, ids);
-  check_like(c, "cut", at::kInt, {num_bounds(p.scope, p.in.num_experts, p.num_ranks), 4}, ids);
+  check_like(c, "cut", at::kInt, {num_bounds(p.scope, num_experts, num_ranks), 4}, ids);
   Tensor logits;
   if (router_logits.has_value()) {
     logits = router_logits->contiguous();

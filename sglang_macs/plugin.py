@@ -406,6 +406,18 @@ def _batch_of(forward_batch) -> batch.Batch:
     return batch.Batch(segment, num_segments, **common)
 
 
+def _group_coordinator_init(original, self, *args, **kwargs):
+    """AROUND GroupCoordinator.__init__: --dist-timeout holds for the gloo groups of the host, too.
+
+    SGLang gives those two hours: a node whose peer is cut off would sit in the schedulers' exchange for that long.
+    """
+    from sglang.srt.distributed import parallel_state
+
+    if parallel_state._MODEL_PARALLEL_GROUP_TIMEOUT is not None:
+        kwargs.setdefault("gloo_timeout", parallel_state._MODEL_PARALLEL_GROUP_TIMEOUT)
+    return original(self, *args, **kwargs)
+
+
 def _scheduler_init(result, self, *args, **kwargs):
     """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
     planners = _the_worker().planners
@@ -533,6 +545,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.utils.is_deepep_class_backend", _is_deepep_class_backend, "around"),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
+    Hook("sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", _group_coordinator_init, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.run_event_loop", _run_event_loop, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),

@@ -41,6 +41,9 @@ MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"
 CONCURRENCY = 16
 CHUNK = 512  # tokens of a prefill chunk over both ranks: long prompts take several
 MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true", "--enable-metrics", "--chunked-prefill-size", str(CHUNK)]
+# Two bounded caches fill while requests come, stock SGLang's too, and would look like a leak: image embeddings (100 MB
+# a rank) and, on a CPU, a oneDNN primitive for every new batch size.
+ENVIRONMENT = {"SGLANG_VLM_CACHE_SIZE_MB": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 GROWTH_MB = 64  # that memory may grow by in the second half of the requests
 PREFIX = "You are a careful assistant who looks at pictures and answers in one sentence. " * 6
 # kind -> how many of every 20 requests
@@ -321,7 +324,7 @@ def main() -> int:
         (1.0, ["--macs-profile", str(corrupt)], [images, profile_swapped(corrupt), rank_killed]),
     ):
         flags = [*EP2_ARGS, *MACS, "--macs-gamma", str(gamma), *extra]
-        server = Server(MODEL, flags, log=OUT / f"gamma-{gamma:g}.log")
+        server = Server(MODEL, flags, env=ENVIRONMENT, log=OUT / f"gamma-{gamma:g}.log")
         load = lambda server, gamma=gamma: under_load(server, options.requests, gamma)  # noqa: E731
         checks += run(f"gamma {gamma:g}", server, load, *parts)
     checks.append(profile_refused(corrupt))

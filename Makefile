@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-browser test-load test-gpu sanitize lint format bench clean distclean
+.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency test-multinode
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,13 +28,13 @@ demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=pa
 	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
 
 test: build  ## everything that CI runs
-	@$(PYTEST) -m "not gpu"
+	@$(PYTEST) -m "not gpu and not multinode"
 
 test-fast: build  ## without real servers
 	@$(PYTEST) -m "not gpu and not server"
 
 test-server: build  ## only the tests that start a real server
-	@$(PYTEST) -m server
+	@$(PYTEST) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, twice, and faults, on the real server (minutes)
 	@$(PY) scripts/load_test.py
@@ -69,3 +69,9 @@ clean:  ## build products
 
 distclean: clean  ## and the environment
 	@rm -rf $(VENV)
+
+check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
+	@$(PY) scripts/check_latency.py
+
+test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
+	@$(PYTEST) -m multinode

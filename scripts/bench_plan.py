@@ -26,13 +26,13 @@ from sglang_macs.plan import Plan
 CASE = {"T": 8192, "H": 2048, "E": 128, "K": 8, "R": 8, "dtype": "bf16"}
 
 
-def inputs(seed: int) -> dict[str, Tensor]:
+def inputs(seed: int, tokens: int = CASE["T"]) -> dict[str, Tensor]:
     """Skewed routing, two thirds visual tokens, normalised gates."""
     g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(CASE["T"], CASE["H"], generator=g).bfloat16()
-    logits = torch.randn(CASE["T"], CASE["E"], generator=g) + torch.linspace(1, 0, CASE["E"])
+    hidden = torch.randn(tokens, CASE["H"], generator=g).bfloat16()
+    logits = torch.randn(tokens, CASE["E"], generator=g) + torch.linspace(1, 0, CASE["E"])
     weights, ids = torch.softmax(logits, -1).topk(CASE["K"])
-    segment = torch.where(torch.rand(CASE["T"], generator=g) < 0.67, 0, -1).int()
+    segment = torch.where(torch.rand(tokens, generator=g) < 0.67, 0, -1).int()
     return {
         "hidden": hidden,
         "logits": logits,

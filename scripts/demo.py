@@ -1,8 +1,10 @@
 """The demo: a real SGLang server, two expert-parallel ranks on this machine, image chats without and with MACS.
 
 Starts the server three times (off, paper, rank), sends the same chats, and shows the load of each rank before and
-after. Writes build/demo/summary.json and build/demo/load.png. Exit 0 only if MACS was provably active on both ranks,
-every request succeeded and every bound held.
+after, and how many answers are right. Writes build/demo/summary.json and build/demo/load.png. Exit 0 only if MACS was
+provably active on both ranks, every request succeeded, every bound held, and the answers are right.
+
+The model is the lab's (models/lab-vl-moe): it reads, counts and compares digits in pictures that it has never seen.
 """
 
 import argparse
@@ -16,16 +18,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files
+from serving import EP2_ARGS, Server, ServerError, data_uri
 from tqdm import tqdm
 
-from sglang_macs import tiny_models
+sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
+
+from lab_questions import Question, questions
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "demo"
-MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"
-QUESTIONS = ("What is in this picture?", "Which colours stand out?", "Describe the background in one sentence.")
+MODEL = ROOT / "models" / "lab-vl-moe"
+# Parts of a whole of the requests, by picture size and task: see scripts/lab/lab_tasks.py.
+MIX = {"wide": {"read": 10, "compare": 4}, "square": {"read": 4, "count": 6}, "large": {"scene": 4, "read": 4}}
+OWN_PICTURE = ("How many digits?", "Read the digits.", "What is behind the digits?")
 RANKS = 2
+RIGHT = 0.85  # of the answers without clipping; and clipping may not cost more than MAY_LOSE
+MAY_LOSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Run:
     active_ranks: int
     requests_ok: int
     requests: int
+    answers_right: int | None
     rows_before: list[int]
     rows_after: list[int]
     max_over_mean_before: float
@@ -57,44 +66,45 @@ class Run:
         return answered and self.violations == 0 and (self.preset == "off" or self.checks > 0)
 
 
-def pictures(image: str | None, count: int) -> list[str]:
-    """`count` different crops of real photographs as data URIs, so that no request finds another's prefix in the
-    cache.
-    """
-    files = [image] if image else [io.BytesIO(content) for content in photograph_files().values()]
-    sources = [Image.open(file).convert("RGB") for file in files]
-    uris = []
+def asked(image: str | None, count: int) -> list[Question]:
+    """`count` questions whose answers are known; or about crops of your own picture, whose answers nobody checks."""
+    if image is None:
+        made = questions({size: dict(tasks) for size, tasks in MIX.items()}, seed=1)
+        return [made[i % len(made)] for i in range(count)]
+    source = Image.open(image).convert("RGB")
+    found = []
     for i in range(count):
-        source = sources[i % len(sources)]
         side = int(min(source.size) * (0.5 + 0.4 * (i % 5) / 4))
         left, top = (i * 37) % (source.width - side + 1), (i * 23) % (source.height - side + 1)
         buffer = io.BytesIO()
-        source.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=90)
-        uris.append(data_uri(buffer.getvalue()))
-    return uris
+        source.crop((left, top, left + side, top + side)).resize((256, 256)).save(buffer, "PNG")
+        found.append(Question("own", OWN_PICTURE[i % len(OWN_PICTURE)], buffer.getvalue(), ""))
+    return found
 
 
-def chat(server: Server, uri: str, question: str) -> float:
-    """Milliseconds of one image chat."""
-    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": question}]
+def chat(server: Server, question: Question) -> tuple[float, str]:
+    """Milliseconds and answer of one image chat."""
+    picture = {"type": "image_url", "image_url": {"url": data_uri(question.picture, "image/png")}}
+    content = [picture, {"type": "text", "text": question.text}]
     start = time.perf_counter()
-    server.chat([{"role": "user", "content": content}], max_tokens=8)
-    return (time.perf_counter() - start) * 1e3
+    answer = server.chat([{"role": "user", "content": content}], max_tokens=14)
+    return (time.perf_counter() - start) * 1e3, answer["choices"][0]["message"]["content"].strip()
 
 
-def send(server: Server, uris: list[str], label: str) -> list[float]:
-    """Latencies of the chats that were answered, eight at a time."""
+def send(server: Server, chats: list[Question], label: str) -> list[tuple[float, bool]]:
+    """Latency, and whether the answer is right, of the chats that were answered, eight at a time."""
 
-    def one(i: int) -> float | None:
+    def one(question: Question) -> tuple[float, bool] | None:
         try:
-            return chat(server, uris[i], QUESTIONS[i % len(QUESTIONS)])
+            latency, answer = chat(server, question)
+            return latency, answer == question.answer
         except ServerError as error:
-            print(f"request {i} failed: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{question.text} failed: {str(error).splitlines()[0]}", file=sys.stderr)
             return None
 
     with ThreadPoolExecutor(8) as pool:
-        done = list(tqdm(pool.map(one, range(len(uris))), total=len(uris), desc=f"  {label}: chats", unit="chat"))
-    return [latency for latency in done if latency is not None]
+        done = list(tqdm(pool.map(one, chats), total=len(chats), desc=f"  {label}: chats", unit="chat"))
+    return [answered for answered in done if answered is not None]
 
 
 def by_modality(states: list[dict], kind: str) -> dict[str, int]:
@@ -102,8 +112,9 @@ def by_modality(states: list[dict], kind: str) -> dict[str, int]:
     return {m: sum(s["own"].get(f"{kind}_{m}", 0) for s in states) for m in ("visual", "text")}
 
 
-def figures(preset: str, states: list[dict], latencies: list[float], requests: int) -> Run:
+def figures(preset: str, states: list[dict], answered: list[tuple[float, bool]], chats: list[Question]) -> Run:
     """One run from the servers' own counters."""
+    latencies, checked = [ms for ms, _ in answered], any(q.answer for q in chats)
     layers = states[0]["layers"]
     dispatches = sum(layer["dispatches"] for layer in layers.values())
 
@@ -117,7 +128,8 @@ def figures(preset: str, states: list[dict], latencies: list[float], requests: i
         preset=preset,
         active_ranks=len({s["rank"] for s in states if s["dispatches"] and (preset == "off" or s["planned"])}),
         requests_ok=len(latencies),
-        requests=requests,
+        requests=len(chats),
+        answers_right=sum(right for _, right in answered) if checked else None,
         rows_before=total("rows_before"),
         rows_after=total("rows_after"),
         max_over_mean_before=mean("max_over_mean_before"),
@@ -134,16 +146,25 @@ def figures(preset: str, states: list[dict], latencies: list[float], requests: i
     )
 
 
-def serve(preset: str, gamma: float, uris: list[str]) -> Run:
+def serve(preset: str, gamma: float, chats: list[Question]) -> Run:
     """Starts the real server with one preset, asks, and reads its counters."""
     args = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-preset", preset, "--macs-verify", "true"]
     if preset != "off":
         args += ["--macs-gamma", str(gamma)]
     with Server(MODEL, args, log=OUT / f"server-{preset}.log") as server:
-        chat(server, uris[0], "Warm up.")
-        latencies = send(server, uris, preset)
+        chat(server, chats[0])
+        server.flush_cache()
+        answered = send(server, chats, preset)
         states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
-    return figures(preset, states, latencies, len(uris))
+    return figures(preset, states, answered, chats)
+
+
+def answers_hold(runs: list[Run]) -> bool:
+    """Whether the model is right without MACS, and nearly as often with it; True where nobody knows the answers."""
+    if any(run.answers_right is None for run in runs):
+        return True
+    off, *clipped = (run.answers_right / run.requests for run in runs)
+    return off >= RIGHT and all(share >= off - MAY_LOSE for share in clipped)
 
 
 def table(runs: list[Run]) -> str:
@@ -151,6 +172,9 @@ def table(runs: list[Run]) -> str:
 
     def pair(counts: dict[str, int]) -> str:
         return f"{counts['visual']} / {counts['text']}"
+
+    def shown(right: int | None) -> str:
+        return "not checked" if right is None else str(right)
 
     rows = [
         ("", [r.preset for r in runs]),
@@ -162,6 +186,7 @@ def table(runs: list[Run]) -> str:
         ("re-routed (visual / text)", [pair(r.rerouted) for r in runs]),
         ("dropped (visual / text)", [pair(r.dropped) for r in runs]),
         ("bounds checked / violated", [f"{r.checks} / {r.violations}" for r in runs]),
+        ("answers right", [shown(r.answers_right) for r in runs]),
         ("requests ok", [f"{r.requests_ok} / {r.requests}" for r in runs]),
         ("latency median / p95, ms", [f"{r.latency_ms_median:.0f} / {r.latency_ms_p95:.0f}" for r in runs]),
     ]
@@ -199,26 +224,25 @@ def draw(runs: list[Run], gamma: float, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--image", help="your own picture instead of scikit-learn's two photographs")
+    parser.add_argument("--image", help="your own picture; its answers are not checked")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--gamma", type=float, default=1.0)
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    tiny_models.ensure(MODEL, "qwen3_vl_moe")
     try:
-        uris = pictures(options.image, options.requests)
+        chats = asked(options.image, options.requests)
     except OSError as error:
         parser.error(f"--image: got {options.image} ({error}), expected a picture file")
     try:
-        runs = [serve(preset, options.gamma, uris) for preset in ("off", "paper", "rank")]
+        runs = [serve(preset, options.gamma, chats) for preset in ("off", "paper", "rank")]
     except ServerError as error:
         print(f"{error}\ndemo FAILED: a server did not start or did not answer; above, the end of its log.")
         return 1
     draw(runs, options.gamma, OUT / "load.png")
     (OUT / "summary.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
-    ok = all(run.proved for run in runs)
-    print(f"\n{table(runs)}\n\nThe weights are random: the answers mean nothing, the load does.")
+    ok = all(run.proved for run in runs) and answers_hold(runs)
+    print(f"\n{table(runs)}\n")
     print(f"Picture: {(OUT / 'load.png').relative_to(ROOT)}   figures: {(OUT / 'summary.json').relative_to(ROOT)}")
     verdict = "OK: MACS was active on both ranks and every bound held" if ok else "FAILED: see the table and the logs"
     print(f"demo {verdict} ({time.perf_counter() - start:.0f} s).")

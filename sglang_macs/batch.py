@@ -15,7 +15,7 @@ from .config import MacsConfig
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
-# Why a batch is not planned; "off" is the preset, "draft" the model, "outside" of a forward pass: graph capture.
+# Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
 
 

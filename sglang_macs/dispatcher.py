@@ -153,6 +153,8 @@ class LayerPlanner:
         )
         self.counters.plan_seconds += time.perf_counter() - start
         self.counters.add_plan(result)
+        if math.isinf(self.plan.config.gamma):
+            self.counters.add_expert_rows(self.layer_id, result)
         if self.recorder is not None:
             self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result)

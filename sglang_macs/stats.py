@@ -84,7 +84,10 @@ class LayerStats:
 
 @dataclass
 class Stats:
-    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality."""
+    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality.
+
+    expert_rows: [E, 2] by layer, kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
+    """
 
     dispatches: int = 0
     planned: int = 0
@@ -98,6 +101,11 @@ class Stats:
     checks: Counter = field(default_factory=Counter)
     violations: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[int, LayerStats] = field(default_factory=dict)
+    expert_rows: dict[int, Tensor | int] = field(default_factory=dict)
+
+    def add_expert_rows(self, layer_id: int, result: PlanResult) -> None:
+        """This rank's own assignments [E, 2] of one plan, before clipping: what a calibration is made from."""
+        self.expert_rows[layer_id] = self.expert_rows.get(layer_id, 0) + result.counts[:2].sum(0, dtype=torch.int64)
 
     def add_rows(self, layer_id: int, group: Tensor, num_ranks: int, result: PlanResult | None) -> None:
         """One dispatch of a batch that MACS acts on. group: [S, E] recount summed over the EP group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
+from importlib import resources
 
 import cases
 import pytest
@@ -13,7 +13,7 @@ import torch
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan import Plan, check_batch_size
 
-LOADS = json.loads((Path(__file__).parent / "data" / "qwen3vl_30b_a3b_ep_loads.json").read_text())
+LOADS = json.loads((resources.files("sglang_macs.simulate") / "qwen3vl_30b_a3b.json").read_text())
 EXPERTS, TOP_K, RANKS = 128, 8, 8
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-LOADS = Path(__file__).resolve().parents[2] / "tests" / "data" / "qwen3vl_30b_a3b_ep_loads.json"
+LOADS = Path(__file__).resolve().parents[2] / "sglang_macs" / "simulate" / "qwen3vl_30b_a3b.json"
 
 
 def skewed(num_experts: int, num_ranks: int, max_over_mean: float, seed: int = 0) -> torch.Tensor:

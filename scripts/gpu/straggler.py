@@ -192,10 +192,11 @@ class Rank:
             if turn == self.rank:
                 alone = self.stage_us(run)
             self.barrier()
-        state = self.gather((int(counts.sum()), together, alone, error))
-        rows, together, alone, error = (list(column) for column in zip(*state, strict=True))
+        state = self.gather((counts.tolist(), together, alone, error))
+        expert_rows, together, alone, error = (list(column) for column in zip(*state, strict=True))
         assert max(error) < 0.02, f"combined output differs from the reference: {error}"
-        return {"rows": rows, "together_us": together, "alone_us": alone, "worst_error": max(error)}
+        found = {"rows": [sum(rows) for rows in expert_rows], "expert_rows": expert_rows}
+        return {**found, "together_us": together, "alone_us": alone, "worst_error": max(error)}
 
 
 def planned(rank: Rank, method: str, gamma: float, batch: dict):

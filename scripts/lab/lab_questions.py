@@ -1,0 +1,49 @@
+"""The lab's tasks as a person or a server sees them: text, picture file and expected answer."""
+
+import io
+from dataclasses import dataclass
+
+import lab_material
+import torch
+from lab_checkpoint import CHECKPOINT
+from lab_tasks import Group, Maker
+from lab_tokens import Vocabulary
+
+
+@dataclass(frozen=True)
+class Question:
+    """One user turn: its task, text, picture (PNG bytes, or None) and the right answer."""
+
+    task: str
+    text: str
+    picture: bytes | None
+    answer: str
+
+
+def questions(mix: dict[str, dict[str, int]], seed: int) -> list[Question]:
+    """Held-out questions, `mix` as in `lab_tasks.TRAIN_MIX`."""
+    make = Maker(Vocabulary(CHECKPOINT / "tokenizer.json"), lab_material.load("held_out"), "held_out")
+    torch.manual_seed(seed)
+    return [question for group in make.batch(mix) for question in of_group(group, make.words)]
+
+
+def of_group(group: Group, words: Vocabulary) -> list[Question]:
+    """A group's samples, in order."""
+    tasks = [task for task, n in group.tasks for _ in range(n)]
+    found = []
+    for row, task in enumerate(tasks):
+        prompt, length = int(group.prompt[row]), int(group.length[row])
+        whole = words.tokenizer.decode(group.ids[row, :prompt].tolist(), skip_special_tokens=False)
+        text = whole.split("<|im_end|>")[0].split("<|vision_end|>")[-1].removeprefix("<|im_start|>user\n")
+        picture = None if group.pictures is None else png(group.pictures[row])
+        found.append(Question(task, text, picture, words.text(group.ids[row, prompt : length - 1])))
+    return found
+
+
+def png(picture: torch.Tensor) -> bytes:
+    """[3, height, width] in 0..255 as a file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).byte().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

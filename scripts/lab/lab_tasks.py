@@ -1,0 +1,328 @@
+"""The lab's questions, in batches of fixed shape: pictures, token rows and answers, made on any device.
+
+A `Group` is all samples of a batch with pictures of one size. Its rows are
+
+    <|im_start|>user\\n [<|vision_start|> image <|vision_end|>] question <|im_end|>\\n
+    <|im_start|>assistant\\n answer <|im_end|>
+
+and padding. Shapes depend on the batch's recipe alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lab_material import Material
+from lab_pictures import BACKGROUNDS, COLOURS, Scene, Size, draw_background, join, paint
+from lab_tokens import END, HOLE, IMAGE, LETTERS, PAD, VISION_END, VISION_START, Vocabulary, close_up, join_columns
+from torch import Tensor
+
+NO_LABEL = -100
+SIZES = {
+    "text": None,
+    "tiny": Size(64, 64),  # 16 visual tokens
+    "wide": Size(64, 192),  # 48
+    "square": Size(128, 128),  # 64
+    "large": Size(256, 256),  # 256
+    "huge": Size(320, 384),  # 480: 0.97 of its request
+}
+# Samples of each task by picture size. Small pictures are cheap and teach fast; large ones carry most visual tokens.
+# "lookup_many" and "describe" are for training alone: a one-word answer teaches too little about what belongs to what.
+TRAIN_MIX = {
+    "text": {"add": 20, "copy": 8, "lookup": 24, "lookup_many": 24},
+    "tiny": {"map": 28},
+    "wide": {"read": 30, "compare": 10, "colour": 12, "where": 10, "describe": 12},
+    "square": {"read": 10, "count": 8, "count_colour": 14, "colour": 16, "where": 16, "compare": 8, "describe": 16},
+    "large": {"read": 6, "count": 2, "count_colour": 3, "colour": 6, "where": 5, "scene": 4},
+    "huge": {"read": 2, "count": 1, "colour": 2, "where": 1},
+}
+OCR_TASKS = ("read",)
+READ_LENGTHS = {"wide": (2, 6), "square": (2, 4), "large": (4, 8), "huge": (6, 10)}
+COPY_LENGTHS = (4, 12)
+LOOKUP_PAIRS = (2, 10)
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples with pictures of one size (`size` None: no pictures).
+
+    ids [n, L] i64; labels [n, L] i64: the token to predict there, or `NO_LABEL`; prompt [n] i64: tokens of the prompt;
+    length [n] i64: tokens without padding; pictures [n, 3, height, width] f32 or None; tasks: (name, samples) in order.
+    """
+
+    size: Size | None
+    ids: Tensor
+    labels: Tensor
+    prompt: Tensor
+    length: Tensor
+    pictures: Tensor | None
+    tasks: tuple[tuple[str, int], ...]
+
+    def to(self, device: torch.device | str) -> "Group":
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return Group(**moved)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a task makes: a scene, if it has a picture, and question and answer as rows with holes, [n, .] i64."""
+
+    question: Tensor
+    answer: Tensor
+    scene: Scene | None = None
+
+
+class Maker:
+    """Draws batches from torch's default generator of the device.
+
+    part: "train" or "held_out"; sums of the held-out part are never asked in training.
+    """
+
+    def __init__(self, words: Vocabulary, material: Material, part: str):
+        self.words, self.material, self.part = words, material, part
+        self.device = words.device
+        sums = torch.arange(1000, device=self.device)
+        held_out = (sums // 10 + sums * 3) % 10 == 0  # one in ten
+        self.sums = sums[held_out if part == "held_out" else ~held_out]
+
+    def batch(self, mix: dict[str, dict[str, int]]) -> list[Group]:
+        """One group per picture size of `mix` (as `TRAIN_MIX`), in its order."""
+        return [self.group(size, tasks) for size, tasks in mix.items() if tasks]
+
+    def group(self, name: str, tasks: dict[str, int]) -> Group:
+        size = SIZES[name]
+        asked = [TASKS[task](self, n, name) for task, n in tasks.items()]
+        rows, labels, prompts, lengths = zip(*(self._rows(a, size) for a in asked), strict=True)
+        width = max(r.shape[1] for r in rows)
+        pictures = None if size is None else paint(join([a.scene for a in asked]), size, self.material)
+        return Group(
+            size,
+            torch.cat([_widen(r, width, PAD) for r in rows]),
+            torch.cat([_widen(x, width, NO_LABEL) for x in labels]),
+            torch.cat(prompts),
+            torch.cat(lengths),
+            pictures,
+            tuple(tasks.items()),
+        )
+
+    def _rows(self, asked: Asked, size: Size | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, words = asked.question.shape[0], self.words
+        image = [] if size is None else [self.full(n, VISION_START), self.full(n, IMAGE, size.tokens)]
+        image += [] if size is None else [self.full(n, VISION_END)]
+        prompt = join_columns([words.opening, *image, asked.question, words.closing], n)
+        answer = join_columns([asked.answer, self.full(n, END)], n)
+        ids = torch.cat([prompt, answer], 1)
+        labels = torch.cat([torch.full_like(prompt, NO_LABEL), answer.masked_fill(answer == HOLE, NO_LABEL)], 1)
+        closed, order = close_up(ids, ids.shape[1])
+        labels = labels.gather(1, order)
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], NO_LABEL)], 1)  # predict the next token
+        return closed, labels, (prompt != HOLE).sum(1), (ids != HOLE).sum(1)
+
+    # -- pieces of tasks -------------------------------------------------------------------------------------------
+
+    def full(self, n: int, value: int, width: int = 1) -> Tensor:
+        return torch.full((n, width), value, dtype=torch.long, device=self.device)
+
+    def randint(self, low: int, high: int, *shape: int) -> Tensor:
+        """Inclusive of both ends."""
+        return torch.randint(low, high + 1, shape, device=self.device)
+
+    def choose(self, n: int, among: int, count: int) -> Tensor:
+        """[n, count] different numbers below `among`."""
+        return torch.rand(n, among, device=self.device).argsort(1)[:, :count]
+
+    def ask(self, n: int, *parts: str | Tensor) -> Tensor:
+        """Phrases and columns [n, w] as rows."""
+        return join_columns([self.words.row(p) if isinstance(p, str) else p for p in parts], n)
+
+    def digit_tokens(self, digits: Tensor, length: Tensor | None = None) -> Tensor:
+        """Tokens of digits [n, w], holes from `length` [n] on."""
+        tokens = self.words.digits[digits]
+        if length is None:
+            return tokens
+        return tokens.masked_fill(torch.arange(digits.shape[1], device=self.device) >= length[:, None], HOLE)
+
+    def scatter(self, n: int, size: Size, count: Tensor, slots: int, distinct: bool = False) -> Scene:
+        """`count` [n] of `slots` digits, each somewhere in a cell of its own."""
+        rows, columns = size.cells
+        cell = self.choose(n, rows * columns, slots)
+        digit = self.choose(n, 10, slots) if distinct else self.randint(0, 9, n, slots)
+        on = torch.arange(slots, device=self.device) < count[:, None]
+        colour = self.randint(0, len(COLOURS) - 1, n, slots)
+        return _padded(Scene(digit, colour, cell // columns, cell % columns, on, draw_background(n, self.device)))
+
+
+MAX_SLOTS = 10  # digits of a picture
+
+
+def _padded(scene: Scene) -> Scene:
+    """The scene with `MAX_SLOTS` slots, so that scenes of different tasks join; the new ones are off."""
+    more = MAX_SLOTS - scene.digit.shape[1]
+    fields = {name: getattr(scene, name) for name in Scene.__dataclass_fields__}
+    return Scene(**{k: v if k == "background" or not more else _widen(v, MAX_SLOTS, 0) for k, v in fields.items()})
+
+
+def _widen(x: Tensor, width: int, value: int) -> Tensor:
+    filler = torch.full((x.shape[0], width - x.shape[1]), value, dtype=x.dtype, device=x.device)
+    return torch.cat([x, filler], 1)
+
+
+def _read(make: Maker, n: int, name: str) -> Asked:
+    """A row of digits, from left to right."""
+    low, high = READ_LENGTHS[name]
+    rows, columns = SIZES[name].cells
+    length = make.randint(low, high, n)
+    digit = make.randint(0, 9, n, high)
+    start = (torch.rand(n, device=make.device) * (columns - length + 1)).long()
+    step = torch.arange(high, device=make.device)
+    column = (start[:, None] + step).clamp(max=columns - 1)
+    row = make.randint(0, rows - 1, n, 1).expand(-1, high)
+    colour = make.randint(0, len(COLOURS) - 1, n, 1).expand(-1, high)
+    scene = _padded(Scene(digit, colour, row, column, step < length[:, None], draw_background(n, make.device)))
+    return Asked(make.ask(n, "Read the digits."), make.digit_tokens(digit, length), scene)
+
+
+def _count(make: Maker, n: int, name: str) -> Asked:
+    count = make.randint(1, 9, n)
+    scene = make.scatter(n, SIZES[name], count, 9)
+    return Asked(make.ask(n, "How many digits?"), make.digit_tokens(count[:, None]), scene)
+
+
+def _count_colour(make: Maker, n: int, name: str) -> Asked:
+    scene = make.scatter(n, SIZES[name], make.randint(2, 7, n), 7)
+    asked = make.randint(0, len(COLOURS) - 1, n, 1)
+    # Every second digit takes the colour that is asked for: else most answers would be 0 or 1.
+    takes = torch.rand(n, MAX_SLOTS, device=make.device) < 0.4
+    scene = Scene(**{**scene.__dict__, "colour": torch.where(takes, asked, scene.colour)})
+    count = ((scene.colour == asked) & scene.on).sum(1, keepdim=True)
+    colour = make.words.table([f" {c}?" for c in COLOURS])[asked[:, 0]]
+    return Asked(make.ask(n, "How many digits are", colour), make.digit_tokens(count), scene)
+
+
+def _colour(make: Maker, n: int, name: str) -> Asked:
+    scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
+    question = make.ask(n, "What colour is ", make.digit_tokens(scene.digit[:, :1]), "?")
+    return Asked(question, make.words.table(list(COLOURS))[scene.colour[:, 0]], scene)
+
+
+def _where(make: Maker, n: int, name: str) -> Asked:
+    rows, columns = SIZES[name].cells
+    scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
+    corner = 2 * (scene.row[:, 0] >= rows // 2) + (scene.column[:, 0] >= columns // 2)
+    question = make.ask(n, "Where is ", make.digit_tokens(scene.digit[:, :1]), "?")
+    return Asked(question, make.words.table(CORNERS)[corner], scene)
+
+
+def _compare(make: Maker, n: int, name: str) -> Asked:
+    """Two digits, one in each half of the picture."""
+    rows, columns = SIZES[name].cells
+    digit = make.choose(n, 10, 2)
+    half = torch.arange(2, device=make.device) * (columns // 2)
+    column = make.randint(0, columns // 2 - 1, n, 2) + half
+    scene = Scene(
+        digit,
+        make.randint(0, len(COLOURS) - 1, n, 2),
+        make.randint(0, rows - 1, n, 2),
+        column,
+        torch.ones_like(digit, dtype=torch.bool),
+        draw_background(n, make.device),
+    )
+    right = (digit[:, 1] > digit[:, 0]).long()
+    return Asked(make.ask(n, "Which digit is larger?"), make.words.table(("left", "right"))[right], _padded(scene))
+
+
+def _scene(make: Maker, n: int, name: str) -> Asked:
+    scene = make.scatter(n, SIZES[name], make.randint(1, 9, n), 9)
+    background = make.randint(0, len(BACKGROUNDS) - 1, n)
+    scene = Scene(**{**scene.__dict__, "background": background})
+    return Asked(make.ask(n, "What is behind the digits?"), make.words.table(BACKGROUNDS)[background], scene)
+
+
+def _pairs(make: Maker, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A table of different letters and different digits: its tokens, letters, digits, and the place asked for."""
+    low, high = LOOKUP_PAIRS
+    count = make.randint(low, high, n)
+    letter, digit = make.choose(n, len(LETTERS), high), make.choose(n, 10, high)
+    tokens = torch.stack([make.words.letters[letter], make.digit_tokens(digit)], 2).flatten(1)  # letter, digit, ...
+    tokens = tokens.masked_fill(torch.arange(2 * high, device=make.device) >= 2 * count[:, None], HOLE)
+    asked = (torch.rand(n, device=make.device) * count).long()[:, None]
+    return tokens, letter, digit, asked, count
+
+
+def _lookup(make: Maker, n: int, name: str) -> Asked:
+    tokens, letter, digit, asked, _ = _pairs(make, n)
+    name_of = make.words.letters[letter.gather(1, asked)]
+    question = make.ask(n, "Given", tokens, ". What is", name_of, "?")
+    return Asked(question, make.digit_tokens(digit.gather(1, asked)))
+
+
+def _lookup_many(make: Maker, n: int, name: str) -> Asked:
+    """As `_lookup`, for several letters of the table at once: as many lessons in one row."""
+    tokens, letter, digit, _, count = _pairs(make, n)
+    slots = LOOKUP_PAIRS[1]
+    outside = torch.arange(slots, device=make.device) >= count[:, None]
+    order = (torch.rand(n, slots, device=make.device) + outside).argsort(1)  # the table's places, shuffled
+    asked, hole = order[:, :6], outside.gather(1, order)[:, :6]
+    names = make.words.letters[letter.gather(1, asked)].masked_fill(hole, HOLE)
+    question = make.ask(n, "Given", tokens, ". What are", names, "?")
+    return Asked(question, make.digit_tokens(digit.gather(1, asked)).masked_fill(hole, HOLE))
+
+
+def _describe(make: Maker, n: int, name: str) -> Asked:
+    """Digits and colours in reading order: everything that `colour` asks of one digit, of all."""
+    slots = 5
+    scene = make.scatter(n, SIZES[name], make.randint(1, slots, n), slots, distinct=True)
+    columns = SIZES[name].cells[1]
+    place = (scene.row * columns + scene.column).masked_fill(~scene.on, 10_000)
+    order = place.argsort(dim=1, stable=True)[:, :slots]
+    off = ~scene.on.gather(1, order)
+    digits = make.digit_tokens(scene.digit.gather(1, order))[..., None]
+    colours = make.words.table(list(COLOURS))[scene.colour.gather(1, order)]  # [n, slots, tokens of a colour]
+    answer = torch.cat([digits, colours], 2).masked_fill(off[..., None], HOLE).flatten(1)
+    return Asked(make.ask(n, "Describe the digits."), answer, scene)
+
+
+def _map(make: Maker, n: int, name: str) -> Asked:
+    """One digit in a small picture, and a table of letters in the text."""
+    tokens, letter, digit, asked, _ = _pairs(make, n)
+    scene = make.scatter(n, SIZES[name], make.randint(1, 1, n), 1)
+    scene = Scene(**{**scene.__dict__, "digit": _widen(digit.gather(1, asked), MAX_SLOTS, 0)})
+    question = make.ask(n, "Given", tokens, ". Which letter has the digit?")
+    return Asked(question, make.words.answer_letters[letter.gather(1, asked)], scene)
+
+
+def _add(make: Maker, n: int, name: str) -> Asked:
+    pick = make.sums[torch.randint(len(make.sums), (n,), device=make.device)]
+    a, b = pick // 10, pick % 10
+    total = a + b
+    tens, ones, hundreds = total // 10 % 10, total % 10, total // 100
+    left = torch.stack([a // 10, a % 10], 1)
+    left = make.digit_tokens(left).masked_fill(torch.stack([a < 10, torch.zeros_like(a, dtype=torch.bool)], 1), HOLE)
+    answer = make.digit_tokens(torch.stack([hundreds, tens, ones], 1))
+    empty = torch.stack([total < 100, total < 10, torch.zeros_like(a, dtype=torch.bool)], 1)
+    question = make.ask(n, "What is ", left, "+", make.digit_tokens(b[:, None]), "?")
+    return Asked(question, answer.masked_fill(empty, HOLE))
+
+
+def _copy(make: Maker, n: int, name: str) -> Asked:
+    low, high = COPY_LENGTHS
+    tokens = make.digit_tokens(make.randint(0, 9, n, high), make.randint(low, high, n))
+    return Asked(make.ask(n, "Copy ", tokens, "."), tokens)
+
+
+TASKS: dict[str, Callable[[Maker, int, str], Asked]] = {
+    "read": _read,
+    "count": _count,
+    "count_colour": _count_colour,
+    "colour": _colour,
+    "where": _where,
+    "compare": _compare,
+    "scene": _scene,
+    "map": _map,
+    "lookup": _lookup,
+    "lookup_many": _lookup_many,
+    "describe": _describe,
+    "add": _add,
+    "copy": _copy,
+}

@@ -1,0 +1,238 @@
+"""Trains the lab's multimodal mixture of experts, on one GPU in under ten minutes.
+
+    python scripts/lab/train.py --out OUT [--minutes 8] [--material material.npz]
+
+Every step draws fresh pictures on the device; step, pictures included, is one CUDA graph. The learning rate follows the
+clock, so that the budget is used whatever the machine's speed. Writes OUT/model.safetensors (bf16, hub layout) and
+OUT/train.json at every report: a run that is cut off leaves its latest state. Judged on digits and sums that training
+never sees.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import lab_checkpoint
+import lab_material
+import torch
+import torch.nn.functional as F
+from lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
+from lab_model import Architecture, LabModel, Routing, initialise
+from lab_tasks import NO_LABEL, TRAIN_MIX, Maker
+from lab_tokens import Vocabulary
+from torch import Tensor
+
+WARMUP_STEPS = 400
+BALANCE = 0.001  # weight of the usual balance loss, and what is added to it in layers over the target
+BALANCE_OVER, TARGET = 0.02, 1.5  # real models' fullest of 8 ranks has 1.2 to 2.0 times the mean
+
+
+class Trainer:
+    """Model, optimiser and one step; `step()` leaves its figures in `figures` [2 + layers]."""
+
+    def __init__(self, arch: Architecture, make: Maker, mix: dict, lr: float, seed: int, dtype: torch.dtype):
+        self.device, self.dtype, self.make, self.mix, self.peak = make.device, dtype, make, mix, lr
+        self.model = LabModel(arch)
+        initialise(self.model, seed)
+        self.model.to(self.device)
+        cuda = self.device.type == "cuda"
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and "embed" not in n]
+        others = [p for n, p in self.model.named_parameters() if p.ndim <= 1 or "embed" in n]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+            lr=torch.tensor(lr, device=self.device) if cuda else lr,
+            betas=(0.9, 0.98),
+            fused=cuda,
+            capturable=cuda,
+        )
+        self.figures = torch.zeros(2 + arch.layers, device=self.device)  # answer loss, right tokens, imbalance by layer
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self._step()
+
+    def _step(self) -> None:
+        groups = self.make.batch(self.mix)
+        logits, routings = self.model([as_batch(g) for g in groups], dtype=self.dtype)
+        flat = torch.cat([x.flatten(0, 1) for x in logits])
+        labels = torch.cat([g.labels.flatten() for g in groups])
+        weight = torch.cat([_token_weights(g.labels) for g in groups])
+        answer = (F.cross_entropy(flat, labels, ignore_index=NO_LABEL, reduction="none") * weight).sum() / weight.sum()
+        loss = answer
+        imbalance = []
+        for routing in routings:
+            balance, over_mean = _balance(routing, self.model.arch.experts)
+            loss = loss + balance * (BALANCE + BALANCE_OVER * (over_mean > TARGET))
+            imbalance.append(over_mean)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            asked = labels != NO_LABEL
+            right = ((flat.argmax(-1) == labels) & asked).sum() / asked.sum()
+            self.figures.copy_(torch.stack([answer.detach(), right, *imbalance]))
+
+    def capture(self) -> None:
+        """Turn the step into a CUDA graph; without one steps still work, more slowly."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph = graph
+
+    def set_rate(self, step: int, progress: float) -> None:
+        """Linear warm-up by steps, then a cosine over `progress` in [0, 1] down to 1 %."""
+        rate = self.peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def _token_weights(labels: Tensor) -> Tensor:
+    """[n * L] f32: every answer counts the same, however long: a one-word answer is not the easier one."""
+    asked = (labels != NO_LABEL).float()
+    return (asked / asked.sum(1, keepdim=True)).flatten()
+
+
+def _balance(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
+    """Switch's balance loss (1 = even), and the fullest rank over the mean."""
+    rows = expert_rows(routing, experts)
+    valid = (routing.ids[:, :1] >= 0).float()
+    share = (torch.softmax(routing.logits, -1) * valid).sum(0) / valid.sum()
+    return experts * (rows / rows.sum() * share).sum(), max_over_mean(rows)
+
+
+@torch.no_grad()
+def judge(model: LabModel, batches: list, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Accuracy by "task/size"; and by layer the mean imbalance of ranks and of experts."""
+    right: dict[str, list[bool]] = {}
+    ranks, experts = [], []
+    for groups in batches:
+        logits, routings = model([as_batch(g) for g in groups], dtype=dtype)
+        answers = [exact(x, g.labels) for x, g in zip(logits, groups, strict=True)]
+        for name, rows in by_task(groups, answers).items():
+            right.setdefault(name, []).extend(rows)
+        rows = [expert_rows(r, model.arch.experts) for r in routings]
+        ranks.append([float(max_over_mean(r)) for r in rows])
+        experts.append([float(max_over_mean(r, model.arch.experts)) for r in rows])
+    mean = {"ranks": torch.tensor(ranks).mean(0).tolist(), "experts": torch.tensor(experts).mean(0).tolist()}
+    return {k: sum(v) / len(v) for k, v in right.items()}, mean
+
+
+def report(trainer: Trainer, batches: list, out: Path, log: list[dict], step: int, seconds: float, meta: dict) -> None:
+    """Judge, print and save the present state."""
+    accuracy, imbalance = judge(trainer.model, batches, trainer.dtype)
+    tasks: dict[str, list[float]] = {}
+    for name, value in accuracy.items():
+        tasks.setdefault(name.split("/")[0], []).append(value)
+    per_task = {k: sum(v) / len(v) for k, v in tasks.items()}
+    log.append({"step": step, "seconds": round(seconds, 1), "accuracy": accuracy, "imbalance": imbalance})
+    shown = " ".join(f"{k} {100 * v:.1f}" for k, v in per_task.items())
+    print(f"[{seconds:5.0f} s, step {step}] held out: {shown}", flush=True)
+    print("    by size: " + " ".join(f"{k} {100 * v:.0f}" for k, v in accuracy.items()), flush=True)
+    print("    max/mean of ranks by layer: " + " ".join(f"{x:.2f}" for x in imbalance["ranks"]), end="")
+    print("   of experts: " + " ".join(f"{x:.2f}" for x in imbalance["experts"]), flush=True)
+    lab_checkpoint.save_weights(trainer.model, out / "new")
+    os.replace(out / "new" / "model.safetensors", out / "model.safetensors")
+    (out / "train.json").write_text(json.dumps({**meta, "log": log}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--material", type=Path, help="of lab_material.py, where scikit-learn is missing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=float, default=1.0, help="times the samples of lab_tasks.TRAIN_MIX")
+    parser.add_argument("--sizes", nargs="*", help="only these picture sizes")
+    parser.add_argument("--tasks", nargs="*", help="only these tasks")
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--judge-every", type=float, default=60.0, help="seconds between reports")
+    parser.add_argument("--start-from", type=Path, help="a checkpoint to go on with, instead of a random start")
+    parser.add_argument("--no-graph", action="store_true", help="steps run one kernel at a time")
+    options = parser.parse_args()
+
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    (options.out / "new").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    words = Vocabulary(lab_checkpoint.CHECKPOINT / "tokenizer.json", device)
+    mix = {
+        size: {t: max(1, round(options.batch * n)) for t, n in tasks.items() if not options.tasks or t in options.tasks}
+        for size, tasks in TRAIN_MIX.items()
+        if not options.sizes or size in options.sizes
+    }
+    mix = {size: tasks for size, tasks in mix.items() if tasks}
+    arch = replace(Architecture(), experts=options.experts, layers=options.layers)
+    trainer = Trainer(
+        arch, Maker(words, lab_material.load("train", device, options.material), "train"), mix, options.lr,
+        options.seed, dtype,
+    )  # fmt: skip
+    if options.start_from:
+        trainer.model.load_state_dict(lab_checkpoint.load(options.start_from, device).state_dict())
+    held_out = Maker(words, lab_material.load("held_out", device, options.material), "held_out")
+    repeats = {"text": 1, "tiny": 2, "wide": 2, "square": 4, "large": 8, "huge": 16}
+    batches = [[held_out.group(s, mix[s])] for s, times in repeats.items() if s in mix for _ in range(2 * times)]
+    batches += [held_out.batch(mix) for _ in range(4)]  # mixed, for the imbalance
+    meta = {"architecture": arch.to_json(), "mix": mix}
+    meta |= {"seed": options.seed, "lr": options.lr, "minutes": options.minutes}
+    meta |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
+    samples = sum(sum(tasks.values()) for tasks in mix.values())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {samples} samples a step", flush=True)
+    trainer.set_rate(0, 0.0)
+    if device.type == "cuda" and not options.no_graph:
+        try:
+            trainer.capture()
+            print("step captured as a CUDA graph", flush=True)
+        except RuntimeError as error:  # start anew: a failed capture can leave the device's generator unusable
+            print(f"no CUDA graph ({error}); starting again without", flush=True)
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--no-graph"])
+    start = time.perf_counter()
+    log: list[dict] = []
+    step, judged, printed, budget = 0, 0.0, 0.0, options.minutes * 60
+    while (elapsed := time.perf_counter() - start) < budget:
+        trainer.set_rate(step, elapsed / budget)
+        trainer.step()
+        step += 1
+        if step % 10 == 0:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # the clock, and the host not far ahead
+            if elapsed - printed > 10:
+                printed, (loss, right, *over) = elapsed, trainer.figures.tolist()
+                print(f"{elapsed:5.0f} s step {step} ({step / elapsed:.1f}/s) answer loss {loss:.3f}, right tokens "
+                      f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}", flush=True)  # fmt: skip
+                if not math.isfinite(loss):
+                    raise SystemExit("the loss is not finite; lower --lr")
+        if elapsed - judged > options.judge_every:
+            judged = elapsed
+            report(trainer, batches, options.out, log, step, elapsed, meta)
+    report(trainer, batches, options.out, log, step, time.perf_counter() - start, meta)
+    os.rmdir(options.out / "new")
+    print(f"{step} steps, {step * samples / 1e6:.2f} M samples; {RANKS} ranks", flush=True)
+
+
+if __name__ == "__main__":
+    main()

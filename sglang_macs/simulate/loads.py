@@ -1,0 +1,134 @@
+"""Expert loads of a model: rows per layer, batch, modality and expert."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import MacsError
+
+SCHEMA = "sglang-macs/loads/1"
+VISUAL, TEXT = 0, 1
+PUBLISHED = "qwen3vl_30b_a3b.json"
+# Spread of an expert's share from batch to batch. At 0.38 the published rows of layers 0 and 3 give the maximum over
+# mean of the ranks that the same study saw on single batches (1.166 and 1.296); without it they give 1.08 and 1.25.
+PUBLISHED_NOISE = 0.38
+PUBLISHED_VISUAL_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Where a model's tokens go.
+
+    rows: [L, B, 2, E], visual and text rows of each expert in B recorded batches; only proportions matter.
+    noise: coefficient of variation of an expert's share between batches, 0 where the batches themselves are recorded.
+    """
+
+    source: str
+    top_k: int
+    rows: np.ndarray
+    noise: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.rows.shape[3]
+
+    def sample(self, batches: int, tokens: int, rng: np.random.Generator) -> np.ndarray:
+        """[L, batches, 2, E] i64: rows of random batches; each layer's add up to tokens * top_k."""
+        layers, recorded, _, experts = self.rows.shape
+        share = self.rows[:, np.arange(batches) % recorded].astype(float)
+        if self.noise > 0:
+            shape = 1 / self.noise**2
+            share *= rng.gamma(shape, 1 / shape, (layers, batches, 1, experts))
+        share = share.reshape(layers, batches, -1)
+        share /= share.sum(-1, keepdims=True)
+        return rng.multinomial(tokens * self.top_k, share).reshape(layers, batches, 2, experts)
+
+
+def max_over_mean(rows: np.ndarray, num_ranks: int) -> np.ndarray:
+    """[...]: maximum over mean of the ranks' rows, for rows [..., E] placed linearly."""
+    per_rank = rows.reshape(*rows.shape[:-1], num_ranks, -1).sum(-1)
+    return per_rank.max(-1) / per_rank.mean(-1)
+
+
+def load(path: str) -> Loads:
+    """Reads loads from a JSON file. Raises MacsError for a missing, truncated or foreign one.
+
+    {"schema": "sglang-macs/loads/1", "source": "...", "top_k": K,
+     "layers": {"0": [[[visual rows of each expert], [text rows of each expert]], ... one pair a batch]}}
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise ValueError(f"schema {raw['schema']!r}")
+        rows = np.array([raw["layers"][name] for name in sorted(raw["layers"], key=int)], dtype=float)
+        loads = Loads(str(raw["source"]), int(raw["top_k"]), rows)
+    except OSError as error:
+        raise MacsError("--loads", f"{path} ({error.strerror})", "a readable file") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MacsError(
+            "--loads", f"{path} ({error})", f"JSON of {SCHEMA}", "docs/simulate.md has the format."
+        ) from error
+    if rows.ndim != 4 or rows.shape[2] != 2 or not rows.size or not np.isfinite(rows).all() or (rows < 0).any():
+        raise MacsError("--loads", f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts], >= 0")
+    if (rows.sum((2, 3)) == 0).any():
+        raise MacsError("--loads", f"{path} with a batch without rows", "rows in every layer and batch")
+    return loads
+
+
+def published(visual_share: float = PUBLISHED_VISUAL_SHARE, seed: int = 0) -> Loads:
+    """Qwen3-VL-30B-A3B, 48 layers, after a public study (the package's JSON names it).
+
+    Layers 0 and 3 have their published rows of each expert. For the others only the maximum over mean of eight ranks is
+    published: they get the rows of layer 0 or 3, dealt to the experts so that eight ranks come out that uneven.
+    """
+    raw = json.loads(resources.files(__package__).joinpath(PUBLISHED).read_text(encoding="utf-8"))
+    known = {int(k): np.array(v, float) for k, v in raw["expert_rows_by_layer"].items() if k != "note"}
+    targets = np.array(raw["rank_max_over_mean_ep8"]["per_layer_mean"])
+    rng = np.random.default_rng(seed)
+    dealt = _dealt(list(known.values()), targets, rng)
+    layers = [known.get(layer, rows) for layer, rows in enumerate(dealt)]
+    split = [_by_modality(rows, visual_share, raw["modality_total_variation"], rng) for rows in layers]
+    return Loads(raw["source"], raw["top_k"], np.array(split)[:, None], PUBLISHED_NOISE)
+
+
+def _dealt(shapes: list[np.ndarray], targets: np.ndarray, rng: np.random.Generator, pool: int = 4096) -> np.ndarray:
+    """[len(targets), E]: permutations of `shapes` whose eight ranks are as uneven, on noisy batches, as `targets`."""
+    experts = len(shapes[0])
+    shape = 1 / PUBLISHED_NOISE**2
+    noise = rng.gamma(shape, 1 / shape, (48, experts))
+    # Half at random, half with the full experts drawn to the front: the upper targets are rare among the former.
+    pull = np.where(np.arange(pool) % 2, rng.uniform(0, 1.0, pool), 0.0)[:, None]
+    rows = np.array(shapes)[rng.integers(0, len(shapes), pool)]
+    order = np.argsort(-(pull * np.log(rows) + rng.gumbel(size=rows.shape)), axis=1)
+    rows = np.take_along_axis(rows, order, 1)
+    uneven = np.mean([max_over_mean(rows * n, 8) for n in noise], axis=0)
+    return rows[[np.abs(uneven - target).argmin() for target in targets]]
+
+
+def _by_modality(rows: np.ndarray, visual_share: float, variation: float, rng: np.random.Generator) -> np.ndarray:
+    """[2, E]: rows [E] split so that visual and text tokens differ over the experts by the total `variation`."""
+    share, text = rows / rows.sum(), 1 - visual_share
+    taste = rng.normal(size=len(rows))
+
+    def split(strength: float) -> tuple[np.ndarray, np.ndarray]:
+        by_text = np.minimum(share * np.exp(strength * taste), share / max(text, 1e-9))
+        by_text /= by_text.sum()
+        by_text = np.minimum(by_text, share / max(text, 1e-9))  # no expert has more text than rows
+        return np.maximum(share - text * by_text, 0), text * by_text
+
+    def distance(strength: float) -> float:
+        visual, textual = split(strength)
+        return 0.5 * np.abs(visual / visual.sum() - textual / textual.sum()).sum()
+
+    if visual_share in (0.0, 1.0):
+        return np.array([rows * visual_share, rows * text])
+    strengths = np.linspace(0, 8, 81)
+    best = min(strengths, key=lambda s: abs(distance(s) - variation))
+    return np.array(split(best)) * rows.sum()

@@ -36,7 +36,7 @@ test-fast: build  ## without real servers
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m "server and not multinode"
 
-test-load: build  ## 500 mixed requests, twice, and faults, on the real server (minutes)
+test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
 	@$(PY) scripts/load_test.py
 
 test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)

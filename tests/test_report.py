@@ -1,5 +1,6 @@
 """The report holds the trace's figures in one file, and a real browser draws it."""
 
+import re
 import shutil
 import struct
 import subprocess
@@ -86,6 +87,16 @@ def test_the_figures_are_the_traces(recorded):
     cells = before[:, :, 0].sum(axis=0) / before.sum(axis=0).mean(axis=-1)  # rank 0, by layer
     for layer, value in zip(LAYERS, cells, strict=True):
         assert f"layer {layer}" in text and f"{value:.2f}" in text
+
+
+def test_the_chart_over_time_is_drawn_to_scale(recorded):
+    read, _ = recorded
+    slowest = [rows.max(axis=-1).sum(axis=-1) for rows in read.rank_rows()]
+    chart = report._over_time(read)
+    for rows, colour in zip(slowest, (report.BEFORE, report.AFTER), strict=True):
+        (points,) = re.findall(rf"<path d='M([^']*)' fill='none' stroke='{colour}'", chart)
+        y = [float(point.split()[1]) for point in points.split("L")][::2]  # a stair a pass
+        assert y == pytest.approx(200 - rows / slowest[0].max() * 188, abs=0.06)
 
 
 def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):

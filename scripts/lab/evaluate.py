@@ -57,7 +57,9 @@ MIXES = {
 }
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
 BOUNDS = (1.0, 1.05, 1.1, 1.2, 1.5)
+STRESS = (0.5, 0.7)  # below the mean: where methods part
 RESAMPLES = 2000
+SWEPT_AT = 0.7
 # Sweeps of the default preset and of the paper's, one option at a time.
 SWEEPS = {
     "rank": {
@@ -458,11 +460,11 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="fewer batches, bounds 1.0, 1.05 and 1.2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
-    parser.add_argument("--sweep-batches", type=int, help="the same for sweeps and other importances (4; 1)")
+    parser.add_argument("--sweep-batches", type=int, help="the same for the other parts (4; 1)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
     parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 1 on a GPU)")
     parser.add_argument("--bounds", type=float, nargs="*")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance", "drift"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "stress", "sweeps", "importance", "drift"))
     options = parser.parse_args()
 
     device = torch.device(options.device)
@@ -496,11 +498,12 @@ def main() -> None:
         course = Course(model, make, dtype, range(options.seeds), options.workers, options.seconds)
         parts = {
             "main": (batches, [(m, b) for b in bounds for m in lab_methods.methods(modality)], errors),
-            "sweeps": (sweep_batches, sweep_plans(modality, 1.05)),
+            "stress": (sweep_batches, [(m, b) for b in STRESS for m in lab_methods.methods(modality)], errors),
+            "sweeps": (sweep_batches, sweep_plans(modality, SWEPT_AT)),
         }
         if "importance" not in options.skip:
             norms = lab_calibration.record(model, other, MIXES["training"], batches=2, dtype=dtype).norms
-            plans = importance_plans(model, norms, modality, options.bounds or (1.0, 1.05))
+            plans = importance_plans(model, norms, modality, options.bounds or (0.7, 1.0))
             parts["importance"] = (sweep_batches, plans, errors)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         for name, (count, plans, *rest) in parts.items():

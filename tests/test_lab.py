@@ -284,6 +284,22 @@ def test_statistics_are_paired():
     assert worse["kept_more_than_default"][0] < 0 and worse["kept_more_than_default"][2] < 0
 
 
+@torch.no_grad()
+def test_workers_change_nothing(model, make, monkeypatch):
+    """Cases shared out over processes give the figures that one process gives, times apart."""
+    monkeypatch.setattr(evaluate, "MIXES", {"small": {"text": {"copy": 4}, "wide": {"read": 6}}})
+    model.dense = False
+    plans = [(method, 1.0) for method in lab_methods.methods({}) if method.name in ("rank", "cai", "random")]
+    found = []
+    for workers in (1, 2):
+        course = evaluate.Course(model, make, torch.float32, (0, 1), workers, float("inf"))
+        rows = evaluate.compare(course, 1, plans, errors=0)["rows"]
+        found.append([{k: v for k, v in row.items() if k != "milliseconds_per_layer"} for row in rows])
+    model.dense = True
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert max(row["share"]["clipped"] for row in found[0]) > 0
+
+
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")
 @torch.no_grad()
 def test_the_committed_checkpoint_answers(model, make):

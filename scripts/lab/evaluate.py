@@ -9,8 +9,11 @@ Writes docs/results/quality.json, which scripts/lab/plot.py turns into pictures 
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from lab_model import Embedded, LabModel, Routing
 from lab_tasks import NO_LABEL, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
+
+from sglang_macs import profile
 
 # Batches by turns from three mixes of requests. Experts are balanced over training; as in production, it is traffic
 # that differs from it which fills some ranks more than others.
@@ -52,7 +57,9 @@ MIXES = {
 }
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
 BOUNDS = (1.0, 1.05, 1.1, 1.2, 1.5)
+STRESS = (0.5, 0.7)  # below the mean: where methods part
 RESAMPLES = 2000
+SWEPT_AT = 0.7
 # Sweeps of the default preset and of the paper's, one option at a time.
 SWEEPS = {
     "rank": {
@@ -171,22 +178,34 @@ def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
     return Layout(tokens[by_rank], torch.bincount(rank_of, minlength=RANKS).tolist(), segment[by_rank], segments)
 
 
-def make_cases(model: LabModel, make: Maker, seeds: Sequence[int], batches: int, dtype) -> Iterator[Case]:
-    """`batches` of each seed and mix; pictures are drawn on the CPU, so a seed means the same everywhere."""
-    device = next(model.parameters()).device
-    for index in range(batches):
-        for seed in seeds:
-            for number, (name, mix) in enumerate(MIXES.items()):
-                torch.manual_seed(10_000 * seed + 10 * index + number)
-                groups = [g.to(device) for g in make.batch(mix)]
-                embedded = model.embed([as_batch(g) for g in groups], dtype)
-                logits, routings = model.decode(embedded, None, dtype)
-                right = by_task(groups, [exact(x, g.labels) for x, g in zip(logits, groups, strict=True)])
-                layout = lay_out(groups)
-                rows = [rank_rows(r.ids[layout.tokens], model.arch.experts) for r in routings]
-                answers = answer_logits(logits, groups)
-                peaks = [float(r.max() * RANKS / r.sum()) for r in rows]
-                yield Case(seed, name, groups, embedded, layout, answers, right, peaks, model.arch.top_k)
+@dataclass(frozen=True)
+class Course:
+    """What cases are made from, and how models run: the batches of every seed and mix, `batches` of each."""
+
+    model: LabModel
+    make: Maker
+    dtype: torch.dtype
+    seeds: Sequence[int]
+    workers: int
+    seconds: float  # begin no batch of a part after this long
+
+    def specs(self, batches: int) -> list[tuple[int, int, int]]:
+        """(index, seed, number of the mix) of every case."""
+        return [(i, seed, mix) for i in range(batches) for seed in self.seeds for mix in range(len(MIXES))]
+
+    def case(self, index: int, seed: int, number: int) -> Case:
+        """Pictures are drawn on the CPU, so a seed means the same everywhere."""
+        name = list(MIXES)[number]
+        torch.manual_seed(10_000 * seed + 10 * index + number)
+        device, arch = next(self.model.parameters()).device, self.model.arch
+        groups = [g.to(device) for g in self.make.batch(MIXES[name])]
+        embedded = self.model.embed([as_batch(g) for g in groups], self.dtype)
+        logits, routings = self.model.decode(embedded, None, self.dtype)
+        right = by_task(groups, [exact(x, g.labels) for x, g in zip(logits, groups, strict=True)])
+        layout = lay_out(groups)
+        rows = [rank_rows(r.ids[layout.tokens], arch.experts) for r in routings]
+        peaks = [float(r.max() * RANKS / r.sum()) for r in rows]
+        return Case(seed, name, groups, embedded, layout, answer_logits(logits, groups), right, peaks, arch.top_k)
 
 
 def answer_logits(logits: list[Tensor], groups: Sequence[Group]) -> Tensor:
@@ -319,39 +338,85 @@ def row_of(name: str, bound: float | None, tally: Tally, statistics: Statistics,
     }
 
 
-def compare(
-    model: LabModel, cases: Iterable[Case], plans: list[tuple[Method, float]], dtype, errors: int, seconds: float
-) -> dict:
-    """Rows for every (method, bound) of `plans`, and the unclipped model's; begins no batch after `seconds`."""
-    base = Method("unclipped", lab_methods.keep_all)
-    tallies = {(m.name, b): Tally() for m, b in plans}
-    tallies["unclipped", None] = Tally()
-    seeds, mixes, right, asked = [], [], [], []
-    start = time.perf_counter()
-    for index, case in enumerate(cases):
-        seeds.append(case.seed)
-        mixes.append(case.mix)
-        right.append(_by_name(case.right))
-        asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
-        with_error = index < errors
-        judge(model, case, base, 0.0, tallies["unclipped", None], dtype, with_error)
-        for method, bound in plans:
-            judge(model, case, method, bound, tallies[method.name, bound], dtype, with_error)
-        print(f"  batch {index + 1}: {time.perf_counter() - start:.0f} s", flush=True)
-        if time.perf_counter() - start > seconds:
+@dataclass
+class Findings:
+    """Of some cases: seed, mix, unclipped right answers and questions by task of each, and every method's tally."""
+
+    seeds: list[int] = field(default_factory=list)
+    mixes: list[str] = field(default_factory=list)
+    right: list[dict[str, int]] = field(default_factory=list)
+    asked: list[dict[str, int]] = field(default_factory=list)
+    tallies: dict[tuple[str, float | None], Tally] = field(default_factory=dict)
+
+    def extend(self, other: "Findings") -> None:
+        """Adds another worker's cases."""
+        for name in ("seeds", "mixes", "right", "asked"):
+            getattr(self, name).extend(getattr(other, name))
+        for key, tally in other.tallies.items():
+            mine = self.tallies.setdefault(key, Tally())
+            for name in ("right", "kl", "before", "after", "error", "seconds"):
+                getattr(mine, name).extend(getattr(tally, name))
+            for name, count in tally.counts.items():
+                mine.counts[name] += count
+
+
+@torch.no_grad()
+def run_cases(course: Course, specs: list, plans: list[tuple[Method, float]], errors: int) -> Findings:
+    """All of `plans`, and the unclipped model, on every case; the first `errors` cases with the layers' errors."""
+    found, start = Findings(), time.perf_counter()
+    everything = [(Method("unclipped", lab_methods.keep_all, acts_above_bound_only=False), None), *plans]
+    for done, spec in enumerate(specs):
+        case = course.case(*spec)
+        found.seeds.append(case.seed)
+        found.mixes.append(case.mix)
+        found.right.append(_by_name(case.right))
+        found.asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
+        for method, bound in everything:
+            tally = found.tallies.setdefault((method.name, bound), Tally())
+            judge(course.model, case, method, bound or 0.0, tally, course.dtype, done < errors)
+        seconds = time.perf_counter() - start
+        print(f"  {case.mix}, seed {case.seed}: {done + 1} of {len(specs)}, {seconds:.0f} s", flush=True)
+        if seconds > course.seconds:
             break
-    statistics = Statistics(seeds, mixes, right, asked)
+    return found
+
+
+def compare(course: Course, batches: int, plans: list[tuple[Method, float]], errors: int = 0) -> dict:
+    """Rows for every (method, bound) of `plans`, and the unclipped model's."""
+    specs = course.specs(batches)
+    shares = [specs[i :: course.workers] for i in range(course.workers)]
+    found = Findings()
+    if course.workers == 1:
+        found = run_cases(course, specs, plans, errors)
+    else:  # fork: the children see the model and the plans as they are
+        with ThreadPoolExecutor(course.workers) as pool:
+            for part in pool.map(lambda share: _in_child(run_cases, course, share, plans, errors), shares):
+                found.extend(part)
+    statistics = Statistics(found.seeds, found.mixes, found.right, found.asked)
     rows = []
-    for (name, bound), tally in tallies.items():
-        reference = tallies.get(("rank", bound))
+    for (name, bound), tally in found.tallies.items():
+        reference = found.tallies.get(("rank", bound))
         rows.append(row_of(name, bound, tally, statistics, reference if name != "rank" else None))
     mastered = [t for t, m in zip(statistics.tasks, statistics.mastered, strict=True) if m]
     return {
-        "batches": len(seeds),
+        "batches": len(found.seeds),
         "requests": int(statistics.asked.sum()),
         "mastered": mastered,
         "rows": sorted(rows, key=lambda r: (r["bound"] or 0.0, -r["kept"][0])),
     }
+
+
+def _in_child(function: Callable, *arguments):
+    """What `function` returns, from a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(function(*arguments)))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        child.join()
 
 
 def sweep_plans(modality: dict, bound: float) -> list[tuple[Method, float]]:
@@ -395,13 +460,17 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true", help="fewer batches, bounds 1.0, 1.05 and 1.2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
-    parser.add_argument("--sweep-batches", type=int, help="the same for sweeps and other importances (4; 1)")
+    parser.add_argument("--sweep-batches", type=int, help="the same for the other parts (4; 1)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
+    parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 1 on a GPU)")
     parser.add_argument("--bounds", type=float, nargs="*")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "sweeps", "importance", "drift"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "stress", "sweeps", "importance", "drift"))
     options = parser.parse_args()
 
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the cores are the workers'; and a forked child cannot use its parent's threads
+    options.workers = options.workers or (1 if device.type == "cuda" else os.cpu_count())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = lab_checkpoint.load(options.checkpoint, device)
     model.dense = device.type == "cuda"
@@ -414,8 +483,8 @@ def main() -> None:
     errors = 2 if options.reduced else 6
     start = time.perf_counter()
     with torch.no_grad():
-        recorded = lab_calibration.record(model, other, MIXES["training"], batches=4, dtype=dtype)
-        modality = {layer: torch.tensor(row, dtype=torch.int8) for layer, row in recorded.modality().items()}
+        calibrated = profile.load(str(options.checkpoint / "profile.json"))  # recorded on the training digits
+        modality = {layer: calibrated.of_layer(layer) for layer in range(model.arch.layers)}
         result = {
             "schema": "sglang-macs/quality/1",
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -426,25 +495,27 @@ def main() -> None:
             "mixes": MIXES,
             "architecture": asdict(model.arch),
         }
-        cases = lambda count: make_cases(model, make, range(options.seeds), count, dtype)  # noqa: E731
-        if "main" not in options.skip:
-            plans = [(m, b) for b in bounds for m in lab_methods.methods(modality)]
-            print(f"main comparison: {len(plans)} passes a batch", flush=True)
-            result["main"] = compare(model, cases(batches), plans, dtype, errors, options.seconds)
-        if "sweeps" not in options.skip:
-            print("sweeps", flush=True)
-            result["sweeps"] = compare(
-                model, cases(sweep_batches), sweep_plans(modality, 1.05), dtype, 0, options.seconds
-            )
+        course = Course(model, make, dtype, range(options.seeds), options.workers, options.seconds)
+        parts = {
+            "main": (batches, [(m, b) for b in bounds for m in lab_methods.methods(modality)], errors),
+            "stress": (sweep_batches, [(m, b) for b in STRESS for m in lab_methods.methods(modality)], errors),
+            "sweeps": (sweep_batches, sweep_plans(modality, SWEPT_AT)),
+        }
         if "importance" not in options.skip:
-            print("other importances", flush=True)
-            plans = importance_plans(model, recorded.norms, modality, options.bounds or (1.0, 1.05))
-            result["importance"] = compare(model, cases(sweep_batches), plans, dtype, errors, options.seconds)
+            norms = lab_calibration.record(model, other, MIXES["training"], batches=2, dtype=dtype).norms
+            plans = importance_plans(model, norms, modality, options.bounds or (0.7, 1.0))
+            parts["importance"] = (sweep_batches, plans, errors)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        for name, (count, plans, *rest) in parts.items():
+            if name in options.skip:
+                continue
+            print(f"{name}: {len(plans)} passes a batch", flush=True)
+            result[name] = compare(course, count, plans, *rest)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
         if "drift" not in options.skip:
             print("drift of the calibration", flush=True)
-            result["drift"] = lab_calibration.drift(model, make, other, recorded, dtype)
+            result["drift"] = lab_calibration.drift(model, make, other, dtype)
     result["seconds"] = round(time.perf_counter() - start, 1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
     for row in result.get("main", {"rows": []})["rows"]:

@@ -29,7 +29,7 @@ SHIFTED = {
 }
 SAMPLE_MIX = {"text": {"add": 1, "copy": 1, "lookup": 1}, "tiny": {"map": 1}, "wide": {"read": 1, "compare": 1}}
 SAMPLE_MIX |= {"square": {"read": 1, "count": 1, "colour": 1, "where": 1}, "large": {"read": 1, "scene": 1}}
-SAMPLES = 32
+SAMPLES = 48
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class Recorded:
 
     recording: calibrate.Recording
     norms: Tensor
-
-    def modality(self) -> dict[int, list[int]]:
-        """By layer, as a profile has it."""
-        found, _ = calibrate.modalities(self.recording)
-        return {layer: found[i].tolist() for i, layer in enumerate(self.recording.layers)}
 
 
 def record(model: LabModel, make: Maker, mix: dict, batches: int, dtype: torch.dtype, seed: int = 90_000) -> Recorded:
@@ -93,15 +88,16 @@ def true_norms(model: LabModel) -> Callable[[Inputs], Tensor]:
     return lambda given: expert_norms(model, given.layer, given.hidden, given.ids)
 
 
-def drift(model: LabModel, make: Maker, other: Maker, recorded: Recorded, dtype: torch.dtype) -> dict:
+def drift(model: LabModel, make: Maker, other: Maker, dtype: torch.dtype) -> dict:
     """How alike profiles come out: of two halves, of unseen digits, and of shifted mixes."""
+    recorded = record(model, other, {}, 0, dtype)
     base = _profile(recorded.recording)
     halves = [_profile(recorded.recording.part(slice(i, None, 2))) for i in range(2)]
     found = {
         "experts": {s: sum(row.count(m) for row in base.modality.values()) for s, m in SIGNS.items()},
         "halves_agree": round(calibrate.agreement(*halves), 4),
         "unseen_digits_agree": round(
-            calibrate.agreement(base, _profile(record(model, make, {}, 0, dtype).recording)), 4
+            calibrate.agreement(base, _profile(record(model, make, {}, 0, dtype, seed=95_000).recording)), 4
         ),
         "shares": {},
     }

@@ -12,7 +12,6 @@ from lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs"
 MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
-SWEPT_AT = 1.05
 DRAWN = {
     "rank": ("C3", "o-"),
     "paper": ("C0", "s-"),
@@ -39,7 +38,8 @@ def draw(result: dict, path: Path) -> None:
 
     figure, (kept, far) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
     for name, (colour, style) in DRAWN.items():
-        rows = sorted((r for r in rows_of(result) if r["method"] == name), key=lambda r: r["bound"])
+        rows = [r for part in ("stress", "main") if part in result for r in rows_of(result, part)]
+        rows = sorted((r for r in rows if r["method"] == name), key=lambda r: r["bound"])
         if not rows:
             continue
         x = [r["bound"] for r in rows]
@@ -79,7 +79,7 @@ def table(rows: list[dict]) -> str:
         error = "" if r["layer_error"] is None else f"{r['layer_error']:.3f}"
         lines.append(
             f"| `{r['method']}` | {with_interval(r['kept'])} | {more} | {percent(ocr)} "
-            f"| {percent(r['share']['clipped'])} / {percent(r['share']['dropped'])} | {r['kl']:.4f} | {error} "
+            f"| {percent(r['share']['clipped'])} / {percent(r['share']['dropped'])} | {r['kl']:.1e} | {error} "
             f"| {r['max_rank_rows_after']['worst']:.3f} |"
         )
     return "\n".join(lines)
@@ -98,7 +98,7 @@ def sweep_table(rows: list[dict]) -> str:
     lines = ["| option | kept, % | KL | clipped, % |", "| --- | --- | --- | --- |"]
     for r in sorted(rows, key=lambda r: r["method"]):
         lines.append(
-            f"| `{r['method']}` | {with_interval(r['kept'])} | {r['kl']:.4f} | {percent(r['share']['clipped'])} |"
+            f"| `{r['method']}` | {with_interval(r['kept'])} | {r['kl']:.1e} | {percent(r['share']['clipped'])} |"
         )
     return "\n".join(lines)
 
@@ -116,10 +116,13 @@ def tables(result: dict) -> str:
     for bound in sorted({r["bound"] for r in rows_of(result)}):
         found.append(f"### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
     found.append(f"### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
-    if "sweeps" in result:
-        found.append(f"### Sweeps, bound {SWEPT_AT}\n\n{sweep_table(rows_of(result, 'sweeps'))}")
-    for bound in sorted({r["bound"] for r in rows_of(result, "importance")}) if "importance" in result else ():
-        found.append(f"### Other importances, bound {bound:g}\n\n{table(rows_of(result, 'importance', bound))}")
+    for part, title in (("stress", "Below the mean"), ("sweeps", "Sweeps"), ("importance", "Other importances")):
+        for bound in sorted({r["bound"] for r in rows_of(result, part)}) if part in result else ():
+            rows = rows_of(result, part, bound)
+            head = (
+                f"### {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
+            )
+            found.append(f"{head}\n\n{sweep_table(rows) if part == 'sweeps' else table(rows)}")
     return "\n\n".join(found)
 
 

@@ -445,10 +445,10 @@ def _run_event_loop(original, self):
     try:
         return original(self)
     except Exception as error:
-        why = (str(error).strip().splitlines() or [""])[0]
+        why = (str(error).strip().splitlines() or [""])[0][:160]
         which = f"expert-parallel rank {get_parallel().moe_ep_rank} of {get_parallel().moe_ep_size}"
         hint = "A rank without such a line died first, if one is missing."
-        print(f"sglang-macs: {which} stops: {type(error).__name__}: {why} {hint}", file=sys.stderr, flush=True)
+        print(f"sglang-macs: {which} stops: {type(error).__name__}: {why} | {hint}", file=sys.stderr, flush=True)
         raise
 
 

@@ -35,7 +35,7 @@ REFUSED = {
     "backend": (["--enable-macs", "--moe-a2a-backend", "mooncake"], "--moe-a2a-backend: got 'mooncake', expected"),
     "no backend": (["--enable-macs"], "--moe-a2a-backend: got 'none', expected"),
     "no --enable-macs": (["--macs-gamma", "1.0"], "--macs-gamma: got no --enable-macs"),
-    "one rank": ([*MACS, "--tp", "1", "--ep-size", "1"], "expert parallelism: got tp 1, ep 1"),
+    "one rank": ([*MACS, "--tp", "1", "--ep-size", "1"], "expert parallelism: got one rank"),
     "dense model": ([*MACS, "--model-path", "DENSE"], "which has no experts"),
     "llama 4": ([*MACS, "--model-path", "LLAMA4"], "Llama4ForConditionalGeneration"),
     "eplb": ([*MACS, "--ep-num-redundant-experts", "2"], "replicated experts"),

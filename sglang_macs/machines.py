@@ -54,7 +54,7 @@ class Machine:
     dispatch_us: float = 20.0
     launch_us: float = 3.0
     # (tokens of the rank, us) of the plan's operators, without the exchange.
-    plan_us: tuple[tuple[int, float], ...] = ((128, 22.5), (1024, 22.9), (8192, 37.9), (65536, 148.0))
+    plan_us: tuple[tuple[int, float], ...] = ((128, 12.9), (1024, 21.6), (8192, 35.2), (65536, 148.0))
 
 
 MACHINES = {

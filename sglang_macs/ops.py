@@ -1,5 +1,5 @@
-"""The five operators of the plan (docs/method.md), as thin wrappers over `torch.ops.sglang_macs`, and the two halves of
-the plan made of them.
+"""The five operators of the plan (docs/method.md) and, on CUDA, its two fused halves, as thin wrappers over
+`torch.ops.sglang_macs`.
 
 Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
 built without nvcc, the one of triton_ops; MACS_CUDA_BACKEND=cuda or =triton in the environment insists on one of them.
@@ -66,7 +66,8 @@ def has_cuda() -> bool:
     return _cuda_backend is not None
 
 
-def _is_fused(tensor: Tensor) -> bool:
+def is_fused(tensor: Tensor) -> bool:
+    """Whether `score_histogram` and `threshold_apply` exist where `tensor` is: in the extension's CUDA kernels."""
     return tensor.is_cuda and _cuda_backend == "cuda"
 
 
@@ -246,19 +247,14 @@ def score_histogram(
     scope: str,
     load: str,
     importance: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`entropy_score`, `entropy_weight` and `load_histogram`: the plan before its exchange. One chain of overlapping
-    launches on CUDA, the same bits as the three operators.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`entropy_score`, `entropy_weight` and `load_histogram` in one chain of overlapping launches: the plan before its
+    exchange, the same bits as the three operators. Only where `is_fused`.
 
     Args: theirs; num_ranks and scope only size the workspace.
     Returns:
-        weight [T] f32; the histogram; and a workspace for `threshold_apply`, None where it needs none.
+        weight [T] f32; the histogram; and a workspace for `threshold_apply`.
     """
-    levels = {"num_experts": num_experts, "buckets": buckets, "load": load, "importance": importance}
-    if not _is_fused(hidden_states):
-        entropy = entropy_score(hidden_states, segment)
-        weight = entropy_weight(entropy, segment, num_segments, delta)
-        return weight, load_histogram(topk_ids, topk_weights, weight, segment, **levels), None
     return _ops.score_histogram(
         hidden_states,
         topk_ids,
@@ -300,21 +296,13 @@ def threshold_apply(
     reroute_rounds: int,
     scoring: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`clip_threshold` and `clip_apply`: the plan behind its exchange. One kernel on CUDA, the same bits.
+    """`clip_threshold` and `clip_apply` in one kernel, the same bits: the plan behind its exchange.
+    Only where `is_fused`.
 
     Args: theirs; workspace: of the `score_histogram` of the same batch, or None.
     Returns:
         topk_ids, topk_weights, shift, cut, counts.
     """
-    common = {"num_ranks": num_ranks, "buckets": buckets, "scope": scope, "load": load, "reroute": reroute}
-    common["protect_text"] = protect_text
-    if not _is_fused(topk_ids):
-        shift, cut = clip_threshold(own, group, modality, gamma=gamma, rho=rho, alpha=alpha, c_min=c_min, **common)
-        rest = {"importance": importance, "reroute_rounds": reroute_rounds, "scoring": scoring}
-        ids, weights, counts = clip_apply(
-            topk_ids, topk_weights, weight, segment, router_logits, shift, cut, **common, **rest
-        )
-        return ids, weights, shift, cut, counts
     return _ops.threshold_apply(
         own,
         group,

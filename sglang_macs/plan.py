@@ -144,6 +144,10 @@ class Plan:
         if all_reduce is not None and self.config.exchange == "group":
             group = own.clone()
             all_reduce(group)
+        if not ops.is_fused(own):
+            shift, cut = self.threshold(own, group)
+            ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+            return PlanResult(ids, weights, weight, own, group, cut, counts)
         ids, weights, _, cut, counts = ops.threshold_apply(
             own,
             group,
@@ -164,8 +168,8 @@ class Plan:
     def _before_exchange(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weight, histogram, workspace) as of `ops.score_histogram`; without entropies where nothing needs them."""
-        if not (self._needs_entropy and num_segments > 0):
+        """(weight, histogram, workspace): fused where it can be and entropies are needed, else without a workspace."""
+        if not (self._needs_entropy and num_segments > 0 and ops.is_fused(hidden_states)):
             weight = self.weight(hidden_states, segment, num_segments)
             return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
         return ops.score_histogram(

@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 import deep_ep  # noqa: E402
+import low_latency  # noqa: E402
 import routing  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -85,16 +86,9 @@ class LowLatency(Layer):
     def __init__(self, tokens: int, hidden_size: int, fp8: bool) -> None:
         super().__init__(tokens, hidden_size)
         self.fp8 = fp8
-        size = deep_ep.Buffer.get_low_latency_rdma_size_hint(tokens, hidden_size, self.group_size, EXPERTS)
-        local = EXPERTS // self.group_size
-        self.buffer = deep_ep.Buffer(
-            dist.group.WORLD,
-            num_rdma_bytes=size,
-            low_latency_mode=True,
-            num_qps_per_rank=local,
-            explicitly_destroy=True,
-        )
-        self.output = torch.randn(local, self.group_size * tokens, hidden_size, device="cuda").bfloat16()
+        self.buffer = low_latency.make_buffer(tokens, hidden_size, EXPERTS)
+        rows = self.group_size * tokens
+        self.output = torch.randn(EXPERTS // self.group_size, rows, hidden_size, device="cuda").bfloat16()
 
     def round_trip(self, hidden, ids, gates):
         """Dispatch and combine; the experts' output is made beforehand."""

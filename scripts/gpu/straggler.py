@@ -96,19 +96,12 @@ class Rank:
     """One expert-parallel rank: DeepEP's buffer, its experts, and the group."""
 
     def __init__(self, rank: int) -> None:
-        import deep_ep
+        import low_latency
         import torch
         import torch.distributed as dist
 
         self.rank, self.torch, self.dist = rank, torch, dist
-        size = deep_ep.Buffer.get_low_latency_rdma_size_hint(TOKENS, HIDDEN, RANKS, EXPERTS)
-        self.buffer = deep_ep.Buffer(
-            dist.group.WORLD,
-            num_rdma_bytes=size,
-            low_latency_mode=True,
-            num_qps_per_rank=LOCAL,
-            explicitly_destroy=True,
-        )
+        self.buffer = low_latency.make_buffer(TOKENS, HIDDEN, EXPERTS)
         self.experts = Experts(rank)
 
     def barrier(self) -> None:

@@ -70,7 +70,8 @@ def _extension() -> Check:
     try:
         from . import ops
 
-        return Check("extension", OK, "built for CPU and CUDA" if ops.has_cuda() else "built for CPU")
+        gpu = {"cuda": "built for CPU and CUDA", "triton": "built for CPU; on GPUs the operators run in Triton"}
+        return Check("extension", OK, gpu.get(ops.cuda_backend(), "built for CPU"))
     except (MacsError, OSError, ImportError) as error:  # OSError: built against another torch
         return Check("extension", FAIL, _last_line(str(error)), "Build it against this torch: make build.")
 

@@ -10,6 +10,7 @@ from typing import Any
 from .config import MacsConfig
 from .errors import MacsError
 
+SGLANG = "0.5.21"  # the release whose internals are hooked
 A2A_BACKENDS = ("macs", "deepep")
 
 # Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.

@@ -18,9 +18,9 @@ from importlib import metadata
 from itertools import pairwise
 
 from . import cpu_compat
+from .compat import SGLANG
 from .errors import MacsError
 
-SGLANG = "0.5.21"
 TORCH = "2.13"
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 PROBE_SECONDS = 300

@@ -607,7 +607,8 @@ def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
 def _versions() -> str:
     from importlib.metadata import version
 
-    return f"sglang {version('sglang')}, made for 0.5.21: update sglang-macs or pin sglang==0.5.21"
+    made_for = compat.SGLANG
+    return f"sglang {version('sglang')}, made for {made_for}: update sglang-macs or pin sglang=={made_for}"
 
 
 def probe(side: str) -> dict[str, str]:

@@ -529,6 +529,10 @@ def shard_file(out: Path, index: int) -> Path:
     return out.with_suffix(f".shard-{index}.json")
 
 
+def shard_files(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.stem}.shard-*.json"))
+
+
 def parts_of(options: argparse.Namespace, course: Course, other: Maker, modality: dict) -> dict[str, Part]:
     """What is asked for, by name."""
     count, few = options.batches, options.sweep_batches
@@ -588,6 +592,8 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
 def run_workers(options: argparse.Namespace) -> None:
     """As many processes as asked for, each with its share of the cases; a GPU cannot be shared by forking."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    for old in shard_files(options.out):
+        old.unlink()
     command = [sys.executable, __file__, *sys.argv[1:], "--shard"]
     workers = [subprocess.Popen([*command, f"{i}/{options.workers}"]) for i in range(options.workers)]
     failed = [w.args[-1] for w in workers if w.wait() != 0]
@@ -602,7 +608,7 @@ def main() -> None:
     start = time.perf_counter()
     if not options.merge:
         run_workers(options)
-    files = sorted(options.out.parent.glob(f"{options.out.stem}.shard-*.json"))
+    files = shard_files(options.out)
     if not files:
         raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
     result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}

@@ -498,6 +498,10 @@ def importance_plans(
             for suffix, options in changes.items():
                 made = lab_methods.WithPlan(options, modality, measure, model.arch.scoring)
                 plans.append((Method(name + suffix, made), bound))
+        for name, slope in (("rank, tighter early", 0.05), ("rank, tighter late", -0.05)):
+            inner = lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)
+            made = lab_methods.ByLayer(inner, slope, model.arch.layers)
+            plans.append((Method(name, made, acts_above_bound_only=False), bound))
     return plans
 
 

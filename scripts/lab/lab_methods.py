@@ -177,8 +177,8 @@ class WithPlan:
 
 @dataclass
 class ByLayer:
-    """`inner` at a bound that is lower by a share `slope` in the first layer and higher by as much in the last: the mean
-    over layers, which is what a forward pass waits for, stays the same.
+    """`inner` at a bound that is lower by a share `slope` in the first layer and higher by as much in the last: the
+    mean over layers, which is what a forward pass waits for, stays the same.
     """
 
     inner: Callable[[Inputs, float], Outcome]

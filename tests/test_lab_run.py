@@ -1,5 +1,6 @@
 """The lab's run on a GPU machine: what it leaves behind when it ends, and when it does not."""
 
+import os
 import sys
 import tarfile
 import time
@@ -40,10 +41,17 @@ def test_a_job_that_overruns_is_ended_and_its_state_kept(variant, tmp_path, monk
     monkeypatch.setattr(gpu_run, "KEEP_EVERY", 0.5)
     jobs = gpu_run.Jobs(tmp_path)
     jobs.start("short", [sys.executable, "-c", "print('done')"], variant.folder / "short.log")
-    jobs.start("long", [sys.executable, "-c", "import time; time.sleep(60)"], variant.folder / "long.log")
+    jobs.start(
+        "long",
+        [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.5'])"],
+        variant.folder / "long.log",
+    )
     long, start = jobs.running["long"], time.monotonic()
     assert jobs.wait(["short", "long"], 4.0, [variant]) == {"short": 0, "long": None}
     assert time.monotonic() - start < 20 and long.wait(10) != 0
+    with pytest.raises(ProcessLookupError):  # nor is a child of it left
+        time.sleep(1)
+        os.killpg(long.pid, 0)
     assert "one/short.log" in names(tmp_path / "one.tar.gz")
 
 

@@ -13,6 +13,7 @@ that is killed leaves the latest; evaluate.py --merge makes tables of unfinished
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -69,7 +70,12 @@ class Jobs:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu % self.gpus)
         with log.open("w") as file:
             self.running[name] = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env
+                list(map(str, command)),
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # so that it can be ended with all its own children
             )
         print(f"{name}: {' '.join(map(str, command[1:]))}", flush=True)
 
@@ -86,7 +92,7 @@ class Jobs:
             job = self.running.pop(name)
             codes[name] = job.poll()
             if codes[name] is None:
-                job.terminate()
+                os.killpg(job.pid, signal.SIGTERM)
         keep(self.out, variants)
         print(f"ended: {codes}", flush=True)
         return codes

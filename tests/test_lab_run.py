@@ -41,11 +41,8 @@ def test_a_job_that_overruns_is_ended_and_its_state_kept(variant, tmp_path, monk
     monkeypatch.setattr(gpu_run, "KEEP_EVERY", 0.5)
     jobs = gpu_run.Jobs(tmp_path)
     jobs.start("short", [sys.executable, "-c", "print('done')"], variant.folder / "short.log")
-    jobs.start(
-        "long",
-        [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.5'])"],
-        variant.folder / "long.log",
-    )
+    sleeper = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.5'])"]
+    jobs.start("long", sleeper, variant.folder / "long.log")
     long, start = jobs.running["long"], time.monotonic()
     assert jobs.wait(["short", "long"], 4.0, [variant]) == {"short": 0, "long": None}
     assert time.monotonic() - start < 20 and long.wait(10) != 0

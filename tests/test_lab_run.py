@@ -1,6 +1,5 @@
 """The lab's run on a GPU machine: what it leaves behind when it ends, and when it does not."""
 
-import os
 import sys
 import tarfile
 import time
@@ -39,17 +38,25 @@ def test_out_gets_all_that_is_finished_and_nothing_half_written(variant, tmp_pat
 
 def test_a_job_that_overruns_is_ended_and_its_state_kept(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "KEEP_EVERY", 0.5)
-    jobs = gpu_run.Jobs(tmp_path)
+    jobs = gpu_run.Jobs(tmp_path, gpu_run.Gpus())
     jobs.start("short", [sys.executable, "-c", "print('done')"], variant.folder / "short.log")
-    sleeper = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.5'])"]
-    jobs.start("long", sleeper, variant.folder / "long.log")
+    beating = tmp_path / "beat"
+    jobs.start("long", ["sh", "-c", f"sh -c 'while true; do date +%N > {beating}; sleep 0.1; done'"], tmp_path / "log")
     long, start = jobs.running["long"], time.monotonic()
     assert jobs.wait(["short", "long"], 4.0, [variant]) == {"short": 0, "long": None}
     assert time.monotonic() - start < 20 and long.wait(10) != 0
-    with pytest.raises(ProcessLookupError):  # nor is a child of it left
-        time.sleep(1)
-        os.killpg(long.pid, 0)
+    last = beating.read_text()
+    time.sleep(0.5)
+    assert beating.read_text() == last  # its child has ended, too
     assert "one/short.log" in names(tmp_path / "one.tar.gz")
+
+
+def test_processes_are_dealt_out_over_the_gpus_that_are_left(monkeypatch):
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    found = gpu_run.find_gpus()
+    assert [found.of(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["1", "3", "1"]
+    assert gpu_run.Gpus().of(0) == {}
 
 
 def test_variants_are_models_that_the_trainer_takes():

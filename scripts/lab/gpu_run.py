@@ -178,7 +178,7 @@ def train(options: argparse.Namespace, jobs: Jobs) -> None:
     """All variants at once, with the operators' build beside them."""
     shutil.rmtree(WORK, ignore_errors=True)
     start = time.monotonic()
-    if not list((ROOT / "sglang_macs").glob("_C*.so")) or options.rebuild:
+    if options.rebuild or not _has_operators():
         command, environment = build_command(cuda=bool(jobs.gpus.names))
         jobs.start("build", command, WORK / "main" / "build.log", **environment)
     minutes = (options.seconds - START_UP - 25) / 60
@@ -198,10 +198,11 @@ def train(options: argparse.Namespace, jobs: Jobs) -> None:
 def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     """Calibrates and judges all variants at once."""
     start = time.monotonic()
-    if not list((ROOT / "sglang_macs").glob("_C*.so")):
-        command, environment = build_command(cuda=False)
-        jobs.start("build", command, WORK / "main" / "build-cpu.log", **environment)
-        jobs.wait(["build"], 150, options.variants)
+    for cuda in (True, False) if jobs.gpus.names else (False,):  # rather the CPU's operators than none
+        if not _has_operators():
+            command, environment = build_command(cuda)
+            jobs.start("build", command, WORK / "main" / f"build-{'cuda' if cuda else 'cpu'}.log", **environment)
+            jobs.wait(["build"], 150, options.variants)
     device = "cuda" if jobs.gpus.names and _operators_take_cuda() else "cpu"
     variants = [v for v in options.variants if (v.folder / "model.safetensors").exists()]
     for index, v in enumerate(variants):
@@ -211,7 +212,10 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
     for index, v in enumerate(variants):
         command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
-        command += ["--device", device, "--workers", v.workers, "--batches", 1 if options.smoke else v.batches]
+        workers = (
+            v.workers if device == "cuda" else max(1, v.workers * os.cpu_count() // sum(x.workers for x in variants))
+        )
+        command += ["--device", device, "--workers", workers, "--batches", 1 if options.smoke else v.batches]
         command += ["--sweep-batches", 1 if options.smoke else max(1, v.batches // 2), "--seconds", int(left)]
         command += ["--seeds", 1] if options.smoke else []
         command += ["--skip", *v.skip] if v.skip else []
@@ -222,8 +226,12 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
         tail(v.folder / "evaluate.log", 45)
 
 
+def _has_operators() -> bool:
+    return bool(list((ROOT / "sglang_macs").glob("_C*.so")))
+
+
 def _operators_take_cuda() -> bool:
-    probe = "import sys, sglang_macs.ops as o; sys.exit(0 if o.has_cuda() else 1)"
+    probe = "import sys, sglang_macs.ops as o; sys.exit(0 if o.cuda_backend() == 'cuda' else 1)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, check=False).returncode == 0
 

@@ -211,19 +211,25 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
     left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
     for index, v in enumerate(variants):
-        command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
-        workers = (
-            v.workers if device == "cuda" else max(1, v.workers * os.cpu_count() // sum(x.workers for x in variants))
-        )
-        command += ["--device", device, "--workers", workers, "--batches", 1 if options.smoke else v.batches]
-        command += ["--sweep-batches", 1 if options.smoke else max(1, v.batches // 2), "--seconds", int(left)]
-        command += ["--seeds", 1] if options.smoke else []
-        command += ["--skip", *v.skip] if v.skip else []
+        # Without a GPU the cores are shared out as the GPU's processes are.
+        share = 1 if device == "cuda" else os.cpu_count() / sum(x.workers for x in variants)
+        workers = max(1, int(v.workers * share))
+        command = evaluation(v, options.smoke, device, workers, left)
         jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index)
     jobs.wait([f"evaluate {v.name}" for v in variants], left + 35, variants)
     for v in variants:
         tail(v.folder / "calibrate.log", 3)
         tail(v.folder / "evaluate.log", 45)
+
+
+def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: float) -> list[object]:
+    """The command that judges a model."""
+    command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
+    command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
+    few = 1 if smoke else max(1, v.batches // 2)
+    command += ["--batches", 1 if smoke else v.batches, "--sweep-batches", few]
+    command += ["--seeds", 1] if smoke else []
+    return command + (["--skip", *v.skip] if v.skip else [])
 
 
 def _has_operators() -> bool:

@@ -13,7 +13,8 @@ from lab_tasks import OCR_TASKS
 DOCS = ROOT / "docs"
 MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
 DRAWN = {
-    "rank": ("C3", "o-"),
+    "gate": ("C3", "o-"),
+    "entropy_gate": ("C6", "h-"),
     "paper": ("C0", "s-"),
     "cai": ("C7", "v--"),
     "cai expanded": ("C1", "^--"),

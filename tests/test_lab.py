@@ -15,6 +15,7 @@ import lab_checkpoint
 import lab_material
 import lab_methods
 import lab_model
+import lab_muon
 import lab_tokens
 import train
 from lab_judge import RANKS, as_batch, by_task, exact
@@ -116,6 +117,31 @@ def test_grouped_experts_have_the_gradients_of_dense_ones():
             train.check_grouped(replace(Architecture(), experts=8), torch.device("cpu"), torch.float32)
     finally:
         lab_model._Permute.backward = broken
+
+
+def test_muons_step_is_orthogonal_and_as_large_as_adamws():
+    """Of a matrix, a stack of them and a convolution, in one step; the rate may be a tensor, as in a CUDA graph."""
+    torch.manual_seed(0)
+    shapes = ((48, 32), (32, 48), (5, 48, 32), (64, 3, 2, 4, 4))
+    for rate in (0.01, torch.tensor(0.01)):
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.randn_like(p) * 1e-3  # the step does not depend on the gradient's scale
+        lab_muon.Muon(params, rate, weight_decay=0.0).step()
+        for old, new in zip(before, params, strict=True):
+            step = lab_muon._as_matrices((old - new).detach()) / 0.01
+            assert 0.1 < step.square().mean() ** 0.5 < 0.25
+            values = torch.linalg.svdvals(step) / (0.2 * max(step.shape[1:]) ** 0.5)
+            assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_every_weight_is_stepped_by_one_optimiser():
+    model = LabModel(replace(Architecture(), layers=1, shared=64))
+    for kind in ("muon", "adamw"):
+        optimizers = train._optimizers(model, 1e-3, kind, torch.device("cpu"))
+        stepped = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
 
 @torch.no_grad()

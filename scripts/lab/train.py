@@ -31,7 +31,7 @@ from lab_tokens import Vocabulary
 from torch import Tensor
 
 WARMUP_STEPS = 400
-DECAY = 0.05  # of weight matrices
+DECAY = 0.1  # of weight matrices
 BALANCE = 0.0005  # weight of the usual balance loss, and what is added to it in layers over the target
 BALANCE_OVER, TARGET = 0.02, 1.8  # real models' fullest of 8 ranks has 1.27 to 1.95 times the mean
 
@@ -333,7 +333,8 @@ def run(trainer: Trainer, batches: list, options: argparse.Namespace, meta: dict
                 torch.cuda.synchronize()  # the clock, and the host not far ahead
             if elapsed - printed > 10:
                 printed = elapsed
-                print_figures(trainer, step, elapsed)
+                if not print_figures(trainer, step, elapsed):
+                    start_again(options, budget - elapsed)
         if elapsed - judged > options.judge_every:
             judged = elapsed
             report(trainer, batches, options.out, log, step, elapsed, meta)
@@ -341,15 +342,24 @@ def run(trainer: Trainer, batches: list, options: argparse.Namespace, meta: dict
     os.rmdir(options.out / "new")
 
 
-def print_figures(trainer: Trainer, step: int, elapsed: float) -> None:
+def print_figures(trainer: Trainer, step: int, elapsed: float) -> bool:
+    """Of the latest step; whether its loss is finite."""
     loss, right, *over = trainer.figures.tolist()
     print(
         f"{elapsed:5.0f} s step {step} ({step / elapsed:.1f}/s) answer loss {loss:.3f}, right tokens "
         f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}",
         flush=True,
     )
-    if not math.isfinite(loss):
+    return math.isfinite(loss)
+
+
+def start_again(options: argparse.Namespace, seconds: float) -> None:
+    """After a loss that is not finite: anew with AdamW at half the rate, in the time that is left."""
+    less = ["--optimizer", "adamw", "--lr", str(options.lr / 2), "--minutes", f"{seconds / 60:.2f}"]
+    if options.optimizer == "adamw":
         raise SystemExit("the loss is not finite; lower --lr")
+    print(f"the loss is not finite; starting again with {' '.join(less)}", flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.argv, *less])
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@
 
 #include <cstdint>
 
+#include "macs/ptx.cuh"
+
 namespace macs::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxCluster = 16;   // Hopper's largest; above 8 a kernel has to opt in
 constexpr int kMaxDevices = 64;
-
-__device__ __forceinline__ void start_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 struct Shape {
   int grid, block;

@@ -443,7 +443,7 @@ __device__ __forceinline__ void write_outputs(const Here& here, const Token<kKey
 
 template <int kKeys, int kItems>
 __global__ void __launch_bounds__(kThreads, 1) small_apply_kernel(const __grid_constant__ SmallApplyArgs args) {
-  extern __shared__ __align__(32) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   __shared__ Mail mail;
   start_dependents();
   const Here here(args, mail, shared);

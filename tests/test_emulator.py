@@ -146,7 +146,8 @@ def test_a_dead_rank_is_timed_out(examples, timeout_ns):
 
 
 def test_waiting_without_end_is_reported(examples):
-    with pytest.raises(emulated.Failure, match=r"livelock(.|\n)*PeerArguments(.|\n)*load_acquire_sys at examples.cu:\d+: threads 0\n"):
+    report = r"livelock(.|\n)*PeerArguments(.|\n)*load_acquire_sys at examples.cu:\d+: threads 0\n"
+    with pytest.raises(emulated.Failure, match=report):
         Peers(examples).run(0, variant=2)
 
 

@@ -11,8 +11,8 @@ A call runs the kernels to their end. What goes wrong raises `Failure`, whose te
 files may be kernels of csrc or of a test; the launchers in them are `extern "C"`, return a cudaError_t, take the stream
 last, and are exported (`__attribute__((visibility("default")))`, as MACS_EXPORT in csrc/cuda/capi.cu).
 
-`defines` may set the device: EMULATOR_MULTIPROCESSORS (4; at most 16 blocks each are resident) and
-EMULATOR_MAX_CLUSTER (8). One library at a time, from one Python thread. What cannot show here: docs/emulator.md.
+The device has 4 multiprocessors, which hold 16 blocks each, and clusters of up to 8 blocks, unless `build` is told
+otherwise. One library at a time, from one Python thread. What cannot show here: docs/emulator.md.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ class Failure(Exception):
 class Library:
     """Emulated kernels and the machine they run on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, multiprocessors: int, max_cluster: int) -> None:
         self.cdll = ctypes.CDLL(str(path))
+        self.cdll.emulator_device(multiprocessors, max_cluster)
         self.cdll.emulator_report.restype = ctypes.c_char_p
-        for counter in ("emulator_steps", "emulator_now_ns"):
+        for counter in ("emulator_steps", "emulator_launches", "emulator_now_ns"):
             getattr(self.cdll, counter).restype = ctypes.c_uint64
         self.configure()
 
@@ -90,13 +91,20 @@ class Library:
         """How often a thread was resumed: the cost of what ran, whatever machine it ran on."""
         return self.cdll.emulator_steps()
 
+    @property
+    def launches(self) -> int:
+        """Kernels started."""
+        return self.cdll.emulator_launches()
+
     def _check(self, code: int) -> None:
         if code != 0:
             self.cdll.emulator_forget_error()
             raise Failure(code, self.cdll.emulator_report().decode())
 
 
-def build(name: str, *sources: Path, defines: Sequence[str] = ()) -> Library:
+def build(
+    name: str, *sources: Path, defines: Sequence[str] = (), multiprocessors: int = 4, max_cluster: int = 8
+) -> Library:
     """Compiles the sources and the emulator into build/emulated, what has not changed only once."""
     flags = [*FLAGS, *(f"-D{define}" for define in defines)]
     headers = hashlib.sha256()
@@ -114,11 +122,13 @@ def build(name: str, *sources: Path, defines: Sequence[str] = ()) -> Library:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, [*sources, *sorted(EMULATOR.glob("*.cpp"))]))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    # A device each: launchers keep what they have asked of it in static variables.
+    identity = [*map(str, objects), str(multiprocessors), str(max_cluster)]
+    digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{digest}.so"
     if not target.exists():
         _run(["g++", "-shared", *map(str, objects)], target)
-    return Library(target)
+    return Library(target, multiprocessors, max_cluster)
 
 
 def _run(command: list[str], target: Path) -> None:

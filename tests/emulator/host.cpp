@@ -39,7 +39,7 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = emulator::kMultiprocessors; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::device().multiprocessors; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kMaxSharedBytes; return cudaSuccess;
     case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
   }
@@ -106,13 +106,13 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   const dim3 &grid = launch.grid, &block = launch.block;
   const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
   if (threads == 0 || threads > kMaxThreads || blocks == 0) return remember(cudaErrorInvalidConfiguration);
-  if (launch.cluster > kMaxClusterBlocks || grid.x % static_cast<unsigned>(launch.cluster) != 0) {
+  if (launch.cluster > device().max_cluster || grid.x % static_cast<unsigned>(launch.cluster) != 0) {
     return remember(cudaErrorInvalidConfiguration);
   }
   const auto asked = max_dynamic_shared.find(kernel);
   const int most = asked == max_dynamic_shared.end() ? kMaxSharedBytesUnasked : asked->second;
   if (launch.shared_bytes > static_cast<size_t>(most)) return remember(cudaErrorInvalidValue);
-  if (cooperative && blocks > static_cast<unsigned>(kResidentBlocks)) {
+  if (cooperative && blocks > static_cast<unsigned>(device().resident_blocks())) {
     return remember(cudaErrorCooperativeLaunchTooLarge);
   }
   enqueue(config.stream, std::move(launch));
@@ -123,6 +123,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
 
 #define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
+EMULATOR_EXPORT void emulator_device(int multiprocessors, int max_cluster) {
+  emulator::device() = {multiprocessors, max_cluster};
+}
 EMULATOR_EXPORT void emulator_configure(uint64_t seed, int random, int preempt_one_in) {
   emulator::options() = {seed, random != 0, preempt_one_in};
 }
@@ -134,5 +137,6 @@ EMULATOR_EXPORT int emulator_run() {
 }
 EMULATOR_EXPORT const char* emulator_report() { return emulator::report().c_str(); }
 EMULATOR_EXPORT uint64_t emulator_steps() { return emulator::steps(); }
+EMULATOR_EXPORT uint64_t emulator_launches() { return emulator::launches(); }
 EMULATOR_EXPORT uint64_t emulator_now_ns() { return emulator::now_ns(); }
 EMULATOR_EXPORT void emulator_forget_error() { last_error = cudaSuccess; }

@@ -38,9 +38,11 @@ void check_meeting(const Warp& warp, const Meeting& meeting, int lane, Where whe
 
 }  // namespace
 
+Device& device() { return machine().device; }
 Options& options() { return machine().options; }
 const std::string& report() { return machine().report; }
 uint64_t steps() { return machine().steps; }
+uint64_t launches() { return machine().launches; }
 uint64_t now_ns() { return machine().clock.now; }
 bool run_all() { return machine().run_all(); }
 void enqueue(void* stream, Launch launch) { machine().streams[stream].queue.push_back(std::move(launch)); }

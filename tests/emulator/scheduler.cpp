@@ -89,7 +89,7 @@ void admit_blocks(Machine& it) {
   for (auto& [handle, stream] : it.streams) {
     for (auto& grid : stream.started) {
       const int size = grid->launch.cluster;
-      while (!grid->admitted() && static_cast<int>(it.resident.size()) + size <= kResidentBlocks) {
+      while (!grid->admitted() && static_cast<int>(it.resident.size()) + size <= it.device.resident_blocks()) {
         grid->clusters.push_back(std::make_unique<Cluster>());
         for (int i = 0; i < size; ++i) admit_block(it, *grid, grid->clusters.back().get());
       }

@@ -92,7 +92,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
-  *clusters = static_cast<int>(config->attrs[0].val.clusterDim.x) <= emulator::kMaxClusterBlocks ? 1 : 0;
+  *clusters = static_cast<int>(config->attrs[0].val.clusterDim.x) <= emulator::device().max_cluster ? 1 : 0;
   return cudaSuccess;
 }
 template <class Kernel>

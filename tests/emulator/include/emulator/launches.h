@@ -8,16 +8,13 @@
 
 namespace emulator {
 
-// What the device says of itself; launchers ask once and remember, so it is chosen when a library is built.
-#ifndef EMULATOR_MULTIPROCESSORS
-#define EMULATOR_MULTIPROCESSORS 4
-#endif
-#ifndef EMULATOR_MAX_CLUSTER
-#define EMULATOR_MAX_CLUSTER 8
-#endif
-constexpr int kMultiprocessors = EMULATOR_MULTIPROCESSORS;
-constexpr int kMaxClusterBlocks = EMULATOR_MAX_CLUSTER;
-constexpr int kResidentBlocks = 16 * kMultiprocessors;  // further blocks wait until others have ended
+// What the device says of itself. Launchers ask once and remember: to be set before the first launch.
+struct Device {
+  int multiprocessors = 4;
+  int max_cluster = 8;  // blocks
+
+  int resident_blocks() const { return 16 * multiprocessors; }  // further blocks wait until others have ended
+};
 
 struct Options {
   uint64_t seed = 0;
@@ -35,6 +32,7 @@ struct Launch {
   std::function<void()> host;
 };
 
+Device& device();
 Options& options();
 
 // Appends to a stream, which runs in order; different streams run at once. Nothing runs before run_all.
@@ -42,7 +40,8 @@ void enqueue(void* stream, Launch launch);
 // Until every stream is empty. False after a failure, which drops what is left and leaves a report.
 bool run_all();
 const std::string& report();
-// Threads resumed since this library was loaded.
+// Since this library was loaded: threads resumed, kernels started.
 uint64_t steps();
+uint64_t launches();
 
 }  // namespace emulator

@@ -108,6 +108,7 @@ struct Clock {
 };
 
 struct Machine {
+  Device device;
   Options options;
   std::map<void*, Stream> streams;
   std::vector<Block*> resident;

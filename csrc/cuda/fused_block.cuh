@@ -12,6 +12,11 @@
 #include "macs/fused.h"
 #include "macs/peer_view.cuh"
 
+// The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
+#ifndef MACS_NETWORK
+#define MACS_NETWORK DirectNetwork
+#endif
+
 namespace macs::cuda {
 
 constexpr int kFusedThreads = 512;
@@ -72,14 +77,14 @@ struct FusedBlock {
   const FusedArgs& args;
   const FusedDispatchParams& p;
   const FusedRank& me;
-  const PeerView<DirectNetwork> peers;
+  const PeerView<MACS_NETWORK> peers;
   unsigned char* const shared;
   const int block, num_blocks, lane, warp;
   const int first, end;  // this block's tokens
   Patience patience;
 
   __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& rank, unsigned char* memory)
-      : args(a), p(a.p), me(rank), peers(rank.region), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
+      : args(a), p(a.p), me(rank), peers(rank.region, a.p.network), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
         lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), first(rank.num_tokens * block / num_blocks),
         end(rank.num_tokens * (block + 1) / num_blocks) {
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0};

@@ -30,7 +30,7 @@ struct CombineBlock {
   Patience patience;
 
   __device__ __forceinline__ CombineBlock(const FusedCombineParams& params, const FusedRank& rank)
-      : p(params), me(rank), peers(rank.region) {
+      : p(params), me(rank), peers(rank.region, nullptr) {
     const uint32_t round = __ldcg(own<uint32_t>(p.layout.round));
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round};
   }

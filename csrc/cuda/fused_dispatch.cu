@@ -108,16 +108,14 @@ __device__ inline void tell_assignments(const FusedBlock& b) {
   in.topk_ids = b.me.topk_ids, in.topk_weights = b.me.topk_weights;
   in.top_k = s.top_k, in.num_experts = s.num_experts, in.ids_are_i64 = b.p.ids_are_i64;
   in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
-  const int64_t row = static_cast<int64_t>(b.me.rank) * s.max_tokens * s.top_k;
+  const int64_t row = b.p.layout.entries + 4LL * b.me.rank * s.max_tokens * s.top_k;
   for (int slot = b.first * s.top_k + threadIdx.x; slot < b.end * s.top_k; slot += kFusedThreads) {
     const uint32_t bits = make_entry(b, in, slot).bits;
-    for (int peer = 0; peer < s.num_ranks; ++peer) {
-      b.peers.at<uint32_t>(peer, b.p.layout.entries)[row + slot] = bits;
-    }
+    for (int peer = 0; peer < s.num_ranks; ++peer) b.peers.write(peer, row + 4LL * slot, bits);
   }
   if (b.block == 0) {
     for (int peer = threadIdx.x; peer < s.num_ranks; peer += kFusedThreads) {
-      b.peers.at<int32_t>(peer, b.p.layout.tokens)[b.me.rank] = b.me.num_tokens;
+      b.peers.write(peer, b.p.layout.tokens + 4LL * b.me.rank, b.me.num_tokens);
     }
   }
   b.signal_all(Flags::kAssignments);

@@ -157,6 +157,7 @@ struct FusedDispatchParams {
   float delta;
   Phase phase;
   uint64_t timeout_ns;
+  const void* network;     // of the network policy; nullptr where every peer is direct
   FusedRank one;           // the rank of this launch
   const FusedRank* many;   // or [launched] of them in device memory, which it plays all: a row of the grid each
   int32_t launched;

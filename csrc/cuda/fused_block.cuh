@@ -50,6 +50,9 @@ struct FusedDesk {
   int running;      // [warps, NB]
   int levels;       // [kCutsAtOnce, 2, 2B]; counts [3, E, 2] at the end
   int current;      // [max_tokens * K] i16
+  int entries;      // [max_tokens * K] u32 own assignments
+  int ids;          // [block tokens * K] as given
+  int gates;        // [block tokens * K]
   int dest;         // [block tokens * K] i32 row at the peer, -1: none
   int weight;       // [block tokens] f32
   int parts;        // [2, kRowGroups, kRowWarps] Part
@@ -106,7 +109,7 @@ struct FusedBlock {
   __device__ __forceinline__ const uint32_t* entries_of(int source) const {
     return own<uint32_t>(p.layout.entries) + static_cast<int64_t>(source) * p.shape.max_tokens * p.shape.top_k;
   }
-  __device__ __forceinline__ Entry own_entry(int slot) const { return {__ldcg(entries_of(me.rank) + slot)}; }
+  __device__ __forceinline__ Entry own_entry(int slot) const { return {at<uint32_t>(args.desk.entries)[slot]}; }
 
   // Where `block` of `source` signals in a region.
   __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {

@@ -137,15 +137,15 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const bool inside = b.lane < top_k;
     const Entry entry = inside ? b.own_entry(slot) : Entry{0};
     const int original = entry.present() ? entry.expert() : -1, current = inside ? b.current()[slot] : kEmptySlot;
-    const float gate = inside ? __ldg(b.me.topk_weights + slot) : 0.0f;
+    const int here = slot - b.first * top_k;
+    const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
     if (b.lane == 0) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
     if (!inside) continue;
     int id = current;
     float weight = gate;
     if (current == kEmptySlot) {
-      id = b.p.ids_are_i64 ? static_cast<int>(static_cast<const int64_t*>(b.me.topk_ids)[slot])
-                           : static_cast<const int32_t*>(b.me.topk_ids)[slot];
+      id = b.at<int>(b.args.desk.ids)[here];
     } else if (current < 0) {
       weight = 0.0f;
     } else if (current != original) {
@@ -161,7 +161,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
   }
 }
 
-// What the counters want to know, by the rank's first block, once its rows are on their way.
+// What the counters want to know, by one of the rank's blocks, once its rows are on their way.
 __device__ inline void write_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts;
   int* const counts = b.at<int>(b.args.desk.levels);  // no longer needed as levels

@@ -114,7 +114,7 @@ struct FusedBlock {
   // Where `block` of `source` signals in a region.
   __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {
     const int64_t row = static_cast<int>(kind) * p.shape.num_ranks + source;
-    return p.layout.flags + (row * p.shape.num_blocks + of_block) * static_cast<int64_t>(sizeof(uint32_t));
+    return p.layout.flags + (row * p.shape.num_blocks + of_block) * kFlagBytes;
   }
   // This block's signal to every peer. What its threads wrote before is visible to whoever sees it.
   __device__ __forceinline__ void signal_all(Flags kind) const {

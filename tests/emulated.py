@@ -2,7 +2,7 @@
 
     library = emulated.build("plan", emulated.CUDA / "clip_apply.cu", emulated.CUDA / "capi.cu", defines=["MACS_C_API"])
     library.configure(seed=3)                      # which schedule; the same seed, the same run
-    library("macs_clip_apply", params, workspace)  # an extern "C" launcher; structures go by pointer, tensors by address
+    library("macs_clip_apply", params, workspace)  # extern "C"; structures go by pointer, tensors by address
     with library.together():                       # launches on different streams, run at once when the block ends
         for rank in range(4):
             library("macs_fused_dispatch", params[rank], stream=rank + 1)
@@ -34,7 +34,7 @@ BUILD = ROOT / "build" / "emulated"
 # Before csrc/include, so that macs/ptx.cuh is the emulator's.
 INCLUDE = [EMULATOR / "include", ROOT / "csrc" / "include", CUDA]
 FLAGS = [
-    *["-x", "c++", "-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"],
+    *["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"],
     "-fno-gnu-unique",  # static and thread-local variables are each library's own
     *["-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-U_FORTIFY_SOURCE"],
 ]

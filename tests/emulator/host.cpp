@@ -74,7 +74,9 @@ namespace emulator {
 std::string demangled(const char* name) {
   int status = 0;
   const std::unique_ptr<char, decltype(&std::free)> text(abi::__cxa_demangle(name, nullptr, nullptr, &status), &std::free);
-  return status == 0 ? text.get() : name;
+  const std::string whole = status == 0 ? text.get() : name;
+  const size_t scope = whole.rfind("::");
+  return scope == std::string::npos ? whole : whole.substr(scope + 2);
 }
 
 cudaError_t set_max_dynamic_shared(const void* kernel, int bytes) {

@@ -1,12 +1,11 @@
-// Reports: who waits for what, threads in the same place together.
-#include <cstdio>
-
+// Reports: who waits for what, the threads of a block in the same place together.
 #include "emulator/machine.h"
 
 namespace emulator {
 namespace {
 
-constexpr int kMaxLines = 40;
+constexpr size_t kMaxBlocks = 16;
+constexpr int kMaxRanges = 8;
 
 std::string brackets(uint3 at) {
   return "(" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) + ")";
@@ -19,21 +18,31 @@ std::string name_of(const Block& block) {
 
 std::string state_of(const Thread& thread) {
   if (thread.state == Thread::State::kReturned) return "returned";
-  if (*thread.waits_for == '\0') return "runs";
+  if (*thread.waits_for == '\0') return "run";
   const std::string at = std::string(" ") + thread.waits_for + " at " + place(thread.where);
-  return (thread.state == Thread::State::kWaiting ? "wait in" : "last seen in") + at;
+  return (thread.state == Thread::State::kWaiting ? "wait in" : "run, last seen in") + at;
 }
 
-// Runs of neighbouring threads in one state.
-void describe_block(const Block& block, std::string& text, int& lines) {
-  text += "  " + name_of(block) + "\n";
-  for (size_t first = 0, end; first < block.threads.size(); first = end) {
-    const std::string state = state_of(block.threads[first]);
+// Numbers in rising order, neighbours as a range, the first few.
+std::string ranges(const std::vector<int>& numbers) {
+  std::string text;
+  int shown = 0;
+  for (size_t first = 0, end; first < numbers.size(); first = end) {
     end = first + 1;
-    while (end < block.threads.size() && state_of(block.threads[end]) == state) ++end;
-    if (++lines > kMaxLines) continue;
-    text += "    threads " + std::to_string(first) + " to " + std::to_string(end - 1) + " " + state + "\n";
+    while (end < numbers.size() && numbers[end] == numbers[end - 1] + 1) ++end;
+    if (++shown > kMaxRanges) return text + ", ...";
+    text += (text.empty() ? "" : ", ") + std::to_string(numbers[first]);
+    if (end > first + 1) text += "-" + std::to_string(numbers[end - 1]);
   }
+  return text;
+}
+
+std::string describe(const Block& block) {
+  std::map<std::string, std::vector<int>> states;
+  for (const Thread& thread : block.threads) states[state_of(thread)].push_back(thread.number);
+  std::string text = "  " + name_of(block) + "\n";
+  for (const auto& [state, numbers] : states) text += "    " + state + ": threads " + ranges(numbers) + "\n";
+  return text;
 }
 
 }  // namespace
@@ -47,12 +56,8 @@ std::string name_of(const Thread& thread) { return name_of(*thread.block) + ", t
 
 std::string describe(const std::vector<Block*>& blocks) {
   std::string text;
-  int lines = 0;
-  for (const Block* block : blocks) {
-    if (lines < kMaxLines) describe_block(*block, text, lines);
-  }
-  if (lines >= kMaxLines) text += "  (and more)\n";
-  return text;
+  for (size_t i = 0; i < blocks.size() && i < kMaxBlocks; ++i) text += describe(*blocks[i]);
+  return text + (blocks.size() > kMaxBlocks ? "  (and more blocks)\n" : "");
 }
 
 }  // namespace emulator

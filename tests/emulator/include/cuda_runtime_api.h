@@ -73,7 +73,7 @@ namespace emulator {
 cudaError_t set_max_dynamic_shared(const void* kernel, int bytes);
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::string& name,
                    std::function<void()> body);
-std::string demangled(const char* name);
+std::string demangled(const char* name);  // without namespaces
 
 }  // namespace emulator
 

@@ -17,14 +17,17 @@ def expect_same(name: str, group: Group, got: Tensor, want: Tensor) -> None:
     expect(name, group.config, got.cpu().numpy(), want.cpu().numpy())
 
 
-def check_dispatch(group: Group, ranks: list[Inputs]) -> reference.Placement:
-    """Weights close; decisions, places, rows and scales to the bit; nothing written beside them."""
+def check_dispatch(group: Group, ranks: list[Inputs], weights: list[np.ndarray] | None = None) -> reference.Placement:
+    """Weights close; decisions, places, rows and scales to the bit; nothing written beside them.
+
+    ranks: inputs of the whole group. weights: the kernels' own of all ranks, where not all are played here.
+    """
     check_no_fault(group)
-    weights = [check_weight(group, rank, inputs) for rank, inputs in enumerate(ranks)]
-    plans = reference.plan_group(group.config, ranks, weights)
-    for rank, (plan, inputs) in enumerate(zip(plans, ranks, strict=True)):
-        check_plan(group, rank, plan, inputs)
-    placement = reference.place(group.config, kept_ids(group, [plan.ids for plan in plans]))
+    own = {rank: check_weight(group, rank, ranks[rank]) for rank in group.ranks}
+    plans = reference.plan_group(group.config, ranks, weights or list(own.values()))
+    for rank in group.ranks:
+        check_plan(group, rank, plans[rank], ranks[rank])
+    placement = reference.place(group.config, in_one(group, [plan.ids for plan in plans], -1))
     check_places(group, placement)
     check_rows(group, ranks, placement)
     check_guards(group)
@@ -32,7 +35,7 @@ def check_dispatch(group: Group, ranks: list[Inputs]) -> reference.Placement:
 
 
 def check_no_fault(group: Group) -> None:
-    for rank in range(len(group.ranks)):
+    for rank in group.ranks:
         status = group.status(rank)
         if status.fault:
             raise Mismatch(f"rank {rank}: {describe(status)}; {group.config}")
@@ -52,7 +55,7 @@ def check_guards(group: Group) -> None:
 
 def output(group: Group, rank: int, name: str) -> np.ndarray:
     """An output of a rank; those that have a row for each token, cut to its tokens."""
-    tensor = group.ranks[rank].outputs[name]
+    tensor = group.tensors[rank].outputs[name]
     cut = name in ("new_ids", "new_weights", "weight", "combined")
     return (tensor[: group.structs[rank].num_tokens] if cut else tensor).cpu().numpy()
 
@@ -83,18 +86,19 @@ def check_plan(group: Group, rank: int, plan: reference.RankPlan, inputs: Inputs
     expect(f"rank {rank} new_weights", config, weights, plan.weights, WEIGHT_RTOL)
 
 
-def kept_ids(group: Group, ids_of_rank: list[np.ndarray]) -> Tensor:
-    """[R, T, K] i64 on the group's device, -1 behind a rank's tokens."""
+def in_one(group: Group, of_rank: list[np.ndarray], empty: float) -> Tensor:
+    """[T, K] of every rank as [R, T, K] on the group's device, `empty` behind a rank's tokens."""
     f = group.config.plan
-    ids = torch.full((f.R, f.T, f.K), -1)
-    for rank, one in enumerate(ids_of_rank):
-        ids[rank, : len(one)] = torch.from_numpy(one)
-    return ids.to(group.arena.device)
+    dtype = torch.from_numpy(of_rank[0]).dtype
+    whole = torch.full((f.R, f.T, f.K), empty, dtype=dtype)
+    for rank, one in enumerate(of_rank):
+        whole[rank, : len(one)] = torch.from_numpy(one)
+    return whole.to(group.arena.device)
 
 
 def check_places(group: Group, placement: reference.Placement) -> None:
     config, f, local = group.config, group.config.plan, group.config.local
-    for rank in range(f.R):
+    for rank in group.ranks:
         tokens, mine = group.structs[rank].num_tokens, slice(rank * local, (rank + 1) * local)
         for name in ("received", "starts"):
             got = group.part(rank, name, torch.int32, local)
@@ -108,7 +112,7 @@ def check_places(group: Group, placement: reference.Placement) -> None:
         if config.row_experts:
             row = torch.arange(config.rows, device=source.device)
             owner = torch.searchsorted(placement.starts[mine].contiguous(), row, right=True) - 1
-            got = group.ranks[rank].outputs["row_experts"]
+            got = group.tensors[rank].outputs["row_experts"]
             expect_same(f"rank {rank} row_experts", group, got, torch.where(source < 0, -1, owner))
 
 
@@ -120,7 +124,8 @@ def check_rows(group: Group, ranks: list[Inputs], placement: reference.Placement
         hidden[rank, : len(inputs.ids)] = inputs.hidden.cpu()
     features, scales = reference.cast(hidden.view(-1, f.H).to(group.arena.device), config.format)
     poison = int.from_bytes(bytes([POISON]) * 4, "little")
-    for rank, source in enumerate(placement.source):
+    for rank in group.ranks:
+        source = placement.source[rank]
         empty = (source < 0).unsqueeze(1)
         got = group.part(rank, "rows", torch.uint8, config.rows, features.shape[1])
         wrong = got != torch.where(empty, POISON, features[source.clamp(min=0)])
@@ -152,19 +157,26 @@ def fresh_outputs(group: Group, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=group.arena.device).bfloat16()
 
 
-def check_combine(group: Group, placement: reference.Placement, outputs: Tensor) -> None:
-    """Sums in f32 and one rounding to bf16; zeros for a token without a row."""
+Decided = tuple[np.ndarray, np.ndarray]  # a rank's new ids and new weights [T, K]
+
+
+def check_combine(
+    group: Group, placement: reference.Placement, outputs: Tensor, decided: list[Decided] | None = None
+) -> None:
+    """Sums in f32 and one rounding to bf16; zeros for a token without a row.
+
+    outputs: [R, rows, H] of the whole group. decided: of all ranks, where not all are played here.
+    """
     check_no_fault(group)
-    tokens = [rank.num_tokens for rank in group.structs]
-    ids = kept_ids(group, [output(group, rank, "new_ids") for rank in range(len(tokens))])
-    weights = torch.zeros(ids.shape, dtype=torch.float32)
-    for rank in range(len(tokens)):
-        weights[rank, : tokens[rank]] = torch.from_numpy(output(group, rank, "new_weights"))
-    want, size = reference.combine(group.config, ids, weights.to(ids.device), placement.positions, outputs)
-    for rank, number in enumerate(tokens):
-        got = group.ranks[rank].outputs["combined"][:number].double()
-        off = (got - want[rank, :number]).abs() - 2.0**-8 * want[rank, :number].abs() - 1e-6 * size[rank, :number]
-        if (off > 0).any() or not torch.isfinite(got).all():
+    decided = decided or [(output(group, rank, "new_ids"), output(group, rank, "new_weights")) for rank in group.ranks]
+    ids = in_one(group, [ids for ids, _ in decided], -1)
+    weights = in_one(group, [weights for _, weights in decided], 0.0)
+    want, size = reference.combine(group.config, ids, weights, placement.positions, outputs)
+    for rank in group.ranks:
+        tokens = group.structs[rank].num_tokens
+        got = group.tensors[rank].outputs["combined"][:tokens].double()
+        off = (got - want[rank, :tokens]).abs() - 2.0**-8 * want[rank, :tokens].abs() - 1e-6 * size[rank, :tokens]
+        if not bool((off <= 0).all()):
             token = int((~(off <= 0)).any(1).nonzero()[0])
             raise Mismatch(f"rank {rank} combined[{token}]: off by {float(off[token].max()):.3g}; {group.config}")
     check_guards(group)

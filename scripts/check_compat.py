@@ -23,20 +23,13 @@ COMPAT = ROOT / "build" / "compat"
 HOOKS = """
 import json
 from importlib.metadata import version
-from sglang_macs import plugin
-from sglang_macs.config import MacsConfig
+from sglang_macs import config, hooks, plugin
 import sglang.srt.plugins as plugins
 
-def missing(hooks):
-    found = {}
-    for hook in hooks:
-        try:
-            plugin.check_hooks((hook,))
-        except plugin.MacsNotActive as error:
-            found[hook.target] = str(error).split(";")[0]
-    return found
+def missing(registered):
+    return {hook.target: trouble for hook in registered if (trouble := hooks.trouble(hook))}
 
-plugin.configure(MacsConfig.from_preset("rank"))
+config.configure(config.MacsConfig.from_preset("rank"))
 plugins.load_plugins()
 lost = missing(plugin.LAUNCHER_HOOKS)
 plugin._in_scheduler, plugins._plugins_loaded = True, False

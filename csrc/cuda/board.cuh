@@ -21,6 +21,22 @@ struct alignas(32) RawCut {
   }
 };
 
+// One warp: the own share of the room of a pool's bounds [first, end).
+__device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int first, int end,
+                                                 int* room) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned group = 0, own = 0;  // all units of a group fit into 31 bits
+#pragma unroll 1
+  for (int n = first + lane; n < end; n += kWarp) {
+    const bool cut = raw[n].cut.x >= 0;
+    group += cut ? static_cast<unsigned>(raw[n].kept.group) : 0;
+    own += cut ? static_cast<unsigned>(raw[n].kept.own) : 0;
+  }
+  const Kept kept = {__reduce_add_sync(kFullMask, group), __reduce_add_sync(kFullMask, own)};
+#pragma unroll 1
+  for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
+}
+
 // Scratch in device memory, behind the GridState.
 struct Scratch {
   RawCut* raw;      // [NB]

@@ -20,6 +20,7 @@ constexpr int kMaxDevices = 64;
 struct Shape {
   int grid, block;
   int cluster = 1;
+  int rows = 1;  // of the grid
   size_t shared_bytes = 0;
   bool overlap = false;      // start while the previous kernel of the stream still runs
   bool cooperative = false;  // all blocks on the device at once
@@ -29,7 +30,7 @@ template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.grid);
+  config.gridDim = dim3(shape.grid, shape.rows);
   config.blockDim = dim3(shape.block);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "macs/level.h"
 #include "macs/params.h"
 
 namespace macs {
@@ -82,8 +83,8 @@ struct FusedLayout {
   int64_t bytes;      // of the whole region, a multiple of 256
 };
 
-inline bool is_fp8(RowFormat format) { return format != RowFormat::kBFloat16; }
-inline int64_t scale_words(const FusedShape& s) {
+MACS_HOST_DEVICE bool is_fp8(RowFormat format) { return format != RowFormat::kBFloat16; }
+MACS_HOST_DEVICE int64_t scale_words(const FusedShape& s) {
   if (!is_fp8(s.format)) return 0;
   const int64_t scales = s.hidden_size / kScaleFeatures;
   return s.format == RowFormat::kFp8Ue8m0 ? (scales + 3) / 4 : scales;

@@ -12,6 +12,11 @@
 #include "macs/fused.h"
 #include "macs/peer_view.cuh"
 
+// The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
+#ifndef MACS_NETWORK
+#define MACS_NETWORK DirectNetwork
+#endif
+
 namespace macs::cuda {
 
 constexpr int kFusedThreads = 512;
@@ -45,6 +50,9 @@ struct FusedDesk {
   int running;      // [warps, NB]
   int levels;       // [kCutsAtOnce, 2, 2B]; counts [3, E, 2] at the end
   int current;      // [max_tokens * K] i16
+  int entries;      // [max_tokens * K] u32 own assignments
+  int ids;          // [block tokens * K] as given
+  int gates;        // [block tokens * K]
   int dest;         // [block tokens * K] i32 row at the peer, -1: none
   int weight;       // [block tokens] f32
   int parts;        // [2, kRowGroups, kRowWarps] Part
@@ -72,14 +80,14 @@ struct FusedBlock {
   const FusedArgs& args;
   const FusedDispatchParams& p;
   const FusedRank& me;
-  const PeerView<DirectNetwork> peers;
+  const PeerView<MACS_NETWORK> peers;
   unsigned char* const shared;
   const int block, num_blocks, lane, warp;
   const int first, end;  // this block's tokens
   Patience patience;
 
   __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& rank, unsigned char* memory)
-      : args(a), p(a.p), me(rank), peers(rank.region), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
+      : args(a), p(a.p), me(rank), peers(rank.region, a.p.network), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
         lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), first(rank.num_tokens * block / num_blocks),
         end(rank.num_tokens * (block + 1) / num_blocks) {
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0};
@@ -101,12 +109,12 @@ struct FusedBlock {
   __device__ __forceinline__ const uint32_t* entries_of(int source) const {
     return own<uint32_t>(p.layout.entries) + static_cast<int64_t>(source) * p.shape.max_tokens * p.shape.top_k;
   }
-  __device__ __forceinline__ Entry own_entry(int slot) const { return {__ldcg(entries_of(me.rank) + slot)}; }
+  __device__ __forceinline__ Entry own_entry(int slot) const { return {at<uint32_t>(args.desk.entries)[slot]}; }
 
   // Where `block` of `source` signals in a region.
   __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {
     const int64_t row = static_cast<int>(kind) * p.shape.num_ranks + source;
-    return p.layout.flags + (row * p.shape.num_blocks + of_block) * static_cast<int64_t>(sizeof(uint32_t));
+    return p.layout.flags + (row * p.shape.num_blocks + of_block) * kFlagBytes;
   }
   // This block's signal to every peer. What its threads wrote before is visible to whoever sees it.
   __device__ __forceinline__ void signal_all(Flags kind) const {

@@ -30,7 +30,7 @@ struct CombineBlock {
   Patience patience;
 
   __device__ __forceinline__ CombineBlock(const FusedCombineParams& params, const FusedRank& rank)
-      : p(params), me(rank), peers(rank.region) {
+      : p(params), me(rank), peers(rank.region, nullptr) {
     const uint32_t round = __ldcg(own<uint32_t>(p.layout.round));
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round};
   }
@@ -38,7 +38,7 @@ struct CombineBlock {
   __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
   __device__ __forceinline__ int64_t flag(int source, int block) const {
     const int64_t row = static_cast<int64_t>(kOutputFlags) * p.shape.num_ranks + source;
-    return p.layout.flags + (row * p.shape.num_blocks + block) * static_cast<int64_t>(sizeof(uint32_t));
+    return p.layout.flags + (row * p.shape.num_blocks + block) * kFlagBytes;
   }
 };
 

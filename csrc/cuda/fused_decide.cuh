@@ -40,6 +40,13 @@ __device__ __forceinline__ void for_each_of_group(const FusedBlock& b, Body body
   }
 }
 
+// The own assignments, which later steps look at again and again. Complete behind the next barrier.
+__device__ __forceinline__ void keep_own_entries(const FusedBlock& b) {
+  uint32_t* const own = b.at<uint32_t>(b.args.desk.entries);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) own[i] = __ldcg(b.entries_of(b.me.rank) + i);
+}
+
 // Rows and units per expert, and the four sums. False: a peer's assignments are not to be believed.
 __device__ inline bool count_group(const FusedBlock& b) {
   uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);

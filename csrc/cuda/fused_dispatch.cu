@@ -32,6 +32,23 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   if (threadIdx.x == 0) b.scalars() = {};
 }
 
+// This block's slots into shared memory, by its last threads: the first ones wait for rows. Behind a barrier they are there.
+// The logits are sent for, in case that one of the slots has to look for another expert.
+__device__ __forceinline__ void load_slots(const FusedBlock& b) {
+  const FusedShape& s = b.p.shape;
+  Assignments in = {};
+  in.topk_ids = b.me.topk_ids, in.ids_are_i64 = b.p.ids_are_i64;
+  const int first = b.first * s.top_k, here = (b.end - b.first) * s.top_k, thread = kFusedThreads - 1 - threadIdx.x;
+  for (int i = thread; i < here; i += kFusedThreads) {
+    b.at<int>(b.args.desk.ids)[i] = load_id(in, first + i);
+    b.at<float>(b.args.desk.gates)[i] = __ldg(b.me.topk_weights + first + i);
+  }
+  if (b.p.reroute == Reroute::kNone || b.me.router_logits == nullptr) return;
+  constexpr int kLine = 32;  // logits
+  const float* const logits = b.me.router_logits + static_cast<int64_t>(b.first) * s.num_experts;
+  for (int i = thread * kLine; i < (b.end - b.first) * s.num_experts; i += kFusedThreads * kLine) prefetch_l2(logits + i);
+}
+
 // Reads the rows of tokens [begin, end). `score`: their entropies into the region; `keep`: the rows, cast, into shared
 // memory.
 template <int kVectors, bool kExact>
@@ -61,6 +78,27 @@ __device__ __forceinline__ void read_rows(const FusedBlock& b, int begin, int en
   }
 }
 
+// This lane's share of a segment's tokens. Several loads go out before the first is used.
+__device__ __forceinline__ SegmentSums segment_sums(const FusedBlock& b, const float* entropy, int segment) {
+  constexpr int kInFlight = 8;
+  SegmentSums sums = {0, 0, 0, 0};
+  for (int first = b.lane; first < b.me.num_tokens; first += kInFlight * kWarp) {
+    int segments[kInFlight];
+    float entropies[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int token = first + i * kWarp, inside = token < b.me.num_tokens;
+      segments[i] = inside ? __ldg(b.me.segment + token) : -1;
+      entropies[i] = inside ? __ldcg(entropy + token) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (segments[i] == segment) sums.add(entropies[i]);
+    }
+  }
+  return sums;
+}
+
 // The weight of each of this block's tokens, a token a warp, from the entropies of its segment on this rank.
 __device__ inline void weigh_tokens(const FusedBlock& b) {
   const float* const entropy = b.own<float>(b.p.layout.entropy);
@@ -68,10 +106,7 @@ __device__ inline void weigh_tokens(const FusedBlock& b) {
     const int segment = __ldg(b.me.segment + token);
     float weight = segment < 0 ? 1.0f : 0.5f;
     if (segment >= 0 && b.p.needs_entropy) {
-      SegmentSums sums = {0, 0, 0, 0};
-      for (int other = b.lane; other < b.me.num_tokens; other += kWarp) {
-        if (__ldg(b.me.segment + other) == segment) sums.add(__ldcg(entropy + other));
-      }
+      SegmentSums sums = segment_sums(b, entropy, segment);
 #pragma unroll
       for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         sums.count += __shfl_xor_sync(kFullMask, sums.count, offset);
@@ -86,38 +121,36 @@ __device__ inline void weigh_tokens(const FusedBlock& b) {
   __syncthreads();
 }
 
-// One own assignment as the group needs to know it.
-__device__ __forceinline__ Entry make_entry(const FusedBlock& b, const Assignments& in, int slot) {
-  const int top_k = in.top_k, token = slot / top_k, expert = load_id(in, slot);
+// One own assignment as the group needs to know it. `here`: which of this block's slots.
+__device__ __forceinline__ Entry make_entry(const FusedBlock& b, const Assignments& in, int here) {
+  const int* const ids = b.at<int>(b.args.desk.ids);
+  const int token = here / in.top_k, expert = ids[here];
   if (expert < 0) return {0};
   if (expert >= in.num_experts) {
     report(b.patience, Fault::kBadExpert, b.me.rank, b.block, expert, in.num_experts - 1);
     return {0};
   }
   bool leads = true;
-  for (int other = token * top_k; other < slot; ++other) leads &= load_id(in, other) < 0;
-  Slot held = {token, expert, __ldg(b.me.segment + token), __ldg(in.topk_weights + slot),
-               b.at<float>(b.args.desk.weight)[token - b.first], true};
-  return Entry::of(expert, bucket_of_slot(in, held), held.text(), leads, fixed_weight(held.weight));
+  for (int other = token * in.top_k; other < here; ++other) leads &= ids[other] < 0;
+  const Slot slot = {b.first + token, expert, __ldg(b.me.segment + b.first + token),
+                     b.at<float>(b.args.desk.gates)[here], b.at<float>(b.args.desk.weight)[token], true};
+  return Entry::of(expert, bucket_of_slot(in, slot), slot.text(), leads, fixed_weight(slot.weight));
 }
 
 // This block's assignments to every rank.
 __device__ inline void tell_assignments(const FusedBlock& b) {
   const FusedShape& s = b.p.shape;
   Assignments in = {};
-  in.topk_ids = b.me.topk_ids, in.topk_weights = b.me.topk_weights;
-  in.top_k = s.top_k, in.num_experts = s.num_experts, in.ids_are_i64 = b.p.ids_are_i64;
-  in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
-  const int64_t row = static_cast<int64_t>(b.me.rank) * s.max_tokens * s.top_k;
-  for (int slot = b.first * s.top_k + threadIdx.x; slot < b.end * s.top_k; slot += kFusedThreads) {
-    const uint32_t bits = make_entry(b, in, slot).bits;
-    for (int peer = 0; peer < s.num_ranks; ++peer) {
-      b.peers.at<uint32_t>(peer, b.p.layout.entries)[row + slot] = bits;
-    }
+  in.top_k = s.top_k, in.num_experts = s.num_experts, in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
+  const int first = b.first * s.top_k, here = (b.end - b.first) * s.top_k;
+  const int64_t row = b.p.layout.entries + 4LL * (b.me.rank * s.max_tokens * s.top_k + first);
+  for (int i = threadIdx.x; i < here; i += kFusedThreads) {
+    const uint32_t bits = make_entry(b, in, i).bits;
+    for (int peer = 0; peer < s.num_ranks; ++peer) b.peers.write(peer, row + 4LL * i, bits);
   }
   if (b.block == 0) {
     for (int peer = threadIdx.x; peer < s.num_ranks; peer += kFusedThreads) {
-      b.peers.at<int32_t>(peer, b.p.layout.tokens)[b.me.rank] = b.me.num_tokens;
+      b.peers.write(peer, b.p.layout.tokens + 4LL * b.me.rank, b.me.num_tokens);
     }
   }
   b.signal_all(Flags::kAssignments);
@@ -140,6 +173,7 @@ __device__ inline bool hear_assignments(const FusedBlock& b) {
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline bool decide(const FusedBlock& b) {
+  keep_own_entries(b);
   if (!count_group(b)) return false;
   const int* const sums = b.scalars().sums;
   const Capacity capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
@@ -190,6 +224,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
   b.patience.round = __ldcg(round) + 1;
   clear_tables(b);
+  load_slots(b);
   const bool score = args.p.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);
   read_rows<kVectors, kExact>(b, b.first, kept, score, true);
@@ -207,9 +242,9 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   } else {
     drop_tokens(b);
   }
+  if (ok && b.block == b.num_blocks - 1) write_counts(b);
   if (b.block != 0) return;
   write_received(b, ok);
-  if (ok) write_counts(b);
   if (ok && args.p.phase == Phase::kBoth && !b.await_all(Flags::kRows, b.num_blocks, Fault::kRows)) {
     write_received(b, false);
   }
@@ -250,6 +285,9 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
       .running = take(4 * kFusedWarps * num_bounds),
       .levels = take(4 * (levels > counts ? levels : counts)),
       .current = take(2 * p.shape.max_tokens * top_k),
+      .entries = take(4 * p.shape.max_tokens * top_k),
+      .ids = take(4 * block_tokens * top_k),
+      .gates = take(4 * block_tokens * top_k),
       .dest = take(4 * block_tokens * top_k),
       .weight = take(4 * block_tokens),
       .parts = take(2 * kRowGroups * kRowWarps * sizeof(Part)),

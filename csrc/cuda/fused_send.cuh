@@ -25,8 +25,8 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
-    int32_t* const to = b.peers.at<int32_t>(peer, b.p.layout.counts) + b.me.rank * experts;
-    for (int j = threadIdx.x; j < experts; j += kFusedThreads) to[j] = static_cast<int32_t>(own[j] & 0xffffu);
+    const int64_t row = b.p.layout.counts + 4LL * b.me.rank * experts;
+    for (int j = threadIdx.x; j < experts; j += kFusedThreads) b.peers.write(peer, row + 4 * j, own[j] & 0xffffu);
     __syncthreads();
     if (threadIdx.x == 0) b.peers.signal(peer, b.flag(Flags::kCounts, b.me.rank, 0), b.patience.round);
   }
@@ -101,9 +101,10 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
   const int words = static_cast<int>(scale_words(s));
   const int64_t stride = s.expert_rows > 0 ? s.expert_rows : s.max_rows;
   const int64_t base = s.expert_rows > 0 ? local * (words - 1) * stride : 0;  // row = local * stride + the row within
-  uint32_t* const to = b.peers.at<uint32_t>(peer, b.p.layout.scales);
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(staged + RowBytes(s).features);
-  for (int w = b.lane; w < words; w += kWarp) to[base + w * stride + row] = from[w];
+  for (int w = b.lane; w < words; w += kWarp) {
+    b.peers.write(peer, b.p.layout.scales + 4 * (base + w * stride + row), from[w]);
+  }
 }
 
 // The staged rows of tokens [begin, end) to their experts, warps taking a share of an assignment's row each.
@@ -123,7 +124,7 @@ __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
     if (part != 0) continue;
     if (is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
     if (b.lane == 0) {
-      b.peers.at<int32_t>(peer, b.p.layout.sources)[row] = b.me.rank << 16 | (begin + i / s.top_k);
+      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.me.rank << 16 | (begin + i / s.top_k));
     }
   }
 }
@@ -136,15 +137,15 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const bool inside = b.lane < top_k;
     const Entry entry = inside ? b.own_entry(slot) : Entry{0};
     const int original = entry.present() ? entry.expert() : -1, current = inside ? b.current()[slot] : kEmptySlot;
-    const float gate = inside ? __ldg(b.me.topk_weights + slot) : 0.0f;
+    const int here = slot - b.first * top_k;
+    const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
     if (b.lane == 0) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
     if (!inside) continue;
     int id = current;
     float weight = gate;
     if (current == kEmptySlot) {
-      id = b.p.ids_are_i64 ? static_cast<int>(static_cast<const int64_t*>(b.me.topk_ids)[slot])
-                           : static_cast<const int32_t*>(b.me.topk_ids)[slot];
+      id = b.at<int>(b.args.desk.ids)[here];
     } else if (current < 0) {
       weight = 0.0f;
     } else if (current != original) {
@@ -160,7 +161,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
   }
 }
 
-// What the counters want to know, by the rank's first block, once its rows are on their way.
+// What the counters want to know, by one of the rank's blocks, once its rows are on their way.
 __device__ inline void write_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts;
   int* const counts = b.at<int>(b.args.desk.levels);  // no longer needed as levels

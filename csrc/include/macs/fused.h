@@ -17,6 +17,7 @@ constexpr int kMaxFusedTokens = 1023;  // of a rank
 constexpr int kMaxFusedTopK = 16;
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
+constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
 // What a row looks like on its way. kFp8: e4m3 with an f32 scale per 128 features; kFp8PowerOfTwo: scales rounded up to
@@ -64,7 +65,7 @@ struct FusedShape {
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
 // Peers write: flags, tokens, entries, counts, rows, scales. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
-  int64_t flags;      // [4, R, blocks] u32 rounds: assignments, counts, rows, outputs
+  int64_t flags;      // [4, R, blocks] u32 rounds, kFlagBytes apart: assignments, counts, rows, outputs
   int64_t tokens;     // [R] i32 tokens of each source
   int64_t entries;    // [R, max_tokens * K] u32 packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t counts;     // [R, E] i32 rows that each source sends to each expert
@@ -100,7 +101,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   };
   const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
   const int64_t local = s.num_experts / s.num_ranks;
-  layout.flags = take(4LL * s.num_ranks * s.num_blocks * 4);
+  layout.flags = take(4LL * s.num_ranks * s.num_blocks * kFlagBytes);
   layout.tokens = take(4LL * s.num_ranks);
   layout.entries = take(4LL * s.num_ranks * slots);
   layout.counts = take(4LL * s.num_ranks * s.num_experts);
@@ -157,6 +158,7 @@ struct FusedDispatchParams {
   float delta;
   Phase phase;
   uint64_t timeout_ns;
+  const void* network;     // of the network policy; nullptr where every peer is direct
   FusedRank one;           // the rank of this launch
   const FusedRank* many;   // or [launched] of them in device memory, which it plays all: a row of the grid each
   int32_t launched;

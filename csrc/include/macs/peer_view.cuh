@@ -17,7 +17,12 @@ namespace macs::cuda {
 
 // Loads and stores reach every peer.
 struct DirectNetwork {
-  static constexpr bool kDirect = true;
+  __device__ __forceinline__ explicit DirectNetwork(const void*) {}
+  static __device__ __forceinline__ constexpr bool is_direct(int) { return true; }
+  template <class T>
+  __device__ __forceinline__ void write(int, int64_t, T) const {}
+  __device__ __forceinline__ void put(int, int64_t, const uint4*, int, int) const {}
+  __device__ __forceinline__ void signal(int, int64_t, uint32_t) const {}
 };
 
 // Where waits look before they go on: how long they may, and who else has given up.
@@ -62,30 +67,44 @@ __device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const
   }
 }
 
+// A network policy answers `is_direct(peer)`, and for the others carries a value, a warp's vectors of 16 bytes, and a signal
+// that everything its block has sent to that peer before is there.
 template <class Network>
 class PeerView {
-  static_assert(Network::kDirect, "rows are put and pulled by plain stores and loads; a network needs its own kernels");
-
  public:
-  __device__ __forceinline__ explicit PeerView(char* const (&regions)[kMaxPeers]) : regions_(regions) {}
+  // network: what FusedDispatchParams::network points to, for the policy.
+  __device__ __forceinline__ PeerView(char* const (&regions)[kMaxPeers], const void* network)
+      : regions_(regions), network_(network) {}
 
+  // Only where the peer is direct; this rank itself always is.
   template <class T>
   __device__ __forceinline__ T* at(int peer, int64_t offset) const {
     return reinterpret_cast<T*>(regions_[peer] + offset);
   }
+  template <class T>
+  __device__ __forceinline__ void write(int peer, int64_t offset, T value) const {
+    if (network_.is_direct(peer)) {
+      *at<T>(peer, offset) = value;
+    } else {
+      network_.write(peer, offset, value);
+    }
+  }
   // One warp: `vectors` of 16 bytes, from this block's shared memory.
   __device__ __forceinline__ void put(int peer, int64_t offset, const uint4* from, int vectors, int lane) const {
+    if (!network_.is_direct(peer)) return network_.put(peer, offset, from, vectors, lane);
     uint4* const to = at<uint4>(peer, offset);
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
   }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
   __device__ __forceinline__ void signal(int peer, int64_t offset, uint32_t round) const {
+    if (!network_.is_direct(peer)) return network_.signal(peer, offset, round);
     store_release_sys(at<uint32_t>(peer, offset), round);
   }
 
  private:
   char* const (&regions_)[kMaxPeers];
+  Network network_;
 };
 
 }  // namespace macs::cuda

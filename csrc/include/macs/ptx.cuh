@@ -92,6 +92,11 @@ __device__ __forceinline__ void store_streaming(uint4* address, const uint4& v) 
                : "memory");
 }
 
+// Into L2, for later.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // --- Time
 
 __device__ __forceinline__ uint64_t global_timer_ns() {

@@ -60,6 +60,7 @@ inline void fence_acq_rel_sys() { emulator::preempt(); }
 inline uint4 load_once(const uint4* address) { return *address; }
 inline uint4 load_streaming(const uint4* address) { return *address; }
 inline void store_streaming(uint4* address, const uint4& v) { *address = v; }
+inline void prefetch_l2(const void*) {}
 
 // --- Time
 

@@ -361,6 +361,15 @@ def test_custom_importance_gives_true_weights(given):
     torch.testing.assert_close(own.weights, custom.weights)
 
 
+def test_bounds_by_layer_keep_their_mean(given):
+    bounds = []
+    made = lab_methods.ByLayer(lambda _, bound: bounds.append(bound), 0.1, layers=6)
+    for layer in range(6):
+        made(replace(given, layer=layer), 1.05)
+    assert bounds[0] == pytest.approx(0.945) and bounds[-1] == pytest.approx(1.155)
+    assert sum(bounds) / 6 == pytest.approx(1.05)
+
+
 def test_statistics_are_paired():
     asked = [{"a": 10, "b": 10, "unlearned": 10}] * 6
     base = [{"a": 10 - i % 2, "b": 10, "unlearned": 2} for i in range(6)]

@@ -36,24 +36,25 @@ from sglang_macs import profile
 # Batches by turns from three mixes of requests. Experts are balanced over training; as in production, it is traffic
 # that differs from it which fills some ranks more than others.
 MIXES = {
-    "training": {  # 84 requests, 7,700 tokens, 79 % visual
-        "text": {"copy": 12, "lookup": 8, "add": 4},
-        "tiny": {"map": 4},
-        "wide": {"read": 14, "compare": 6},
-        "square": {"read": 6, "count": 8, "compare": 6, "where": 2, "colour": 2},
-        "large": {"read": 4, "count": 2, "scene": 4},
+    "training": {
+        "text": {"copy": 6, "lookup": 10, "add": 6},
+        "tiny": {"map": 10},
+        "wide": {"read": 10, "compare": 4, "colour": 6, "where": 4},
+        "square": {"read": 4, "count": 4, "count_colour": 6, "colour": 6, "where": 6, "compare": 4},
+        "large": {"read": 4, "count": 2, "colour": 3, "where": 3, "scene": 3},
         "huge": {"read": 2},
     },
-    "documents": {  # 72 requests, 4,600 tokens, 72 % visual: strings to read
-        "text": {"copy": 20},
-        "wide": {"read": 36, "compare": 12},
-        "large": {"read": 4},
+    "documents": {  # strings to read
+        "text": {"copy": 12, "lookup": 8},
+        "wide": {"read": 30, "compare": 8},
+        "large": {"read": 6},
+        "huge": {"read": 3},
     },
-    "pictures": {  # 72 requests, 7,600 tokens, 83 % visual: large pictures
-        "text": {"copy": 24, "lookup": 4},
-        "square": {"count": 12, "compare": 8, "read": 8},
-        "large": {"scene": 6, "count": 4, "read": 4},
-        "huge": {"read": 2},
+    "pictures": {  # large pictures
+        "text": {"copy": 8, "lookup": 16},
+        "square": {"count": 8, "count_colour": 8, "colour": 8, "where": 8},
+        "large": {"scene": 4, "count": 4, "colour": 6, "where": 6, "read": 3},
+        "huge": {"read": 2, "colour": 2, "where": 2},
     },
 }
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
@@ -497,6 +498,10 @@ def importance_plans(
             for suffix, options in changes.items():
                 made = lab_methods.WithPlan(options, modality, measure, model.arch.scoring)
                 plans.append((Method(name + suffix, made), bound))
+        for name, slope in (("rank, tighter early", 0.05), ("rank, tighter late", -0.05)):
+            inner = lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)
+            made = lab_methods.ByLayer(inner, slope, model.arch.layers)
+            plans.append((Method(name, made, acts_above_bound_only=False), bound))
     return plans
 
 
@@ -528,6 +533,10 @@ def shard_file(out: Path, index: int) -> Path:
     return out.with_suffix(f".shard-{index}.json")
 
 
+def shard_files(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.stem}.shard-*.json"))
+
+
 def parts_of(options: argparse.Namespace, course: Course, other: Maker, modality: dict) -> dict[str, Part]:
     """What is asked for, by name."""
     count, few = options.batches, options.sweep_batches
@@ -550,7 +559,7 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # the cores are the workers'
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32  # also on a GPU: what is measured is clipping, not rounding
     model = lab_checkpoint.load(options.checkpoint, device)
     model.experts_by = "dense" if device.type == "cuda" else "loop"
     words = Vocabulary(options.checkpoint / "tokenizer.json")
@@ -587,6 +596,8 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
 def run_workers(options: argparse.Namespace) -> None:
     """As many processes as asked for, each with its share of the cases; a GPU cannot be shared by forking."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    for old in shard_files(options.out):
+        old.unlink()
     command = [sys.executable, __file__, *sys.argv[1:], "--shard"]
     workers = [subprocess.Popen([*command, f"{i}/{options.workers}"]) for i in range(options.workers)]
     failed = [w.args[-1] for w in workers if w.wait() != 0]
@@ -601,7 +612,7 @@ def main() -> None:
     start = time.perf_counter()
     if not options.merge:
         run_workers(options)
-    files = sorted(options.out.parent.glob(f"{options.out.stem}.shard-*.json"))
+    files = shard_files(options.out)
     if not files:
         raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
     result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}

@@ -26,7 +26,6 @@ LAB = ROOT / "scripts" / "lab"
 WORK = ROOT / "build" / "lab-run"
 KEEP_EVERY = 20.0  # seconds
 START_UP = 45.0  # seconds of a training before its clock starts: imports, digits, grouped products tried, graph
-SHARD = "quality.shard-*.json"
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def train(options: argparse.Namespace, jobs: Jobs, shared: dict[str, str]) -> No
     shutil.rmtree(WORK, ignore_errors=True)
     start = time.monotonic()
     if not list((ROOT / "sglang_macs").glob("_C*.so")) or options.rebuild:
-        command, environment = build_command(cuda=jobs.running is not None and _gpu_count() > 0)
+        command, environment = build_command(cuda=_gpu_count() > 0)
         jobs.start("build", command, WORK / "main" / "build.log", **environment)
     minutes = (options.seconds - START_UP - 25) / 60
     for index, variant in enumerate(options.variants):

@@ -175,6 +175,21 @@ class WithPlan:
         return chosen, weights if self.importance is None else _true_weights(given, chosen, self.scoring)
 
 
+@dataclass
+class ByLayer:
+    """`inner` at a bound that is lower by a share `slope` in the first layer and higher by as much in the last: the
+    mean over layers, which is what a forward pass waits for, stays the same.
+    """
+
+    inner: Callable[[Inputs, float], Outcome]
+    slope: float
+    layers: int
+
+    def __call__(self, given: Inputs, bound: float) -> Outcome:
+        place = 2 * given.layer / (self.layers - 1) - 1
+        return self.inner(given, bound * (1 + self.slope * place))
+
+
 def _true_weights(given: Inputs, ids: Tensor, scoring: str) -> Tensor:
     """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (docs/method.md 5.3)."""
     reference = given.logits.gather(1, given.ids[:, :1])  # slots come sorted: the first has the greatest gate
@@ -291,6 +306,11 @@ RANK_OPTIONS = {
     "rank -protection": ({"protect_text": False}, "text and visual by one order"),
     "rank reroute=local": ({"reroute": "local"}, "only within the rank"),
     "rank -reroute": ({"reroute": "none"}, "drops all that is clipped"),
+    "rank -entropy -protection": (
+        {"importance": "gate", "delta": 0.0, "protect_text": False},
+        "gate alone, by one order",
+    ),
+    "rank -entropy -reroute": ({"importance": "gate", "delta": 0.0, "reroute": "none"}, "gate alone, drops"),
     "rank exchange=local": ({"exchange": "local"}, "each source rank holds its own share"),
 }
 EXPERT_OPTIONS = {

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
 from lab_model import EXPERTS_BY, Architecture, LabModel, Routing, initialise, scores
 from lab_tasks import JUDGED, NO_LABEL, TRAIN_MIX, Group, Maker
-from lab_tokens import END, Vocabulary
+from lab_tokens import Vocabulary
 from torch import Tensor
 
 WARMUP_STEPS = 400
@@ -112,12 +112,11 @@ class Trainer:
 
 
 def _token_weights(labels: Tensor) -> Tensor:
-    """[n * L] f32: an answer counts the same however long, for a one-word answer is not the easier one; a row with
-    several answers counts as the square root of their number, for they share a picture.
+    """[n * L] f32: a row counts as the square root of its answers' tokens. Were all tokens alike, talks would drown
+    one-word answers; were all rows alike, a long answer's tokens would count for nothing.
     """
     asked = (labels != NO_LABEL).float()
-    answers = (labels == END).sum(1, keepdim=True).float()
-    return (asked * answers.sqrt() / asked.sum(1, keepdim=True)).flatten()
+    return (asked / asked.sum(1, keepdim=True).sqrt()).flatten()
 
 
 def _balance(routing: Routing, arch: Architecture) -> tuple[Tensor, Tensor]:
@@ -176,8 +175,10 @@ def grouped_works(arch: Architecture, device: torch.device) -> bool:
     own, for a failure on a GPU can take its process along.
     """
     call = [sys.executable, __file__, "--check-grouped", "--device", str(device), "--experts", str(arch.experts)]
+    # Outside of MPS, where a fault would end all processes that share the GPU.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_MPS")}
     try:
-        return subprocess.run([*call, "--out", "."], timeout=120, check=False).returncode == 0
+        return subprocess.run([*call, "--out", "."], timeout=120, check=False, env=alone).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
@@ -199,7 +200,7 @@ def check_grouped(arch: Architecture, device: torch.device, dtype: torch.dtype) 
         found.append([out.detach(), *gradients])
     for one, other in zip(*found, strict=True):
         error = float((one.float() - other.float()).norm() / one.float().norm())
-        if not error < 0.02:
+        if not error < 0.04:  # bf16 rounds the gates at different places
             raise SystemExit(f"grouped and dense experts differ by {error:.3f}")
 
 

@@ -2,7 +2,6 @@
 // the extension. Parameters go by pointer to the structures of macs/params.h; every function answers a cudaError_t.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"
-#include "macs/fused.h"
 
 using namespace macs;
 
@@ -41,17 +40,5 @@ MACS_EXPORT int macs_score_histogram(const EntropyScoreParams* score, const Entr
 MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply,
                                      void* workspace, void* stream) {
   return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream));
-}
-MACS_EXPORT size_t macs_fused_sizeof(int which) {
-  const size_t sizes[] = {sizeof(FusedStatus), sizeof(FusedShape),          sizeof(FusedLayout),
-                          sizeof(FusedRank),   sizeof(FusedDispatchParams), sizeof(FusedCombineParams)};
-  return which >= 0 && which < 6 ? sizes[which] : 0;
-}
-MACS_EXPORT void macs_fused_layout(const FusedShape* shape, FusedLayout* layout) { *layout = fused_layout(*shape); }
-MACS_EXPORT int macs_fused_dispatch(const FusedDispatchParams* p, void* stream) {
-  return cuda::launch_fused_dispatch(*p, static_cast<cudaStream_t>(stream));
-}
-MACS_EXPORT int macs_fused_combine(const FusedCombineParams* p, void* stream) {
-  return cuda::launch_fused_combine(*p, static_cast<cudaStream_t>(stream));
 }
 #endif

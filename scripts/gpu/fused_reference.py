@@ -106,7 +106,8 @@ def cast(hidden: Tensor, format: str) -> tuple[Tensor, Tensor | None]:
         return hidden.contiguous().view(torch.uint8).view(len(hidden), -1), None
     blocks = hidden.float().view(len(hidden), -1, SCALE_FEATURES)
     amax = blocks.abs().amax(2).clamp(min=FP8_LEAST)
-    back, to = amax * torch.tensor(1.0 / FP8_MOST, dtype=torch.float32), FP8_MOST / amax
+    most = torch.full_like(amax, FP8_MOST)  # a tensor: a number over a tensor is its reciprocal times the number
+    back, to = amax * most.reciprocal(), most / amax
     if format != "fp8":
         bits = back.view(torch.int32)
         exponent = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).int()

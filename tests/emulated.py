@@ -127,7 +127,7 @@ def build(
     digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{digest}.so"
     if not target.exists():
-        _run(["g++", "-shared", *map(str, objects)], target)
+        _run(["g++", "-shared", "-Wl,-z,defs", *map(str, objects)], target)
     return Library(target, multiprocessors, max_cluster)
 
 

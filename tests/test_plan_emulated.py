@@ -159,8 +159,9 @@ def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: 
 
 
 def library_of(name: str, max_cluster: int) -> Launchers:
-    sources = sorted(path for path in emulated.CUDA.glob("*.cu") if not path.name.startswith("fused"))
-    return Launchers(emulated.build(name, *sources, defines=["MACS_C_API"], max_cluster=max_cluster))
+    return Launchers(
+        emulated.build(name, *sorted(emulated.CUDA.glob("*.cu")), defines=["MACS_C_API"], max_cluster=max_cluster)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sglang_macs import metrics
+from sglang_macs.compat import SGLANG
 from sglang_macs.config import flag_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,12 +85,28 @@ def serve_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def compat_table() -> str:
+    """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
+    found = results("compat")
+    rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
+    for row in found["rows"]:
+        if "refused" in row:
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{row["refused"]["detail"].split(";")[0]}"'])
+        else:
+            rows.append(
+                [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]
+            )
+    where = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:9]}, `make test-compat`."
+    return where + "\n\n" + markdown(["release", "hooks", "launch", "server"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "flags": flag_table,
     "metrics": metrics.table,
     "straggler": straggler_table,
     "overhead": overhead_table,
     "serve": serve_table,
+    "compat": compat_table,
 }
 
 

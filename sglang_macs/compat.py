@@ -10,7 +10,7 @@ from typing import Any
 from .config import MacsConfig
 from .errors import MacsError
 
-SGLANG = "0.5.21"  # the release whose internals are hooked
+SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
 
 # Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.

@@ -74,6 +74,10 @@ class AllToAll:
         self._sent = sent
         return received, torch.repeat_interleave(local, mine.reshape(-1))
 
+    def remote_rows(self) -> int:
+        """Rows of the dispatch under way that went to other ranks; combine brings as many back."""
+        return sum(self._sent.send_rows) - self._sent.send_rows[self.rank]
+
     def combine(self, outputs: Tensor) -> Tensor:
         """[N, H] expert outputs in the order of `dispatch` -> [T, H] sums weighted by the gate, in f32, as outputs'
         dtype.
@@ -210,6 +214,7 @@ class MacsDispatcher:
         self.planner.prove(planned, own, rows.sum(dim=0))
         received = self.comm.dispatch(hidden_states, planned.topk_ids, planned.topk_weights, rows[:, stats.AFTER])
         self.planner.counters.received_rows += received[0].shape[0]
+        self.planner.counters.remote_rows += self.comm.remote_rows()
         return received
 
     def combine(self, outputs: Tensor) -> Tensor:

@@ -53,10 +53,11 @@ def run(server_flags: list[str]) -> list[Check]:
 
 def _versions() -> Iterator[Check]:
     yield _check("python", (3, 11) <= sys.version_info < (3, 13), platform.python_version(), "Use Python 3.11 or 3.12.")
-    for name, wanted in (("sglang", SGLANG), ("torch", TORCH)):
+    for name, wanted in (("sglang", SGLANG), ("torch", (TORCH,))):
         found = _version_of(name)
-        ok = found is not None and (found + ".").startswith(wanted + ".")
-        yield _check(name, ok, found or "not installed", f"Install {name} {wanted}, which this version is made for.")
+        ok = found is not None and any((found + ".").startswith(w + ".") for w in wanted)
+        fix = f"Install {name} {' or '.join(wanted)}, which this version is made for."
+        yield _check(name, ok, found or "not installed", fix)
 
 
 def _version_of(distribution: str) -> str | None:
@@ -178,7 +179,7 @@ def _in_sglang(server_flags: list[str], on_cpu: bool) -> list[Check]:
 
 
 def _hooks(side: str, done: subprocess.CompletedProcess) -> list[Check]:
-    fix = f"Install sglang=={SGLANG}, or a version of sglang-macs that is made for {_version_of('sglang')}."
+    fix = f"Install sglang=={SGLANG[0]}, or a version of sglang-macs that is made for {_version_of('sglang')}."
     for line in done.stdout.splitlines():
         if line.startswith("HOOKS "):
             hooks = json.loads(line.removeprefix("HOOKS "))

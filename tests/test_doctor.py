@@ -72,7 +72,7 @@ def test_the_report_folds_hooks_that_took():
     ("name", "found"), [("sglang", "0.5.2"), ("sglang", "0.5.210"), ("torch", "2.12.1"), ("torch", None)]
 )
 def test_other_versions_fail(monkeypatch, name, found):
-    monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG)
+    monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG[0])
     check = next(check for check in doctor._versions() if check.name == name)
     assert check.status == FAIL and name in check.fix
 

@@ -250,7 +250,7 @@ __device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& sc
 
 template <class Id, int kKeys, bool kWithThreshold>
 __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_constant__ ThresholdApplyArgs args) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   start_dependents();
   const ClipApplyParams& p = args.apply;
   // The cuts' levels lie before the board: both are needed at once.

@@ -1,0 +1,257 @@
+"""What MACS costs the requests of a real server (CPU, two ranks) where it has nothing to clip.
+
+    python scripts/check_cost.py plan [--model wide|tiny] [--blocks 40] [--most 0.01] [--out FILE.json]
+    python scripts/check_cost.py installed ...
+
+`plan`: one server at infinite gamma. Whether it plans a request or leaves it alone, as with preset off, is switched
+from request to request, so that both sides share one process, its memory and its threads. `installed`: two servers of
+stock SGLang, one with the plugin installed and one without; the one that is not asked is stopped (SIGSTOP).
+
+Requests go one at a time, in blocks of A B B A, each with a picture of its own; a block yields one ratio of latencies
+and one of CPU times (which other work on the machine does not stretch, and waiting does not show in). Reported are the
+medians with 95 % confidence intervals that assume no distribution. With --most, exit 0 if both intervals lie below
+1 + most, otherwise 1 or 2: it costs more, or it cannot be said.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import requests
+from bench_plan import commit
+from check_serving import KINDS, OUT, Interval, ask, crops, interval, verdict
+from serving import EP2_ARGS, Server, ServerError
+
+from sglang_macs import cpu_compat, tiny_models
+
+ROOT = Path(__file__).resolve().parent.parent
+# Layers as wide as those of Qwen3-VL-30B-A3B (hidden 2048, experts of 768, top-8), but 3 of 48 and a quarter of the
+# experts: a token's work in a layer does not depend on how many experts there are.
+WIDE = {"hidden": 2048, "intermediate": 768, "top_k": 8, "num_experts": 32}
+MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": WIDE}
+ORDER = (0, 1, 1, 0)  # both sides meet both data-parallel ranks, which take turns, and drift cancels
+
+# A plugin for the measurement alone, in every scheduler process.
+PROBE = """
+import json, os, time
+from pathlib import Path
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang_macs import batch, dispatcher
+
+SWITCH = Path(os.environ["MACS_SWITCH"])
+decide, plan = batch.skip_reason, dispatcher.LayerPlanner.__call__
+spent = {"cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
+
+
+def side():
+    return int(SWITCH.read_text())
+
+
+def skip_reason(config, **known):
+    "MACS plans where the file says so, else acts as with preset off."
+    return decide(config, **known) or ("" if side() else "off")
+
+
+def timed_layer(self, hidden_states, *args):
+    start = time.perf_counter()
+    planned = plan(self, hidden_states, *args)
+    if hidden_states.shape[0] and batch.current().skip in ("", "off"):  # a rank without tokens waits for the other
+        spent["layer_ms"][side()].append(1e3 * (time.perf_counter() - start))
+    return planned
+
+
+def timed_forward(original, *args, **kwargs):
+    start = time.process_time()
+    result = original(*args, **kwargs)
+    spent["cpu_seconds"][side()] += time.process_time() - start
+    SWITCH.with_name(f"spent-{os.getpid()}.json").write_text(json.dumps(spent))
+    return result
+
+
+def register():
+    import multiprocessing
+
+    if multiprocessing.parent_process() is None:  # the launcher must not import the model stack
+        return
+    batch.skip_reason, dispatcher.LayerPlanner.__call__ = skip_reason, timed_layer
+    target = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"  # around what MACS hooks
+    HookRegistry.register(target, timed_forward, HookType.AROUND)
+"""
+
+
+class Probe:
+    """The plugin in a folder of its own, emptied first; what it measured is read back from there."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        info, self.folder, self.switch = folder / "macs_probe-0.dist-info", folder, folder / "switch"
+        info.mkdir(parents=True)
+        (folder / "macs_probe.py").write_text(PROBE)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: macs-probe\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmacs_probe = macs_probe:register\n")
+        self.switch.write_text("1")
+
+    def environment(self) -> dict[str, str]:
+        """Of a server that loads it."""
+        base = {"PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])}
+        return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_SWITCH": str(self.switch)}
+
+    def spent(self) -> list[dict]:
+        """Of each rank: `cpu_seconds` in forward passes and `layer_ms` of each dispatch of its tokens, by side."""
+        time.sleep(0.02)  # the other rank ends its pass of the last request
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("spent-*.json"))]
+
+
+# ---- The two comparisons -------------------------------------------------------------------------------------------
+
+
+class PlannedOrNot:
+    """One server at infinite gamma, whose plans a probe switches on and off."""
+
+    sides = ("left alone", "planned")
+
+    def __init__(self, model: Path) -> None:
+        self.probe = Probe(OUT / "probe")
+        args = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-preset", "rank", "--macs-gamma", "inf"]
+        self.server = Server(model, args, env=self.probe.environment(), log=OUT / "cost-plan.log")
+
+    def __enter__(self) -> "PlannedOrNot":
+        self.server.__enter__()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.stop()
+
+    def ask(self, side: int, uri: str, number: int) -> float:
+        """Seconds of one request."""
+        self.probe.switch.write_text(str(side))
+        return ask(self.server.url, str(self.server.model), uri, number)
+
+    def cpu_seconds(self) -> list[float]:
+        """By side, in forward passes of both ranks, so far."""
+        return [sum(rank) for rank in zip(*(found["cpu_seconds"] for found in self.probe.spent()), strict=True)]
+
+    def figures(self) -> dict:
+        """Milliseconds that a layer takes to decide what it dispatches. Raises ServerError if nothing was compared."""
+        for state in (state["macs"] for state in self.server.get("/server_info")["internal_states"]):
+            planned, left = state["planned"], state["skipped"].get("off", 0)
+            clipped = state["own"]["clipped_visual"] + state["own"]["clipped_text"]
+            if not planned or abs(planned - left) > 0.1 * planned or clipped:
+                raise ServerError(f"compared nothing: {planned} plans, {left} left alone, {clipped} clipped")
+        left, planned = ([ms for rank in self.probe.spent() for ms in rank["layer_ms"][side]] for side in (0, 1))
+        return {"layer_ms": {"left alone": statistics.median(left), "planned": statistics.median(planned)}}
+
+
+class InstalledOrNot:
+    """Two servers of stock SGLang; the one that is not asked is stopped."""
+
+    sides = ("absent", "installed")
+
+    def __init__(self, model: Path) -> None:
+        self.servers = []
+        for kind in self.sides:
+            args, env = KINDS[kind]
+            self.servers.append(Server(model, args, env=env, log=OUT / f"cost-{kind}.log"))
+
+    def __enter__(self) -> "InstalledOrNot":
+        for server in self.servers:
+            server.__enter__()
+            server.pause()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for server in self.servers:
+            server.stop()
+
+    def ask(self, side: int, uri: str, number: int) -> float:
+        """Seconds of one request."""
+        server = self.servers[side]
+        server.resume()
+        try:
+            return ask(server.url, str(server.model), uri, number)
+        finally:
+            server.pause()
+
+    def cpu_seconds(self) -> list[float]:
+        """By side, of all the server's processes, so far."""
+        return [server.cpu_seconds() for server in self.servers]
+
+    def figures(self) -> dict:
+        return {}
+
+
+COMPARISONS = {"plan": PlannedOrNot, "installed": InstalledOrNot}
+
+
+# ---- Measurement ---------------------------------------------------------------------------------------------------
+
+
+def measure(compared: PlannedOrNot | InstalledOrNot, blocks: int) -> dict[str, list[list[float]]]:
+    """{"latency": [first, second], "cpu": [first, second]} seconds, one entry a block; the first block warms up."""
+    uris = iter(crops(len(ORDER) * (blocks + 1)))
+    spent: dict[str, list[list[float]]] = {"latency": [[], []], "cpu": [[], []]}
+    for block in range(-1, blocks):
+        took, cpu = [0.0, 0.0], compared.cpu_seconds() if block >= 0 else [0.0, 0.0]
+        for i, side in enumerate(ORDER):
+            took[side] += compared.ask(side, next(uris), len(ORDER) * block + i)
+        if block < 0:
+            continue
+        for side, total in enumerate(compared.cpu_seconds()):
+            spent["cpu"][side].append(total - cpu[side])
+            spent["latency"][side].append(took[side])
+    return spent
+
+
+def row(options: argparse.Namespace, compared: PlannedOrNot | InstalledOrNot, spent: dict) -> dict:
+    """One row of a result file."""
+    case = {"comparison": options.comparison, "model": options.model, **MODELS[options.model]}
+    new = {"op": "e2e", "case": case, "against": compared.sides[0], "ratio": None, "blocks": options.blocks}
+    for name, sides in spent.items():
+        found = interval([second / first for first, second in zip(*sides, strict=True)])
+        new[name] = {"ratio": found.median, "ci95": [found.low, found.high]}
+        new[name]["seconds_a_request"] = [2 * statistics.median(side) / len(ORDER) for side in sides]
+    new["ratio"] = new["latency"]["ratio"]
+    return new | compared.figures()
+
+
+def save(path: Path, new: dict) -> None:
+    """Adds the row to a result file, in the place of an older one of the same case."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [old for old in rows if any(old["case"][key] != new["case"][key] for key in ("comparison", "model"))]
+    head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", "commit": commit()}
+    head |= {"command": "python scripts/check_cost.py", "date": datetime.now(UTC).date().isoformat()}
+    path.write_text(json.dumps({**head, "rows": [*rows, new]}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=list(COMPARISONS))
+    parser.add_argument("--model", choices=list(MODELS), default="wide")
+    parser.add_argument("--blocks", type=int, default=40, help="of four requests each")
+    parser.add_argument("--most", type=float, help="share by which the second may be slower, e.g. 0.01")
+    parser.add_argument("--out", type=Path, help="result file to add the figures to")
+    options = parser.parse_args(argv)
+    model = ROOT / "build" / "models" / f"{options.model}-qwen3-vl-moe"
+    try:
+        tiny_models.ensure(model, "qwen3_vl_moe", **MODELS[options.model])
+        with COMPARISONS[options.comparison](model) as compared:
+            new = row(options, compared, measure(compared, options.blocks))
+    except (ServerError, requests.RequestException) as error:
+        print(f"check_cost: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(new, indent=1))
+    if options.out:
+        save(options.out, new)
+    found = [Interval(new[name]["ratio"], *new[name]["ci95"], options.blocks) for name in ("latency", "cpu")]
+    return 0 if options.most is None else max(verdict(each, options.most) for each in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

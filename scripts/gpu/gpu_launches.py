@@ -48,8 +48,8 @@ ENVIRONMENT = {
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on GPU `gpu`
-    (under MPS), which is the default with one rank; observed: with metrics and trace.
+    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on the first GPU
+    (under MPS); observed: with metrics and trace.
     """
 
     ranks: int
@@ -61,7 +61,6 @@ class Launch:
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
     one_gpu: bool = False
-    gpu: str = "0"
     observed: bool = False
 
     @property
@@ -83,7 +82,7 @@ class Launch:
     def environment(self) -> dict[str, str]:
         if self.gpus > 1:
             return ENVIRONMENT
-        one = {"CUDA_VISIBLE_DEVICES": self.gpu}
+        one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
         return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
 
     def model(self) -> Path:

@@ -6,7 +6,6 @@ rank 0's: image batches are skewed.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -97,9 +96,8 @@ class Launch:
 
 def _one_gpu_environment() -> dict[str, str]:
     """Several ranks of SGLang and of NCCL on one GPU; NCCL 2.30 and later can."""
-    found = importlib.util.find_spec("nvidia.nccl")
-    folders = list(found.submodule_search_locations) if found else []
-    libraries = [f"{folder}/lib/libnccl.so.2" for folder in folders if Path(f"{folder}/lib/libnccl.so.2").exists()]
+    places = (Path(folder) / "nvidia" / "nccl" / "lib" / "libnccl.so.2" for folder in sys.path)
+    libraries = [str(place) for place in places if place.exists()]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",

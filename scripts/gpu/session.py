@@ -27,7 +27,7 @@ PYTHON = sys.executable
 JIT = Path("/tmp/sglang-jit")  # all caches of compiled kernels: SGLang puts those of others below its own
 CHECKED = ("2 ranks, 128 experts", "2 ranks, FP8 blocks", "2 ranks, two batches")
 # The entry point that SGLang looks for, and the operators, unless a build of them lies there that loads.
-LOADS = f"{PYTHON} -c 'import torch, sglang_macs._C'"
+LOADS = f"{PYTHON} -c 'from sglang_macs import ops; assert ops.cuda_backend() == \"cuda\"'"
 BUILD = f"{PYTHON} setup.py -q egg_info && ({LOADS} || {PYTHON} setup.py -q build_ext --inplace) && {LOADS}"
 
 

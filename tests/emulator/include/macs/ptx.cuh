@@ -34,6 +34,9 @@ void published(T* address, T value) {
 inline uint32_t load_relaxed_sys(const uint32_t* address, Where where = Where::current()) {
   return polled("load_relaxed_sys", address, where);
 }
+inline uint64_t load_relaxed_gpu(const uint64_t* address, Where where = Where::current()) {
+  return polled("load_relaxed_gpu", address, where);
+}
 inline uint32_t load_acquire_gpu(const uint32_t* address, Where where = Where::current()) {
   return polled("load_acquire_gpu", address, where);
 }
@@ -45,6 +48,7 @@ inline uint64_t load_acquire_sys(const uint64_t* address, Where where = Where::c
 }
 
 inline void store_relaxed_sys(uint32_t* address, uint32_t value) { published(address, value); }
+inline void store_relaxed_gpu(uint64_t* address, uint64_t value) { published(address, value); }
 inline void store_release_gpu(uint32_t* address, uint32_t value) { published(address, value); }
 inline void store_release_sys(uint32_t* address, uint32_t value) { published(address, value); }
 inline void store_release_sys(uint64_t* address, uint64_t value) { published(address, value); }

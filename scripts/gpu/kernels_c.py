@@ -14,6 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fused_c
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"
 LIBRARY = BUILD / "libmacs_kernels.so"
@@ -83,7 +85,7 @@ _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipTh
 
 def _sources() -> tuple[list[Path], str]:
     files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.h")]
+    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.*h")]
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sorted(every):
         digest.update(path.read_bytes())
@@ -123,6 +125,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(build(jobs or os.cpu_count() or 1)))
         self.library.macs_sizeof.restype = ctypes.c_size_t
         self.library.macs_plan_workspace_bytes.restype = ctypes.c_size_t
+        fused_c.check_sizes(self.library)
         for i, struct in enumerate(_STRUCTS):
             size = self.library.macs_sizeof(i)
             if size != ctypes.sizeof(struct):

@@ -14,6 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fused_c
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"
 FLAGS = ["-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-lineinfo", "-DMACS_C_API=1"]
@@ -82,8 +84,13 @@ _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipTh
 
 def _sources(flags: list[str]) -> tuple[list[Path], str]:
     files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+<<<<<<< HEAD
     every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.h")]
     digest = hashlib.sha256(" ".join(flags).encode())
+=======
+    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.*h")]
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+>>>>>>> dispatch
     for path in sorted(every):
         digest.update(path.read_bytes())
     return files, digest.hexdigest()
@@ -124,6 +131,7 @@ class Kernels:
         self.library = ctypes.CDLL(str(build(os.cpu_count() or 1, macros)))
         self.library.macs_sizeof.restype = ctypes.c_size_t
         self.library.macs_plan_workspace_bytes.restype = ctypes.c_size_t
+        fused_c.check_sizes(self.library)
         for i, struct in enumerate(_STRUCTS):
             size = self.library.macs_sizeof(i)
             if size != ctypes.sizeof(struct):

@@ -84,13 +84,8 @@ _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipTh
 
 def _sources(flags: list[str]) -> tuple[list[Path], str]:
     files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-<<<<<<< HEAD
-    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.h")]
-    digest = hashlib.sha256(" ".join(flags).encode())
-=======
     every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.*h")]
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
->>>>>>> dispatch
+    digest = hashlib.sha256(" ".join(flags).encode())
     for path in sorted(every):
         digest.update(path.read_bytes())
     return files, digest.hexdigest()

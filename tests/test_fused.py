@@ -13,6 +13,7 @@ from typing import NamedTuple
 import fused_c as fc
 import pytest
 import torch
+from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sglang_macs import batch, fused, ops, peer_memory, plugin, transport
@@ -369,6 +370,22 @@ def test_a_fault_names_rank_layer_and_stage(dispatched):
         dispatched._raise_for(status(fc.FAULTS.index("bad tokens"), block=-1))
     with pytest.raises(MacsError, match="layer unknown"):
         dispatched._raise_for(status(fc.FAULTS.index("rows"), in_round=2**31))
+
+
+def _recover(rank: int, world: int) -> tuple[int, int, int]:
+    """One rank that recovers from a fault: its host's round, its region's round, and what is left of the fault."""
+    torch.cuda.synchronize = lambda: None
+    size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
+    carrier = FusedDispatch(MacsConfig(), SIZES, PeerMemory(rank, torch.zeros(size, dtype=torch.uint8), [0, 0]), 4)
+    carrier._set_format("bf16")
+    carrier._part("round", torch.int32, 1).fill_(5 + rank)  # the other rank gave up before it began
+    carrier._status().copy_(status(2))
+    carrier.recover(torch.distributed.group.WORLD)
+    return carrier._round, int(carrier._part("round", torch.int32, 1)), int(carrier._status().sum())
+
+
+def test_ranks_that_recover_agree_on_a_round_and_forget_the_fault():
+    assert run_ranks(2, _recover) == [(7, 7, 0)] * 2
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

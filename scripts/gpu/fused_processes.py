@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
 from fused_checks import check_combine, check_dispatch, fresh_outputs, output
 from kernel_case import POISON, Config
-from time_fused import Layer, Table, has_deepep, time_layer, timed_config
+from time_fused import ENVIRONMENT, Layer, Table, has_deepep, time_layer, timed_config
 
 HANDLE_BYTES = 64
 
@@ -186,7 +186,7 @@ class Slowest(Table):
 def start(options, seconds: float) -> int:
     """Starts all ranks and waits for them; 0 if every one ended well in time."""
     with tempfile.TemporaryDirectory() as folder:
-        extra = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29743", "NCCL_NVLS_ENABLE": "0"}
+        extra = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29743", **ENVIRONMENT}
         if options.mps:
             from straggler import quit_mps
 

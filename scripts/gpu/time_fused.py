@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from fused_case import FusedConfig, Group, make_group, masked
 from kernel_case import Config, Inputs, Run
+from low_latency import make_buffer, most_tokens
 from time_kernels import copy_bandwidth, graph_us
 
 COLD_BYTES = 200_000_000
 SETS = 48  # of inputs, at most
 CLIPPED = 0.2
-ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "NVSHMEM_QP_DEPTH": "2048"}  # the depth for 512 tokens a rank
 FREE_GAMMA = 100.0  # everything is scored, exchanged and held against the bounds, and nothing is over them
 
 
@@ -134,20 +134,17 @@ class DeepEP:
     """Its low-latency dispatch and combine over a layer's inputs, alone and behind the plan's kernels."""
 
     def __init__(self, layer: Layer) -> None:
-        import low_latency
-
         f, self.rank = layer.config.plan, layer.groups[0].ranks[0]
         self.layer, self.plan, self.fp8 = layer, f, layer.config.format != "bfloat16"
-        self.tokens = -(-f.T // 4) * 4  # it asks for a multiple of four
-        self.buffer = low_latency.make_buffer(self.tokens, f.H, f.E)
+        self.buffer = make_buffer(f.T, f.H, f.E)
         self.sets = [group.tensors[self.rank].inputs for group in layer.groups]
-        self.outputs = torch.randn(f.E // f.R, f.R * self.tokens, f.H, device="cuda").bfloat16()
+        self.outputs = torch.randn(f.E // f.R, f.R * f.T, f.H, device="cuda").bfloat16()
 
     def dispatch(self, inputs: dict, ids=None):
         """What combine needs of it."""
         ids = inputs["topk_ids"] if ids is None else ids
         _, _, handle, _, _ = self.buffer.low_latency_dispatch(
-            inputs["hidden_states"], ids, self.tokens, self.plan.E, use_fp8=self.fp8
+            inputs["hidden_states"], ids, self.plan.T, self.plan.E, use_fp8=self.fp8
         )
         return handle
 
@@ -235,7 +232,7 @@ def one_gpu(kernels, table: Table, multiprocessors: int, quick: bool) -> None:
     with_deepep = has_deepep()
     if with_deepep:
         init_alone()
-    sizes = [(128, 2048)] if quick else [(t, h) for t in (128, 511) for h in (2048, 7168)]
+    sizes = [(128, 2048)] if quick else [(t, h) for t in (128, most_tokens(1)) for h in (2048, 7168)]
     for tokens, hidden_size in sizes:
         for format in ("bfloat16", "fp8"):
             layer = Layer(kernels, timed_config(1, tokens, hidden_size, format, multiprocessors))
@@ -249,5 +246,5 @@ def one_gpu(kernels, table: Table, multiprocessors: int, quick: bool) -> None:
 
 
 def init_alone() -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741", **ENVIRONMENT}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29741", "NCCL_NVLS_ENABLE": "0"}
     dist.init_process_group("gloo", rank=0, world_size=1)

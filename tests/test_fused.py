@@ -5,8 +5,13 @@ The kernels themselves run in test_fused_emulated.py; here stand-ins record what
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
+import os
 import struct
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sglang_macs import batch, fused, ops, peer_memory, plugin, transport
 from sglang_macs.config import MacsConfig
+from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
@@ -343,6 +349,42 @@ def test_formats_that_are_not_ours_stay_with_deepep_behind_the_plan(dtype):
         dispatcher._execute("dispatch_a", hidden_states=hidden, topk_output=topk)
     assert impl.asked == ["dispatch_a"] and carrier.calls == []
     assert counters.planned == 1 and counters.fused == 0
+
+
+SGLANG_SIDE = """
+import inspect, json
+from sglang.srt.layers.moe.token_dispatcher import deepep
+from sglang.srt.layers.moe.utils import DeepEPMode, is_sbo_enabled
+impl = deepep._DeepEPDispatcherImplLowLatency
+steps = ("dispatch_a", "dispatch_b", "combine_a", "combine_b")
+print(json.dumps({
+    "fields": deepep.DeepEPLLDispatchOutput._fields,
+    "parameters": {name: list(inspect.signature(getattr(impl, name)).parameters) for name in steps},
+    "modes": [mode.value for mode in DeepEPMode],
+    "source": inspect.getsource(deepep._DeepEPDispatcherImplBase) + inspect.getsource(deepep.DeepEPDispatcher),
+}))
+"""
+
+
+def test_the_stand_ins_are_what_sglang_has():
+    env = {**os.environ, **environment(1)}
+    done = subprocess.run([sys.executable, "-c", SGLANG_SIDE], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert tuple(found["fields"]) == Output._fields
+    for step in ("dispatch_a", "combine_a"):
+        assert found["parameters"][step] == list(inspect.signature(getattr(Impl, step)).parameters)
+    assert sorted(found["modes"]) == ["auto", "low_latency", "normal"]
+    used = ("use_fp8", "use_nvfp4", "use_mxfp4", "use_mxfp8", "overlap_args", "num_max_dispatch_tokens_per_rank")
+    assert all(f"self.{name} = " in found["source"] or f'"{name}"' in found["source"] for name in used)
+    calls = (
+        "_get_impl()",
+        "_low_latency_dispatcher",
+        "deepep_mode",
+        "dispatch_b(*inner_state)",
+        "combine_b(*inner_state)",
+    )
+    assert all(call in found["source"] for call in calls)
 
 
 # ---- Faults in words ------------------------------------------------------------------------------------------------

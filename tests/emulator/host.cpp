@@ -126,6 +126,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
 EMULATOR_EXPORT void emulator_device(int multiprocessors, int max_cluster) {
   emulator::device() = {multiprocessors, max_cluster};
 }
+EMULATOR_EXPORT void emulator_find_races(int on) { emulator::find_races(on != 0); }
 EMULATOR_EXPORT void emulator_configure(uint64_t seed, int random, int preempt_one_in) {
   emulator::options() = {seed, random != 0, preempt_one_in};
 }

@@ -1,6 +1,7 @@
 #include "emulator/machine.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 namespace emulator {
@@ -78,6 +79,14 @@ void Machine::set_failure(const std::string& what) {
   if (failed) return;
   failed = true;
   report = what + "\n" + describe(resident);
+}
+
+void Machine::end_run(const std::string& failure) {
+  failed = true;
+  report = failure;
+  running->state = Thread::State::kWaiting;
+  leave();
+  std::abort();  // nobody resumes it
 }
 
 }  // namespace emulator

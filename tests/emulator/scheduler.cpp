@@ -48,6 +48,7 @@ bool start_next(Machine& it, Stream& stream) {
   stream.started.push_back(std::make_unique<Grid>(std::move(launch)));
   stream.started.back()->number = it.launches++;
   stream.started.back()->previous = previous;
+  stream.started.back()->at_start = stream.started.back()->before = stream.done;
   return true;
 }
 
@@ -63,6 +64,7 @@ void fill_threads(Machine& it, Block& block, dim3 size) {
     thread.index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread.fiber.stack = it.stacks.take();
     block.warps[i / 32].alive |= 1u << (i % 32);
+    it.races.begin(thread);
     it.make_ready(thread);
   }
 }
@@ -73,6 +75,7 @@ void admit_block(Machine& it, Grid& grid, Cluster* cluster) {
   grid.blocks.push_back(std::make_unique<Block>());
   Block& block = *grid.blocks.back();
   block.grid = &grid;
+  block.number = it.blocks++;
   block.cluster = cluster;
   block.index = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
   block.alive = static_cast<int>(size.x * size.y * size.z);
@@ -97,8 +100,10 @@ void admit_blocks(Machine& it) {
   }
 }
 
-void let_go(Machine& it, Grid& grid) {
+// The launch before `grid` has ended.
+void let_go(Machine& it, const Stream& stream, Grid& grid) {
   grid.previous = nullptr;
+  grid.before = stream.done;
   for (auto& block : grid.blocks) {
     for (Thread& thread : block->threads) {
       if (thread.waits_in(kBeforePrevious)) it.make_ready(thread);
@@ -108,7 +113,8 @@ void let_go(Machine& it, Grid& grid) {
 
 void end_grids(Stream& stream) {
   while (!stream.started.empty() && stream.started.front()->blocks_left == 0) {
-    if (stream.started.size() > 1) let_go(machine(), *stream.started[1]);
+    stream.done.join(stream.started.front()->after);
+    if (stream.started.size() > 1) let_go(machine(), stream, *stream.started[1]);
     stream.started.pop_front();
   }
 }
@@ -129,6 +135,7 @@ void retire(Machine& it, Thread& thread) {
   Warp& warp = block.warps[thread.number / 32];
   const unsigned lane = 1u << thread.lane();
   it.clock.note_change();
+  it.races.end(thread);
   it.stacks.give(thread.fiber.stack);
   warp.alive &= ~lane;
   --block.alive;
@@ -209,6 +216,8 @@ bool Machine::run_all() {
   random = options.seed;
   turn = 0;
   clock.note_change();
+  races.clear();
+  for (auto& [handle, stream] : streams) stream.done = {};
   while (!failed) {
     for (auto& [handle, stream] : streams) {
       end_grids(stream);

@@ -5,6 +5,7 @@
 #include "emulator/atomics.h"
 #include "emulator/collectives.h"
 #include "emulator/language.h"
+#include "emulator/memory.h"
 #include "emulator/scheduler.h"
 
 inline long long clock64() { return 2 * static_cast<long long>(emulator::now_ns()); }

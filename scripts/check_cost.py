@@ -1,6 +1,6 @@
 """What MACS costs the requests of a real server (CPU, two ranks) where it has nothing to clip.
 
-    python scripts/check_cost.py plan [--model wide|tiny] [--blocks 40] [--most 0.01] [--out FILE.json]
+    python scripts/check_cost.py plan [--model wide|tiny] [--seconds 240] [--most 0.01] [--out FILE.json]
     python scripts/check_cost.py installed ...
 
 `plan`: one server at infinite gamma. Whether it plans a request or leaves it alone, as with preset off, is switched
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # experts: a token's work in a layer does not depend on how many experts there are.
 WIDE = {"hidden": 2048, "intermediate": 768, "top_k": 8, "num_experts": 32}
 MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": WIDE}
+MOST_BLOCKS = 400
 ORDER = (0, 1, 1, 0)  # both sides meet both data-parallel ranks, which take turns, and drift cancels
 
 # A plugin for the measurement alone, in every scheduler process.
@@ -193,11 +194,14 @@ COMPARISONS = {"plan": PlannedOrNot, "installed": InstalledOrNot}
 # ---- Measurement ---------------------------------------------------------------------------------------------------
 
 
-def measure(compared: PlannedOrNot | InstalledOrNot, blocks: int) -> dict[str, list[list[float]]]:
+def measure(compared: PlannedOrNot | InstalledOrNot, seconds: float) -> dict[str, list[list[float]]]:
     """{"latency": [first, second], "cpu": [first, second]} seconds, one entry a block; the first block warms up."""
-    uris = iter(crops(len(ORDER) * (blocks + 1)))
+    uris = iter(crops(len(ORDER) * (MOST_BLOCKS + 1)))
     spent: dict[str, list[list[float]]] = {"latency": [[], []], "cpu": [[], []]}
-    for block in range(-1, blocks):
+    end = time.monotonic() + seconds
+    for block in range(-1, MOST_BLOCKS):
+        if time.monotonic() > end:
+            break
         took, cpu = [0.0, 0.0], compared.cpu_seconds() if block >= 0 else [0.0, 0.0]
         for i, side in enumerate(ORDER):
             took[side] += compared.ask(side, next(uris), len(ORDER) * block + i)
@@ -212,7 +216,8 @@ def measure(compared: PlannedOrNot | InstalledOrNot, blocks: int) -> dict[str, l
 def row(options: argparse.Namespace, compared: PlannedOrNot | InstalledOrNot, spent: dict) -> dict:
     """One row of a result file."""
     case = {"comparison": options.comparison, "model": options.model, **MODELS[options.model]}
-    new = {"op": "e2e", "case": case, "against": compared.sides[0], "ratio": None, "blocks": options.blocks}
+    new = {"op": "e2e", "case": case, "against": compared.sides[0], "ratio": None, "blocks": len(spent["cpu"][0])}
+    new["load_average"] = os.getloadavg()[1]  # over the last five minutes
     for name, sides in spent.items():
         found = interval([second / first for first, second in zip(*sides, strict=True)])
         new[name] = {"ratio": found.median, "ci95": [found.low, found.high]}
@@ -234,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=list(COMPARISONS))
     parser.add_argument("--model", choices=list(MODELS), default="wide")
-    parser.add_argument("--blocks", type=int, default=40, help="of four requests each")
+    parser.add_argument("--seconds", type=float, default=240.0, help="how long to ask")
     parser.add_argument("--most", type=float, help="share by which the second may be slower, e.g. 0.01")
     parser.add_argument("--out", type=Path, help="result file to add the figures to")
     options = parser.parse_args(argv)
@@ -242,14 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tiny_models.ensure(model, "qwen3_vl_moe", **MODELS[options.model])
         with COMPARISONS[options.comparison](model) as compared:
-            new = row(options, compared, measure(compared, options.blocks))
+            new = row(options, compared, measure(compared, options.seconds))
     except (ServerError, requests.RequestException) as error:
         print(f"check_cost: {error}", file=sys.stderr)
         return 2
     print(json.dumps(new, indent=1))
     if options.out:
         save(options.out, new)
-    found = [Interval(new[name]["ratio"], *new[name]["ci95"], options.blocks) for name in ("latency", "cpu")]
+    found = [Interval(new[name]["ratio"], *new[name]["ci95"], new["blocks"]) for name in ("latency", "cpu")]
     return 0 if options.most is None else max(verdict(each, options.most) for each in found)
 
 

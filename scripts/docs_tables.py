@@ -7,6 +7,7 @@ A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -85,6 +86,47 @@ def serve_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def cost_table() -> str:
+    """What MACS costs a request where nothing is clipped, and what the installed plugin costs."""
+    found, rows = results("cost_cpu"), []
+    for row in found["rows"]:
+        case, sides = row["case"], row["latency"]["seconds_a_request"]
+        ratios = [
+            f"{row[k]['ratio']:.3f} [{row[k]['ci95'][0]:.3f}, {row[k]['ci95'][1]:.3f}]" for k in ("latency", "cpu")
+        ]
+        layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
+        load = f"{row['load_average']:.1f}"
+        rows.append([case["comparison"], case["model"], row["blocks"], f"{1e3 * sides[0]:.0f}", *ratios, layer, load])
+    header = [
+        "comparison",
+        "model",
+        "blocks",
+        "request, ms",
+        "latency, ratio",
+        "CPU time, ratio",
+        "a layer decides, ms",
+    ]
+    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+    return where + "\n\n" + markdown([*header, "load average"], rows)
+
+
+def wire_table() -> str:
+    """Bytes on the cable between two hosts, by what they are."""
+    found, rows = results("wire"), []
+    first = found["rows"][0]
+    for row in found["rows"]:
+        clipped, assigned, dropped = (
+            sum(row["own"][f"{fate}_{m}"] for m in ("visual", "text")) for fate in ("clipped", "assignments", "dropped")
+        )
+        shares = [f"{n / max(assigned, 1):.1%}" for n in (clipped, dropped)]
+        bytes_of = [f"{row[f'{part}bytes'] / 1e6:.1f}" for part in ("", "row_", "exchange_", "other_")]
+        saved = f"{1 - row['row_bytes'] / first['row_bytes']:.1%}" if row is not first else ""
+        rows.append([row["name"], *shares, *bytes_of, saved, f"{statistics.median(row['seconds']):.2f}"])
+    header = ["", "clipped", "dropped", "MB on the cable", "rows", "exchange", "rest", "rows saved", "s a request"]
+    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+    return where + "\n\n" + markdown(header, rows)
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -107,6 +149,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead_table,
     "serve": serve_table,
     "compat": compat_table,
+    "cost": cost_table,
+    "wire": wire_table,
 }
 
 

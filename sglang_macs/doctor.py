@@ -21,7 +21,7 @@ from . import cpu_compat
 from .compat import SGLANG
 from .errors import MacsError
 
-TORCH = "2.13"
+TORCH = ("2.13", "2.14")
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 PROBE_SECONDS = 300
 
@@ -53,7 +53,7 @@ def run(server_flags: list[str]) -> list[Check]:
 
 def _versions() -> Iterator[Check]:
     yield _check("python", (3, 11) <= sys.version_info < (3, 13), platform.python_version(), "Use Python 3.11 or 3.12.")
-    for name, wanted in (("sglang", SGLANG), ("torch", (TORCH,))):
+    for name, wanted in (("sglang", SGLANG), ("torch", TORCH)):
         found = _version_of(name)
         ok = found is not None and any((found + ".").startswith(w + ".") for w in wanted)
         fix = f"Install {name} {' or '.join(wanted)}, which this version is made for."

@@ -283,11 +283,11 @@ def _scoring(routing_method_type) -> str:
 
 def _forward(original, self, forward_batch, *args, **kwargs):
     """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
+    from sglang.srt.runtime_context import get_parallel
+
     if self.is_draft_worker:
         with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
-    from sglang.srt.runtime_context import get_parallel
-
     process = worker.current()
     acts_on = batch.of_forward(forward_batch, process.config)
     if not acts_on.skip:

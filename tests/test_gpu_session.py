@@ -6,11 +6,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "gpu"))
-import result_file
-import session
-from session import Session, Step
+from gpu import result_file, session
+from gpu.session import Session, Step
 
 # Writes when it ran and on which GPUs.
 PROGRAM = """

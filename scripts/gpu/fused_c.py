@@ -62,6 +62,7 @@ class FusedDispatchParams(ctypes.Structure):
         ("delta", _f32),
         ("phase", _i32),
         ("timeout_ns", _u64),
+        ("network", _p),
         ("one", FusedRank),
         ("many", _p),
         ("launched", _i32),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import fused_c as fc
 import fused_reference as reference
 import numpy as np
 import torch
 from check_kernels import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
-from fused_case import Group, Inputs
+from fused_case import Group, Inputs, make_group
 from kernel_case import POISON
 from torch import Tensor
 
@@ -119,10 +121,10 @@ def check_places(group: Group, placement: reference.Placement) -> None:
 def check_rows(group: Group, ranks: list[Inputs], placement: reference.Placement) -> None:
     """Every byte of the buffers of rows and scales: what was sent, or the poison."""
     config, f = group.config, group.config.plan
-    hidden = torch.zeros((f.R, f.T, f.H), dtype=torch.bfloat16)
+    hidden = torch.zeros((f.R, f.T, f.H), dtype=torch.bfloat16, device=group.arena.device)
     for rank, inputs in enumerate(ranks):
-        hidden[rank, : len(inputs.ids)] = inputs.hidden.cpu()
-    features, scales = reference.cast(hidden.view(-1, f.H).to(group.arena.device), config.format)
+        hidden[rank, : len(inputs.ids)] = inputs.hidden
+    features, scales = reference.cast(hidden.view(-1, f.H), config.format)
     poison = int.from_bytes(bytes([POISON]) * 4, "little")
     for rank in group.ranks:
         source = placement.source[rank]
@@ -180,3 +182,16 @@ def check_combine(
             token = int((~(off <= 0)).any(1).nonzero()[0])
             raise Mismatch(f"rank {rank} combined[{token}]: off by {float(off[token].max()):.3g}; {group.config}")
     check_guards(group)
+
+
+def play(group: Group, seed: int, dispatch: Callable[[Group], None] = Group.dispatch) -> None:
+    """One round of dispatch and combine over fresh data, everything checked."""
+    ranks = make_group(group.config, seed, group.arena.device)
+    group.load(ranks)
+    group.poison()
+    dispatch(group)
+    placement = check_dispatch(group, ranks)
+    outputs = fresh_outputs(group, seed)
+    group.set_outputs(outputs)
+    group.combine()
+    check_combine(group, placement, outputs)

@@ -6,7 +6,6 @@ rank 0's: image batches are skewed.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -48,8 +47,8 @@ ENVIRONMENT = {
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on GPU `gpu`
-    (under MPS), which is the default with one rank; observed: with metrics and trace.
+    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on the first GPU
+    (under MPS); observed: with metrics and trace.
     """
 
     ranks: int
@@ -61,7 +60,6 @@ class Launch:
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
     one_gpu: bool = False
-    gpu: str = "0"
     observed: bool = False
 
     @property
@@ -83,7 +81,7 @@ class Launch:
     def environment(self) -> dict[str, str]:
         if self.gpus > 1:
             return ENVIRONMENT
-        one = {"CUDA_VISIBLE_DEVICES": self.gpu}
+        one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
         return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
 
     def model(self) -> Path:
@@ -98,9 +96,8 @@ class Launch:
 
 def _one_gpu_environment() -> dict[str, str]:
     """Several ranks of SGLang and of NCCL on one GPU; NCCL 2.30 and later can."""
-    found = importlib.util.find_spec("nvidia.nccl")
-    folders = list(found.submodule_search_locations) if found else []
-    libraries = [f"{folder}/lib/libnccl.so.2" for folder in folders if Path(f"{folder}/lib/libnccl.so.2").exists()]
+    places = (Path(folder) / "nvidia" / "nccl" / "lib" / "libnccl.so.2" for folder in sys.path)
+    libraries = [str(place) for place in places if place.exists()]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",

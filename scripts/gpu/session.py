@@ -27,7 +27,7 @@ PYTHON = sys.executable
 JIT = Path("/tmp/sglang-jit")  # all caches of compiled kernels: SGLang puts those of others below its own
 CHECKED = ("2 ranks, 128 experts", "2 ranks, FP8 blocks", "2 ranks, two batches")
 # The entry point that SGLang looks for, and the operators, unless a build of them lies there that loads.
-LOADS = f"{PYTHON} -c 'import torch, sglang_macs._C'"
+LOADS = f"{PYTHON} -c 'from sglang_macs import ops; assert ops.cuda_backend() == \"cuda\"'"
 BUILD = f"{PYTHON} setup.py -q egg_info && ({LOADS} || {PYTHON} setup.py -q build_ext --inplace) && {LOADS}"
 
 
@@ -70,10 +70,11 @@ def steps(out: Path, commit: str) -> list[Step]:
     cuda, triton = {"MACS_CUDA_BACKEND": "cuda"}, {"MACS_CUDA_BACKEND": "triton"}
     return [
         Step("build-extension", ["bash", "-c", BUILD], 240),
-        Step("build-kernels", script("kernels_c", "16"), 120),
+        Step("build-kernels", script("time_variants", "--build-only"), 180),
         Step("build-models", script("serve_check", "--build-only", "--launch", *CHECKED, "2 ranks, one GPU"), 240),
         # What is timed, one after the other on a GPU.
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
+        Step("time-variants", script("time_variants", result="variants.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, extension),

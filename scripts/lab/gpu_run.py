@@ -13,12 +13,13 @@ that is killed leaves the latest; evaluate.py --merge makes tables of unfinished
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,20 +57,35 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of this run, as CUDA_VISIBLE_DEVICES names them, and what processes that share them need besides."""
+
+    names: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def of(self, index: int) -> dict[str, str]:
+        """Environment of a process on the `index`-th GPU, counted round."""
+        return {"CUDA_VISIBLE_DEVICES": self.names[index % len(self.names)], **self.environment} if self.names else {}
+
+
 class Jobs:
     """Child processes with a log each, spread over the GPUs."""
 
-    def __init__(self, out: Path):
-        self.out, self.running, self.gpus = out, {}, max(1, _gpu_count())
+    def __init__(self, out: Path, gpus: Gpus):
+        self.out, self.gpus, self.running = out, gpus, {}
 
     def start(self, name: str, command: Sequence[object], log: Path, gpu: int = 0, **environment: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-        if self.gpus > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(gpu % self.gpus)
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | self.gpus.of(gpu) | environment
         with log.open("w") as file:
             self.running[name] = subprocess.Popen(
-                list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env
+                list(map(str, command)),
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # so that it can be ended with all its own children
             )
         print(f"{name}: {' '.join(map(str, command[1:]))}", flush=True)
 
@@ -86,20 +102,20 @@ class Jobs:
             job = self.running.pop(name)
             codes[name] = job.poll()
             if codes[name] is None:
-                job.terminate()
+                os.killpg(job.pid, signal.SIGTERM)
         keep(self.out, variants)
         print(f"ended: {codes}", flush=True)
         return codes
 
 
-def _gpu_count() -> int:
-    """0 where there is none; asked without starting CUDA in this process."""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False) if _has_smi() else None
-    return 0 if listed is None else listed.stdout.count("GPU ")
-
-
-def _has_smi() -> bool:
-    return shutil.which("nvidia-smi") is not None
+def find_gpus() -> Gpus:
+    """All of the machine's, or those that CUDA_VISIBLE_DEVICES leaves; asked without starting CUDA in this process."""
+    if shutil.which("nvidia-smi") is None:
+        return Gpus()
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return Gpus(tuple(filter(None, os.environ["CUDA_VISIBLE_DEVICES"].split(","))))
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return Gpus(tuple(map(str, range(listed.stdout.count("GPU ")))))
 
 
 def keep(out: Path, variants: Sequence[Variant]) -> None:
@@ -119,21 +135,34 @@ def tail(log: Path, lines: int = 12) -> None:
         )
 
 
-def share_gpu() -> dict[str, str]:
-    """Environment of processes that share the GPU through MPS; empty where its daemon does not start."""
-    if shutil.which("nvidia-cuda-mps-control") is None:
-        return {}
-    environment = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/lab-mps", "CUDA_MPS_LOG_DIRECTORY": "/tmp/lab-mps-log"}
-    for folder in environment.values():
+def shared(gpus: Gpus) -> Gpus:
+    """The GPUs through MPS, so that processes run side by side on one; as they are where its daemon does not work."""
+    if not gpus.names or shutil.which("nvidia-cuda-mps-control") is None:
+        return gpus
+    folders = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/lab-mps", "CUDA_MPS_LOG_DIRECTORY": "/tmp/lab-mps-log"}
+    for folder in folders.values():
         Path(folder).mkdir(exist_ok=True)
-    started = subprocess.run(["nvidia-cuda-mps-control", "-d"], env=os.environ | environment, check=False, timeout=20)
+    # The daemon counts anew those of the GPUs that it is shown: its clients see them as 0, 1, ...
+    made = Gpus(tuple(map(str, range(len(gpus.names)))), folders)
+    daemon = os.environ | folders | {"CUDA_VISIBLE_DEVICES": ",".join(gpus.names)}
+    started = subprocess.run(["nvidia-cuda-mps-control", "-d"], env=daemon, check=False, timeout=20)
     probe = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').item()"]
     try:
-        works = subprocess.run(probe, env=os.environ | environment, check=False, timeout=60).returncode == 0
+        works = all(
+            subprocess.run(probe, env=os.environ | made.of(i), check=False, timeout=60).returncode == 0
+            for i in range(len(made.names))
+        )
     except subprocess.TimeoutExpired:
         works = False
     print(f"MPS: daemon {started.returncode}, {'works' if works else 'does not work: time slices instead'}", flush=True)
-    return environment if works else {}
+    return made if works else gpus
+
+
+def stop_sharing(gpus: Gpus) -> None:
+    """Ends the MPS daemon that `shared` has started, if any."""
+    if gpus.environment:
+        quit_ = {"input": "quit\n", "text": True, "env": os.environ | gpus.environment}
+        subprocess.run(["nvidia-cuda-mps-control"], check=False, timeout=30, **quit_)
 
 
 def build_command(cuda: bool) -> tuple[list[str], dict[str, str]]:
@@ -145,18 +174,18 @@ def build_command(cuda: bool) -> tuple[list[str], dict[str, str]]:
     return ["nice", sys.executable, "setup.py", "build_ext", "--inplace"], environment
 
 
-def train(options: argparse.Namespace, jobs: Jobs, shared: dict[str, str]) -> None:
+def train(options: argparse.Namespace, jobs: Jobs) -> None:
     """All variants at once, with the operators' build beside them."""
     shutil.rmtree(WORK, ignore_errors=True)
     start = time.monotonic()
-    if not list((ROOT / "sglang_macs").glob("_C*.so")) or options.rebuild:
-        command, environment = build_command(cuda=_gpu_count() > 0)
+    if options.rebuild or not _has_operators():
+        command, environment = build_command(cuda=bool(jobs.gpus.names))
         jobs.start("build", command, WORK / "main" / "build.log", **environment)
     minutes = (options.seconds - START_UP - 25) / 60
     for index, variant in enumerate(options.variants):
         command = [sys.executable, LAB / "train.py", "--out", variant.folder, "--minutes", f"{minutes:.2f}"]
         command += ["--judge-every", min(60, 20 * minutes), *variant.training]
-        jobs.start(variant.name, command, variant.folder / "train.log", index, **shared)
+        jobs.start(variant.name, command, variant.folder / "train.log", index)
     jobs.wait([v.name for v in options.variants], options.seconds - 10, options.variants)
     for variant in options.variants:
         tail(variant.folder / "train.log")
@@ -166,35 +195,49 @@ def train(options: argparse.Namespace, jobs: Jobs, shared: dict[str, str]) -> No
         tail(WORK / "main" / "build.log", 3)
 
 
-def evaluate(options: argparse.Namespace, jobs: Jobs, shared: dict[str, str]) -> None:
+def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     """Calibrates and judges all variants at once."""
     start = time.monotonic()
-    if not list((ROOT / "sglang_macs").glob("_C*.so")):
-        command, environment = build_command(cuda=False)
-        jobs.start("build", command, WORK / "main" / "build-cpu.log", **environment)
-        jobs.wait(["build"], 150, options.variants)
-    device = "cuda" if _gpu_count() and _operators_take_cuda() else "cpu"
+    for cuda in (True, False) if jobs.gpus.names else (False,):  # rather the CPU's operators than none
+        if not _has_operators():
+            command, environment = build_command(cuda)
+            jobs.start("build", command, WORK / "main" / f"build-{'cuda' if cuda else 'cpu'}.log", **environment)
+            jobs.wait(["build"], 150, options.variants)
+    device = "cuda" if jobs.gpus.names and _operators_take_cuda() else "cpu"
     variants = [v for v in options.variants if (v.folder / "model.safetensors").exists()]
     for index, v in enumerate(variants):
         command = [sys.executable, LAB / "lab_calibration.py", "--checkpoint", v.folder, "--device", device]
-        jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index, **shared)
+        jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index)
     jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
     left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
     for index, v in enumerate(variants):
-        command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
-        command += ["--device", device, "--workers", v.workers, "--batches", 1 if options.smoke else v.batches]
-        command += ["--sweep-batches", 1 if options.smoke else max(1, v.batches // 2), "--seconds", int(left)]
-        command += ["--seeds", 1] if options.smoke else []
-        command += ["--skip", *v.skip] if v.skip else []
-        jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index, **shared)
+        # Without a GPU the cores are shared out as the GPU's processes are.
+        share = 1 if device == "cuda" else os.cpu_count() / sum(x.workers for x in variants)
+        workers = max(1, int(v.workers * share))
+        command = evaluation(v, options.smoke, device, workers, left)
+        jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index)
     jobs.wait([f"evaluate {v.name}" for v in variants], left + 35, variants)
     for v in variants:
         tail(v.folder / "calibrate.log", 3)
         tail(v.folder / "evaluate.log", 45)
 
 
+def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: float) -> list[object]:
+    """The command that judges a model."""
+    command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
+    command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
+    few = 1 if smoke else max(1, v.batches // 2)
+    command += ["--batches", 1 if smoke else v.batches, "--sweep-batches", few]
+    command += ["--seeds", 1] if smoke else []
+    return command + (["--skip", *v.skip] if v.skip else [])
+
+
+def _has_operators() -> bool:
+    return bool(list((ROOT / "sglang_macs").glob("_C*.so")))
+
+
 def _operators_take_cuda() -> bool:
-    probe = "import sys, sglang_macs.ops as o; sys.exit(0 if o.has_cuda() else 1)"
+    probe = "import sys, sglang_macs.ops as o; sys.exit(0 if o.cuda_backend() == 'cuda' else 1)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, check=False).returncode == 0
 
@@ -210,13 +253,14 @@ def main() -> None:
     options = parser.parse_args()
     options.variants = [v for v in VARIANTS if not options.variants or v.name in options.variants]
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs, shared, given = Jobs(options.out), share_gpu() if _gpu_count() else {}, options.seconds
+    jobs, given = Jobs(options.out, shared(find_gpus())), options.seconds
     if options.stage in ("train", "both"):
         options.seconds = given or (100 if options.smoke else 560)
-        train(options, jobs, shared)
+        train(options, jobs)
     if options.stage in ("evaluate", "both"):
         options.seconds = given or (150 if options.smoke else 420)
-        evaluate(options, jobs, shared)
+        evaluate(options, jobs)
+    stop_sharing(jobs.gpus)
     print(*(f"{p.name} {p.stat().st_size / 2**20:.1f} MiB" for p in sorted(options.out.glob("*.tar.gz"))), sep="\n")
 
 

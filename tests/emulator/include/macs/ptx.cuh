@@ -36,6 +36,9 @@ void published(T* address, T value, bool release) {
 inline uint32_t load_relaxed_sys(const uint32_t* address, Where where = Where::current()) {
   return polled("load_relaxed_sys", address, false, where);
 }
+inline uint64_t load_relaxed_gpu(const uint64_t* address, Where where = Where::current()) {
+  return polled("load_relaxed_gpu", address, false, where);
+}
 inline uint32_t load_acquire_gpu(const uint32_t* address, Where where = Where::current()) {
   return polled("load_acquire_gpu", address, true, where);
 }
@@ -47,6 +50,7 @@ inline uint64_t load_acquire_sys(const uint64_t* address, Where where = Where::c
 }
 
 inline void store_relaxed_sys(uint32_t* address, uint32_t value) { published(address, value, false); }
+inline void store_relaxed_gpu(uint64_t* address, uint64_t value) { published(address, value, false); }
 inline void store_release_gpu(uint32_t* address, uint32_t value) { published(address, value, true); }
 inline void store_release_sys(uint32_t* address, uint32_t value) { published(address, value, true); }
 inline void store_release_sys(uint64_t* address, uint64_t value) { published(address, value, true); }

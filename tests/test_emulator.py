@@ -210,6 +210,65 @@ def test_a_launch_that_a_device_would_refuse_is_refused(examples):
         examples("run_cluster_sum", out, out, 16, 16)
 
 
+# ---- Races ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched() -> emulated.Library:
+    """The same kernels, every access watched."""
+    return emulated.build("examples_watched", emulated.EMULATOR / "examples.cu", races=True)
+
+
+def reverse(library: emulated.Library, variant: int) -> None:
+    values, out = numbers(THREADS), torch.empty(THREADS, dtype=torch.int32)
+    library("run_reverse", values, out, variant)
+    assert torch.equal(out, values.view(-1, WARP).flip(1).flatten())
+
+
+def grid_exchange(library: emulated.Library) -> None:
+    out, state = torch.empty(3, 6, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    library("run_grid_exchange", numbers(6), out, state, 6)
+
+
+ORDERED = {
+    "block_sum": block_sums,
+    "grid_exchange": grid_exchange,
+    "peers": lambda library: Peers(library).run(0, 1),
+    "peers_by_fences": lambda library: Peers(library).run(0, 1, variant=5),
+    "dependents": lambda library: appended(library, 0),
+    "syncwarp": lambda library: reverse(library, 0),
+}
+# What each does and where the other access is.
+RACES = {
+    "missing_barrier": (lambda library: block_sums(library, variant=1), "reads at|writes at"),
+    "flag_before_data": (lambda library: Peers(library).run(0, 1, variant=1), "reads at|writes at"),
+    "missing_release": (lambda library: Peers(library).run(0, 1, variant=3), "reads at"),
+    "missing_acquire": (lambda library: Peers(library).run(0, 1, variant=4), "reads at"),
+    "constant_path": (lambda library: Peers(library).run(0, 1, variant=6), "as what nobody writes during the launch"),
+    "missing_wait": (lambda library: appended(library, 1), "reads at|writes at"),
+    "shuffle_as_barrier": (lambda library: reverse(library, 1), "reads at|writes at"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_ordered_accesses_are_no_race(watched, name):
+    for seed in range(5):
+        watched.configure(seed)
+        ORDERED[name](watched)
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found_whatever_the_schedule(watched, name):
+    run, report = RACES[name]
+    for seed in range(5):
+        watched.configure(seed)
+        with pytest.raises(emulated.Failure, match=rf"race: launch \d+(.|\n)*({report})(.|\n)*examples.cu:\d+"):
+            run(watched)
+
+
+# ---- Formats --------------------------------------------------------------------------------------------------------
+
+
 def awkward_floats() -> torch.Tensor:
     """Every bf16, its neighbours in f32, and what lies half-way."""
     high = torch.arange(2**16, dtype=torch.int64) << 16

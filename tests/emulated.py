@@ -40,7 +40,7 @@ FLAGS = [
     *["-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-U_FORTIFY_SOURCE"],
 ]
 # Only the calls before each access: the emulator answers them, and the sanitizer's own library is not linked.
-WATCHED = ["-fsanitize=thread", "-g1"]
+WATCHED = ["-fsanitize=thread,alignment", "-g1"]
 
 
 class Failure(Exception):
@@ -126,7 +126,8 @@ def build(
 ) -> Library:
     """Compiles the sources and the emulator into build/emulated, what has not changed only once.
 
-    `races`: every plain load and store of the sources is watched, and a data race is a failure. Slow: small cases.
+    `races`: every load and store of the sources is watched; a data race, a misaligned access or one that leaves the
+    dynamic shared memory is a failure. Slow: small cases.
     """
     flags = [*FLAGS, *(f"-D{define}" for define in defines)]
     headers = hashlib.sha256()

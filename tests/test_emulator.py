@@ -25,6 +25,13 @@ def numbers(n: int, low: int = -5, high: int = 6) -> torch.Tensor:
     return torch.randint(low, high, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(n))
 
 
+def grid_state() -> torch.Tensor:
+    """A GridState, aligned to 256 bytes as device memory is."""
+    words = torch.zeros(128, dtype=torch.int32)
+    first = -words.data_ptr() % 256 // 4
+    return words[first : first + 64]
+
+
 def block_sums(library: emulated.Library, variant: int = 0, blocks: int = 3) -> tuple[list[int], list[int]]:
     """What the kernel adds up, and the truth."""
     values = numbers(blocks * THREADS)
@@ -85,7 +92,7 @@ def test_collectives(examples):
 def test_grid_barrier(examples, seed):
     examples.configure(seed)
     blocks = 6
-    values, state = numbers(blocks), torch.zeros(64, dtype=torch.int32)
+    values, state = numbers(blocks), grid_state()
     out = torch.empty(3, blocks, dtype=torch.int32)
     examples("run_grid_exchange", values, out, state, blocks)
     total = int(values.sum())
@@ -226,8 +233,7 @@ def reverse(library: emulated.Library, variant: int) -> None:
 
 
 def grid_exchange(library: emulated.Library) -> None:
-    out, state = torch.empty(3, 6, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-    library("run_grid_exchange", numbers(6), out, state, 6)
+    library("run_grid_exchange", numbers(6), torch.empty(3, 6, dtype=torch.int32), grid_state(), 6)
 
 
 ORDERED = {
@@ -264,6 +270,18 @@ def test_races_are_found_whatever_the_schedule(watched, name):
         watched.configure(seed)
         with pytest.raises(emulated.Failure, match=rf"race: launch \d+(.|\n)*({report})(.|\n)*examples.cu:\d+"):
             run(watched)
+
+
+@pytest.mark.parametrize(
+    ("variant", "report"),
+    [
+        (6, r"leaves its dynamic shared memory at examples.cu:"),
+        (7, r"misaligned: (.|\n)*4 past a multiple of 16 at .*:"),
+    ],
+)
+def test_watched_accesses_are_aligned_and_in_bounds(watched, variant, report):
+    with pytest.raises(emulated.Failure, match=report):
+        watched("run_misuse", torch.zeros(THREADS, dtype=torch.int32), variant)
 
 
 # ---- Formats --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // Where accesses come from: the calls that -fsanitize=thread puts before every plain load and store of a kernel, and the
-// emulated intrinsics. What lies on a thread's own stack or in this library's data is nobody else's.
+// emulated intrinsics; those of -fsanitize=alignment before a misaligned one. What lies on a thread's own stack or in this library's data is nobody else's.
 #include <link.h>
 
 #include <algorithm>
@@ -39,10 +39,23 @@ bool is_private(const Thread& thread, const void* address) {
   return (at >= stack && at < stack + Stacks::kBytes) || (at >= image().begin && at < image().end);
 }
 
+// In the room that a block has around its dynamic shared memory, or across its border.
+bool beyond_shared(Block& block, const void* address, size_t bytes) {
+  const auto* const at = static_cast<const unsigned char*>(address);
+  const unsigned char *room = block.dynamic.data(), *base = block.dynamic_base();
+  if (at < room || at >= room + block.dynamic.size()) return false;
+  return at < base || at + bytes > base + block.grid->launch.shared_bytes;
+}
+
+std::string outside(const Thread& thread, uint32_t place) {
+  return "out of bounds: " + name_of(thread) + "\n  leaves its dynamic shared memory at " + code(place) + "\n";
+}
+
 void see(const void* address, size_t bytes, Access kind, const void* caller) {
   Machine& it = machine();
   if (!it.races.on || it.running == nullptr || is_private(*it.running, address)) return;
   const auto place = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(caller) - image().begin) - 1;
+  if (beyond_shared(*it.running->block, address, bytes)) it.end_run(outside(*it.running, place));
   const std::string race = it.races.access(*it.running, address, bytes, kind, place);
   if (!race.empty()) it.end_run(race);
 }
@@ -91,6 +104,23 @@ void __tsan_read_range(void* address, unsigned long bytes) {
 void __tsan_write_range(void* address, unsigned long bytes) {
   emulator::see(address, bytes, Access::kWrite, EMULATOR_CALLER);
 }
+
+// What the compiler says of the access.
+struct TypeMismatch {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+void __ubsan_handle_type_mismatch_v1(TypeMismatch* access, unsigned long address) {
+  emulator::Machine& it = emulator::machine();
+  if (it.running == nullptr) return;
+  const unsigned alignment = 1u << access->log_alignment;
+  it.end_run("misaligned: " + emulator::name_of(*it.running) + "\n  uses an address that is " +
+             std::to_string(address % alignment) + " past a multiple of " + std::to_string(alignment) + " at " +
+             access->file + ":" + std::to_string(access->line) + "\n");
+}
+
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

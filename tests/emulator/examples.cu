@@ -143,6 +143,10 @@ __global__ void misuse(const __grid_constant__ Arguments args) {
     if (lane < 8) args.out[threadIdx.x] = __shfl_sync(0xffu, lane, 9);
   } else if (args.variant == 5) {
     __trap();
+  } else if (args.variant == 6) {  // behind the last byte of shared memory
+    reinterpret_cast<int*>(dynamic_shared())[256 + threadIdx.x] = 1;
+  } else if (args.variant == 7) {  // a vector across two
+    reinterpret_cast<int4*>(args.out + 1)[threadIdx.x / 8] = make_int4(1, 2, 3, 4);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "emulator/races.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "emulator/machine.h"
 
@@ -35,13 +34,6 @@ const char* verb(Access kind) {
     case Access::kConstantRead: return "reads, as what nobody writes during the launch,";
   }
   return "";
-}
-
-// Python puts the line in the place of @address@.
-std::string code(uint32_t place) {
-  char text[32];
-  std::snprintf(text, sizeof text, "@0x%x@", place);
-  return text;
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ namespace emulator {
 namespace {
 
 constexpr int kMaxSlice = 64;              // steps of one block in a row
+constexpr size_t kSharedRoom = 1024;       // on both sides, in which accesses out of bounds show
 constexpr unsigned char kGarbage = 0xa5;   // what shared memory holds before somebody writes it
 
 // Where every fiber begins; never returns.
@@ -79,7 +80,7 @@ void admit_block(Machine& it, Grid& grid, Cluster* cluster) {
   block.cluster = cluster;
   block.index = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
   block.alive = static_cast<int>(size.x * size.y * size.z);
-  block.dynamic.assign(grid.launch.shared_bytes + 128, kGarbage);
+  block.dynamic.assign(kSharedRoom + grid.launch.shared_bytes + kSharedRoom, kGarbage);
   block.statics.assign(it.statics.bytes, kGarbage);
   fill_threads(it, block, size);
   cluster->blocks.push_back(&block);

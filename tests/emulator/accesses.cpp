@@ -1,5 +1,6 @@
-// Where accesses come from: the calls that -fsanitize=thread puts before every plain load and store of a kernel, and the
-// emulated intrinsics; those of -fsanitize=alignment before a misaligned one. What lies on a thread's own stack or in this library's data is nobody else's.
+// Where accesses come from: the calls that -fsanitize=thread puts before every plain load and store of a kernel, those
+// of -fsanitize=alignment before a misaligned one, and the emulated intrinsics. What lies on a thread's own stack or in
+// this library's data is not looked at.
 #include <link.h>
 
 #include <algorithm>
@@ -18,7 +19,8 @@ int find_image(dl_phdr_info* library, size_t, void* image) {
   Image found = {library->dlpi_addr, library->dlpi_addr};
   for (int i = 0; i < library->dlpi_phnum; ++i) {
     const auto& segment = library->dlpi_phdr[i];
-    if (segment.p_type == PT_LOAD) found.end = std::max(found.end, library->dlpi_addr + segment.p_vaddr + segment.p_memsz);
+    const uintptr_t end = library->dlpi_addr + segment.p_vaddr + segment.p_memsz;
+    if (segment.p_type == PT_LOAD) found.end = std::max(found.end, end);
   }
   if (here < found.begin || here >= found.end) return 0;
   *static_cast<Image*>(image) = found;

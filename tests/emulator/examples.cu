@@ -78,7 +78,8 @@ __global__ void grid_exchange(const __grid_constant__ GridArguments args) {
     int* const row = args.out + round * gridDim.x;
     if (threadIdx.x == 0) row[blockIdx.x] = round == 0 ? args.in[blockIdx.x] : 0;
     grid.barrier();
-    if (round > 0 && threadIdx.x < gridDim.x) atomicAdd(row + blockIdx.x, row[static_cast<int>(threadIdx.x - gridDim.x)]);
+    const int* const last = row - gridDim.x;
+    if (round > 0 && threadIdx.x < gridDim.x) atomicAdd(row + blockIdx.x, last[threadIdx.x]);
     __syncthreads();
   }
   grid.leave();
@@ -93,8 +94,8 @@ struct PeerArguments {
   uint64_t timeout_ns;
 };
 
-// Two ranks send each other a row. Variant 1 sets the flag before the data; 2 waits without end; 3 does not release, 4 does
-// not acquire; 5 does both by fences; 6 reads the row through the path for constants.
+// Two ranks send each other a row. Variant 1 sets the flag before the data; 2 waits without end; 3 does not release, 4
+// does not acquire; 5 does both by fences; 6 reads the row through the path for constants.
 __global__ void peer_exchange(const __grid_constant__ PeerArguments args) {
   __shared__ bool came;
   const int rank = args.rank, peer = 1 - rank;
@@ -194,7 +195,8 @@ EXPORT int run_reverse(const int* in, int* out, int64_t variant, void* stream) {
   return run(reverse, Arguments{in, out, static_cast<int>(variant)}, 1, 1, stream);
 }
 EXPORT int run_grid_exchange(const int* in, int* out, void* state, int64_t blocks, void* stream) {
-  return run(grid_exchange, GridArguments{in, out, static_cast<GridState*>(state)}, static_cast<int>(blocks), 1, stream);
+  const GridArguments args = {in, out, static_cast<GridState*>(state)};
+  return run(grid_exchange, args, static_cast<int>(blocks), 1, stream);
 }
 EXPORT int run_peer_exchange(uint32_t* flags, int* data, int* out, int* fault, int64_t rank, int64_t variant,
                              int64_t timeout_ns, void* stream) {

@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <utility>
 
 #include "cuda_runtime_api.h"
@@ -94,8 +93,9 @@ namespace emulator {
 
 std::string demangled(const char* name) {
   int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> text(abi::__cxa_demangle(name, nullptr, nullptr, &status), &std::free);
-  const std::string whole = status == 0 ? text.get() : name;
+  char* const text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  const std::string whole = status == 0 ? text : name;
+  std::free(text);
   const size_t scope = whole.rfind("::");
   return scope == std::string::npos ? whole : whole.substr(scope + 2);
 }

@@ -15,8 +15,8 @@ Grid::Grid(Launch from) : launch(std::move(from)) { blocks_left = unreleased = n
 
 unsigned char* Block::dynamic_base() {
   constexpr uintptr_t kAlign = 128;
-  const uintptr_t middle = reinterpret_cast<uintptr_t>(dynamic.data()) + (dynamic.size() - grid->launch.shared_bytes) / 2;
-  return reinterpret_cast<unsigned char*>(middle / kAlign * kAlign);
+  const size_t room = (dynamic.size() - grid->launch.shared_bytes) / 2;
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(dynamic.data()) + room) / kAlign * kAlign);
 }
 
 int Block::rank() const {

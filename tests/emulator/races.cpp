@@ -7,7 +7,7 @@
 namespace emulator {
 namespace {
 
-constexpr uint16_t kMostTime = 0xffff;
+constexpr uint16_t kMostTime = 0xffff;  // of a clock, which stays there: races later on may go unseen
 
 bool is_write(Access kind) { return kind == Access::kWrite || kind == Access::kAtomicWrite; }
 bool is_atomic(Access kind) { return kind == Access::kAtomicRead || kind == Access::kAtomicWrite; }
@@ -92,14 +92,14 @@ void Races::tell(const Thread& thread, VectorClock& clock) {
 }
 
 void Races::load(const Thread& thread, const void* address, bool ordered) {
-  const auto found = published_.find(address);
+  const auto found = published_.find(key_of(thread, address));
   if (found == published_.end()) return;
   Knowledge& known = knowledge(thread);
   (ordered ? known.now : known.pending).join(found->second);
 }
 
 void Races::store(const Thread& thread, const void* address, bool ordered, bool adds) {
-  VectorClock& clock = published_[address];
+  VectorClock& clock = published_[key_of(thread, address)];
   const Knowledge& known = knowledge(thread);
   if (!adds) clock = {};
   clock.join(ordered ? known.now : known.fenced);
@@ -144,11 +144,12 @@ void Races::remember(Cell& cell, const Thread& thread, Access kind, uint32_t pla
     cell = {mine, {}};
     return;
   }
-  // In the place of a reader that this thread knows of, else of the last but one.
+  // In the place of a reader that this thread knows of, else of the oldest.
   const auto known = [&](const Record& other) { return other.time <= now.of(other.thread); };
-  auto* const free = std::find_if(std::begin(cell.reads), std::end(cell.reads), known);
-  if (free == std::end(cell.reads)) std::rotate(std::begin(cell.reads), std::begin(cell.reads) + 1, std::end(cell.reads));
-  (free == std::end(cell.reads) ? cell.reads[kReaders - 1] : *free) = mine;
+  Record* const end = std::end(cell.reads);
+  Record* const free = std::find_if(std::begin(cell.reads), end, known);
+  if (free == end) std::rotate(std::begin(cell.reads), std::begin(cell.reads) + 1, end);
+  *(free == end ? end - 1 : free) = mine;
 }
 
 std::string Races::access(const Thread& thread, const void* address, size_t bytes, Access kind, uint32_t place) {
@@ -156,9 +157,9 @@ std::string Races::access(const Thread& thread, const void* address, size_t byte
   for (size_t i = 0; i < bytes; ++i) {
     Cell& it = cell(key + i);
     if (const Record* const other = rival(it, thread, kind); other != nullptr) {
-      const bool read = other != &it.write;
-      return "race: " + name_of(thread) + "\n  " + verb(kind) + " at " + code(place) + "\n  what, ordered by nothing, " +
-             names_[other->thread] + "\n  " + (other->atomic ? "atomically " : "") + (read ? "read" : "wrote") + " at " +
+      const std::string how = other->atomic ? "atomically " : "", what = other == &it.write ? "wrote" : "read";
+      return "race: " + name_of(thread) + "\n  " + verb(kind) + " at " + code(place) +
+             "\n  what, ordered by nothing, " + names_[other->thread] + "\n  " + how + what + " at " +
              code(other->place) + "\n";
     }
     remember(it, thread, kind, place);

@@ -207,6 +207,7 @@ void drop_all(Machine& it) {
   it.streams.clear();
   it.loaded = nullptr;
   it.runnable = 0;
+  it.stacks.trim();
 }
 
 }  // namespace
@@ -230,6 +231,7 @@ bool Machine::run_all() {
     if (block != nullptr) {
       run_slice(*this, *block);
     } else if (resident.empty()) {
+      stacks.trim();
       return true;
     } else {
       set_failure("deadlock: every thread waits");

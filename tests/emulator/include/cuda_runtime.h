@@ -9,9 +9,9 @@
 #include "emulator/scheduler.h"
 
 inline long long clock64() { return 2 * static_cast<long long>(emulator::now_ns()); }
-inline void __nanosleep(unsigned, emulator::Where where = emulator::Where::current()) {
+inline void __nanosleep(unsigned, EMULATOR_WHERE) {
   emulator::spin("__nanosleep", where);
 }
-[[noreturn]] inline void __trap(emulator::Where where = emulator::Where::current()) {
+[[noreturn]] inline void __trap(EMULATOR_WHERE) {
   emulator::fail("__trap", where);
 }

@@ -116,7 +116,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 
 // Arguments are copied now, as CUDA does. The name in reports is that of the arguments' types.
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   std::string name;
   ((name += (name.empty() ? "" : ", ") + emulator::demangled(typeid(Parameters).name())), ...);
   return emulator::launch(reinterpret_cast<const void*>(kernel), *config, name,

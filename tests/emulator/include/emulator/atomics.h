@@ -6,7 +6,8 @@
 
 namespace emulator {
 
-// Puts next(old) in place and returns old, relaxed or released. A change of nothing counts as spinning: a lock that is taken, a poll.
+// Puts next(old) in place, relaxed or released, and returns old. A change of nothing counts as spinning: a lock that is
+// taken, a poll.
 template <class T, class Next>
 T exchange(const char* what, T* address, Next next, Where where, bool release = false) {
   preempt();
@@ -28,18 +29,18 @@ using Same = std::type_identity_t<T>;
 
 }  // namespace emulator
 
-#define EMULATOR_ATOMIC(name, expression)                                                         \
-  template <class T>                                                                              \
-  T name(T* address, emulator::Same<T> value, emulator::Where where = emulator::Where::current()) { \
-    return emulator::exchange(#name, address, [value](T old) { return expression; }, where);      \
-  }                                                                                               \
-  template <class T>                                                                              \
-  T name##_block(T* address, emulator::Same<T> value, emulator::Where where = emulator::Where::current()) { \
-    return name(address, value, where);                                                           \
-  }                                                                                               \
-  template <class T>                                                                              \
-  T name##_system(T* address, emulator::Same<T> value, emulator::Where where = emulator::Where::current()) { \
-    return name(address, value, where);                                                           \
+#define EMULATOR_ATOMIC(name, expression)                                                      \
+  template <class T>                                                                           \
+  T name(T* address, emulator::Same<T> value, EMULATOR_WHERE) {                                \
+    return emulator::exchange(#name, address, [value](T old) { return expression; }, where);   \
+  }                                                                                            \
+  template <class T>                                                                           \
+  T name##_block(T* address, emulator::Same<T> value, EMULATOR_WHERE) {                        \
+    return name(address, value, where);                                                        \
+  }                                                                                            \
+  template <class T>                                                                           \
+  T name##_system(T* address, emulator::Same<T> value, EMULATOR_WHERE) {                       \
+    return name(address, value, where);                                                        \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicSub, old - value)
@@ -52,8 +53,7 @@ EMULATOR_ATOMIC(atomicExch, ((void)old, value))
 #undef EMULATOR_ATOMIC
 
 template <class T>
-T atomicCAS(T* address, emulator::Same<T> expected, emulator::Same<T> value,
-            emulator::Where where = emulator::Where::current()) {
+T atomicCAS(T* address, emulator::Same<T> expected, emulator::Same<T> value, EMULATOR_WHERE) {
   return emulator::exchange("atomicCAS", address, [=](T old) { return old == expected ? value : old; }, where);
 }
 

@@ -1,9 +1,9 @@
 // Data races: two accesses of one byte, at least one of them a write and not both atomic, that nothing orders.
 //
-// Happens-before by vector clocks, as CUDA's memory model has it: a barrier of the block or of the cluster and __syncwarp
-// order all that take part, other collectives nothing; a release orders what its thread did or knew of before what comes
-// behind an acquire of its value; fences make relaxed operations do so; a launch comes behind the one before it. A race is
-// found in any schedule that runs both accesses, however far apart.
+// Happens-before by vector clocks, as CUDA's memory model has it: a barrier of the block or of the cluster and
+// __syncwarp order all that take part, other collectives nothing; a release orders what its thread did or knew of
+// before what comes behind an acquire of its value; fences make relaxed operations do so; a launch comes behind the one
+// before it. A race is found in any schedule that runs both accesses, however far apart.
 //
 // Not seen: which scope (gpu, sys) an operation has; distributed shared memory; all but the last readers of a byte.
 #pragma once
@@ -75,7 +75,7 @@ class Races {
 
   std::vector<Knowledge> known_;
   std::vector<std::string> names_;
-  std::unordered_map<const void*, VectorClock> published_;
+  std::unordered_map<uintptr_t, VectorClock> published_;  // by atomic stores
   std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
   uintptr_t last_number_ = 0;
   std::vector<Cell>* last_page_ = nullptr;

@@ -10,12 +10,12 @@
 
 namespace macs::cuda {
 
-using Where = emulator::Where;
+using emulator::Where;
 
 inline unsigned char* dynamic_shared() { return emulator::dynamic_shared(); }
 
 inline void start_dependents() { emulator::start_dependents(); }
-inline void wait_for_previous(Where where = Where::current()) { emulator::wait_for_previous(where); }
+inline void wait_for_previous(EMULATOR_WHERE) { emulator::wait_for_previous(where); }
 
 // --- Memory order
 
@@ -33,19 +33,19 @@ void published(T* address, T value, bool release) {
   emulator::changed();
 }
 
-inline uint32_t load_relaxed_sys(const uint32_t* address, Where where = Where::current()) {
+inline uint32_t load_relaxed_sys(const uint32_t* address, EMULATOR_WHERE) {
   return polled("load_relaxed_sys", address, false, where);
 }
-inline uint64_t load_relaxed_gpu(const uint64_t* address, Where where = Where::current()) {
+inline uint64_t load_relaxed_gpu(const uint64_t* address, EMULATOR_WHERE) {
   return polled("load_relaxed_gpu", address, false, where);
 }
-inline uint32_t load_acquire_gpu(const uint32_t* address, Where where = Where::current()) {
+inline uint32_t load_acquire_gpu(const uint32_t* address, EMULATOR_WHERE) {
   return polled("load_acquire_gpu", address, true, where);
 }
-inline uint32_t load_acquire_sys(const uint32_t* address, Where where = Where::current()) {
+inline uint32_t load_acquire_sys(const uint32_t* address, EMULATOR_WHERE) {
   return polled("load_acquire_sys", address, true, where);
 }
-inline uint64_t load_acquire_sys(const uint64_t* address, Where where = Where::current()) {
+inline uint64_t load_acquire_sys(const uint64_t* address, EMULATOR_WHERE) {
   return polled("load_acquire_sys", address, true, where);
 }
 
@@ -55,10 +55,10 @@ inline void store_release_gpu(uint32_t* address, uint32_t value) { published(add
 inline void store_release_sys(uint32_t* address, uint32_t value) { published(address, value, true); }
 inline void store_release_sys(uint64_t* address, uint64_t value) { published(address, value, true); }
 
-inline void red_add_release_gpu(uint32_t* address, uint32_t value, Where where = Where::current()) {
+inline void red_add_release_gpu(uint32_t* address, uint32_t value, EMULATOR_WHERE) {
   emulator::exchange("red_add_release_gpu", address, [=](uint32_t old) { return old + value; }, where, true);
 }
-inline void red_add_release_sys(uint32_t* address, uint32_t value, Where where = Where::current()) {
+inline void red_add_release_sys(uint32_t* address, uint32_t value, EMULATOR_WHERE) {
   emulator::exchange("red_add_release_sys", address, [=](uint32_t old) { return old + value; }, where, true);
 }
 
@@ -74,15 +74,15 @@ inline void prefetch_l2(const void*) {}
 
 // --- Time
 
-inline uint64_t global_timer_ns(Where where = Where::current()) {
+inline uint64_t global_timer_ns(EMULATOR_WHERE) {
   emulator::spin("global_timer_ns", where);
   return emulator::now_ns();
 }
-inline uint64_t clock_cycles(Where where = Where::current()) {
+inline uint64_t clock_cycles(EMULATOR_WHERE) {
   emulator::spin("clock_cycles", where);
   return 2 * emulator::now_ns();
 }
-inline void nanosleep(uint32_t, Where where = Where::current()) { emulator::spin("nanosleep", where); }
+inline void nanosleep(uint32_t, EMULATOR_WHERE) { emulator::spin("nanosleep", where); }
 
 // --- Arithmetic
 
@@ -97,7 +97,7 @@ inline float exp2_approx(float x) {
 inline int cluster_rank() { return emulator::cluster_rank(); }
 inline int cluster_blocks() { return emulator::cluster_blocks(); }
 inline void cluster_arrive() { emulator::cluster_arrive(); }
-inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
+inline void cluster_wait(EMULATOR_WHERE) { emulator::cluster_wait(where); }
 
 using ClusterAddress = unsigned char*;
 
@@ -127,7 +127,7 @@ EMULATOR_UNINSTRUMENTED inline void mbarrier_arrive_expect_tx(uint64_t* barrier,
   it.bytes += bytes;
   it.end_if_complete();
 }
-EMULATOR_UNINSTRUMENTED inline void mbarrier_wait_parity(uint64_t* barrier, int parity, Where where = Where::current()) {
+EMULATOR_UNINSTRUMENTED inline void mbarrier_wait_parity(uint64_t* barrier, int parity, EMULATOR_WHERE) {
   while (Mbarrier::at(barrier).phase == parity) emulator::spin("mbarrier_wait_parity", where);
 }
 EMULATOR_UNINSTRUMENTED inline void store_async(ClusterAddress target, uint32_t word, ClusterAddress barrier) {

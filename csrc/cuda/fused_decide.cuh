@@ -161,6 +161,7 @@ __device__ inline void cut_some(const FusedBlock& b, int first) {
     int* const group = levels + b.warp * 2 * num_levels;
     const int n = over[first + b.warp], bound = raw[n].cut.w;
     const Cut cut = warp_find_cut<16>({group, group + num_levels}, num_levels, bound);
+    __syncwarp();  // all lanes have read the bound
     if (b.lane == 0) raw[n] = RawCut::of(cut, bound);
   }
   __syncthreads();

@@ -67,6 +67,7 @@ def steps(out: Path, commit: str) -> list[Step]:
     bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
     check = script("check_kernels", "--check-only", "--large", "--jobs", "8")
     kernels, extension, models = ("build-kernels",), ("build-extension",), ("build-extension", "build-models")
+    both = (*kernels, *extension)
     cuda, triton = {"MACS_CUDA_BACKEND": "cuda"}, {"MACS_CUDA_BACKEND": "triton"}
     return [
         Step("build-extension", ["bash", "-c", BUILD], 240),
@@ -77,9 +78,9 @@ def steps(out: Path, commit: str) -> list[Step]:
         Step("time-variants", script("time_variants", result="variants.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
-        Step("fused", script("check_fused", result="fused.json"), 240, 1, True, extension),
+        Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
         Step("overhead-2", script("overhead", "--ranks", "2", result="overhead_2.json"), 240, 2, True, extension),
-        Step("fused-2", script("check_fused", "--processes", "2", result="fused_2.json"), 240, 2, True, extension),
+        Step("fused-2", script("check_fused", "--processes", "2", result="fused_2.json"), 240, 2, True, both),
         # What is only right or wrong, all at once.
         Step("bench", bench, 560, 2, False, models, at_go=True),
         Step("serve", serve, 420, 2, False, models),

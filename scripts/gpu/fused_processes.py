@@ -21,6 +21,7 @@ import torch.distributed as dist
 from fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
 from fused_checks import check_combine, check_dispatch, fresh_outputs, output
 from kernel_case import POISON, Config
+from low_latency import most_tokens
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
 
 HANDLE_BYTES = 64
@@ -142,8 +143,12 @@ def run_rank(kernels, options) -> None:
     dist.init_process_group(backend, init_method=f"file://{options.init}", rank=me, world_size=ranks)
     blocks = min(everyone(multiprocessors(options)))
     every = cases(ranks, blocks)
-    timed = [timed_config(ranks, t, 7168, "fp8", blocks * ranks) for t in (128, 511)]
-    timed += [timed_config(ranks, 128, 2048, "bfloat16", blocks * ranks)]
+    timed = [
+        timed_config(ranks, tokens, hidden_size, format, blocks * ranks)
+        for tokens in (128, most_tokens(ranks))
+        for hidden_size in (2048, 7168)
+        for format in ("bfloat16", "fp8")
+    ]
     size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
     regions = SharedRegions(kernels.library, size)
     checked = 0

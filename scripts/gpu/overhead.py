@@ -268,7 +268,11 @@ def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
     """All rows of one rank; rank 0 prints and writes them."""
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if ranks > 1 else "gloo", rank=rank, world_size=ranks)
-    sizes = [(tokens, hidden) for tokens in ((128, 511) if ranks > 1 else (128,)) for hidden in (2048, 7168)]
+    sizes = [
+        (tokens, hidden)
+        for tokens in ((128, low_latency.most_tokens(ranks)) if ranks > 1 else (128,))
+        for hidden in (2048, 7168)
+    ]
     jobs = [
         (measure_low_latency, (*size, fp8, share)) for size in sizes for fp8 in (False, True) for share in (0.0, 0.1)
     ]

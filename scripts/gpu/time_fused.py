@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from fused_case import FusedConfig, Group, make_group, masked
 from kernel_case import Config, Inputs, Run
+from low_latency import make_buffer, most_tokens
 from time_kernels import copy_bandwidth, graph_us
 
 COLD_BYTES = 200_000_000
@@ -133,11 +134,9 @@ class DeepEP:
     """Its low-latency dispatch and combine over a layer's inputs, alone and behind the plan's kernels."""
 
     def __init__(self, layer: Layer) -> None:
-        import low_latency
-
         f, self.rank = layer.config.plan, layer.groups[0].ranks[0]
         self.layer, self.plan, self.fp8 = layer, f, layer.config.format != "bfloat16"
-        self.buffer = low_latency.make_buffer(f.T, f.H, f.E)
+        self.buffer = make_buffer(f.T, f.H, f.E)
         self.sets = [group.tensors[self.rank].inputs for group in layer.groups]
         self.outputs = torch.randn(f.E // f.R, f.R * f.T, f.H, device="cuda").bfloat16()
 
@@ -233,7 +232,7 @@ def one_gpu(kernels, table: Table, multiprocessors: int, quick: bool) -> None:
     with_deepep = has_deepep()
     if with_deepep:
         init_alone()
-    sizes = [(128, 2048)] if quick else [(t, h) for t in (128, 511) for h in (2048, 7168)]
+    sizes = [(128, 2048)] if quick else [(t, h) for t in (128, most_tokens(1)) for h in (2048, 7168)]
     for tokens, hidden_size in sizes:
         for format in ("bfloat16", "fp8"):
             layer = Layer(kernels, timed_config(1, tokens, hidden_size, format, multiprocessors))

@@ -57,7 +57,7 @@ def straggler_table() -> str:
 
 def overhead_table() -> str:
     """The plan in front of DeepEP's low-latency dispatch and combine."""
-    found, rows = results("overhead_h200"), []
+    found, rows = results("overhead_h100"), []
     for row in found["rows"]:
         case = row["case"]
         times = [f"{row[f'{name}_us']:.1f}" for name in ("deepep", "planned", "plan", "overhead")]
@@ -106,6 +106,30 @@ def fused_cell(timed: dict[tuple[str, float], dict], op: str, clipped: float) ->
     if row is None:
         return ""
     return f"{row['median_us']:.1f}" + (f" ({row['floor_us']:.1f})" if op.startswith("fused") else "")
+
+
+def triton_table() -> str:
+    """The operators in Triton: on the GPU, and what launching them takes of the host."""
+    found = results("triton_h100")
+    by_tokens: dict[int, list[str]] = {}
+    for row in found["rows"]:
+        by_tokens.setdefault(row["T"], []).append(f"{row['median_us']:.0f} ({row['host_us']:.0f})")
+    ops = dict.fromkeys(row["op"] for row in found["rows"])
+    return source(found) + "\n\n" + markdown(["T", *ops], [[t, *times] for t, times in by_tokens.items()])
+
+
+def variants_table() -> str:
+    """The plan's kernels as they are kept, and versions 13 and 14 of the log beside them."""
+    found = results("kernels_variants_h100")
+    by_case: dict[tuple, dict[str, float]] = {}
+    for row in found["rows"]:
+        case = row["case"]
+        key = (case["T"], case["H"], case["scope"], case["hot"])
+        by_case.setdefault(key, {})[case["variant"]] = row["median_us"]
+    order = ("cells cleared first", "sums behind a barrier", "as is")
+    rows = [[*key, *(f"{of[name]:.2f}" for name in order)] for key, of in by_case.items()]
+    header = ["T", "H", "bounds", "skew", "as kept, us", "without version 13, with 14", "with both"]
+    return source(found) + "\n\n" + markdown(header, rows)
 
 
 def serve_table() -> str:
@@ -189,6 +213,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "straggler": straggler_table,
     "overhead": overhead_table,
     "serve": serve_table,
+    "triton": triton_table,
+    "variants": variants_table,
     "compat": compat_table,
     "cost": cost_table,
     "wire": wire_table,

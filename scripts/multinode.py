@@ -249,7 +249,8 @@ def payload(model: Path, before: list[dict], after: list[dict]) -> dict[str, int
     text = json.loads((model / "config.json").read_text())["text_config"]
     rows = sum(state["remote_rows"] for state in after) - sum(state["remote_rows"] for state in before)
     plans = sum(state["planned"] for state in after) - sum(state["planned"] for state in before)
-    histogram = 4 * (text["num_experts"] * 2 * after[0]["config"]["buckets"] + 4)
+    experts = text["num_local_experts"]  # so transformers calls them when it saves a configuration
+    histogram = 4 * (experts * 2 * after[0]["config"]["buckets"] + 4)
     return {"row_bytes": rows * 2 * 2 * text["hidden_size"], "exchange_bytes": plans * histogram}
 
 

@@ -82,7 +82,7 @@ def test_a_row_replaces_the_one_of_its_case(tmp_path):
 
 
 def test_bytes_on_the_cable_follow_from_the_counters(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 64, "num_experts": 8}}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 64, "num_local_experts": 8}}))
 
     def states(rows: int, plans: int) -> list[dict]:
         return [{"remote_rows": rows, "planned": plans, "config": {"buckets": 32}}] * 2

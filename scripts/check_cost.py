@@ -48,7 +48,7 @@ from sglang_macs import batch, dispatcher
 
 SWITCH = Path(os.environ["MACS_SWITCH"])
 decide, plan = batch.skip_reason, dispatcher.LayerPlanner.__call__
-spent = {"cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
+spent = {"cpu_seconds": [0.0, 0.0], "layer_cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
 
 
 def side():
@@ -61,10 +61,13 @@ def skip_reason(config, **known):
 
 
 def timed_layer(self, hidden_states, *args):
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     planned = plan(self, hidden_states, *args)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    now = side()
+    spent["layer_cpu_seconds"][now] += cpu
     if hidden_states.shape[0] and batch.current().skip in ("", "off"):  # a rank without tokens waits for the other
-        spent["layer_ms"][side()].append(1e3 * (time.perf_counter() - start))
+        spent["layer_ms"][now].append(1e3 * seconds)
     return planned
 
 
@@ -105,7 +108,9 @@ class Probe:
         return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_SWITCH": str(self.switch)}
 
     def spent(self) -> list[dict]:
-        """Of each rank: `cpu_seconds` in forward passes and `layer_ms` of each dispatch of its tokens, by side."""
+        """Of each rank, by side: `cpu_seconds` in forward passes, `layer_cpu_seconds` of these where layers decide what
+        they dispatch, and `layer_ms`, the wall time of each such decision over tokens of its own.
+        """
         time.sleep(0.02)  # the other rank ends its pass of the last request
         return [json.loads(file.read_text()) for file in sorted(self.folder.glob("spent-*.json"))]
 
@@ -137,17 +142,26 @@ class PlannedOrNot:
 
     def cpu_seconds(self) -> list[float]:
         """By side, in forward passes of both ranks, so far."""
-        return [sum(rank) for rank in zip(*(found["cpu_seconds"] for found in self.probe.spent()), strict=True)]
+        return self._over_ranks("cpu_seconds")
+
+    def _over_ranks(self, name: str) -> list[float]:
+        return [sum(rank) for rank in zip(*(found[name] for found in self.probe.spent()), strict=True)]
 
     def figures(self) -> dict:
-        """Milliseconds that a layer takes to decide what it dispatches. Raises ServerError if nothing was compared."""
+        """layer_ms: how long a layer takes to decide what it dispatches. plan_share: the CPU time of that, planned less
+        left alone, over that of forward passes left alone. Raises ServerError if nothing was compared.
+        """
         for state in (state["macs"] for state in self.server.get("/server_info")["internal_states"]):
             planned, left = state["planned"], state["skipped"].get("off", 0)
             clipped = state["own"]["clipped_visual"] + state["own"]["clipped_text"]
             if not planned or abs(planned - left) > 0.1 * planned or clipped:
                 raise ServerError(f"compared nothing: {planned} plans, {left} left alone, {clipped} clipped")
         left, planned = ([ms for rank in self.probe.spent() for ms in rank["layer_ms"][side]] for side in (0, 1))
-        return {"layer_ms": {"left alone": statistics.median(left), "planned": statistics.median(planned)}}
+        (cpu_left, cpu_planned), (passes_left, _) = self._over_ranks("layer_cpu_seconds"), self.cpu_seconds()
+        return {
+            "layer_ms": {"left alone": statistics.median(left), "planned": statistics.median(planned)},
+            "plan_share": (cpu_planned - cpu_left) / passes_left,
+        }
 
 
 class InstalledOrNot:

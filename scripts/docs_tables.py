@@ -127,7 +127,8 @@ def compat_table() -> str:
     rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
     for row in found["rows"]:
         if "refused" in row:
-            rows.append([row["sglang"], "one is lost", "", f'refused: "{row["refused"]["detail"].split(";")[0]}"'])
+            said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"'])
         else:
             rows.append(
                 [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]

@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency test-multinode test-compat
+.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ distclean: clean  ## and the environment
 
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
 	@$(PY) scripts/check_latency.py
+
+check-network: build  ## the fused dispatch compiles over NCCL's GIN (needs nvcc; fetches NCCL's headers)
+	@PY=$(PY) bash scripts/check_network.sh
 
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode

@@ -1,6 +1,7 @@
 """Builds csrc/ into sglang_macs/_C: CPU only where there is no nvcc, CPU and CUDA where there is.
 
-`MACS_CUDA=0` or `=1` overrides the choice; `MACS_CUDA_ARCH` (default 90a) names the GPU architectures.
+`MACS_CUDA=0` or `=1` overrides the choice; `MACS_CUDA_ARCH` (default 90a) names the GPU architectures. `MACS_TORCH`
+names another release of torch to build for than SGLang's: enough for the operators, not for serving.
 """
 
 import glob
@@ -10,7 +11,8 @@ import sys
 
 from setuptools import setup
 
-TORCH = ("2.13", "2.14")  # SGLang 0.5.21 asks for the first, 0.5.22 and 0.5.23 for the second
+# SGLang 0.5.21 asks for the first, 0.5.22 and 0.5.23 for the second.
+TORCH = (os.environ["MACS_TORCH"],) if "MACS_TORCH" in os.environ else ("2.13", "2.14")
 
 
 def fail(what: str, got: str, expected: str, fix: str) -> None:

@@ -1,6 +1,8 @@
 """The model lab: its model is transformers', its tasks are what they say, its methods meet the bound they share."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import evaluate
 import lab_checkpoint
 import lab_material
 import lab_methods
+import lab_model
 import lab_tokens
+import train
 from lab_judge import RANKS, as_batch, by_task, exact
 from lab_methods import Inputs, rank_rows
-from lab_model import Architecture, LabModel, initialise
+from lab_model import EXPERTS_BY, Architecture, LabModel, initialise
 from lab_pictures import COLOURS
-from lab_tasks import MAX_SLOTS, NO_LABEL, TASKS, TRAIN_MIX, Maker
+from lab_tasks import JUDGED, MAX_SLOTS, NO_LABEL, TASKS, TRAIN_MIX, Maker
 
 CHECKPOINT = lab_checkpoint.CHECKPOINT
 TRAINED = (CHECKPOINT / "model.safetensors").exists()
@@ -90,14 +94,58 @@ def test_logits_are_transformers(checkpoint, model, make, tmp_path):
 
 
 @torch.no_grad()
-def test_both_ways_of_running_experts_agree(model, make):
+def test_all_ways_of_running_experts_agree(model, make):
+    """Also where slots are empty, and where padding goes through expert 0."""
     batch = [as_batch(g) for g in groups_of(make, {"text": {"lookup": 3}, "tiny": {"map": 2}})]
     outputs = []
-    for model.dense in (True, False):
-        outputs.append(model(batch)[0])
-    model.dense = True
-    for one, other in zip(*outputs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for model.experts_by in EXPERTS_BY:
+        outputs.append(model(batch, lambda r: (r.ids.masked_fill(r.ids == 5, -1), r.weights))[0])
+    model.experts_by = "dense"
+    for other in outputs[1:]:
+        for group, one, two in zip(batch, outputs[0], other, strict=True):
+            for row, length in enumerate(group.length.tolist()):
+                torch.testing.assert_close(one[row, :length], two[row, :length], rtol=1e-4, atol=1e-4)
+
+
+def test_grouped_experts_have_the_gradients_of_dense_ones():
+    train.check_grouped(replace(Architecture(), experts=8), torch.device("cpu"), torch.float32)
+    broken = lab_model._Permute.backward
+    try:
+        lab_model._Permute.backward = staticmethod(lambda ctx, grad: (grad, None, None))
+        with pytest.raises(SystemExit, match="differ"):
+            train.check_grouped(replace(Architecture(), experts=8), torch.device("cpu"), torch.float32)
+    finally:
+        lab_model._Permute.backward = broken
+
+
+@torch.no_grad()
+def test_attention_received_is_what_later_tokens_pay(make):
+    """Each token's attention to itself and before it sums to 1; what padding pays does not count."""
+    model = LabModel(replace(Architecture(), layers=1))
+    initialise(model, 0)
+    model.records_attention = True
+    (group,) = groups_of(make, {"text": {"lookup": 3}})
+    _, (routing,) = model([as_batch(group)])
+    received = routing.received.view(group.ids.shape)
+    for row, length in zip(received, group.length.tolist(), strict=True):
+        assert 0 < row.sum() < length and row[0] > row[1:length].mean()  # the first token is seen by all
+        assert (row[length - 1 :] == 0).all()
+
+
+def test_a_shared_expert_and_sigmoid_scores_make_another_model(make):
+    batch = [as_batch(g) for g in groups_of(make, {"text": {"copy": 2}})]
+    model = LabModel(replace(Architecture(), layers=1, scoring="sigmoid", shared=64))
+    initialise(model, 0)
+    with torch.no_grad():
+        whole, (routing,) = model(batch)
+        none, _ = model(batch, lambda r: (torch.full_like(r.ids, -1), r.weights))
+        torch.nn.init.zeros_(model.model["language_model"].layers[0].mlp.shared_expert.down_proj.weight)
+        neither, _ = model(batch, lambda r: (torch.full_like(r.ids, -1), r.weights))
+    expected = routing.logits.sigmoid().topk(4).values
+    expected = expected / expected.sum(1, keepdim=True)
+    valid = routing.ids[:, 0] >= 0
+    torch.testing.assert_close(routing.weights[valid], expected[valid])
+    assert not torch.allclose(none[0], neither[0], atol=1e-3) and not torch.allclose(whole[0], none[0], atol=1e-3)
 
 
 @torch.no_grad()
@@ -112,7 +160,7 @@ def test_the_seam_decides_what_the_experts_see(model, make):
 
 def test_all_prompts_are_what_the_tokenizer_makes_of_their_text(make):
     """So that a server, which sees text, gets the very tokens that the model was trained on."""
-    for group in groups_of(make, TRAIN_MIX):
+    for group in [*groups_of(make, TRAIN_MIX), *groups_of(make, JUDGED)]:
         for row, length in zip(group.ids, group.length.tolist(), strict=True):
             text = make.words.tokenizer.decode(row[:length].tolist(), skip_special_tokens=False)
             assert make.words.tokenizer.encode(text).ids == row[:length].tolist()
@@ -159,7 +207,7 @@ def test_answers_follow_from_the_picture(task, make, words):
         assert answer_of(asked, i, words) == expected
 
 
-@pytest.mark.parametrize("task", ["add", "copy", "lookup", "lookup_many"])
+@pytest.mark.parametrize("task", ["add", "copy", "lookup", "recall"])
 def test_answers_follow_from_the_text(task, make, words):
     torch.manual_seed(4)
     asked = TASKS[task](make, 40, "text")
@@ -171,10 +219,53 @@ def test_answers_follow_from_the_text(task, make, words):
         elif task == "copy":
             expected = question.removeprefix("Copy ").rstrip(".")
         else:
-            table, wanted = question.removeprefix("Given ").replace(" are ", " is ").split(". What is ")
+            table, wanted = question.removeprefix("Given ").split(". What is " if task == "lookup" else ". List ")
             digits = {pair[0]: pair[1] for pair in table.split()}
-            expected = "".join(digits[letter] for letter in wanted.rstrip("?").split())
+            names = wanted.rstrip("?.").split()
+            expected = (
+                digits[names[0]] if task == "lookup" else "".join(f" {letter}{digits[letter]}" for letter in names)
+            )
         assert answer_of(asked, i, words) == expected
+
+
+def turns_of(group, row: int, words) -> list[tuple[str, str]]:
+    """(question, answer) of every turn, as text."""
+    text = words.tokenizer.decode(group.ids[row, : group.length[row]].tolist(), skip_special_tokens=False)
+    for mark in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"):
+        text = text.replace(mark, "")
+    parts = text.split("<|im_start|>")[1:]
+    said = [part.split("\n", 1)[1].removesuffix("\n").removesuffix("<|im_end|>") for part in parts]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def test_turns_of_a_talk_agree_and_are_all_labelled(make, words):
+    """A talk is a table or a scene: what different turns say of it never contradicts."""
+    (pictures,) = groups_of(make, {"square": {"talk": 30}}, seed=8)
+    kinds, orders = set(), set()
+    for row in range(30):
+        turns = turns_of(pictures, row, words)
+        labels = pictures.labels[row]
+        labelled = words.text(labels[labels != NO_LABEL])
+        assert labelled == "".join(answer for _, answer in turns)
+        assert len(turns) == len({q for q, _ in turns if "colour is" in q}) * 2 + 4
+        told = dict(turns)
+        count = int(told["How many digits?"])
+        for question, answer in turns:
+            if question.startswith("How many digits are"):
+                colour = question.rstrip("?").split()[-1]
+                seen = sum(a == colour for q, a in turns if q.startswith("What colour"))
+                assert seen <= int(answer) <= count - (min(count, 3) - seen)
+        kinds |= {q.split()[0] for q, _ in turns}
+        orders.add(turns[0][0].split()[0])
+    assert kinds == {"How", "What", "Where"} and len(orders) == 3
+    (tables,) = groups_of(make, {"text": {"lookup_talk": 30}}, seed=8)
+    for row in range(30):
+        (first, _), *_ = turns = turns_of(tables, row, words)
+        pairs = {p[0]: p[1] for p in first.split(".")[0].removeprefix("Given ").split()}
+        assert len(turns) == min(len(pairs), 6)
+        for question, answer in turns:
+            asked = question.split(". ")[-1].rstrip("?").split()[-1]
+            assert answer == (pairs[asked] if asked in pairs else {d: c for c, d in pairs.items()}[asked])
 
 
 def test_nothing_that_is_judged_was_trained_on(words, make):
@@ -270,6 +361,15 @@ def test_custom_importance_gives_true_weights(given):
     torch.testing.assert_close(own.weights, custom.weights)
 
 
+def test_bounds_by_layer_keep_their_mean(given):
+    bounds = []
+    made = lab_methods.ByLayer(lambda _, bound: bounds.append(bound), 0.1, layers=6)
+    for layer in range(6):
+        made(replace(given, layer=layer), 1.05)
+    assert bounds[0] == pytest.approx(0.945) and bounds[-1] == pytest.approx(1.155)
+    assert sum(bounds) / 6 == pytest.approx(1.05)
+
+
 def test_statistics_are_paired():
     asked = [{"a": 10, "b": 10, "unlearned": 10}] * 6
     base = [{"a": 10 - i % 2, "b": 10, "unlearned": 2} for i in range(6)]
@@ -285,19 +385,38 @@ def test_statistics_are_paired():
 
 
 @torch.no_grad()
-def test_workers_change_nothing(model, make, monkeypatch):
-    """Cases shared out over processes give the figures that one process gives, times apart."""
+def test_shards_put_together_are_one_run(model, make, monkeypatch, tmp_path):
+    """Cases shared out give the figures that one process gives, times and intervals' draws apart; through JSON."""
     monkeypatch.setattr(evaluate, "MIXES", {"small": {"text": {"copy": 4}, "wide": {"read": 6}}})
-    model.dense = False
+    model.experts_by = "loop"
     plans = [(method, 1.0) for method in lab_methods.methods({}) if method.name in ("rank", "cai", "random")]
-    found = []
-    for workers in (1, 2):
-        course = evaluate.Course(model, make, torch.float32, (0, 1), workers, float("inf"))
-        rows = evaluate.compare(course, 1, plans, errors=0)["rows"]
-        found.append([{k: v for k, v in row.items() if k != "milliseconds_per_layer"} for row in rows])
-    model.dense = True
-    assert found[0] == found[1] and len(found[0]) == 4
-    assert max(row["share"]["clipped"] for row in found[0]) > 0
+    course = evaluate.Course(model, make, torch.float32, (0, 1), float("inf"))
+    parts = {"main": evaluate.Part(1, plans), "again": evaluate.Part(1, plans[:1])}
+    work = evaluate.work_of(course, parts)
+    assert [name for name, _ in work[:2]] == ["main", "again"] and len(work) == 4
+
+    def figures(shares: list[list]) -> list[dict]:
+        found = [evaluate.run_work(course, parts, share, lambda _: None) for share in shares]
+        shards = [{"findings": {k: json.loads(json.dumps(f.to_json())) for k, f in each.items()}} for each in found]
+        rows = evaluate.merged(shards)["main"]["rows"]
+        own = ("milliseconds_per_layer", "accuracy", "score", "kept", "kept_more_than_default")
+        keep = [{k: v for k, v in row.items() if k not in own} for row in rows]
+        return sorted(keep, key=lambda row: (row["bound"] or 0, row["method"]))
+
+    one, two = figures([work]), figures([work[0::2], work[1::2]])
+    model.experts_by = "dense"
+    assert one == two and len(one) == 4
+    assert max(row["share"]["clipped"] for row in one) > 0
+
+
+def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make, monkeypatch):
+    monkeypatch.setattr(evaluate, "MIXES", {"small": {"text": {"copy": 2}}})
+    course, kept = evaluate.Course(model, make, torch.float32, (0, 1, 2), 0.0), []
+    parts = {"main": evaluate.Part(1, [])}
+    with torch.no_grad():
+        found = evaluate.run_work(course, parts, evaluate.work_of(course, parts), kept.append)
+    assert not found["main"].seeds and not kept
+    assert "main" not in evaluate.merged([{"findings": {"main": found["main"].to_json()}}])
 
 
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")

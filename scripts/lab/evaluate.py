@@ -9,11 +9,11 @@ Writes docs/results/quality.json, which scripts/lab/plot.py turns into pictures 
 
 import argparse
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import torch
 from lab_judge import RANKS, as_batch, by_task, exact
 from lab_methods import Inputs, Layout, Method, rank_rows
 from lab_model import Embedded, LabModel, Routing
+from lab_pictures import TOKEN
 from lab_tasks import NO_LABEL, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
@@ -35,31 +36,33 @@ from sglang_macs import profile
 # Batches by turns from three mixes of requests. Experts are balanced over training; as in production, it is traffic
 # that differs from it which fills some ranks more than others.
 MIXES = {
-    "training": {  # 84 requests, 7,700 tokens, 79 % visual
-        "text": {"copy": 12, "lookup": 8, "add": 4},
-        "tiny": {"map": 4},
-        "wide": {"read": 14, "compare": 6},
-        "square": {"read": 6, "count": 8, "compare": 6, "where": 2, "colour": 2},
-        "large": {"read": 4, "count": 2, "scene": 4},
+    "training": {
+        "text": {"copy": 6, "lookup": 10, "add": 6},
+        "tiny": {"map": 10},
+        "wide": {"read": 10, "compare": 4, "colour": 6, "where": 4},
+        "square": {"read": 4, "count": 4, "count_colour": 6, "colour": 6, "where": 6, "compare": 4},
+        "large": {"read": 4, "count": 2, "colour": 3, "where": 3, "scene": 3},
         "huge": {"read": 2},
     },
-    "documents": {  # 72 requests, 4,600 tokens, 72 % visual: strings to read
-        "text": {"copy": 20},
-        "wide": {"read": 36, "compare": 12},
-        "large": {"read": 4},
+    "documents": {  # strings to read
+        "text": {"copy": 12, "lookup": 8},
+        "wide": {"read": 30, "compare": 8},
+        "large": {"read": 6},
+        "huge": {"read": 3},
     },
-    "pictures": {  # 72 requests, 7,600 tokens, 83 % visual: large pictures
-        "text": {"copy": 24, "lookup": 4},
-        "square": {"count": 12, "compare": 8, "read": 8},
-        "large": {"scene": 6, "count": 4, "read": 4},
-        "huge": {"read": 2},
+    "pictures": {  # large pictures
+        "text": {"copy": 8, "lookup": 16},
+        "square": {"count": 8, "count_colour": 8, "colour": 8, "where": 8},
+        "large": {"scene": 4, "count": 4, "colour": 6, "where": 6, "read": 3},
+        "huge": {"read": 2, "colour": 2, "where": 2},
     },
 }
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
 BOUNDS = (1.0, 1.05, 1.1, 1.2, 1.5)
-STRESS = (0.5, 0.7)  # below the mean: where methods part
+STRESS = (0.5, 0.7, 0.85)  # below the mean: where methods part
 RESAMPLES = 2000
 SWEPT_AT = 0.7
+IMPORTANCE_AT = (0.7, 1.0, 1.05)
 # Sweeps of the default preset and of the paper's, one option at a time.
 SWEEPS = {
     "rank": {
@@ -138,8 +141,8 @@ class Judge:
 
     def _measure_error(self, routing: Routing, ids: Tensor, weights: Tensor) -> None:
         experts = self.model.model["language_model"].layers[routing.layer].mlp.experts
-        whole = experts(routing.hidden, routing.ids, routing.weights, self.model.dense)[self.layout.tokens]
-        clipped = experts(routing.hidden, ids, weights, self.model.dense)[self.layout.tokens]
+        whole = experts(routing.hidden, routing.ids, routing.weights, self.model.experts_by)[self.layout.tokens]
+        clipped = experts(routing.hidden, ids, weights, self.model.experts_by)[self.layout.tokens]
         self.tally.error.append(float((clipped - whole).norm() / whole.norm()))
 
     def close(self) -> None:
@@ -151,7 +154,8 @@ class Judge:
 def inputs_of(routing: Routing, layout: Layout) -> Inputs:
     """The planned tokens' part of a routing."""
     parts = (routing.hidden, routing.logits, routing.ids, routing.weights)
-    return Inputs(routing.layer, *(x[layout.tokens].contiguous() for x in parts), layout)
+    received = None if routing.received is None else routing.received[layout.tokens]
+    return Inputs(routing.layer, *(x[layout.tokens].contiguous() for x in parts), layout, received)
 
 
 def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
@@ -164,9 +168,9 @@ def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
         image = (column >= 4) & (column < 4 + (0 if g.size is None else g.size.tokens))
         planned = column < g.prompt[:, None]
         place = start + torch.arange(n * width, device=device).view(n, width)
-        source.append((place[planned], image.expand(n, -1)[planned], planned.sum(1)))
+        source.append((place[planned], image.expand(n, -1)[planned], planned.sum(1), _detail(g)[planned]))
         start += n * width
-    tokens, visual, lengths = (torch.cat(x) for x in zip(*source, strict=True))
+    tokens, visual, lengths, detail = (torch.cat(x) for x in zip(*source, strict=True))
     order = torch.randperm(len(lengths)).to(device)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(lengths), device=device) % RANKS
@@ -175,19 +179,30 @@ def lay_out(groups: Sequence[Group], entropy_scope: str = "batch") -> Layout:
     by_rank = rank_of.argsort(stable=True)
     segment = torch.where(visual, request_of if entropy_scope == "image" else 0, -1).int()
     segments = len(lengths) if entropy_scope == "image" else 1
-    return Layout(tokens[by_rank], torch.bincount(rank_of, minlength=RANKS).tolist(), segment[by_rank], segments)
+    sizes = torch.bincount(rank_of, minlength=RANKS).tolist()
+    return Layout(tokens[by_rank], sizes, segment[by_rank], segments, detail[by_rank])
+
+
+def _detail(group: Group) -> Tensor:
+    """[n, L] f32: the pixels' standard deviation within a visual token, over 64 levels and at most 1; 1 for text."""
+    n, width = group.ids.shape
+    found = torch.ones(n, width, device=group.ids.device)
+    if group.size is not None:
+        squares = group.pictures.unfold(2, TOKEN, TOKEN).unfold(3, TOKEN, TOKEN)  # [n, 3, rows, columns, 16, 16]
+        spread = squares.flatten(4).std(-1).mean(1).flatten(1)
+        found[:, 4 : 4 + group.size.tokens] = (spread / 64).clamp(max=1.0)
+    return found
 
 
 @dataclass(frozen=True)
 class Course:
-    """What cases are made from, and how models run: the batches of every seed and mix, `batches` of each."""
+    """What cases are made from, and how models run."""
 
     model: LabModel
     make: Maker
     dtype: torch.dtype
     seeds: Sequence[int]
-    workers: int
-    seconds: float  # begin no batch of a part after this long
+    seconds: float  # begin no case after this long
 
     def specs(self, batches: int) -> list[tuple[int, int, int]]:
         """(index, seed, number of the mix) of every case."""
@@ -348,6 +363,15 @@ class Findings:
     asked: list[dict[str, int]] = field(default_factory=list)
     tallies: dict[tuple[str, float | None], Tally] = field(default_factory=dict)
 
+    def to_json(self) -> dict:
+        lists = {name: getattr(self, name) for name in ("seeds", "mixes", "right", "asked")}
+        return {**lists, "tallies": [[*key, asdict(tally)] for key, tally in self.tallies.items()]}
+
+    @staticmethod
+    def from_json(raw: dict) -> "Findings":
+        tallies = {(name, bound): Tally(**tally) for name, bound, tally in raw["tallies"]}
+        return Findings(**{**raw, "tallies": tallies})
+
     def extend(self, other: "Findings") -> None:
         """Adds another worker's cases."""
         for name in ("seeds", "mixes", "right", "asked"):
@@ -360,38 +384,57 @@ class Findings:
                 mine.counts[name] += count
 
 
+@dataclass(frozen=True)
+class Part:
+    """One table of the results: `plans` on `batches` cases of every seed and mix, the first `errors` of a worker with
+    the layers' output errors.
+    """
+
+    batches: int
+    plans: list[tuple[Method, float]]
+    errors: int = 0
+    records_attention: bool = False
+
+
+def work_of(course: Course, parts: dict[str, Part]) -> list[tuple[str, tuple[int, int, int]]]:
+    """(part, case) in an order in which all parts progress alike: a run that is cut off has some of each."""
+    work = []
+    for name, part in parts.items():
+        specs = course.specs(part.batches)
+        work += [((i + 0.5) / len(specs), name, spec) for i, spec in enumerate(specs)]
+    return [(name, spec) for _, name, spec in sorted(work, key=lambda x: x[0])]
+
+
 @torch.no_grad()
-def run_cases(course: Course, specs: list, plans: list[tuple[Method, float]], errors: int) -> Findings:
-    """All of `plans`, and the unclipped model, on every case; the first `errors` cases with the layers' errors."""
-    found, start = Findings(), time.perf_counter()
-    everything = [(Method("unclipped", lab_methods.keep_all, acts_above_bound_only=False), None), *plans]
-    for done, spec in enumerate(specs):
-        case = course.case(*spec)
-        found.seeds.append(case.seed)
-        found.mixes.append(case.mix)
-        found.right.append(_by_name(case.right))
-        found.asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
-        for method, bound in everything:
-            tally = found.tallies.setdefault((method.name, bound), Tally())
-            judge(course.model, case, method, bound or 0.0, tally, course.dtype, done < errors)
+def run_work(course: Course, parts: dict[str, Part], work: list, keep: Callable[[dict], None]) -> dict[str, Findings]:
+    """Every plan of the part, and the unclipped model, on every case; `keep` gets what is known after each."""
+    found, start = {name: Findings() for name in parts}, time.perf_counter()
+    for done, (name, spec) in enumerate(work):
         seconds = time.perf_counter() - start
-        print(f"  {case.mix}, seed {case.seed}: {done + 1} of {len(specs)}, {seconds:.0f} s", flush=True)
         if seconds > course.seconds:
             break
+        run_case(course, course.case(*spec), parts[name], found[name])
+        print(f"  {name} {spec}: {done + 1} of {len(work)}, {time.perf_counter() - start:.0f} s", flush=True)
+        keep(found)
     return found
 
 
-def compare(course: Course, batches: int, plans: list[tuple[Method, float]], errors: int = 0) -> dict:
-    """Rows for every (method, bound) of `plans`, and the unclipped model's."""
-    specs = course.specs(batches)
-    shares = [specs[i :: course.workers] for i in range(course.workers)]
-    found = Findings()
-    if course.workers == 1:
-        found = run_cases(course, specs, plans, errors)
-    else:  # fork: the children see the model and the plans as they are
-        with ThreadPoolExecutor(course.workers) as pool:
-            for part in pool.map(lambda share: _in_child(run_cases, course, share, plans, errors), shares):
-                found.extend(part)
+def run_case(course: Course, case: Case, part: Part, found: Findings) -> None:
+    """One case under every plan of the part, added to `found`."""
+    with_error = len(found.seeds) < part.errors
+    unclipped = Method("unclipped", lab_methods.keep_all, acts_above_bound_only=False)
+    course.model.records_attention = part.records_attention
+    for method, bound in [(unclipped, None), *part.plans]:
+        tally = found.tallies.setdefault((method.name, bound), Tally())
+        judge(course.model, case, method, bound or 0.0, tally, course.dtype, with_error)
+    found.seeds.append(case.seed)
+    found.mixes.append(case.mix)
+    found.right.append(_by_name(case.right))
+    found.asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
+
+
+def table_of(found: Findings) -> dict:
+    """Rows for every (method, bound) found, and the unclipped model's."""
     statistics = Statistics(found.seeds, found.mixes, found.right, found.asked)
     rows = []
     for (name, bound), tally in found.tallies.items():
@@ -406,52 +449,63 @@ def compare(course: Course, batches: int, plans: list[tuple[Method, float]], err
     }
 
 
-def _in_child(function: Callable, *arguments):
-    """What `function` returns, from a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(function(*arguments)))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        child.join()
+def merged(shards: Sequence[dict]) -> dict:
+    """The results of all workers' files: tables in place of findings."""
+    result = {key: value for key, value in shards[0].items() if key not in ("findings", "drift")}
+    for name in shards[0]["findings"]:
+        found = Findings()
+        for shard in shards:
+            found.extend(Findings.from_json(shard["findings"][name]))
+        if found.seeds:
+            result[name] = table_of(found)
+    drifts = [shard["drift"] for shard in shards if "drift" in shard]
+    return {**result, **({"drift": drifts[0]} if drifts else {})}
 
 
-def sweep_plans(modality: dict, bound: float) -> list[tuple[Method, float]]:
+def sweep_plans(modality: dict, scoring: str) -> list[tuple[Method, float]]:
     """One option of a preset at a time."""
-    plans = [(Method("rank", lab_methods.WithPlan({}, modality)), bound)]
+    plans = [(Method("rank", lab_methods.WithPlan({}, modality, scoring=scoring)), SWEPT_AT)]
     for preset, options in SWEEPS.items():
         for option, values in options.items():
             for value in values:
-                made = lab_methods.WithPlan({"preset": preset, option: value}, modality)
-                plans.append((Method(f"{preset} {option}={value}", made), bound))
+                made = lab_methods.WithPlan({"preset": preset, option: value}, modality, scoring=scoring)
+                plans.append((Method(f"{preset} {option}={value}", made), SWEPT_AT))
     return plans
 
 
-def importance_plans(model: LabModel, norms: Tensor, modality: dict, bounds: Sequence[float]):
-    """Other measures of what may be given up, each with re-routing and without."""
+def importance_plans(
+    model: LabModel, norms: Tensor, modality: dict, bounds: Sequence[float]
+) -> list[tuple[Method, float]]:
+    """Other measures of what may be given up, each with re-routing, without, and without protecting text."""
     measures = {
+        "gate": lambda given, weight: given.weights,
         "gate x mean norm": lab_methods.ByMeanNorm(norms),
         "gate x true norm": lab_methods.ByNorm(lab_calibration.true_norms(model)),
         "gate x redundancy": lab_methods.redundancy,
+        "gate x detail": lab_methods.detail,
+        "gate x attention": lab_methods.attention_received,
         "gate / entropy weight": lab_methods.inverse_entropy,
+    }
+    changes = {
+        "": {},
+        " -reroute": {"reroute": "none"},
+        " -protection -reroute": {"reroute": "none", "protect_text": False},
     }
     plans = []
     for bound in bounds:
-        plans.append((Method("rank", lab_methods.WithPlan({}, modality)), bound))
+        plans.append((Method("rank", lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)), bound))
         for name, measure in measures.items():
-            for reroute in ("global", "none"):
-                suffix = "" if reroute == "global" else " -reroute"
-                made = lab_methods.WithPlan({"reroute": reroute}, modality, measure)
-                plans.append((Method(f"{name}{suffix}", made), bound))
-                made = lab_methods.WithPlan({"reroute": reroute, "protect_text": False}, modality, measure)
-                plans.append((Method(f"{name} -protection{suffix}", made), bound))
+            for suffix, options in changes.items():
+                made = lab_methods.WithPlan(options, modality, measure, model.arch.scoring)
+                plans.append((Method(name + suffix, made), bound))
+        for name, slope in (("rank, tighter early", 0.05), ("rank, tighter late", -0.05)):
+            inner = lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)
+            made = lab_methods.ByLayer(inner, slope, model.arch.layers)
+            plans.append((Method(name, made, acts_above_bound_only=False), bound))
     return plans
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=lab_checkpoint.CHECKPOINT)
     parser.add_argument("--material", type=Path, help="of lab_material.py, where scikit-learn is missing")
@@ -461,63 +515,114 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
     parser.add_argument("--sweep-batches", type=int, help="the same for the other parts (4; 1)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no batch of a part after this long")
-    parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 1 on a GPU)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this long")
+    parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 6 on a GPU)")
     parser.add_argument("--bounds", type=float, nargs="*")
     parser.add_argument("--skip", nargs="*", default=[], choices=("main", "stress", "sweeps", "importance", "drift"))
-    options = parser.parse_args()
+    parser.add_argument("--shard", help="I/N: only every N-th case from the I-th on, findings kept beside --out")
+    parser.add_argument("--merge", action="store_true", help="only put together what workers have left beside --out")
+    options = parser.parse_args(arguments)
+    options.workers = options.workers or (6 if options.device.startswith("cuda") else os.cpu_count())
+    options.bounds = options.bounds or ((1.0, 1.05, 1.2) if options.reduced else BOUNDS)
+    options.batches = options.batches or (1 if options.reduced else 8)
+    options.sweep_batches = options.sweep_batches or (1 if options.reduced else 4)
+    return options
 
+
+def shard_file(out: Path, index: int) -> Path:
+    return out.with_suffix(f".shard-{index}.json")
+
+
+def shard_files(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.stem}.shard-*.json"))
+
+
+def parts_of(options: argparse.Namespace, course: Course, other: Maker, modality: dict) -> dict[str, Part]:
+    """What is asked for, by name."""
+    count, few = options.batches, options.sweep_batches
+    errors = 1 if options.reduced else 2
+    compared = lab_methods.methods(modality, course.model.arch.scoring)
+    parts = {
+        "main": Part(count, [(m, b) for b in options.bounds for m in compared], errors),
+        "stress": Part(few, [(m, b) for b in STRESS for m in compared], errors),
+        "sweeps": Part(few, sweep_plans(modality, course.model.arch.scoring)),
+    }
+    if "importance" not in options.skip:
+        norms = lab_calibration.record(course.model, other, MIXES["training"], batches=2, dtype=course.dtype).norms
+        parts["importance"] = Part(few, importance_plans(course.model, norms, modality, IMPORTANCE_AT), errors, True)
+    return {name: part for name, part in parts.items() if name not in options.skip}
+
+
+@torch.no_grad()
+def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
+    """One worker's cases; its findings are on disk after each."""
     device = torch.device(options.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # the cores are the workers'; and a forked child cannot use its parent's threads
-    options.workers = options.workers or (1 if device.type == "cuda" else os.cpu_count())
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.set_num_threads(1)  # the cores are the workers'
+    dtype = torch.float32  # also on a GPU: what is measured is clipping, not rounding
     model = lab_checkpoint.load(options.checkpoint, device)
-    model.dense = device.type == "cuda"
+    model.experts_by = "dense" if device.type == "cuda" else "loop"
     words = Vocabulary(options.checkpoint / "tokenizer.json")
     make = Maker(words, lab_material.load("held_out", path=options.material), "held_out")
     other = Maker(words, lab_material.load("train", path=options.material, variants=2), "train")
-    bounds = options.bounds or ((1.0, 1.05, 1.2) if options.reduced else BOUNDS)
-    batches = options.batches or (1 if options.reduced else 8)
-    sweep_batches = options.sweep_batches or (1 if options.reduced else 4)
-    errors = 2 if options.reduced else 6
+    calibrated = profile.load(str(options.checkpoint / "profile.json"))  # recorded on the training digits
+    modality = {layer: calibrated.of_layer(layer) for layer in range(model.arch.layers)}
+    course = Course(model, make, dtype, range(options.seeds), options.seconds)
+    parts = parts_of(options, course, other, modality)
+    result = {
+        "schema": "sglang-macs/quality/1",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "reduced": options.reduced,
+        "ranks": RANKS,
+        "seeds": list(range(options.seeds)),
+        "mixes": MIXES,
+        "architecture": asdict(model.arch),
+    }
+
+    def keep(found: dict[str, Findings]) -> None:
+        raw = {**result, "findings": {name: f.to_json() for name, f in found.items()}}
+        whole = shard_file(options.out, index)
+        new = whole.with_suffix(".new")
+        new.write_text(json.dumps(raw))
+        os.replace(new, whole)
+
+    found = run_work(course, parts, work_of(course, parts)[index::of], keep)
+    if index == 0 and "drift" not in options.skip:
+        result["drift"] = lab_calibration.drift(model, make, other, dtype)
+    keep(found)
+
+
+def run_workers(options: argparse.Namespace) -> None:
+    """As many processes as asked for, each with its share of the cases; a GPU cannot be shared by forking."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for old in shard_files(options.out):
+        old.unlink()
+    command = [sys.executable, __file__, *sys.argv[1:], "--shard"]
+    workers = [subprocess.Popen([*command, f"{i}/{options.workers}"]) for i in range(options.workers)]
+    failed = [w.args[-1] for w in workers if w.wait() != 0]
+    if failed:
+        print(f"workers {', '.join(failed)} failed; what they had found counts", flush=True)
+
+
+def main() -> None:
+    options = options_of()
+    if options.shard:
+        return run_shard(options, *map(int, options.shard.split("/")))
     start = time.perf_counter()
-    with torch.no_grad():
-        calibrated = profile.load(str(options.checkpoint / "profile.json"))  # recorded on the training digits
-        modality = {layer: calibrated.of_layer(layer) for layer in range(model.arch.layers)}
-        result = {
-            "schema": "sglang-macs/quality/1",
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "dtype": str(dtype).removeprefix("torch."),
-            "reduced": options.reduced,
-            "ranks": RANKS,
-            "seeds": list(range(options.seeds)),
-            "mixes": MIXES,
-            "architecture": asdict(model.arch),
-        }
-        course = Course(model, make, dtype, range(options.seeds), options.workers, options.seconds)
-        parts = {
-            "main": (batches, [(m, b) for b in bounds for m in lab_methods.methods(modality)], errors),
-            "stress": (sweep_batches, [(m, b) for b in STRESS for m in lab_methods.methods(modality)], errors),
-            "sweeps": (sweep_batches, sweep_plans(modality, SWEPT_AT)),
-        }
-        if "importance" not in options.skip:
-            norms = lab_calibration.record(model, other, MIXES["training"], batches=2, dtype=dtype).norms
-            plans = importance_plans(model, norms, modality, options.bounds or (0.7, 1.0))
-            parts["importance"] = (sweep_batches, plans, errors)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        for name, (count, plans, *rest) in parts.items():
-            if name in options.skip:
-                continue
-            print(f"{name}: {len(plans)} passes a batch", flush=True)
-            result[name] = compare(course, count, plans, *rest)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-        if "drift" not in options.skip:
-            print("drift of the calibration", flush=True)
-            result["drift"] = lab_calibration.drift(model, make, other, dtype)
-    result["seconds"] = round(time.perf_counter() - start, 1)
+    if not options.merge:
+        run_workers(options)
+    files = shard_files(options.out)
+    if not files:
+        raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
+    result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
+    print_summary(result)
+
+
+def print_summary(result: dict) -> None:
+    """The lines that matter most."""
     for row in result.get("main", {"rows": []})["rows"]:
         if row["bound"] in (None, 1.0, 1.05):
             kept, low, high = (100 * x for x in row["kept"])

@@ -128,9 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=lab_checkpoint.CHECKPOINT)
     parser.add_argument("--material", type=Path)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    model = lab_checkpoint.load(options.checkpoint)
-    model.dense = False
+    model = lab_checkpoint.load(options.checkpoint, options.device)
+    model.experts_by = "loop" if options.device == "cpu" else "dense"
     words = Vocabulary(options.checkpoint / "tokenizer.json")
     make = Maker(words, lab_material.load("train", path=options.material, variants=2), "train")
     with torch.no_grad():

@@ -24,18 +24,22 @@ EFFORT = 9  # halvings of the bracket in which `_mildest` looks
 class Layout:
     """The tokens of a batch that are planned, source rank by source rank.
 
-    tokens [P] i64: places in [T]; sizes: of each rank's share; segment [P] i32, -1 = text; num_segments per rank.
+    tokens [P] i64: places in [T]; sizes: of each rank's share; segment [P] i32, -1 = text; num_segments per rank;
+    detail [P] f32: how much is to be seen in a visual token's pixels, 0 to 1, 1 for text.
     """
 
     tokens: Tensor
     sizes: list[int]
     segment: Tensor
     num_segments: int = 1
+    detail: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One layer's routing, restricted to the layout's tokens: hidden [P, H], logits [P, E], ids, weights [P, K]."""
+    """One layer's routing, restricted to the layout's tokens: hidden [P, H], logits [P, E], ids, weights [P, K];
+    received [P] f32: attention that later tokens of the request paid to each, where that is recorded.
+    """
 
     layer: int
     hidden: Tensor
@@ -43,6 +47,7 @@ class Inputs:
     ids: Tensor
     weights: Tensor
     layout: Layout
+    received: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -117,6 +122,7 @@ class WithPlan:
     options: dict
     modality: dict[int, Tensor] = field(default_factory=dict)
     importance: Importance | None = None
+    scoring: str = "softmax"  # of the model's router
 
     def __call__(self, given: Inputs, bound: float) -> Outcome:
         gamma = bound if self.config(1.0).scope == "rank" else self.fit(given, bound)
@@ -146,7 +152,7 @@ class WithPlan:
         config, layout = self.config(gamma), given.layout
         if self.importance is not None:
             config = replace(config, importance="gate")
-        plan = Plan(config, given.num_experts, RANKS, self.modality.get(given.layer))
+        plan = Plan(config, given.num_experts, RANKS, self.modality.get(given.layer), self.scoring)
         plan._needs_entropy |= self.importance is not None
         ranks = range(len(layout.sizes))
 
@@ -166,14 +172,30 @@ class WithPlan:
             new_ids.append(a)
             new_weights.append(b)
         chosen, weights = torch.cat(new_ids), torch.cat(new_weights)
-        return chosen, weights if self.importance is None else _true_weights(given, chosen)
+        return chosen, weights if self.importance is None else _true_weights(given, chosen, self.scoring)
 
 
-def _true_weights(given: Inputs, ids: Tensor) -> Tensor:
+@dataclass
+class ByLayer:
+    """`inner` at a bound that is lower by a share `slope` in the first layer and higher by as much in the last: the
+    mean over layers, which is what a forward pass waits for, stays the same.
+    """
+
+    inner: Callable[[Inputs, float], Outcome]
+    slope: float
+    layers: int
+
+    def __call__(self, given: Inputs, bound: float) -> Outcome:
+        place = 2 * given.layer / (self.layers - 1) - 1
+        return self.inner(given, bound * (1 + self.slope * place))
+
+
+def _true_weights(given: Inputs, ids: Tensor, scoring: str) -> Tensor:
     """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (docs/method.md 5.3)."""
     reference = given.logits.gather(1, given.ids[:, :1])  # slots come sorted: the first has the greatest gate
-    rerouted = given.weights[:, :1] * (given.logits.gather(1, ids.clamp(min=0)) - reference).exp()
-    return torch.where(ids == given.ids, given.weights, rerouted).masked_fill(ids < 0, 0)
+    chosen = given.logits.gather(1, ids.clamp(min=0))
+    ratio = chosen.sigmoid() / reference.sigmoid() if scoring == "sigmoid" else (chosen - reference).exp()
+    return torch.where(ids == given.ids, given.weights, given.weights[:, :1] * ratio).masked_fill(ids < 0, 0)
 
 
 def _clock(device: torch.device) -> float:
@@ -232,6 +254,17 @@ def redundancy(given: Inputs, weight: Tensor) -> Tensor:
     return given.weights * new[:, None]
 
 
+def detail(given: Inputs, weight: Tensor) -> Tensor:
+    """Gate, times how much there is to see in a visual token's pixels; known before the model runs."""
+    return given.weights * given.layout.detail.clamp(min=0.02)[:, None]
+
+
+def attention_received(given: Inputs, weight: Tensor) -> Tensor:
+    """Gate, times the attention that the layer's later tokens pay to a visual token, over the most paid to any."""
+    share = given.received / given.received[given.visual].max().clamp(min=1e-9)
+    return given.weights * torch.where(given.visual, share.clamp(1e-3, 1.0), 1.0)[:, None]
+
+
 def inverse_entropy(given: Inputs, weight: Tensor) -> Tensor:
     """Gate over entropy weight: the paper's ordering turned round."""
     return given.weights * torch.where(given.visual, 1 - weight, weight)[:, None]
@@ -273,6 +306,11 @@ RANK_OPTIONS = {
     "rank -protection": ({"protect_text": False}, "text and visual by one order"),
     "rank reroute=local": ({"reroute": "local"}, "only within the rank"),
     "rank -reroute": ({"reroute": "none"}, "drops all that is clipped"),
+    "rank -entropy -protection": (
+        {"importance": "gate", "delta": 0.0, "protect_text": False},
+        "gate alone, by one order",
+    ),
+    "rank -entropy -reroute": ({"importance": "gate", "delta": 0.0, "reroute": "none"}, "gate alone, drops"),
     "rank exchange=local": ({"exchange": "local"}, "each source rank holds its own share"),
 }
 EXPERT_OPTIONS = {
@@ -288,9 +326,11 @@ EXPERT_OPTIONS = {
 }
 
 
-def methods(modality: dict[int, Tensor]) -> list[Method]:
+def methods(modality: dict[int, Tensor], scoring: str = "softmax") -> list[Method]:
     """Every method of the comparison."""
     made = [Method("random", drop_random, "per rank, at random"), Method("visual top-k", cut_visual)]
     for name, (options, note) in {**EXPERT_OPTIONS, **RANK_OPTIONS}.items():
-        made.append(Method(name, WithPlan(options, modality), note, options.get("exchange") != "local"))
+        made.append(
+            Method(name, WithPlan(options, modality, scoring=scoring), note, options.get("exchange") != "local")
+        )
     return made

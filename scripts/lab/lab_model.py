@@ -9,7 +9,7 @@ Weights are f32; matrix products run in the `dtype` that `forward` is given.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -39,6 +39,8 @@ class Architecture:
     position_side: int = 16
     rope_theta: float = 10000.0
     mrope_section: tuple[int, int, int] = (8, 4, 4)
+    scoring: str = "softmax"  # how the router makes its probabilities; or "sigmoid", as in Kimi-VL
+    shared: int = 0  # width of an expert that every token passes through; such a model is judged here, not served
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -48,7 +50,8 @@ class Architecture:
 class Routing:
     """What one MoE layer sees and decided. T counts padding too, where `ids` are -1.
 
-    layer; hidden [T, H] its input; logits [T, E] f32; ids [T, K] i64; weights [T, K] f32; visual [T] bool.
+    layer; hidden [T, H] its input; logits [T, E] f32; ids [T, K] i64; weights [T, K] f32; visual [T] bool; received
+    [T] f32: the attention that each token got from later ones in the layer, mean over heads, if the model records it.
     """
 
     layer: int
@@ -57,10 +60,15 @@ class Routing:
     ids: Tensor
     weights: Tensor
     visual: Tensor
+    received: Tensor | None = None
 
 
 # Given a layer's routing, the (ids, weights) to dispatch; -1 = empty slot.
 Seam = Callable[[Routing], tuple[Tensor, Tensor]]
+
+# How experts run: "dense", every expert on every token, as two matrix products; "loop", each on its own rows, one after
+# another; "grouped", the same as two grouped products, in fixed shapes.
+EXPERTS_BY = ("dense", "loop", "grouped")
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ class LabModel(nn.Module):
         self.arch = arch
         self.model = nn.ModuleDict({"visual": _Vision(arch), "language_model": _Language(arch)})
         self.lm_head = nn.Linear(arch.hidden, VOCAB, bias=False)
-        self.dense = True  # every expert on every token, as two matrix products; else each on its own rows
+        self.experts_by = "dense"  # one of EXPERTS_BY
+        self.records_attention = False  # then `Routing.received` is filled, at a cost
 
     def forward(
         self, batch: Sequence[Batch], seam: Seam | None = None, dtype: torch.dtype = torch.float32
@@ -133,12 +142,18 @@ class LabModel(nn.Module):
         """As `forward`, from `embed`'s result."""
         language, flat, routings = self.model["language_model"], given.hidden, []
         for index, layer in enumerate(language.layers):
-            flat = flat + layer.self_attn(layer.input_layernorm(flat), given.segments, given.rope, dtype)
+            before = layer.input_layernorm(flat)
+            flat = flat + layer.self_attn(before, given.segments, given.rope, dtype)
             normed = layer.post_attention_layernorm(flat).to(dtype)
             routing = layer.mlp.route(index, normed, given.valid, given.visual)
+            if self.records_attention:
+                received = layer.self_attn.received(before, given.segments, given.rope, dtype, given.valid)
+                routing = replace(routing, received=received)
             routings.append(routing)
             ids, weights = (routing.ids, routing.weights) if seam is None else seam(routing)
-            flat = flat + layer.mlp.experts(normed, ids, weights, self.dense)
+            flat = flat + layer.mlp.experts(normed, ids, weights, self.experts_by)
+            if layer.mlp.shared_expert is not None:
+                flat = flat + layer.mlp.shared_expert(normed)
             if index < len(given.deepstack):
                 flat = flat + given.deepstack[index]
         flat = language.norm(flat)
@@ -157,7 +172,7 @@ def initialise(model: LabModel, seed: int) -> None:
             continue
         fan_in = math.prod(p.shape[1:]) if "patch" in name else p.shape[-1]
         std = 0.3 if "embed_tokens" in name else 1 / math.sqrt(fan_in)
-        if name.endswith(("o_proj.weight", "down_proj", "attn.proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "attn.proj.weight")):
             std /= math.sqrt(2 * model.arch.layers)
         with torch.no_grad():
             p.copy_(torch.randn(p.shape, generator=generator) * std)
@@ -216,13 +231,32 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, segments: list, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """[T, H] -> [T, H]; causal within each row of each group."""
+        q, k, v = self._heads(x, rope, dtype)
+        return _linear(_attend(q, k, v, segments, is_causal=True), self.o_proj, dtype).float()
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [T, heads, dim]."""
         dim, repeat = self.arch.head_dim, self.arch.heads // self.arch.kv_heads
         q = self.q_norm(_linear(x, self.q_proj, dtype).view(x.shape[0], -1, dim))
         k = self.k_norm(_linear(x, self.k_proj, dtype).view(x.shape[0], -1, dim))
         v = _linear(x, self.v_proj, dtype).view(x.shape[0], -1, dim)
         q, k = _rotate(q, *rope).to(dtype), _repeat(_rotate(k, *rope).to(dtype), repeat, 1)
-        attended = _attend(q, k, _repeat(v, repeat, 1), segments, is_causal=True)
-        return _linear(attended, self.o_proj, dtype).float()
+        return q, k, _repeat(v, repeat, 1)
+
+    def received(
+        self, x: Tensor, segments: list, rope: tuple[Tensor, Tensor], dtype: torch.dtype, valid: Tensor
+    ) -> Tensor:
+        """[T] f32: attention that each token gets from the valid tokens behind it in its row, mean over heads."""
+        q, k, _ = self._heads(x, rope, dtype)
+        out, sizes = [], [n * length for n, length in segments]
+        for (n, length), *parts in zip(segments, *(y.split(sizes) for y in (q, k, valid)), strict=True):
+            queries, keys = (y.view(n, length, *y.shape[1:]).transpose(1, 2).float() for y in parts[:2])
+            logits = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+            before = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            paid = logits.masked_fill(~before, -math.inf).softmax(-1).mean(1)  # [n, from, to]
+            paid = paid.tril(-1) * parts[2].view(n, length, 1)
+            out.append(paid.sum(1).flatten())
+        return torch.cat(out)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, segments: list, is_causal: bool) -> Tensor:
@@ -274,12 +308,16 @@ class _Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(arch.experts, 2 * arch.intermediate, arch.hidden))
         self.down_proj = nn.Parameter(torch.empty(arch.experts, arch.hidden, arch.intermediate))
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, dense: bool) -> Tensor:
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, by: str) -> Tensor:
         """[T, H] -> [T, H] f32: the weighted sum of each token's experts; slots of id -1 add nothing."""
+        weights = weights.masked_fill(ids < 0, 0)
+        ids = ids.clamp(min=0)
+        if by == "grouped":
+            return self._grouped(x, ids, weights)
         experts = self.gate_up_proj.shape[0]
         combine = torch.zeros(x.shape[0], experts, device=x.device, dtype=weights.dtype)
-        combine = combine.scatter_add(1, ids.clamp(min=0), weights.masked_fill(ids < 0, 0))  # [T, E]
-        return self._dense(x, combine) if dense else self._sparse(x, combine)
+        combine = combine.scatter_add(1, ids, weights)  # [T, E]
+        return self._dense(x, combine) if by == "dense" else self._loop(x, combine)
 
     def _dense(self, x: Tensor, combine: Tensor) -> Tensor:
         experts, double, hidden = self.gate_up_proj.shape
@@ -289,7 +327,7 @@ class _Experts(nn.Module):
         down = self.down_proj.to(x.dtype).transpose(1, 2).reshape(-1, hidden)  # [E * I, H]
         return (inner.flatten(1) @ down).float()
 
-    def _sparse(self, x: Tensor, combine: Tensor) -> Tensor:
+    def _loop(self, x: Tensor, combine: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert in range(combine.shape[1]):
             rows = torch.nonzero(combine[:, expert])[:, 0]
@@ -298,17 +336,61 @@ class _Experts(nn.Module):
             out.index_add_(0, rows, F.linear(inner, self.down_proj[expert].to(x.dtype)).float())
         return out
 
+    def _grouped(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        (tokens, top_k), experts = ids.shape, self.gate_up_proj.shape[0]
+        expert, order = ids.flatten().sort(stable=True)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        rows = torch.zeros(experts, dtype=torch.int32, device=x.device)
+        ends = rows.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
+        repeated = x[:, None].expand(-1, top_k, -1).reshape(tokens * top_k, -1)
+        sorted_rows = _Permute.apply(repeated, order, back)
+        gate, up = F.grouped_mm(sorted_rows, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends).chunk(2, -1)
+        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+        out = _Permute.apply(out, back, order).view(tokens, top_k, -1)
+        return (out * weights[..., None].to(x.dtype)).sum(1, dtype=torch.float32)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient by the inverse order, without index_add's atomic additions."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]], None, None
+
+
+class _SharedExpert(nn.Module):
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(arch.hidden, 2 * arch.shared, bias=False)
+        self.down_proj = nn.Linear(arch.shared, arch.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H] f32."""
+        gate, up = _linear(x, self.gate_up_proj, x.dtype).chunk(2, -1)
+        return _linear(F.silu(gate) * up, self.down_proj, x.dtype).float()
+
+
+def scores(logits: Tensor, scoring: str) -> Tensor:
+    """The router's probabilities of [T, E] logits."""
+    return torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, -1)
+
 
 class _MoE(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
-        self.top_k = arch.top_k
+        self.top_k, self.scoring = arch.top_k, arch.scoring
         self.gate = nn.Linear(arch.hidden, arch.experts, bias=False)
         self.experts = _Experts(arch)
+        self.shared_expert = _SharedExpert(arch) if arch.shared else None
 
     def route(self, layer: int, x: Tensor, valid: Tensor, visual: Tensor) -> Routing:
         logits = _linear(x, self.gate, x.dtype).float()
-        weights, ids = torch.softmax(logits, -1).topk(self.top_k, -1)
+        weights, ids = scores(logits, self.scoring).topk(self.top_k, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         padding = ~valid[:, None]
         return Routing(layer, x, logits, ids.masked_fill(padding, -1), weights.masked_fill(padding, 0), visual)

@@ -9,7 +9,7 @@ and padding. Shapes depend on the batch's recipe alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lab_material import Material
@@ -26,20 +26,31 @@ SIZES = {
     "large": Size(256, 256),  # 256
     "huge": Size(320, 384),  # 480: 0.97 of its request
 }
-# Samples of each task by picture size. Small pictures are cheap and teach fast; large ones carry most visual tokens.
-# "lookup_many" and "describe" are for training alone: a one-word answer teaches too little about what belongs to what.
-TRAIN_MIX = {
-    "text": {"add": 20, "copy": 8, "lookup": 24, "lookup_many": 24},
-    "tiny": {"map": 28},
-    "wide": {"read": 30, "compare": 10, "colour": 12, "where": 10, "describe": 12},
-    "square": {"read": 10, "count": 8, "count_colour": 14, "colour": 16, "where": 16, "compare": 8, "describe": 16},
-    "large": {"read": 6, "count": 2, "count_colour": 3, "colour": 6, "where": 5, "scene": 4},
+# Samples of each task by picture size: what a model is judged on, one question a picture.
+JUDGED = {
+    "text": {"add": 16, "copy": 8, "lookup": 16},
+    "tiny": {"map": 16},
+    "wide": {"read": 16, "compare": 8, "colour": 8, "where": 8},
+    "square": {"read": 8, "count": 8, "count_colour": 8, "colour": 8, "where": 8, "compare": 8},
+    "large": {"read": 6, "count": 2, "count_colour": 3, "colour": 4, "where": 4, "scene": 4},
     "huge": {"read": 2, "count": 1, "colour": 2, "where": 1},
+}
+# What it is trained on: also talks, several questions about one picture or table, for the binding of question to place
+# is learned from answers that differ by the question alone; and "recall" and "describe", where what is asked for stands
+# right before its answer: the first step towards a lookup.
+TRAIN_MIX = {
+    "text": {"add_talk": 12, "copy": 8, "recall": 20, "lookup_talk": 20},
+    "tiny": {"map": 24, "talk": 8},
+    "wide": {"read": 26, "compare": 10, "describe": 12, "talk": 24},
+    "square": {"read": 8, "compare": 8, "describe": 12, "talk": 28},
+    "large": {"read": 8, "describe": 2, "talk": 8},
+    "huge": {"read": 3, "talk": 2},
 }
 OCR_TASKS = ("read",)
 READ_LENGTHS = {"wide": (2, 6), "square": (2, 4), "large": (4, 8), "huge": (6, 10)}
 COPY_LENGTHS = (4, 12)
 LOOKUP_PAIRS = (2, 10)
+TALK_TURNS = 6  # of a talk without a picture
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 
@@ -66,11 +77,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a task makes: a scene, if it has a picture, and question and answer as rows with holes, [n, .] i64."""
+    """What a task makes, as rows with holes, [n, .] i64: question and answer; the scene, if it has a picture; for a
+    talk the questions and answers that follow, each in a turn of its own.
+    """
 
     question: Tensor
     answer: Tensor
     scene: Scene | None = None
+    later: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 class Maker:
@@ -82,8 +96,8 @@ class Maker:
     def __init__(self, words: Vocabulary, material: Material, part: str):
         self.words, self.material, self.part = words, material, part
         self.device = words.device
-        sums = torch.arange(1000, device=self.device)
-        held_out = (sums // 10 + sums * 3) % 10 == 0  # one in ten
+        sums = torch.arange(10_000, device=self.device)  # 100 a + b
+        held_out = (sums // 100 * 7 + sums * 3) % 10 == 0  # one in ten
         self.sums = sums[held_out if part == "held_out" else ~held_out]
 
     def batch(self, mix: dict[str, dict[str, int]]) -> list[Group]:
@@ -111,9 +125,15 @@ class Maker:
         image = [] if size is None else [self.full(n, VISION_START), self.full(n, IMAGE, size.tokens)]
         image += [] if size is None else [self.full(n, VISION_END)]
         prompt = join_columns([words.opening, *image, asked.question, words.closing], n)
-        answer = join_columns([asked.answer, self.full(n, END)], n)
-        ids = torch.cat([prompt, answer], 1)
-        labels = torch.cat([torch.full_like(prompt, NO_LABEL), answer.masked_fill(answer == HOLE, NO_LABEL)], 1)
+        ids, labels = [prompt], [torch.full_like(prompt, NO_LABEL)]
+        for question, answer in ((None, asked.answer), *asked.later):
+            if question is not None:
+                turn = join_columns([words.again, question, words.closing], n)
+                ids.append(_without(turn, answer))
+                labels.append(torch.full_like(ids[-1], NO_LABEL))
+            ids.append(_without(join_columns([answer, self.full(n, END)], n), answer))
+            labels.append(ids[-1].masked_fill(ids[-1] == HOLE, NO_LABEL))
+        ids, labels = torch.cat(ids, 1), torch.cat(labels, 1)
         closed, order = close_up(ids, ids.shape[1])
         labels = labels.gather(1, order)
         labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], NO_LABEL)], 1)  # predict the next token
@@ -153,6 +173,11 @@ class Maker:
         return _padded(Scene(digit, colour, cell // columns, cell % columns, on, draw_background(n, self.device)))
 
 
+def _without(turn: Tensor, answer: Tensor) -> Tensor:
+    """The turn, all holes in rows without an answer: what a row has fewer turns by."""
+    return turn.masked_fill((answer == HOLE).all(1, keepdim=True), HOLE)
+
+
 MAX_SLOTS = 10  # digits of a picture
 
 
@@ -189,29 +214,49 @@ def _count(make: Maker, n: int, name: str) -> Asked:
     return Asked(make.ask(n, "How many digits?"), make.digit_tokens(count[:, None]), scene)
 
 
-def _count_colour(make: Maker, n: int, name: str) -> Asked:
-    scene = make.scatter(n, SIZES[name], make.randint(2, 7, n), 7)
-    asked = make.randint(0, len(COLOURS) - 1, n, 1)
-    # Every second digit takes the colour that is asked for: else most answers would be 0 or 1.
-    takes = torch.rand(n, MAX_SLOTS, device=make.device) < 0.4
-    scene = Scene(**{**scene.__dict__, "colour": torch.where(takes, asked, scene.colour)})
+def _with_colour(make: Maker, scene: Scene, colour: Tensor) -> Scene:
+    """Two digits in five take the colour [n, 1] that is asked for: else most answers would be 0 or 1."""
+    takes = torch.rand(scene.colour.shape, device=make.device) < 0.4
+    return replace(scene, colour=torch.where(takes, colour, scene.colour))
+
+
+def _count_colour_turn(make: Maker, n: int, scene: Scene, asked: Tensor) -> tuple[Tensor, Tensor]:
     count = ((scene.colour == asked) & scene.on).sum(1, keepdim=True)
     colour = make.words.table([f" {c}?" for c in COLOURS])[asked[:, 0]]
-    return Asked(make.ask(n, "How many digits are", colour), make.digit_tokens(count), scene)
+    return make.ask(n, "How many digits are", colour), make.digit_tokens(count)
+
+
+def _colour_turn(make: Maker, n: int, scene: Scene, slot: Tensor) -> tuple[Tensor, Tensor]:
+    question = make.ask(n, "What colour is ", make.digit_tokens(scene.digit.gather(1, slot)), "?")
+    return question, make.words.table(list(COLOURS))[scene.colour.gather(1, slot)[:, 0]]
+
+
+def _where_turn(make: Maker, n: int, scene: Scene, slot: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    rows, columns = size.cells
+    row, column = scene.row.gather(1, slot)[:, 0], scene.column.gather(1, slot)[:, 0]
+    corner = 2 * (row >= rows // 2) + (column >= columns // 2)
+    question = make.ask(n, "Where is ", make.digit_tokens(scene.digit.gather(1, slot)), "?")
+    return question, make.words.table(CORNERS)[corner]
+
+
+def _background_turn(make: Maker, n: int, scene: Scene) -> tuple[Tensor, Tensor]:
+    return make.ask(n, "What is behind the digits?"), make.words.table(BACKGROUNDS)[scene.background]
+
+
+def _count_colour(make: Maker, n: int, name: str) -> Asked:
+    asked = make.randint(0, len(COLOURS) - 1, n, 1)
+    scene = _with_colour(make, make.scatter(n, SIZES[name], make.randint(2, 7, n), 7), asked)
+    return Asked(*_count_colour_turn(make, n, scene, asked), scene)
 
 
 def _colour(make: Maker, n: int, name: str) -> Asked:
     scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
-    question = make.ask(n, "What colour is ", make.digit_tokens(scene.digit[:, :1]), "?")
-    return Asked(question, make.words.table(list(COLOURS))[scene.colour[:, 0]], scene)
+    return Asked(*_colour_turn(make, n, scene, make.full(n, 0)), scene)
 
 
 def _where(make: Maker, n: int, name: str) -> Asked:
-    rows, columns = SIZES[name].cells
     scene = make.scatter(n, SIZES[name], make.randint(1, 6, n), 6, distinct=True)
-    corner = 2 * (scene.row[:, 0] >= rows // 2) + (scene.column[:, 0] >= columns // 2)
-    question = make.ask(n, "Where is ", make.digit_tokens(scene.digit[:, :1]), "?")
-    return Asked(question, make.words.table(CORNERS)[corner], scene)
+    return Asked(*_where_turn(make, n, scene, make.full(n, 0), SIZES[name]), scene)
 
 
 def _compare(make: Maker, n: int, name: str) -> Asked:
@@ -234,9 +279,8 @@ def _compare(make: Maker, n: int, name: str) -> Asked:
 
 def _scene(make: Maker, n: int, name: str) -> Asked:
     scene = make.scatter(n, SIZES[name], make.randint(1, 9, n), 9)
-    background = make.randint(0, len(BACKGROUNDS) - 1, n)
-    scene = Scene(**{**scene.__dict__, "background": background})
-    return Asked(make.ask(n, "What is behind the digits?"), make.words.table(BACKGROUNDS)[background], scene)
+    scene = replace(scene, background=make.randint(0, len(BACKGROUNDS) - 1, n))
+    return Asked(*_background_turn(make, n, scene), scene)
 
 
 def _pairs(make: Maker, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -257,24 +301,38 @@ def _lookup(make: Maker, n: int, name: str) -> Asked:
     return Asked(question, make.digit_tokens(digit.gather(1, asked)))
 
 
-def _lookup_many(make: Maker, n: int, name: str) -> Asked:
-    """As `_lookup`, for several letters of the table at once: as many lessons in one row."""
+def _lookup_talk(make: Maker, n: int, name: str) -> Asked:
+    """A table, and turns that ask for digits of letters and letters of digits."""
     tokens, letter, digit, _, count = _pairs(make, n)
-    slots = LOOKUP_PAIRS[1]
-    outside = torch.arange(slots, device=make.device) >= count[:, None]
-    order = (torch.rand(n, slots, device=make.device) + outside).argsort(1)  # the table's places, shuffled
-    asked, hole = order[:, :6], outside.gather(1, order)[:, :6]
-    names = make.words.letters[letter.gather(1, asked)].masked_fill(hole, HOLE)
-    question = make.ask(n, "Given", tokens, ". What are", names, "?")
-    return Asked(question, make.digit_tokens(digit.gather(1, asked)).masked_fill(hole, HOLE))
+    turns = []
+    for turn, (place, missing) in enumerate(_different(make, count, LOOKUP_PAIRS[1], TALK_TURNS)):
+        its_letter, its_digit = letter.gather(1, place), make.digit_tokens(digit.gather(1, place))
+        if turn % 2:
+            question = make.ask(n, " Which letter has ", its_digit, "?")
+            answer = make.words.answer_letters[its_letter]
+        else:
+            question, answer = make.ask(n, " What is", make.words.letters[its_letter], "?"), its_digit
+        turns.append((question, answer.masked_fill(missing, HOLE)))
+    (first, answer), *later = _shuffled(make, turns)
+    return Asked(make.ask(n, "Given", tokens, ".", first), answer, later=tuple(later))
+
+
+def _recall(make: Maker, n: int, name: str) -> Asked:
+    """Pairs of a table again, in the order asked for: each digit follows its letter at once."""
+    tokens, letter, digit, _, count = _pairs(make, n)
+    letters, digits = [], []
+    for place, missing in _different(make, count, LOOKUP_PAIRS[1], TALK_TURNS):
+        letters.append(make.words.letters[letter.gather(1, place)].masked_fill(missing, HOLE))
+        digits.append(make.digit_tokens(digit.gather(1, place)).masked_fill(missing, HOLE))
+    pairs = torch.cat([x for pair in zip(letters, digits, strict=True) for x in pair], 1)
+    return Asked(make.ask(n, "Given", tokens, ". List", torch.cat(letters, 1), "."), pairs)
 
 
 def _describe(make: Maker, n: int, name: str) -> Asked:
-    """Digits and colours in reading order: everything that `colour` asks of one digit, of all."""
-    slots = 5
+    """Digits and colours in reading order: each colour follows its digit at once."""
+    slots = min(6, SIZES[name].cells[0] * SIZES[name].cells[1])
     scene = make.scatter(n, SIZES[name], make.randint(1, slots, n), slots, distinct=True)
-    columns = SIZES[name].cells[1]
-    place = (scene.row * columns + scene.column).masked_fill(~scene.on, 10_000)
+    place = (scene.row * SIZES[name].cells[1] + scene.column).masked_fill(~scene.on, 10_000)
     order = place.argsort(dim=1, stable=True)[:, :slots]
     off = ~scene.on.gather(1, order)
     digits = make.digit_tokens(scene.digit.gather(1, order))[..., None]
@@ -283,26 +341,81 @@ def _describe(make: Maker, n: int, name: str) -> Asked:
     return Asked(make.ask(n, "Describe the digits."), answer, scene)
 
 
+def _talk(make: Maker, n: int, name: str) -> Asked:
+    """One picture of scattered digits and a turn or two of every question about such."""
+    slots = min(6, SIZES[name].cells[0] * SIZES[name].cells[1])  # a tiny picture has four cells
+    count = make.randint(1, slots, n)
+    scene = make.scatter(n, SIZES[name], count, slots, distinct=True)
+    favourite = make.randint(0, len(COLOURS) - 1, n, 1)
+    scene = _with_colour(make, scene, favourite)
+    turns = [
+        (make.ask(n, "How many digits?"), make.digit_tokens(count[:, None])),
+        _background_turn(make, n, scene),
+        _count_colour_turn(make, n, scene, favourite),
+        _count_colour_turn(make, n, scene, make.randint(0, len(COLOURS) - 1, n, 1)),
+    ]
+    for slot, missing in _different(make, count, slots, 3):
+        for question, answer in (
+            _colour_turn(make, n, scene, slot),
+            _where_turn(make, n, scene, slot, SIZES[name]),
+        ):
+            turns.append((question, answer.masked_fill(missing, HOLE)))
+    (first, answer), *later = _shuffled(make, turns)
+    return Asked(first, answer, scene, tuple(later))
+
+
+def _different(make: Maker, count: Tensor, most: int, times: int) -> list[tuple[Tensor, Tensor]]:
+    """`times` different places below `count` [n] <= `most`: (place, whether there is none), [n, 1]."""
+    outside = torch.arange(most, device=make.device) >= count[:, None]
+    order = (torch.rand(outside.shape, device=make.device) + outside).argsort(1)
+    return [(order[:, i : i + 1], count[:, None] <= i) for i in range(times)]
+
+
+def _shuffled(make: Maker, turns: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The same turns, in another order in every row."""
+    widths = [max(part.shape[1] for part in parts) for parts in zip(*turns, strict=True)]
+    questions, answers = (
+        torch.stack([_widen(x, width, HOLE) for x in parts], 1)
+        for parts, width in zip(zip(*turns, strict=True), widths, strict=True)
+    )  # [n, turns, w] each
+    missing = (answers == HOLE).all(2)
+    order = (torch.rand(missing.shape, device=make.device) + missing).argsort(1)[..., None]
+    questions, answers = (x.gather(1, order.expand_as(x)) for x in (questions, answers))
+    return list(zip(questions.unbind(1), answers.unbind(1), strict=True))
+
+
 def _map(make: Maker, n: int, name: str) -> Asked:
     """One digit in a small picture, and a table of letters in the text."""
     tokens, letter, digit, asked, _ = _pairs(make, n)
     scene = make.scatter(n, SIZES[name], make.randint(1, 1, n), 1)
-    scene = Scene(**{**scene.__dict__, "digit": _widen(digit.gather(1, asked), MAX_SLOTS, 0)})
+    scene = replace(scene, digit=_widen(digit.gather(1, asked), MAX_SLOTS, 0))
     question = make.ask(n, "Given", tokens, ". Which letter has the digit?")
     return Asked(question, make.words.answer_letters[letter.gather(1, asked)], scene)
 
 
-def _add(make: Maker, n: int, name: str) -> Asked:
+def _add_turn(make: Maker, n: int) -> tuple[Tensor, Tensor]:
     pick = make.sums[torch.randint(len(make.sums), (n,), device=make.device)]
-    a, b = pick // 10, pick % 10
-    total = a + b
-    tens, ones, hundreds = total // 10 % 10, total % 10, total // 100
-    left = torch.stack([a // 10, a % 10], 1)
-    left = make.digit_tokens(left).masked_fill(torch.stack([a < 10, torch.zeros_like(a, dtype=torch.bool)], 1), HOLE)
-    answer = make.digit_tokens(torch.stack([hundreds, tens, ones], 1))
-    empty = torch.stack([total < 100, total < 10, torch.zeros_like(a, dtype=torch.bool)], 1)
-    question = make.ask(n, "What is ", left, "+", make.digit_tokens(b[:, None]), "?")
-    return Asked(question, answer.masked_fill(empty, HOLE))
+    a, b = pick // 100, pick % 100
+    question = make.ask(n, "What is ", _number(make, a, 2), "+", _number(make, b, 2), "?")
+    return question, _number(make, a + b, 3)
+
+
+def _number(make: Maker, value: Tensor, width: int) -> Tensor:
+    """[n] as digit tokens [n, width], holes in place of leading zeros."""
+    digits = torch.stack([value // 10**i % 10 for i in reversed(range(width))], 1)
+    empty = torch.stack(
+        [value < 10**i if i else torch.zeros_like(value, dtype=torch.bool) for i in reversed(range(width))], 1
+    )
+    return make.digit_tokens(digits).masked_fill(empty, HOLE)
+
+
+def _add(make: Maker, n: int, name: str) -> Asked:
+    return Asked(*_add_turn(make, n))
+
+
+def _add_talk(make: Maker, n: int, name: str) -> Asked:
+    (question, answer), *later = (_add_turn(make, n) for _ in range(TALK_TURNS))
+    return Asked(question, answer, later=tuple(later))
 
 
 def _copy(make: Maker, n: int, name: str) -> Asked:
@@ -321,8 +434,11 @@ TASKS: dict[str, Callable[[Maker, int, str], Asked]] = {
     "scene": _scene,
     "map": _map,
     "lookup": _lookup,
-    "lookup_many": _lookup_many,
+    "lookup_talk": _lookup_talk,
+    "recall": _recall,
     "describe": _describe,
+    "talk": _talk,
     "add": _add,
+    "add_talk": _add_talk,
     "copy": _copy,
 }

@@ -60,6 +60,7 @@ class Vocabulary:
         self.letters = self.table([f" {c}" for c in LETTERS])[:, 0]  # [26], as they stand in a question
         self.answer_letters = self.table(list(LETTERS))[:, 0]  # [26], as an answer begins
         self.opening = self.row("<|im_start|>user\n")
+        self.again = self.row("\n<|im_start|>user\n")  # opens a later turn
         self.closing = self.row("<|im_end|>\n<|im_start|>assistant\n")
 
     def row(self, text: str) -> Tensor:

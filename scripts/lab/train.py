@@ -12,6 +12,8 @@ import argparse
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -22,25 +24,28 @@ import lab_material
 import torch
 import torch.nn.functional as F
 from lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
-from lab_model import Architecture, LabModel, Routing, initialise
-from lab_tasks import NO_LABEL, TRAIN_MIX, Maker
+from lab_model import EXPERTS_BY, Architecture, LabModel, Routing, initialise, scores
+from lab_tasks import JUDGED, NO_LABEL, TRAIN_MIX, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
 
 WARMUP_STEPS = 400
-BALANCE = 0.001  # weight of the usual balance loss, and what is added to it in layers over the target
-BALANCE_OVER, TARGET = 0.02, 1.5  # real models' fullest of 8 ranks has 1.2 to 2.0 times the mean
+BALANCE = 0.0005  # weight of the usual balance loss, and what is added to it in layers over the target
+BALANCE_OVER, TARGET = 0.02, 1.8  # real models' fullest of 8 ranks has 1.27 to 1.95 times the mean
 
 
 class Trainer:
     """Model, optimiser and one step; `step()` leaves its figures in `figures` [2 + layers]."""
 
-    def __init__(self, arch: Architecture, make: Maker, mix: dict, lr: float, seed: int, dtype: torch.dtype):
+    def __init__(
+        self, arch: Architecture, make: Maker, mix: dict, lr: float, seed: int, dtype: torch.dtype, experts_by: str
+    ):
         self.device, self.dtype, self.make, self.mix, self.peak = make.device, dtype, make, mix, lr
         self.model = LabModel(arch)
         initialise(self.model, seed)
         self.model.to(self.device)
         cuda = self.device.type == "cuda"
+        self.model.experts_by = experts_by
         matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim <= 1 or "embed" in n]
         self.optimizer = torch.optim.AdamW(
@@ -70,7 +75,7 @@ class Trainer:
         loss = answer
         imbalance = []
         for routing in routings:
-            balance, over_mean = _balance(routing, self.model.arch.experts)
+            balance, over_mean = _balance(routing, self.model.arch)
             loss = loss + balance * (BALANCE + BALANCE_OVER * (over_mean > TARGET))
             imbalance.append(over_mean)
         loss.backward()
@@ -107,17 +112,20 @@ class Trainer:
 
 
 def _token_weights(labels: Tensor) -> Tensor:
-    """[n * L] f32: every answer counts the same, however long: a one-word answer is not the easier one."""
+    """[n * L] f32: a row counts as the square root of its answers' tokens. Were all tokens alike, talks would drown
+    one-word answers; were all rows alike, a long answer's tokens would count for nothing.
+    """
     asked = (labels != NO_LABEL).float()
-    return (asked / asked.sum(1, keepdim=True)).flatten()
+    return (asked / asked.sum(1, keepdim=True).sqrt()).flatten()
 
 
-def _balance(routing: Routing, experts: int) -> tuple[Tensor, Tensor]:
+def _balance(routing: Routing, arch: Architecture) -> tuple[Tensor, Tensor]:
     """Switch's balance loss (1 = even), and the fullest rank over the mean."""
-    rows = expert_rows(routing, experts)
+    rows = expert_rows(routing, arch.experts)
     valid = (routing.ids[:, :1] >= 0).float()
-    share = (torch.softmax(routing.logits, -1) * valid).sum(0) / valid.sum()
-    return experts * (rows / rows.sum() * share).sum(), max_over_mean(rows)
+    probability = F.normalize(scores(routing.logits, arch.scoring), p=1.0, dim=-1)
+    share = (probability * valid).sum(0) / valid.sum()
+    return arch.experts * (rows / rows.sum() * share).sum(), max_over_mean(rows)
 
 
 @torch.no_grad()
@@ -155,7 +163,48 @@ def report(trainer: Trainer, batches: list, out: Path, log: list[dict], step: in
     (out / "train.json").write_text(json.dumps({**meta, "log": log}))
 
 
-def main() -> None:
+def held_out_batches(make: Maker, sizes: list[str], mixed: dict) -> list[list[Group]]:
+    """Fixed batches to judge on: every task by itself, and mixed ones as in training for the imbalance."""
+    repeats = {"text": 4, "tiny": 4, "wide": 4, "square": 6, "large": 16, "huge": 24}
+    batches = [[make.group(s, JUDGED[s])] for s in sizes for _ in range(repeats[s])]
+    return batches + [make.batch(mixed) for _ in range(4)]
+
+
+def grouped_works(arch: Architecture, device: torch.device) -> bool:
+    """Whether grouped products give what the dense ones give here, forwards and backwards; tried in a process of its
+    own, for a failure on a GPU can take its process along.
+    """
+    call = [sys.executable, __file__, "--check-grouped", "--device", str(device), "--experts", str(arch.experts)]
+    # Outside of MPS, where a fault would end all processes that share the GPU.
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_MPS")}
+    try:
+        return subprocess.run([*call, "--out", "."], timeout=120, check=False, env=alone).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def check_grouped(arch: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises where grouped and dense experts disagree."""
+    torch.manual_seed(0)
+    model = LabModel(arch)
+    initialise(model, 0)
+    experts = model.model["language_model"].layers[0].mlp.experts.to(device)
+    tokens = 5000  # uneven groups, and an expert without rows
+    ids = torch.rand(tokens, arch.experts - 1, device=device).pow(3).topk(arch.top_k).indices
+    weights = torch.rand(tokens, arch.top_k, device=device)
+    found = []
+    for by in ("dense", "grouped"):
+        x = torch.linspace(-1, 1, tokens * arch.hidden, device=device).sin().view(tokens, -1).to(dtype).requires_grad_()
+        out = experts(x, ids, weights, by)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *experts.parameters()])
+        found.append([out.detach(), *gradients])
+    for one, other in zip(*found, strict=True):
+        error = float((one.float() - other.float()).norm() / one.float().norm())
+        if not error < 0.04:  # bf16 rounds the gates at different places
+            raise SystemExit(f"grouped and dense experts differ by {error:.3f}")
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -168,14 +217,48 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--scoring", choices=("softmax", "sigmoid"), default="softmax", help="of the router")
+    parser.add_argument("--shared", type=int, default=0, help="width of a shared expert")
+    parser.add_argument("--experts-by", choices=EXPERTS_BY, help="default: grouped where that works")
+    parser.add_argument("--check-grouped", action="store_true", help="only compare grouped with dense experts")
     parser.add_argument("--judge-every", type=float, default=60.0, help="seconds between reports")
     parser.add_argument("--start-from", type=Path, help="a checkpoint to go on with, instead of a random start")
     parser.add_argument("--no-graph", action="store_true", help="steps run one kernel at a time")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def main() -> None:
+    options = options_of()
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    arch = replace(
+        Architecture(),
+        experts=options.experts,
+        layers=options.layers,
+        scoring=options.scoring,
+        shared=options.shared,
+    )
+    if options.check_grouped:
+        return check_grouped(arch, device, dtype)
+    if options.experts_by is None:
+        options.experts_by = "grouped" if grouped_works(arch, device) else "dense"
+    trainer = make_trainer(options, arch, device, dtype)
+    held_out = Maker(trainer.make.words, lab_material.load("held_out", device, options.material), "held_out")
+    batches = held_out_batches(held_out, list(trainer.mix), trainer.mix)
+    samples = sum(sum(tasks.values()) for tasks in trainer.mix.values())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {samples} samples a step, experts {options.experts_by}", flush=True)
+    if device.type == "cuda" and not options.no_graph:
+        capture_or_restart(trainer, options.experts_by)
+    run(trainer, batches, options, meta_of(trainer, options))
+    print(f"{samples} samples a step; {RANKS} ranks", flush=True)
+
+
+def make_trainer(options: argparse.Namespace, arch: Architecture, device: torch.device, dtype: torch.dtype) -> Trainer:
+    """With its data, and OUT's folder and description of the architecture."""
     (options.out / "new").mkdir(parents=True, exist_ok=True)
+    (options.out / "lab.json").write_text(json.dumps({"architecture": arch.to_json()}, indent=1) + "\n")
+    shutil.copy(lab_checkpoint.CHECKPOINT / "tokenizer.json", options.out)
     torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     words = Vocabulary(lab_checkpoint.CHECKPOINT / "tokenizer.json", device)
@@ -185,53 +268,67 @@ def main() -> None:
         if not options.sizes or size in options.sizes
     }
     mix = {size: tasks for size, tasks in mix.items() if tasks}
-    arch = replace(Architecture(), experts=options.experts, layers=options.layers)
-    trainer = Trainer(
-        arch, Maker(words, lab_material.load("train", device, options.material), "train"), mix, options.lr,
-        options.seed, dtype,
-    )  # fmt: skip
+    make = Maker(words, lab_material.load("train", device, options.material), "train")
+    trainer = Trainer(arch, make, mix, options.lr, options.seed, dtype, options.experts_by)
     if options.start_from:
         trainer.model.load_state_dict(lab_checkpoint.load(options.start_from, device).state_dict())
-    held_out = Maker(words, lab_material.load("held_out", device, options.material), "held_out")
-    repeats = {"text": 1, "tiny": 2, "wide": 2, "square": 4, "large": 8, "huge": 16}
-    batches = [[held_out.group(s, mix[s])] for s, times in repeats.items() if s in mix for _ in range(2 * times)]
-    batches += [held_out.batch(mix) for _ in range(4)]  # mixed, for the imbalance
-    meta = {"architecture": arch.to_json(), "mix": mix}
-    meta |= {"seed": options.seed, "lr": options.lr, "minutes": options.minutes}
-    meta |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
-    samples = sum(sum(tasks.values()) for tasks in mix.values())
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{parameters / 1e6:.2f} M parameters, {samples} samples a step", flush=True)
     trainer.set_rate(0, 0.0)
-    if device.type == "cuda" and not options.no_graph:
-        try:
-            trainer.capture()
-            print("step captured as a CUDA graph", flush=True)
-        except RuntimeError as error:  # start anew: a failed capture can leave the device's generator unusable
-            print(f"no CUDA graph ({error}); starting again without", flush=True)
-            os.execv(sys.executable, [sys.executable, *sys.argv, "--no-graph"])
-    start = time.perf_counter()
+    return trainer
+
+
+def meta_of(trainer: Trainer, options: argparse.Namespace) -> dict:
+    """What the log says of the run as a whole."""
+    name = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu"
+    meta = {
+        "architecture": trainer.model.arch.to_json(),
+        "mix": trainer.mix,
+        "balance": [BALANCE, BALANCE_OVER, TARGET],
+    }
+    meta |= {"seed": options.seed, "lr": options.lr, "minutes": options.minutes, "experts_by": options.experts_by}
+    return {**meta, "device": name, "torch": torch.__version__}
+
+
+def capture_or_restart(trainer: Trainer, experts_by: str) -> None:
+    """A failed capture can leave the device's generator unusable: then the process starts anew, with less."""
+    try:
+        trainer.capture()
+        print("step captured as a CUDA graph", flush=True)
+    except RuntimeError as error:
+        less = ["--experts-by", "dense"] if experts_by == "grouped" else ["--no-graph"]
+        print(f"no CUDA graph ({error}); starting again with {' '.join(less)}", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv, *less])
+
+
+def run(trainer: Trainer, batches: list, options: argparse.Namespace, meta: dict) -> None:
+    """Steps until the time is up, with reports."""
+    start, step, judged, printed, budget = time.perf_counter(), 0, 0.0, 0.0, options.minutes * 60
     log: list[dict] = []
-    step, judged, printed, budget = 0, 0.0, 0.0, options.minutes * 60
     while (elapsed := time.perf_counter() - start) < budget:
         trainer.set_rate(step, elapsed / budget)
         trainer.step()
         step += 1
         if step % 10 == 0:
-            if device.type == "cuda":
+            if trainer.device.type == "cuda":
                 torch.cuda.synchronize()  # the clock, and the host not far ahead
             if elapsed - printed > 10:
-                printed, (loss, right, *over) = elapsed, trainer.figures.tolist()
-                print(f"{elapsed:5.0f} s step {step} ({step / elapsed:.1f}/s) answer loss {loss:.3f}, right tokens "
-                      f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}", flush=True)  # fmt: skip
-                if not math.isfinite(loss):
-                    raise SystemExit("the loss is not finite; lower --lr")
+                printed = elapsed
+                print_figures(trainer, step, elapsed)
         if elapsed - judged > options.judge_every:
             judged = elapsed
             report(trainer, batches, options.out, log, step, elapsed, meta)
     report(trainer, batches, options.out, log, step, time.perf_counter() - start, meta)
     os.rmdir(options.out / "new")
-    print(f"{step} steps, {step * samples / 1e6:.2f} M samples; {RANKS} ranks", flush=True)
+
+
+def print_figures(trainer: Trainer, step: int, elapsed: float) -> None:
+    loss, right, *over = trainer.figures.tolist()
+    print(
+        f"{elapsed:5.0f} s step {step} ({step / elapsed:.1f}/s) answer loss {loss:.3f}, right tokens "
+        f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}",
+        flush=True,
+    )
+    if not math.isfinite(loss):
+        raise SystemExit("the loss is not finite; lower --lr")
 
 
 if __name__ == "__main__":

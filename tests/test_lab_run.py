@@ -1,0 +1,68 @@
+"""The lab's run on a GPU machine: what it leaves behind when it ends, and when it does not."""
+
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "lab"))
+
+import gpu_run
+
+
+@pytest.fixture
+def variant(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "WORK", tmp_path / "work")
+    made = replace(gpu_run.VARIANTS[0], name="one")
+    (made.folder / "new").mkdir(parents=True)
+    (made.folder / "model.safetensors").write_bytes(b"weights")
+    (made.folder / "quality.shard-0.json").write_text("{}")
+    (made.folder / "quality.shard-0.new").write_text("half")
+    return made
+
+
+def names(archive: Path) -> set[str]:
+    with tarfile.open(archive) as tar:
+        return {member.name for member in tar if member.isfile()}
+
+
+def test_out_gets_all_that_is_finished_and_nothing_half_written(variant, tmp_path):
+    (variant.folder / "new" / "model.safetensors").write_bytes(b"half")
+    gpu_run.keep(tmp_path, [variant, replace(variant, name="not begun")])
+    assert names(tmp_path / "one.tar.gz") == {"one/model.safetensors", "one/quality.shard-0.json"}
+    assert sorted(p.name for p in tmp_path.glob("*.tar.gz")) == ["one.tar.gz"]
+
+
+def test_a_job_that_overruns_is_ended_and_its_state_kept(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "KEEP_EVERY", 0.5)
+    jobs = gpu_run.Jobs(tmp_path, gpu_run.Gpus())
+    jobs.start("short", [sys.executable, "-c", "print('done')"], variant.folder / "short.log")
+    beating = tmp_path / "beat"
+    jobs.start("long", ["sh", "-c", f"sh -c 'while true; do date +%N > {beating}; sleep 0.1; done'"], tmp_path / "log")
+    long, start = jobs.running["long"], time.monotonic()
+    assert jobs.wait(["short", "long"], 4.0, [variant]) == {"short": 0, "long": None}
+    assert time.monotonic() - start < 20 and long.wait(10) != 0
+    last = beating.read_text()
+    time.sleep(0.5)
+    assert beating.read_text() == last  # its child has ended, too
+    assert "one/short.log" in names(tmp_path / "one.tar.gz")
+
+
+def test_processes_are_dealt_out_over_the_gpus_that_are_left(monkeypatch):
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3")
+    found = gpu_run.find_gpus()
+    assert [found.of(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["1", "3", "1"]
+    assert gpu_run.Gpus().of(0) == {}
+
+
+def test_variants_are_models_that_the_trainer_takes():
+    import train
+
+    for variant in gpu_run.VARIANTS:
+        options = train.options_of(["--out", "x", *variant.training])
+        assert options.seed and options.scoring in ("softmax", "sigmoid")
+    assert len({v.name for v in gpu_run.VARIANTS}) == len(gpu_run.VARIANTS)

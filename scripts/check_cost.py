@@ -52,19 +52,18 @@ spent = {"cpu_seconds": [0.0, 0.0], "layer_cpu_seconds": [0.0, 0.0], "layer_ms":
 
 
 def side():
-    return int(SWITCH.read_text())
+    return int(SWITCH.is_file())
 
 
 def skip_reason(config, **known):
-    "MACS plans where the file says so, else acts as with preset off."
+    "MACS plans where the file is there, else acts as with preset off."
     return decide(config, **known) or ("" if side() else "off")
 
 
 def timed_layer(self, hidden_states, *args):
-    start, cpu = time.perf_counter(), time.process_time()
+    now, start, cpu = side(), time.perf_counter(), time.process_time()
     planned = plan(self, hidden_states, *args)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    now = side()
     spent["layer_cpu_seconds"][now] += cpu
     if hidden_states.shape[0] and batch.current().skip in ("", "off"):  # a rank without tokens waits for the other
         spent["layer_ms"][now].append(1e3 * seconds)
@@ -72,10 +71,12 @@ def timed_layer(self, hidden_states, *args):
 
 
 def timed_forward(original, *args, **kwargs):
-    start = time.process_time()
+    now, start = side(), time.process_time()
     result = original(*args, **kwargs)
-    spent["cpu_seconds"][side()] += time.process_time() - start
-    SWITCH.with_name(f"spent-{os.getpid()}.json").write_text(json.dumps(spent))
+    spent["cpu_seconds"][now] += time.process_time() - start
+    partial = SWITCH.with_name(f"partial-{os.getpid()}")
+    partial.write_text(json.dumps(spent))
+    partial.rename(SWITCH.with_name(f"spent-{os.getpid()}.json"))  # the reader sees all of it or none
     return result
 
 
@@ -100,7 +101,14 @@ class Probe:
         (folder / "macs_probe.py").write_text(PROBE)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: macs-probe\nVersion: 0\n")
         (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmacs_probe = macs_probe:register\n")
-        self.switch.write_text("1")
+        self.plans(True)
+
+    def plans(self, on: bool) -> None:
+        """Whether the server plans from now on. Only between requests: all ranks must see the same."""
+        if on:
+            self.switch.touch()
+        else:
+            self.switch.unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         """Of a server that loads it."""
@@ -137,7 +145,7 @@ class PlannedOrNot:
 
     def ask(self, side: int, uri: str, number: int) -> float:
         """Seconds of one request."""
-        self.probe.switch.write_text(str(side))
+        self.probe.plans(side == 1)
         return ask(self.server.url, str(self.server.model), uri, number)
 
     def cpu_seconds(self) -> list[float]:

@@ -31,6 +31,7 @@ from serving import EP2_ARGS, Server, ServerError
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBE_SITE = Path(__file__).resolve().parent / "probe_site"
 # Layers as wide as those of Qwen3-VL-30B-A3B (hidden 2048, experts of 768, top-8), but 3 of 48 and a quarter of the
 # experts: a token's work in a layer does not depend on how many experts there are.
 WIDE = {"hidden": 2048, "intermediate": 768, "top_k": 8, "num_experts": 32}
@@ -38,82 +39,27 @@ MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": WIDE}
 MOST_BLOCKS = 400
 ORDER = (0, 1, 1, 0)  # both sides meet both data-parallel ranks, which take turns, and drift cancels
 
-# A plugin for the measurement alone, in every scheduler process.
-PROBE = """
-import json, os, time
-from pathlib import Path
-
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang_macs import batch, dispatcher
-
-SWITCH = Path(os.environ["MACS_SWITCH"])
-decide, plan = batch.skip_reason, dispatcher.LayerPlanner.__call__
-spent = {"cpu_seconds": [0.0, 0.0], "layer_cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
-
-
-def side():
-    return int(SWITCH.is_file())
-
-
-def skip_reason(config, **known):
-    "MACS plans where the file is there, else acts as with preset off."
-    return decide(config, **known) or ("" if side() else "off")
-
-
-def timed_layer(self, hidden_states, *args):
-    now, start, cpu = side(), time.perf_counter(), time.process_time()
-    planned = plan(self, hidden_states, *args)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    spent["layer_cpu_seconds"][now] += cpu
-    if hidden_states.shape[0] and batch.current().skip in ("", "off"):  # a rank without tokens waits for the other
-        spent["layer_ms"][now].append(1e3 * seconds)
-    return planned
-
-
-def timed_forward(original, *args, **kwargs):
-    now, start = side(), time.process_time()
-    result = original(*args, **kwargs)
-    spent["cpu_seconds"][now] += time.process_time() - start
-    partial = SWITCH.with_name(f"partial-{os.getpid()}")
-    partial.write_text(json.dumps(spent))
-    partial.rename(SWITCH.with_name(f"spent-{os.getpid()}.json"))  # the reader sees all of it or none
-    return result
-
-
-def register():
-    import multiprocessing
-
-    if multiprocessing.parent_process() is None:  # the launcher must not import the model stack
-        return
-    batch.skip_reason, dispatcher.LayerPlanner.__call__ = skip_reason, timed_layer
-    target = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"  # around what MACS hooks
-    HookRegistry.register(target, timed_forward, HookType.AROUND)
-"""
-
 
 class Probe:
-    """The plugin in a folder of its own, emptied first; what it measured is read back from there."""
+    """The plugin of scripts/probe_site in a server: its switch, and what it measured. `folder` is emptied first."""
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        info, self.folder, self.switch = folder / "macs_probe-0.dist-info", folder, folder / "switch"
-        info.mkdir(parents=True)
-        (folder / "macs_probe.py").write_text(PROBE)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: macs-probe\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmacs_probe = macs_probe:register\n")
+        folder.mkdir(parents=True)
+        self.folder = folder
         self.plans(True)
 
     def plans(self, on: bool) -> None:
         """Whether the server plans from now on. Only between requests: all ranks must see the same."""
         if on:
-            self.switch.touch()
+            (self.folder / "switch").touch()
         else:
-            self.switch.unlink(missing_ok=True)
+            (self.folder / "switch").unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         """Of a server that loads it."""
-        base = {"PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])}
-        return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_SWITCH": str(self.switch)}
+        base = {"PYTHONPATH": os.pathsep.join([str(PROBE_SITE), os.environ.get("PYTHONPATH", "")])}
+        return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_PROBE": str(self.folder)}
 
     def spent(self) -> list[dict]:
         """Of each rank, by side: `cpu_seconds` in forward passes, `layer_cpu_seconds` of these where layers decide what

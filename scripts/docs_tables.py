@@ -160,19 +160,13 @@ def cost_table() -> str:
             f"{row[k]['ratio']:.3f} [{row[k]['ci95'][0]:.3f}, {row[k]['ci95'][1]:.3f}]" for k in ("latency", "cpu")
         ]
         layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
-        load = f"{row['load_average']:.1f}"
-        rows.append([case["comparison"], case["model"], row["blocks"], f"{1e3 * sides[0]:.0f}", *ratios, layer, load])
-    header = [
-        "comparison",
-        "model",
-        "blocks",
-        "request, ms",
-        "latency, ratio",
-        "CPU time, ratio",
-        "a layer decides, ms",
-    ]
+        share = f"{row['plan_share']:.2%}" if "plan_share" in row else ""
+        figures = [f"{1e3 * sides[0]:.0f}", *ratios, share, layer, f"{row['load_average']:.1f}"]
+        rows.append([case["comparison"], case["model"], row["blocks"], *figures])
+    header = ["comparison", "model", "blocks", "request, ms", "latency, ratio", "CPU time, ratio", "plan's CPU time"]
+    header += ["a layer decides, ms", "load average"]
     where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
-    return where + "\n\n" + markdown([*header, "load average"], rows)
+    return where + "\n\n" + markdown(header, rows)
 
 
 def wire_table() -> str:
@@ -198,7 +192,8 @@ def compat_table() -> str:
     rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
     for row in found["rows"]:
         if "refused" in row:
-            rows.append([row["sglang"], "one is lost", "", f'refused: "{row["refused"]["detail"].split(";")[0]}"'])
+            said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"'])
         else:
             rows.append(
                 [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]

@@ -67,6 +67,47 @@ def overhead_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def fused_table() -> str:
+    """The fused dispatch and combine beside DeepEP and the composed path; a table for every run in docs/results."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("fused_*.json")):
+        found = results(path.stem)
+        sizes: dict[tuple, dict[tuple[str, float], dict]] = {}
+        for row in found["rows"]:
+            case = row["case"]
+            size = tuple(case[name] for name in ("R", "T", "H", "dtype"))
+            sizes.setdefault(size, {})[row["op"], case["clipped"]] = row
+        rows = [
+            [*size, *(fused_cell(timed, *column) for column in FUSED_COLUMNS.values())] for size, timed in sizes.items()
+        ]
+        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", *FUSED_COLUMNS], rows))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+# Columns by heading: operation, and the share of assignments that are clipped.
+FUSED_COLUMNS = {
+    "dispatch": ("fused_dispatch", 0.0),
+    "20 % clipped": ("fused_dispatch", 0.2),
+    "DeepEP": ("deepep_dispatch", 0.0),
+    "plan + DeepEP": ("plan_deepep_dispatch", 0.0),
+    "20 % clipped ": ("plan_deepep_dispatch", 0.2),
+    "combine": ("fused_combine", 0.0),
+    "copying": ("fused_combine_copied", 0.0),
+    "DeepEP ": ("deepep_combine", 0.0),
+    "both": ("fused_dispatch_combine", 0.0),
+    "20 % clipped  ": ("fused_dispatch_combine", 0.2),
+    "DeepEP  ": ("deepep_dispatch_combine", 0.0),
+}
+
+
+def fused_cell(timed: dict[tuple[str, float], dict], op: str, clipped: float) -> str:
+    """Median in us, and in brackets the floor of our own rows."""
+    row = timed.get((op, clipped))
+    if row is None:
+        return ""
+    return f"{row['median_us']:.1f}" + (f" ({row['floor_us']:.1f})" if op.startswith("fused") else "")
+
+
 def serve_table() -> str:
     """What the servers counted, and whether their tokens were equal."""
     found = results("serve_h200x2")
@@ -151,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compat": compat_table,
     "cost": cost_table,
     "wire": wire_table,
+    "fused": fused_table,
 }
 
 

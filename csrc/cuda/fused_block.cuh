@@ -23,7 +23,7 @@ constexpr int kFusedThreads = 512;
 constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts in one pass over the group
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for entropies, then one per proposal round
+constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for entropies, 2 for cuts, then one per proposal round
 constexpr int kMaxFusedRerouteRounds = 60;
 
 enum class Flags : int { kAssignments = 0, kCounts = 1, kRows = 2, kOutputs = 3 };
@@ -63,7 +63,7 @@ struct FusedDesk {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int num_over, homeless;
+  int num_over, any_over, homeless;  // bounds exceeded (of this block's share); whether any is; slots
 };
 
 struct FusedArgs {

@@ -180,7 +180,7 @@ __device__ inline bool decide(const FusedBlock& b) {
   const bool cuts = find_exceeded(b, capacity);
   if (cuts) {
     find_shifts(b, capacity);
-    find_cuts(b);
+    if (!find_cuts(b)) return false;
     clip_own(b);
     if (!reroute_own<kKeys>(b)) return false;
   } else {

@@ -111,6 +111,13 @@ struct FusedBlock {
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {at<uint32_t>(args.desk.entries)[slot]}; }
 
+  // What the clock says at a stage, for whoever looks for microseconds.
+  __device__ __forceinline__ void stamp(int stage) const {
+#ifdef MACS_STAMPS
+    if (threadIdx.x == 0) own<uint64_t>(p.layout.stamps)[block * kStamps + stage] = clock_cycles();
+#endif
+  }
+
   // Where `block` of `source` signals in a region.
   __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {
     const int64_t row = static_cast<int>(kind) * p.shape.num_ranks + source;

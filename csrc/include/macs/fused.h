@@ -17,6 +17,7 @@ constexpr int kMaxFusedTokens = 1023;  // of a rank
 constexpr int kMaxFusedTopK = 16;
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
+constexpr int kStamps = 16;
 constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
@@ -82,6 +83,7 @@ struct FusedLayout {
   int64_t received;   // [E_l] i32 rows of each local expert
   int64_t starts;     // [E_l] i32 first row of each local expert
   int64_t round;      // u32
+  int64_t stamps;     // [blocks, kStamps] u64 cycles at the stages, where the kernels were built with MACS_STAMPS
   int64_t status;     // FusedStatus
   int64_t bytes;      // of the whole region, a multiple of 256
 };
@@ -119,6 +121,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.received = take(4 * local);
   layout.starts = take(4 * local);
   layout.round = take(4);
+  layout.stamps = take(8LL * s.num_blocks * kStamps);
   layout.status = take(sizeof(FusedStatus));
   layout.bytes = at;
   return layout;

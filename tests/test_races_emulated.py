@@ -63,6 +63,7 @@ FUSED = {
     "fp8": FusedConfig(PLAN, (6, 4), blocks=2, format="fp8_ue8m0", row_experts=True),
     "copied_outputs": FusedConfig(PLAN, (6, 0), blocks=2, copies_outputs=True),
     "nothing_exceeded": FusedConfig(replace(PLAN, gamma=float("inf")), (6, 4), blocks=2),
+    "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=2),
     "three_ranks": FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1),
 }
 

@@ -204,6 +204,7 @@ __device__ inline bool cut_shared(const FusedBlock& b) {
   int* const over = b.at<int>(b.args.desk.over);
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   RawCut* const cuts = b.own<RawCut>(b.p.layout.cuts);
+  __syncthreads();  // all have read how many there are
   if (threadIdx.x == 0) b.scalars().num_over = 0;
   __syncthreads();
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {

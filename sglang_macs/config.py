@@ -73,6 +73,11 @@ class MacsConfig:
     min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
     decode: bool = _opt(False, "act on decode batches too")
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
+    dispatch: str = _opt(
+        "deepep",
+        "what carries planned low-latency batches: DeepEP, or a kernel that plans and sends; auto = that where it can",
+        ("deepep", "fused", "auto"),
+    )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")

@@ -7,7 +7,9 @@ experts' outputs back and adds them up under the gate weights at the source.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -139,10 +141,12 @@ class LayerPlanner:
         topk_weights: Tensor,
         router_logits: Tensor | None,
         half: int | None = None,
+        plan: Callable[..., PlanResult] | None = None,
     ) -> Planned:
         """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
 
         half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
+        plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
         """
         now = batch.current()
         self.counters.dispatches += 1
@@ -152,9 +156,8 @@ class LayerPlanner:
             return Planned(topk_ids, topk_weights, segment, None)
         segment = self._segment(now, half, topk_ids)
         start = time.perf_counter()
-        result = self.plan(
-            hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments, self.all_reduce
-        )
+        plan = plan or partial(self.plan, all_reduce=self.all_reduce)
+        result = plan(hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments)
         self.counters.plan_seconds += time.perf_counter() - start
         self.counters.add_plan(result)
         if math.isinf(self.plan.config.gamma):

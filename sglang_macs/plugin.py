@@ -14,13 +14,16 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from . import batch, compat, cpu_compat, hooks, ops, profile, worker
 from .config import MacsConfig, add_flags, configure, configured, from_args
 from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
+from .fused import Sizes
 from .hooks import Hook
+from .low_latency import FusedLowLatency
 from .plan import Plan, check_batch_size
 
 RUNNER = "macs"
@@ -191,7 +194,8 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     planner = _layer_planner(moe_runner_config)
     if backend.is_customized():
         return _cpu_dispatcher(planner)
-    return _plan_before_deepep(original(moe_runner_config, *args, **kwargs), planner)
+    dispatcher = original(moe_runner_config, *args, **kwargs)
+    return _plan_before_deepep(dispatcher, planner, _fused_low_latency(dispatcher, planner, moe_runner_config))
 
 
 def _layer_planner(moe_runner_config):
@@ -242,13 +246,38 @@ def _logits(topk_output):
     return topk_output.router_logits if topk_output.topk_ids.shape[0] else None
 
 
-def _plan_before_deepep(dispatcher, planner):
-    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class."""
+def _fused_low_latency(dispatcher, planner, moe_runner_config):
+    """For every half of a batch the fused dispatch in place of DeepEP's low-latency kernels; empty: DeepEP's carry."""
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
+    from sglang.srt.layers.moe.utils import is_sbo_enabled
+    from sglang.srt.runtime_context import get_parallel
+
+    if planner.plan.config.dispatch == "deepep":
+        return []
+    inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
+    mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
+    # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
+    impl = getattr(inners[0], "_low_latency_dispatcher", None)
+    tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
+    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    return [
+        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
+        for inner, transport in zip(inners, transports, strict=False)
+    ]
+
+
+def _plan_before_deepep(dispatcher, planner, fused=()):
+    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class.
+
+    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one.
+    """
     half = None  # which half of the batch is dispatched, under two-batch overlap
 
-    def plan_first(dispatch_a, hidden_states, topk_output):
+    def plan_first(dispatch_a, inner, fused, hidden_states, topk_output):
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
-        planned = planner(hidden_states, ids, weights, _logits(topk_output), half)
+        takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
+        planned = planner(hidden_states, ids, weights, _logits(topk_output), half, fused.plan if takes else None)
         if planner.plan.config.verify and planned.segment is not None:
             own = planner.recount(ids, planned)
             group = own.clone()
@@ -268,8 +297,8 @@ def _plan_before_deepep(dispatcher, planner):
         half = tbo_subbatch_index
         return original(name, tbo_subbatch_index, **kwargs)
 
-    for inner in dispatcher._inners:
-        inner.dispatch_a = partial(plan_first, inner.dispatch_a)
+    for inner, of_half in zip_longest(dispatcher._inners, fused):
+        inner.dispatch_a = partial(plan_first, inner.dispatch_a, inner, of_half)
         inner.dispatch_b = partial(hint_rows, inner.dispatch_b)
     dispatcher._execute = partial(execute, dispatcher._execute)
     return dispatcher

@@ -10,6 +10,7 @@ from .dispatcher import LayerPlanner
 from .metrics import Exporter
 from .stats import Stats
 from .trace import Recorder, shown_in
+from .transport import Transports
 
 
 class Worker:
@@ -20,6 +21,7 @@ class Worker:
         self.stats = Stats()
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
+        self.transports = Transports(config)
         self.top_k = 1  # the largest of the model's MoE layers
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
@@ -41,7 +43,8 @@ class Worker:
         self._exporter = Exporter(labels, self.config, rank)
 
     def tick(self, *, idle: bool = False) -> None:
-        """After each forward pass, and when the scheduler is idle."""
+        """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
+        self.transports.check()
         if self._exporter is not None:
             self._exporter.tick(self.stats, idle=idle)
 

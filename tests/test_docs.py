@@ -111,6 +111,8 @@ def test_flags_of_scripts_exist(page):
     for line in commands(PAGES[page]):
         if script := re.search(r"python3? (scripts/\S+\.py)(.*)", line):
             source = (ROOT / script[1]).read_text(encoding="utf-8")
+            if "result_file.add_options" in source:
+                source += (ROOT / "scripts" / "gpu" / "result_file.py").read_text(encoding="utf-8")
             lost = {flag for flag in re.findall(r"--[a-z][a-z-]+", script[2]) if f'"{flag}"' not in source}
             assert not lost, line
 

@@ -77,6 +77,21 @@ def test_other_versions_fail(monkeypatch, name, found):
     assert check.status == FAIL and name in check.fix
 
 
+@pytest.mark.parametrize(
+    ("unfit", "apart", "status", "found"),
+    [
+        ("", [], OK, "--deepep-mode low_latency"),
+        ("", ["0-1"], SKIP, "no peer access"),
+        ("this build has no CUDA kernels", [], SKIP, "no CUDA kernels"),
+    ],
+)
+def test_what_the_fused_dispatch_needs_is_said_and_fails_nothing(monkeypatch, unfit, apart, status, found):
+    monkeypatch.setattr("sglang_macs.transport.unfit_device", lambda: unfit)
+    monkeypatch.setattr(doctor, "_apart", lambda: apart)
+    check = doctor._fused()
+    assert check.status == status and found in check.found and bool(check.fix) == (status == SKIP)
+
+
 def test_a_build_for_another_torch_fails(monkeypatch):
     import sglang_macs
 

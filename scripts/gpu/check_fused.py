@@ -119,8 +119,10 @@ def on_one_gpu(options: argparse.Namespace) -> int:
     failed = 0 if options.time_only else stage("checks", lambda: check_all(kernels, options, multiprocessors))
     if not (options.check_only or options.sanitize):
         table = time_fused.Table()
-        stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options.quick))
-        finish(options, table)
+        try:
+            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options.quick))
+        finally:
+            finish(options, table)
     return failed
 
 

@@ -20,12 +20,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
 
 import mps  # noqa: E402
 import result_file  # noqa: E402
-from gpu_launches import FUSED_LAUNCHES, LAUNCHES, RUNS, Launch, start  # noqa: E402
+from gpu_launches import LAUNCHES, RUNS, Launch, start  # noqa: E402
 from serving import Server, data_uri, photograph_files, prompt  # noqa: E402
 
 from sglang_macs import metrics, trace  # noqa: E402
-
-EVERY = LAUNCHES | FUSED_LAUNCHES
 
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
@@ -103,30 +101,20 @@ def summary(run: dict) -> dict:
     """What goes into the results: counters without the layers."""
     if "error" in run:
         return run
-    names = (
-        "rank",
-        "dispatches",
-        "planned",
-        "fused",
-        "skipped",
-        "misaligned",
-        "checks",
-        "violations",
-        "own",
-        "plan_seconds",
-    )
+    names = ("rank", "dispatches", "planned", "fused", "skipped", "misaligned", "checks", "violations", "own")
+    names += ("plan_seconds",)
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 
 def run_all(names: list[str]) -> dict[tuple[str, str], dict]:
     """Results by (launch, run); all servers at the same time."""
-    sharing = [name for name in names if EVERY[name].one_gpu]
-    clients = sum(EVERY[name].ranks for name in sharing) * len(RUNS)
+    sharing = [name for name in names if LAUNCHES[name].one_gpu]
+    clients = sum(LAUNCHES[name].ranks for name in sharing) * len(RUNS)
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(mps.shared_gpu(clients)) if sharing else {}
         pool = stack.enter_context(ThreadPoolExecutor(len(RUNS) * len(names)))
         jobs = {
-            (name, run): pool.submit(serve, name, EVERY[name], run, client if name in sharing else {})
+            (name, run): pool.submit(serve, name, LAUNCHES[name], run, client if name in sharing else {})
             for name in names
             for run in RUNS
         }
@@ -136,11 +124,11 @@ def run_all(names: list[str]) -> dict[tuple[str, str], dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser, required=False)
-    parser.add_argument("--launch", nargs="+", default=list(LAUNCHES), choices=list(EVERY))
+    parser.add_argument("--launch", nargs="+", default=list(LAUNCHES), choices=list(LAUNCHES))
     parser.add_argument("--build-only", action="store_true", help="build the models of the launches and end")
     options = parser.parse_args()
     for name in options.launch:
-        EVERY[name].model()  # before the threads: two must not build one model
+        LAUNCHES[name].model()  # before the threads: two must not build one model
     if options.build_only:
         return 0
     if options.out is None:
@@ -149,10 +137,10 @@ def main() -> int:
     wrong, rows = [], []
     for name in options.launch:
         runs = {run: found[name, run] for run in RUNS}
-        wrong += [f"{name}: {what}" for what in judge(EVERY[name], runs)]
+        wrong += [f"{name}: {what}" for what in judge(LAUNCHES[name], runs)]
         rows += [{"op": "serve", "case": {"launch": name, "gamma": run}, **summary(runs[run])} for run in RUNS]
         print(f"{name}:", ", ".join(f"{run} {runs[run].get('start_s', 0):.0f} s" for run in RUNS), flush=True)
-    gpus = max(EVERY[name].gpus for name in options.launch)
+    gpus = max(LAUNCHES[name].gpus for name in options.launch)
     result_file.write(options.out, rows, commit=options.commit, gpus=gpus, wrong=wrong)
     print("\n".join(wrong) or "serve_check OK: equal tokens at infinite gamma, every bound held")
     return 1 if wrong else 0

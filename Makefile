@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
+.PHONY: help build demo test test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: build  ## everything that CI runs
 
 test-fast: build  ## without real servers
 	@$(PYTEST) -m "not gpu and not server"
+
+test-emulated: build  ## the CUDA kernels on an emulated machine: no GPU needed, data races are found
+	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_races_emulated.py
 
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m "server and not multinode"

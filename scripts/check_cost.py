@@ -31,6 +31,7 @@ from serving import EP2_ARGS, Server, ServerError
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
+PROBE_SITE = Path(__file__).resolve().parent / "probe_site"
 # Layers as wide as those of Qwen3-VL-30B-A3B (hidden 2048, experts of 768, top-8), but 3 of 48 and a quarter of the
 # experts: a token's work in a layer does not depend on how many experts there are.
 WIDE = {"hidden": 2048, "intermediate": 768, "top_k": 8, "num_experts": 32}
@@ -38,74 +39,32 @@ MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": WIDE}
 MOST_BLOCKS = 400
 ORDER = (0, 1, 1, 0)  # both sides meet both data-parallel ranks, which take turns, and drift cancels
 
-# A plugin for the measurement alone, in every scheduler process.
-PROBE = """
-import json, os, time
-from pathlib import Path
-
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang_macs import batch, dispatcher
-
-SWITCH = Path(os.environ["MACS_SWITCH"])
-decide, plan = batch.skip_reason, dispatcher.LayerPlanner.__call__
-spent = {"cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
-
-
-def side():
-    return int(SWITCH.read_text())
-
-
-def skip_reason(config, **known):
-    "MACS plans where the file says so, else acts as with preset off."
-    return decide(config, **known) or ("" if side() else "off")
-
-
-def timed_layer(self, hidden_states, *args):
-    start = time.perf_counter()
-    planned = plan(self, hidden_states, *args)
-    if hidden_states.shape[0] and batch.current().skip in ("", "off"):  # a rank without tokens waits for the other
-        spent["layer_ms"][side()].append(1e3 * (time.perf_counter() - start))
-    return planned
-
-
-def timed_forward(original, *args, **kwargs):
-    start = time.process_time()
-    result = original(*args, **kwargs)
-    spent["cpu_seconds"][side()] += time.process_time() - start
-    SWITCH.with_name(f"spent-{os.getpid()}.json").write_text(json.dumps(spent))
-    return result
-
-
-def register():
-    import multiprocessing
-
-    if multiprocessing.parent_process() is None:  # the launcher must not import the model stack
-        return
-    batch.skip_reason, dispatcher.LayerPlanner.__call__ = skip_reason, timed_layer
-    target = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"  # around what MACS hooks
-    HookRegistry.register(target, timed_forward, HookType.AROUND)
-"""
-
 
 class Probe:
-    """The plugin in a folder of its own, emptied first; what it measured is read back from there."""
+    """The plugin of scripts/probe_site in a server: its switch, and what it measured. `folder` is emptied first."""
 
     def __init__(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        info, self.folder, self.switch = folder / "macs_probe-0.dist-info", folder, folder / "switch"
-        info.mkdir(parents=True)
-        (folder / "macs_probe.py").write_text(PROBE)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: macs-probe\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nmacs_probe = macs_probe:register\n")
-        self.switch.write_text("1")
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.plans(True)
+
+    def plans(self, on: bool) -> None:
+        """Whether the server plans from now on. Only between requests: all ranks must see the same."""
+        if on:
+            (self.folder / "switch").touch()
+        else:
+            (self.folder / "switch").unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         """Of a server that loads it."""
-        base = {"PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")])}
-        return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_SWITCH": str(self.switch)}
+        base = {"PYTHONPATH": os.pathsep.join([str(PROBE_SITE), os.environ.get("PYTHONPATH", "")])}
+        return {"PYTHONPATH": cpu_compat.environment(2, base)["PYTHONPATH"], "MACS_PROBE": str(self.folder)}
 
     def spent(self) -> list[dict]:
-        """Of each rank: `cpu_seconds` in forward passes and `layer_ms` of each dispatch of its tokens, by side."""
+        """Of each rank, by side: `cpu_seconds` in forward passes, `layer_cpu_seconds` of these where layers decide what
+        they dispatch, and `layer_ms`, the wall time of each such decision over tokens of its own.
+        """
         time.sleep(0.02)  # the other rank ends its pass of the last request
         return [json.loads(file.read_text()) for file in sorted(self.folder.glob("spent-*.json"))]
 
@@ -132,22 +91,31 @@ class PlannedOrNot:
 
     def ask(self, side: int, uri: str, number: int) -> float:
         """Seconds of one request."""
-        self.probe.switch.write_text(str(side))
+        self.probe.plans(side == 1)
         return ask(self.server.url, str(self.server.model), uri, number)
 
     def cpu_seconds(self) -> list[float]:
         """By side, in forward passes of both ranks, so far."""
-        return [sum(rank) for rank in zip(*(found["cpu_seconds"] for found in self.probe.spent()), strict=True)]
+        return self._over_ranks("cpu_seconds")
+
+    def _over_ranks(self, name: str) -> list[float]:
+        return [sum(rank) for rank in zip(*(found[name] for found in self.probe.spent()), strict=True)]
 
     def figures(self) -> dict:
-        """Milliseconds that a layer takes to decide what it dispatches. Raises ServerError if nothing was compared."""
+        """layer_ms: how long a layer takes to decide what it dispatches. plan_share: the CPU time of that, planned less
+        left alone, over that of forward passes left alone. Raises ServerError if nothing was compared.
+        """
         for state in (state["macs"] for state in self.server.get("/server_info")["internal_states"]):
             planned, left = state["planned"], state["skipped"].get("off", 0)
             clipped = state["own"]["clipped_visual"] + state["own"]["clipped_text"]
             if not planned or abs(planned - left) > 0.1 * planned or clipped:
                 raise ServerError(f"compared nothing: {planned} plans, {left} left alone, {clipped} clipped")
         left, planned = ([ms for rank in self.probe.spent() for ms in rank["layer_ms"][side]] for side in (0, 1))
-        return {"layer_ms": {"left alone": statistics.median(left), "planned": statistics.median(planned)}}
+        (cpu_left, cpu_planned), (passes_left, _) = self._over_ranks("layer_cpu_seconds"), self.cpu_seconds()
+        return {
+            "layer_ms": {"left alone": statistics.median(left), "planned": statistics.median(planned)},
+            "plan_share": (cpu_planned - cpu_left) / passes_left,
+        }
 
 
 class InstalledOrNot:

@@ -57,7 +57,7 @@ def straggler_table() -> str:
 
 def overhead_table() -> str:
     """The plan in front of DeepEP's low-latency dispatch and combine."""
-    found, rows = results("overhead_h200"), []
+    found, rows = results("overhead_h100"), []
     for row in found["rows"]:
         case = row["case"]
         times = [f"{row[f'{name}_us']:.1f}" for name in ("deepep", "planned", "plan", "overhead")]
@@ -108,6 +108,30 @@ def fused_cell(timed: dict[tuple[str, float], dict], op: str, clipped: float) ->
     return f"{row['median_us']:.1f}" + (f" ({row['floor_us']:.1f})" if op.startswith("fused") else "")
 
 
+def triton_table() -> str:
+    """The operators in Triton: on the GPU, and what launching them takes of the host."""
+    found = results("triton_h100")
+    by_tokens: dict[int, list[str]] = {}
+    for row in found["rows"]:
+        by_tokens.setdefault(row["T"], []).append(f"{row['median_us']:.0f} ({row['host_us']:.0f})")
+    ops = dict.fromkeys(row["op"] for row in found["rows"])
+    return source(found) + "\n\n" + markdown(["T", *ops], [[t, *times] for t, times in by_tokens.items()])
+
+
+def variants_table() -> str:
+    """The plan's kernels as they are kept, and versions 13 and 14 of the log beside them."""
+    found = results("kernels_variants_h100")
+    by_case: dict[tuple, dict[str, float]] = {}
+    for row in found["rows"]:
+        case = row["case"]
+        key = (case["T"], case["H"], case["scope"], case["hot"])
+        by_case.setdefault(key, {})[case["variant"]] = row["median_us"]
+    order = ("cells cleared first", "sums behind a barrier", "as is")
+    rows = [[*key, *(f"{of[name]:.2f}" for name in order)] for key, of in by_case.items()]
+    header = ["T", "H", "bounds", "skew", "as kept, us", "without version 13, with 14", "with both"]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
 def serve_table() -> str:
     """What the servers counted, and whether their tokens were equal."""
     found = results("serve_h200x2")
@@ -136,19 +160,13 @@ def cost_table() -> str:
             f"{row[k]['ratio']:.3f} [{row[k]['ci95'][0]:.3f}, {row[k]['ci95'][1]:.3f}]" for k in ("latency", "cpu")
         ]
         layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
-        load = f"{row['load_average']:.1f}"
-        rows.append([case["comparison"], case["model"], row["blocks"], f"{1e3 * sides[0]:.0f}", *ratios, layer, load])
-    header = [
-        "comparison",
-        "model",
-        "blocks",
-        "request, ms",
-        "latency, ratio",
-        "CPU time, ratio",
-        "a layer decides, ms",
-    ]
+        share = f"{row['plan_share']:.2%}" if "plan_share" in row else ""
+        figures = [f"{1e3 * sides[0]:.0f}", *ratios, share, layer, f"{row['load_average']:.1f}"]
+        rows.append([case["comparison"], case["model"], row["blocks"], *figures])
+    header = ["comparison", "model", "blocks", "request, ms", "latency, ratio", "CPU time, ratio", "plan's CPU time"]
+    header += ["a layer decides, ms", "load average"]
     where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
-    return where + "\n\n" + markdown([*header, "load average"], rows)
+    return where + "\n\n" + markdown(header, rows)
 
 
 def wire_table() -> str:
@@ -174,7 +192,8 @@ def compat_table() -> str:
     rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
     for row in found["rows"]:
         if "refused" in row:
-            rows.append([row["sglang"], "one is lost", "", f'refused: "{row["refused"]["detail"].split(";")[0]}"'])
+            said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"'])
         else:
             rows.append(
                 [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]
@@ -189,6 +208,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "straggler": straggler_table,
     "overhead": overhead_table,
     "serve": serve_table,
+    "triton": triton_table,
+    "variants": variants_table,
     "compat": compat_table,
     "cost": cost_table,
     "wire": wire_table,

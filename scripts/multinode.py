@@ -249,7 +249,8 @@ def payload(model: Path, before: list[dict], after: list[dict]) -> dict[str, int
     text = json.loads((model / "config.json").read_text())["text_config"]
     rows = sum(state["remote_rows"] for state in after) - sum(state["remote_rows"] for state in before)
     plans = sum(state["planned"] for state in after) - sum(state["planned"] for state in before)
-    histogram = 4 * (text["num_experts"] * 2 * after[0]["config"]["buckets"] + 4)
+    experts = text["num_local_experts"]  # so transformers calls them when it saves a configuration
+    histogram = 4 * (experts * 2 * after[0]["config"]["buckets"] + 4)
     return {"row_bytes": rows * 2 * 2 * text["hidden_size"], "exchange_bytes": plans * histogram}
 
 
@@ -264,6 +265,7 @@ CASES = {
     "off": ["--macs-preset", "off"],
     "inf": ["--macs-preset", "rank", "--macs-gamma", "inf"],
     "rank 1.0": ["--macs-preset", "rank", "--macs-gamma", "1.0"],
+    "rank 1.0, no re-routing": ["--macs-preset", "rank", "--macs-gamma", "1.0", "--macs-reroute", "none"],
     "cai 1.0": ["--macs-preset", "cai", "--macs-gamma", "1.0"],
 }
 
@@ -272,7 +274,7 @@ def summary(row: dict) -> str:
     """One line of the terminal."""
     megabytes = {key: row[f"{key}bytes"] / 1e6 for key in ("", "row_", "exchange_", "other_")}
     parts = "{:7.1f} MB on the cable: rows {:.1f}, exchange {:.2f}, rest {:.1f}".format(*megabytes.values())
-    line = f"{row['name']:<9} {parts}; {statistics.median(row['seconds']):.2f} s a request"
+    line = f"{row['name']:<24} {parts}; {statistics.median(row['seconds']):.2f} s a request"
     line += f"; bounds checked {row['checks']}, violated {row['violations']}"
     return line + (f"; tokens equal to one host's: {row['equal_to_one_host']}" if "equal_to_one_host" in row else "")
 
@@ -301,7 +303,7 @@ def main() -> int:
     parser.add_argument("--rate", help="of the cable, each direction, e.g. 100mbit; default: not limited")
     parser.add_argument("--model", choices=list(MODELS), default="tiny", help="wide: layers of a real model's width")
     parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--compare", action="store_true", help="tokens with those of one host, too: twice the servers")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -311,7 +313,7 @@ def main() -> int:
     model = ROOT / "build" / "models" / f"{options.model}-qwen3-vl-moe"
     tiny_models.ensure(model, "qwen3_vl_moe", **MODELS[options.model])
     rows = []
-    for name in options.cases.split(","):
+    for name in options.cases:
         rows.append(measured(options, model, name))
         print(summary(rows[-1]), flush=True)
     if options.out:

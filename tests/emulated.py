@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ FLAGS = [
     "-fno-gnu-unique",  # static and thread-local variables are each library's own
     *["-Wall", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-U_FORTIFY_SOURCE"],
 ]
+# Only the calls before each access: the emulator answers them, and the sanitizer's own library is not linked.
+WATCHED = ["-fsanitize=thread,alignment", "-g1"]
 
 
 class Failure(Exception):
@@ -52,6 +55,7 @@ class Library:
     """Emulated kernels and the machine they run on."""
 
     def __init__(self, path: Path, multiprocessors: int, max_cluster: int) -> None:
+        self.path = path
         self.cdll = ctypes.CDLL(str(path))
         self.cdll.emulator_device(multiprocessors, max_cluster)
         self.cdll.emulator_report.restype = ctypes.c_char_p
@@ -99,13 +103,32 @@ class Library:
     def _check(self, code: int) -> None:
         if code != 0:
             self.cdll.emulator_forget_error()
-            raise Failure(code, self.cdll.emulator_report().decode())
+            raise Failure(code, self._with_lines(self.cdll.emulator_report().decode()))
+
+    def _with_lines(self, report: str) -> str:
+        """Code addresses as source lines, inner ones first."""
+
+        def line_of(address: re.Match[str]) -> str:
+            command = ["addr2line", "-i", "-s", "-e", str(self.path), address[1]]
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            return " in ".join(line.split(" (")[0] for line in lines)
+
+        return re.sub("@(0x[0-9a-f]+)@", line_of, report)
 
 
 def build(
-    name: str, *sources: Path, defines: Sequence[str] = (), multiprocessors: int = 4, max_cluster: int = 8
+    name: str,
+    *sources: Path,
+    defines: Sequence[str] = (),
+    races: bool = False,
+    multiprocessors: int = 4,
+    max_cluster: int = 8,
 ) -> Library:
-    """Compiles the sources and the emulator into build/emulated, what has not changed only once."""
+    """Compiles the sources and the emulator into build/emulated, what has not changed only once.
+
+    `races`: every load and store of the sources is watched; a data race, a misaligned access or one that leaves the
+    dynamic shared memory is a failure. Slow: small cases.
+    """
     flags = [*FLAGS, *(f"-D{define}" for define in defines)]
     headers = hashlib.sha256()
     for folder in INCLUDE:
@@ -114,10 +137,11 @@ def build(
     BUILD.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        digest = hashlib.sha256(source.read_bytes() + " ".join(flags).encode() + headers.digest()).hexdigest()[:16]
+        own = [*flags, *(WATCHED if races and source in sources else [])]
+        digest = hashlib.sha256(source.read_bytes() + " ".join(own).encode() + headers.digest()).hexdigest()[:16]
         target = BUILD / f"{source.stem}-{digest}.o"
         if not target.exists():
-            _run(["g++", *flags, *(f"-I{folder}" for folder in INCLUDE), "-c", str(source)], target)
+            _run(["g++", *own, *(f"-I{folder}" for folder in INCLUDE), "-c", str(source)], target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -128,7 +152,9 @@ def build(
     target = BUILD / f"{name}-{digest}.so"
     if not target.exists():
         _run(["g++", "-shared", "-Wl,-z,defs", *map(str, objects)], target)
-    return Library(target, multiprocessors, max_cluster)
+    library = Library(target, multiprocessors, max_cluster)
+    library.cdll.emulator_find_races(races)
+    return library
 
 
 def _run(command: list[str], target: Path) -> None:

@@ -66,12 +66,15 @@ def test_comparing_nothing_is_an_error(tmp_path, counts):
         compared.figures()
 
 
-def test_figures_are_medians_over_both_ranks(tmp_path):
+def test_figures_are_over_both_ranks(tmp_path):
     compared = object.__new__(check_cost.PlannedOrNot)
     compared.server, compared.probe = Rank(30, 30), check_cost.Probe(tmp_path / "probe")
     for rank, times in enumerate(([[0.1], [1.0, 9.0]], [[0.3], [2.0]])):
-        (tmp_path / "probe" / f"spent-{rank}.json").write_text(json.dumps({"layer_ms": times}))
-    assert compared.figures() == {"layer_ms": {"left alone": pytest.approx(0.2), "planned": 2.0}}
+        spent = {"layer_ms": times, "layer_cpu_seconds": [0.1, 0.3], "cpu_seconds": [10.0 * (rank + 1), 99.0]}
+        (tmp_path / "probe" / f"spent-{rank}.json").write_text(json.dumps(spent))
+    found = compared.figures()
+    assert found["layer_ms"] == {"left alone": pytest.approx(0.2), "planned": 2.0}
+    assert found["plan_share"] == pytest.approx(0.4 / 30)
 
 
 def test_a_row_replaces_the_one_of_its_case(tmp_path):
@@ -82,7 +85,7 @@ def test_a_row_replaces_the_one_of_its_case(tmp_path):
 
 
 def test_bytes_on_the_cable_follow_from_the_counters(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 64, "num_experts": 8}}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 64, "num_local_experts": 8}}))
 
     def states(rows: int, plans: int) -> list[dict]:
         return [{"remote_rows": rows, "planned": plans, "config": {"buckets": 32}}] * 2

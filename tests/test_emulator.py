@@ -25,6 +25,13 @@ def numbers(n: int, low: int = -5, high: int = 6) -> torch.Tensor:
     return torch.randint(low, high, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(n))
 
 
+def grid_state() -> torch.Tensor:
+    """A GridState, aligned to 256 bytes as device memory is."""
+    words = torch.zeros(128, dtype=torch.int32)
+    first = -words.data_ptr() % 256 // 4
+    return words[first : first + 64]
+
+
 def block_sums(library: emulated.Library, variant: int = 0, blocks: int = 3) -> tuple[list[int], list[int]]:
     """What the kernel adds up, and the truth."""
     values = numbers(blocks * THREADS)
@@ -85,7 +92,7 @@ def test_collectives(examples):
 def test_grid_barrier(examples, seed):
     examples.configure(seed)
     blocks = 6
-    values, state = numbers(blocks), torch.zeros(64, dtype=torch.int32)
+    values, state = numbers(blocks), grid_state()
     out = torch.empty(3, blocks, dtype=torch.int32)
     examples("run_grid_exchange", values, out, state, blocks)
     total = int(values.sum())
@@ -208,6 +215,76 @@ def test_a_launch_that_a_device_would_refuse_is_refused(examples):
     out = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(emulated.Failure, match="refused before the launch"):
         examples("run_cluster_sum", out, out, 16, 16)
+
+
+# ---- Races ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched() -> emulated.Library:
+    """The same kernels, every access watched."""
+    return emulated.build("examples_watched", emulated.EMULATOR / "examples.cu", races=True)
+
+
+def reverse(library: emulated.Library, variant: int) -> None:
+    values, out = numbers(THREADS), torch.empty(THREADS, dtype=torch.int32)
+    library("run_reverse", values, out, variant)
+    assert torch.equal(out, values.view(-1, WARP).flip(1).flatten())
+
+
+def grid_exchange(library: emulated.Library) -> None:
+    library("run_grid_exchange", numbers(6), torch.empty(3, 6, dtype=torch.int32), grid_state(), 6)
+
+
+ORDERED = {
+    "block_sum": block_sums,
+    "grid_exchange": grid_exchange,
+    "peers": lambda library: Peers(library).run(0, 1),
+    "peers_by_fences": lambda library: Peers(library).run(0, 1, variant=5),
+    "dependents": lambda library: appended(library, 0),
+    "syncwarp": lambda library: reverse(library, 0),
+}
+# What each does and where the other access is.
+RACES = {
+    "missing_barrier": (lambda library: block_sums(library, variant=1), "reads at|writes at"),
+    "flag_before_data": (lambda library: Peers(library).run(0, 1, variant=1), "reads at|writes at"),
+    "missing_release": (lambda library: Peers(library).run(0, 1, variant=3), "reads at"),
+    "missing_acquire": (lambda library: Peers(library).run(0, 1, variant=4), "reads at"),
+    "constant_path": (lambda library: Peers(library).run(0, 1, variant=6), "as what nobody writes during the launch"),
+    "missing_wait": (lambda library: appended(library, 1), "reads at|writes at"),
+    "shuffle_as_barrier": (lambda library: reverse(library, 1), "reads at|writes at"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_ordered_accesses_are_no_race(watched, name):
+    for seed in range(5):
+        watched.configure(seed)
+        ORDERED[name](watched)
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found_whatever_the_schedule(watched, name):
+    run, report = RACES[name]
+    for seed in range(5):
+        watched.configure(seed)
+        with pytest.raises(emulated.Failure, match=rf"race: launch \d+(.|\n)*({report})(.|\n)*examples.cu:\d+"):
+            run(watched)
+
+
+@pytest.mark.parametrize(
+    ("variant", "report"),
+    [
+        (6, r"leaves its dynamic shared memory at examples.cu:"),
+        (7, r"misaligned: (.|\n)*4 past a multiple of 16 at .*:"),
+    ],
+)
+def test_watched_accesses_are_aligned_and_in_bounds(watched, variant, report):
+    with pytest.raises(emulated.Failure, match=report):
+        watched("run_misuse", torch.zeros(THREADS, dtype=torch.int32), variant)
+
+
+# ---- Formats --------------------------------------------------------------------------------------------------------
 
 
 def awkward_floats() -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 import cases
 import emulated
+import kernels_c as c
 import pytest
 import torch
-from gpu import kernels_c as c
 from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
 
 from sglang_macs import ops

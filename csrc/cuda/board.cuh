@@ -50,11 +50,8 @@ struct Flagged {
   int units;
   unsigned flag;
 };
-#ifndef MACS_FLAGGED_SUMS
-#define MACS_FLAGGED_SUMS 1
-#endif
 // With more bounds the flags would be more traffic than a barrier.
-constexpr int kMaxFlaggedBounds = MACS_FLAGGED_SUMS ? 32 : 0;
+constexpr int kMaxFlaggedBounds = 32;
 
 // Scratch in device memory, behind the GridState.
 struct Scratch {

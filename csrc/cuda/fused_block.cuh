@@ -23,7 +23,7 @@ constexpr int kFusedThreads = 512;
 constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts in one pass over the group
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for entropies, then one per proposal round
+constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for entropies, 2 for cuts, then one per proposal round
 constexpr int kMaxFusedRerouteRounds = 60;
 
 enum class Flags : int { kAssignments = 0, kCounts = 1, kRows = 2, kOutputs = 3 };
@@ -63,7 +63,7 @@ struct FusedDesk {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int num_over, homeless;
+  int num_over, any_over, homeless;  // bounds exceeded (of this block's share); whether any is; slots
 };
 
 struct FusedArgs {
@@ -110,6 +110,13 @@ struct FusedBlock {
     return own<uint32_t>(p.layout.entries) + static_cast<int64_t>(source) * p.shape.max_tokens * p.shape.top_k;
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {at<uint32_t>(args.desk.entries)[slot]}; }
+
+  // What the clock says at a stage, for whoever looks for microseconds.
+  __device__ __forceinline__ void stamp(int stage) const {
+#ifdef MACS_STAMPS
+    if (threadIdx.x == 0) own<uint64_t>(p.layout.stamps)[block * kStamps + stage] = clock_cycles();
+#endif
+  }
 
   // Where `block` of `source` signals in a region.
   __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {

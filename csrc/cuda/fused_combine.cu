@@ -10,6 +10,7 @@
 //              assignments; those come behind that rank's combine.
 #include <cuda_bf16.h>
 
+#include "clip_threshold.cuh"
 #include "entropy.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
@@ -42,28 +43,40 @@ struct CombineBlock {
   }
 };
 
-// The rows that this rank's experts have worked on, into its region; a warp a row.
-__device__ inline void copy_outputs(const CombineBlock& b) {
-  const FusedShape& s = b.p.shape;
-  const int lane = threadIdx.x % kWarp, vectors = s.hidden_size / 8;
-  const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp, num_warps = gridDim.x * kWarps;
-  const int32_t *received = b.own<int32_t>(b.p.layout.received), *starts = b.own<int32_t>(b.p.layout.starts);
-  int passed = 0;  // rows of the experts before, so that warps go on where the last expert left off
-  for (int j = 0; j < s.num_experts / s.num_ranks; ++j) {
-    const int rows = __ldcg(received + j), start = __ldcg(starts + j);
-    for (int i = (warp - passed % num_warps + num_warps) % num_warps; i < rows; i += num_warps) {
-      const int64_t at = static_cast<int64_t>(start + i) * vectors;
-      const uint4* const from = static_cast<const uint4*>(b.me.outputs) + at;
-      uint4* const to = b.own<uint4>(b.p.layout.outputs) + at;
-#pragma unroll 4
-      for (int v = lane; v < vectors; v += kWarp) to[v] = load_streaming(from + v);
+// Which expert each of this rank's rows is of: `before` [E_l + 1] rows of the experts before, in shared memory.
+__device__ inline void sum_received(const CombineBlock& b, int* before) {
+  const int local = b.p.shape.num_experts / b.p.shape.num_ranks, lane = threadIdx.x % kWarp;
+  if (threadIdx.x < kWarp) {
+    int sum = 0;
+    for (int base = 0; base < local; base += kWarp) {
+      const int j = base + lane, rows = j < local ? __ldcg(b.own<int32_t>(b.p.layout.received) + j) : 0;
+      const int upto = sum + warp_inclusive_sum(rows);
+      if (j < local) before[j + 1] = upto;
+      sum = __shfl_sync(kFullMask, upto, kWarp - 1);
     }
-    passed += rows;
+    if (lane == 0) before[0] = 0;
+  }
+  __syncthreads();
+}
+
+// The rows that this rank's experts have worked on, into its region; a warp a row.
+__device__ inline void copy_outputs(const CombineBlock& b, int* before) {
+  const int local = b.p.shape.num_experts / b.p.shape.num_ranks, vectors = b.p.shape.hidden_size / 8;
+  const int lane = threadIdx.x % kWarp, num_warps = gridDim.x * kWarps;
+  sum_received(b, before);
+  int expert = 0;
+  for (int i = blockIdx.x * kWarps + threadIdx.x / kWarp; i < before[local]; i += num_warps) {
+    while (before[expert + 1] <= i) ++expert;
+    const int row = __ldcg(b.own<int32_t>(b.p.layout.starts) + expert) + i - before[expert];
+    const uint4* const from = static_cast<const uint4*>(b.me.outputs) + static_cast<int64_t>(row) * vectors;
+    uint4* const to = b.own<uint4>(b.p.layout.outputs) + static_cast<int64_t>(row) * vectors;
+#pragma unroll 8
+    for (int v = lane; v < vectors; v += kWarp) to[v] = load_streaming(from + v);
   }
 }
 
 __device__ inline void offer_outputs(const CombineBlock& b) {
-  if (b.me.outputs != nullptr) copy_outputs(b);
+  if (b.me.outputs != nullptr) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
   __syncthreads();
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
     b.peers.signal(peer, b.flag(b.me.rank, blockIdx.x), b.patience.round);
@@ -146,7 +159,12 @@ cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t strea
       s.num_blocks > kMaxFusedBlocks || p.launched < 1 || p.launched > s.num_ranks) {
     return cudaErrorInvalidValue;
   }
-  const Shape shape = {.grid = s.num_blocks, .block = kThreads, .rows = p.launched, .cooperative = true};
+  const size_t shared_bytes = (s.num_experts / s.num_ranks + 1) * sizeof(int);
+  const Shape shape = {.grid = s.num_blocks,
+                       .block = kThreads,
+                       .rows = p.launched,
+                       .shared_bytes = shared_bytes,
+                       .cooperative = true};
   return launch(fused_combine_kernel, shape, p, stream);
 }
 

@@ -82,9 +82,18 @@ __device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert) 
                                  : b.at<int>(b.args.desk.group_units)[expert];
 }
 
+constexpr int kExceeded = -1;  // as room: the cut is yet to be found
+
+__device__ __forceinline__ RawCut load_cut(const RawCut* from) {
+  RawCut cut;
+  cut.cut = __ldcg(&from->cut);
+  cut.kept = {__ldcg(&from->kept.group), __ldcg(&from->kept.own)};
+  return cut;
+}
+
 __device__ __forceinline__ void set_bound(const FusedBlock& b, int n, int units, int bound) {
   const bool over = units > bound;
-  b.at<RawCut>(b.args.desk.raw)[n] = {make_int4(-1, 0, over ? 0 : bound - units, bound), {0, 0}};
+  b.at<RawCut>(b.args.desk.raw)[n] = {make_int4(-1, 0, over ? kExceeded : bound - units, bound), {0, 0}};
   const int place = over ? atomicAdd(&b.scalars().num_over, 1) : -1;
   b.at<int>(b.args.desk.place)[n] = place;
   if (over) b.at<int>(b.args.desk.over)[place] = n;
@@ -108,6 +117,7 @@ __device__ inline bool find_exceeded(const FusedBlock& b, const Capacity& capaci
     }
   }
   __syncthreads();
+  if (threadIdx.x == 0) b.scalars().any_over = b.scalars().num_over;
   return b.scalars().num_over > 0;
 }
 
@@ -129,39 +139,76 @@ __device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& 
                   b.p.bucket_bits);
 }
 
-// Where each exceeded bound cuts its levels, a few bounds per pass over the group; then the room that this rank has.
-__device__ inline void find_cuts(const FusedBlock& b) {
+// Where the bounds over[first] ... cut their levels, up to kCutsAtOnce of them in one pass over the group.
+__device__ inline void cut_some(const FusedBlock& b, int first) {
   const ClipThresholdParams& t = b.args.threshold;
   const int num_levels = 2 * num_buckets(t.bucket_bits), num_over = b.scalars().num_over;
   int* const levels = b.at<int>(b.args.desk.levels);
   const int *over = b.at<int>(b.args.desk.over), *place = b.at<int>(b.args.desk.place);
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
-  for (int first = 0; first < num_over; first += kCutsAtOnce) {
-    for (int i = threadIdx.x; i < kCutsAtOnce * 2 * num_levels; i += kFusedThreads) levels[i] = 0;
-    __syncthreads();
-    for_each_of_group(b, [&](const Entry& entry, int source) {
-      const int at = place[b.bound_of()[entry.expert()]] - first;
-      if (at < 0 || at >= kCutsAtOnce) return;
-      int* const group = levels + at * 2 * num_levels;
-      const int level = level_of_entry(b, entry), units = entry.units(t.load);
-      atomicAdd(group + level, units);
-      if (source == b.me.rank) atomicAdd(group + num_levels + level, units);
-    });
-    __syncthreads();
-    if (b.warp < kCutsAtOnce && first + b.warp < num_over) {
-      int* const group = levels + b.warp * 2 * num_levels;
-      const int n = over[first + b.warp], bound = raw[n].cut.w;
-      const Cut cut = warp_find_cut<16>({group, group + num_levels}, num_levels, bound);
-      if (b.lane == 0) raw[n] = RawCut::of(cut, bound);
-    }
-    __syncthreads();
+  for (int i = threadIdx.x; i < kCutsAtOnce * 2 * num_levels; i += kFusedThreads) levels[i] = 0;
+  __syncthreads();
+  for_each_of_group(b, [&](const Entry& entry, int source) {
+    const int at = place[b.bound_of()[entry.expert()]] - first;
+    if (at < 0 || at >= kCutsAtOnce) return;
+    int* const group = levels + at * 2 * num_levels;
+    const int level = level_of_entry(b, entry), units = entry.units(t.load);
+    atomicAdd(group + level, units);
+    if (source == b.me.rank) atomicAdd(group + num_levels + level, units);
+  });
+  __syncthreads();
+  if (b.warp < kCutsAtOnce && first + b.warp < num_over) {
+    int* const group = levels + b.warp * 2 * num_levels;
+    const int n = over[first + b.warp], bound = raw[n].cut.w;
+    const Cut cut = warp_find_cut<16>({group, group + num_levels}, num_levels, bound);
+    __syncwarp();  // all lanes have read the bound
+    if (b.lane == 0) raw[n] = RawCut::of(cut, bound);
+  }
+  __syncthreads();
+}
+
+// Of many bounds a block finds the cuts of its own share, and the rank's blocks tell each other. False: one did not.
+__device__ inline bool cut_shared(const FusedBlock& b) {
+  int* const place = b.at<int>(b.args.desk.place);
+  int* const over = b.at<int>(b.args.desk.over);
+  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
+  RawCut* const cuts = b.own<RawCut>(b.p.layout.cuts);
+  if (threadIdx.x == 0) b.scalars().num_over = 0;
+  __syncthreads();
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
+    if (place[n] < 0) continue;
+    const bool mine = n % b.num_blocks == b.block;
+    place[n] = mine ? atomicAdd(&b.scalars().num_over, 1) : -1;
+    if (mine) over[place[n]] = n;
+  }
+  __syncthreads();
+  for (int first = 0; first < b.scalars().num_over; first += kCutsAtOnce) cut_some(b, first);
+  for (int i = threadIdx.x; i < b.scalars().num_over; i += kFusedThreads) cuts[over[i]] = raw[over[i]];
+  if (!b.barrier(2, Fault::kCuts)) return false;
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
+    if (raw[n].cut.z == kExceeded) raw[n] = load_cut(cuts + n);
+  }
+  __syncthreads();
+  return true;
+}
+
+// The cuts of all exceeded bounds, then the room that this rank has.
+__device__ inline bool find_cuts(const FusedBlock& b) {
+  const ClipThresholdParams& t = b.args.threshold;
+  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
+  int* const room = b.at<int>(b.args.desk.room);
+  if (b.scalars().num_over <= kCutsAtOnce) {
+    cut_some(b, 0);
+  } else if (!cut_shared(b)) {
+    return false;
   }
   const int pools = t.reroute == Reroute::kLocal ? t.num_ranks : 1, pool_size = b.args.bounds / pools;
   for (int pool = b.warp; pool < pools; pool += kFusedWarps) {
-    warp_share_rooms(t, raw, pool * pool_size, (pool + 1) * pool_size, b.at<int>(b.args.desk.room));
+    warp_share_rooms(t, raw, pool * pool_size, (pool + 1) * pool_size, room);
   }
   __syncthreads();
-  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = b.at<int>(b.args.desk.room)[n];
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = room[n];
+  return true;
 }
 
 // The own assignments that this warp walks over, 32 at a time.
@@ -313,7 +360,7 @@ __device__ inline bool reroute_own(const FusedBlock& b) {
   for (int round = 0; round < b.p.reroute_rounds; ++round) {
     int32_t* const wanted = b.own<int32_t>(b.p.layout.wanted) + (round & 1) * b.p.shape.max_tokens * b.p.shape.top_k;
     propose<kKeys>(b, wanted);
-    if (!b.barrier(2 + round, Fault::kProposals)) return false;
+    if (!b.barrier(3 + round, Fault::kProposals)) return false;
     if (!accept(b, wanted)) return true;  // who found no candidate will find none later
   }
   return true;

@@ -173,21 +173,27 @@ __device__ inline bool hear_assignments(const FusedBlock& b) {
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline bool decide(const FusedBlock& b) {
+  b.stamp(5);
   keep_own_entries(b);
   if (!count_group(b)) return false;
+  b.stamp(6);
   const int* const sums = b.scalars().sums;
   const Capacity capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
   const bool cuts = find_exceeded(b, capacity);
   if (cuts) {
     find_shifts(b, capacity);
-    find_cuts(b);
+    if (!find_cuts(b)) return false;
+    b.stamp(7);
     clip_own(b);
+    b.stamp(8);
     if (!reroute_own<kKeys>(b)) return false;
   } else {
     keep_all(b);
   }
+  b.stamp(9);
   count_own(b);
   if (cuts && !exchange_counts(b)) return false;
+  b.stamp(10);
   return place_experts(b);
 }
 
@@ -208,13 +214,16 @@ __device__ inline void drop_tokens(const FusedBlock& b) {
 // All tokens of the block, as many at a time as shared memory holds; the first of them lie there already.
 template <int kVectors, bool kExact>
 __device__ __forceinline__ void send(const FusedBlock& b) {
+  b.stamp(11);
   find_destinations(b);
+  b.stamp(12);
   for (int begin = b.first; begin < b.end; begin += b.args.staged_rows) {
     const int end = min(begin + b.args.staged_rows, b.end);
     if (begin > b.first) read_rows<kVectors, kExact>(b, begin, end, false, true);
     put_rows(b, begin, end);
   }
   b.signal_all(Flags::kRows);
+  b.stamp(13);
 }
 
 template <int kVectors, bool kExact, int kKeys>
@@ -223,6 +232,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   FusedBlock b(args, me, dynamic_shared());
   uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
   b.patience.round = __ldcg(round) + 1;
+  b.stamp(0);
   clear_tables(b);
   load_slots(b);
   const bool score = args.p.needs_entropy;
@@ -230,10 +240,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   read_rows<kVectors, kExact>(b, b.first, kept, score, true);
   // More rows than shared memory holds are scored now and read again when they are sent.
   if (score && kept < b.end) read_rows<kVectors, kExact>(b, kept, b.end, true, false);
+  b.stamp(1);
   bool ok = !score || b.barrier(1, Fault::kEntropies);
+  b.stamp(2);
   if (ok) {
     weigh_tokens(b);
+    b.stamp(3);
     tell_assignments(b);
+    b.stamp(4);
     ok = hear_assignments(b) && decide<kKeys>(b);
   }
   if (ok) {
@@ -245,9 +259,11 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   if (ok && b.block == b.num_blocks - 1) write_counts(b);
   if (b.block != 0) return;
   write_received(b, ok);
+  b.stamp(14);
   if (ok && args.p.phase == Phase::kBoth && !b.await_all(Flags::kRows, b.num_blocks, Fault::kRows)) {
     write_received(b, false);
   }
+  b.stamp(15);
   if (threadIdx.x == 0) *round = b.patience.round;  // all blocks have read it: they took part in what is behind us
 }
 

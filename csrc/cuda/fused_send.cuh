@@ -177,7 +177,7 @@ __device__ inline void write_counts(const FusedBlock& b) {
   const RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     int4 cut = raw[n].cut;
-    if (b.scalars().num_over == 0) cut.z = 0;  // nobody needs room
+    if (!b.scalars().any_over) cut.z = 0;  // nobody needs room
     reinterpret_cast<int4*>(b.me.cut)[n] = cut;
   }
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];

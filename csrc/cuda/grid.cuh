@@ -33,8 +33,8 @@ class Grid {
   __device__ __forceinline__ void leave() {
     if (threadIdx.x != 0) return;
     if (atomicAdd(&state_->left, 1u) == gridDim.x - 1) {
-      state_->arrived = 0;
-      state_->left = 0;
+      store_relaxed_sys(&state_->arrived, 0);  // others may still be polling it, as far as the memory model knows
+      store_relaxed_sys(&state_->left, 0);
     }
   }
 

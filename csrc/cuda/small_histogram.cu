@@ -24,10 +24,6 @@ constexpr int kRowWarps = 4;   // of a row
 constexpr int kRowsAhead = 2;  // rows of a team of warps, loaded at once
 constexpr int kMaxTokens = 256;
 constexpr int kMinCluster = 8;
-#ifndef MACS_LATE_CLEAR
-#define MACS_LATE_CLEAR 1
-#endif
-constexpr bool kLateClear = MACS_LATE_CLEAR;  // the cells' clearing has a cluster barrier of its own
 
 struct SmallHistogramArgs {
   EntropyScoreParams score;
@@ -119,13 +115,12 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
     slot.gate = __ldg(in.topk_weights + slot.token * in.top_k + lane);
   }
   const int own_segment = threadIdx.x < num_tokens ? __ldg(score.segment + threadIdx.x) : -1;
-  if (!kLateClear) zero_all(args.zero);
+  zero_all(args.zero);
   if (threadIdx.x == 0) {
     inbox.init();
     inbox.expect(num_tokens * static_cast<int>(sizeof(float)));
   }
-  cluster_arrive();  // the inboxes are there
-  if (kLateClear) zero_all(args.zero);
+  cluster_arrive();  // the cells are clear, the inboxes there
   if (threadIdx.x < kNumSums) block_sums[threadIdx.x] = 0;
   if (threadIdx.x < num_tokens) batch.segment[threadIdx.x] = own_segment;
   __syncthreads();
@@ -147,7 +142,6 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   }
   __syncthreads();
   cluster_wait();
-  if (kLateClear) cluster_arrive();  // the cells are clear: by now their stores have been answered
   if (has_token) {
     const float entropy = slot.text() ? 0.0f : entropy_of_parts<kRowWarps>(parts[warp]);
     if (lane < num_blocks) inbox.send(lane, batch.entropy + slot.token, __float_as_uint(entropy));
@@ -157,9 +151,6 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
       const SegmentMoments moments = moments_of(sums_of(batch, num_tokens, members, count), inverse_count);
       slot.weight = weight_of(entropy, moments, args.weight.delta);
     }
-  }
-  if (kLateClear) cluster_wait();
-  if (has_token) {
     add_to_cell(args.histogram, slot);
     if (lane == 0) args.weight.weight[slot.token] = slot.weight;
     add_sums(slot, block_sums);

@@ -10,7 +10,7 @@ import ctypes
 FORMATS = ("bfloat16", "fp8", "fp8_power_of_two", "fp8_ue8m0")
 BOTH, SEND, RECEIVE = range(3)  # Phase
 FAULTS = (
-    "none", "entropies", "assignments", "proposals", "counts", "rows", "outputs",
+    "none", "entropies", "assignments", "cuts", "proposals", "counts", "rows", "outputs",
     "bad tokens", "bad expert", "bad count", "overflow",
 )  # fmt: skip
 MAX_PEERS = 16
@@ -36,7 +36,7 @@ class FusedShape(ctypes.Structure):
 class FusedLayout(ctypes.Structure):
     _fields_ = _fields(
         _i64,
-        "flags tokens entries counts rows scales outputs sources barrier entropy wanted positions received starts round"
+        "flags tokens entries counts rows scales outputs sources barrier entropy cuts wanted positions received starts round stamps"
         " status bytes",
     )
 

@@ -67,19 +67,19 @@ def steps(out: Path, commit: str) -> list[Step]:
     bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
     check = script("check_kernels", "--check-only", "--large", "--jobs", "8")
     kernels, extension, models = ("build-kernels",), ("build-extension",), ("build-extension", "build-models")
+    both = (*kernels, *extension)
     cuda, triton = {"MACS_CUDA_BACKEND": "cuda"}, {"MACS_CUDA_BACKEND": "triton"}
     return [
         Step("build-extension", ["bash", "-c", BUILD], 240),
-        Step("build-kernels", script("time_variants", "--build-only"), 180),
+        Step("build-kernels", script("kernels_c", "16"), 120),
         Step("build-models", script("serve_check", "--build-only", "--launch", *CHECKED, "2 ranks, one GPU"), 240),
         # What is timed, one after the other on a GPU.
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
-        Step("time-variants", script("time_variants", result="variants.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
-        Step("fused", script("check_fused", result="fused.json"), 240, 1, True, extension),
+        Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
         Step("overhead-2", script("overhead", "--ranks", "2", result="overhead_2.json"), 240, 2, True, extension),
-        Step("fused-2", script("check_fused", "--processes", "2", result="fused_2.json"), 240, 2, True, extension),
+        Step("fused-2", script("check_fused", "--processes", "2", result="fused_2.json"), 240, 2, True, both),
         # What is only right or wrong, all at once.
         Step("bench", bench, 560, 2, False, models, at_go=True),
         Step("serve", serve, 420, 2, False, models),

@@ -1,8 +1,9 @@
 """The plan with and without each compile-time switch of the kernels, in one process: same bits, and how fast.
 
-    python3 scripts/gpu/time_variants.py --out FILE
+    python3 scripts/gpu/time_variants.py --out FILE --macros MACS_NEW_WAY=0 ...
 
-Each variant is a library of its own (kernels_c.build). They take turns, the unchanged kernels with them, so that two
+A switch lives while two versions stand against each other: `#ifndef MACS_NEW_WAY`, `#define MACS_NEW_WAY 1`. Each
+variant is a library of its own (kernels_c.build). They take turns, the unchanged kernels with them, so that two
 rows of the same variant say what is noise.
 """
 
@@ -19,11 +20,6 @@ import torch
 from kernel_case import Config, Run, make_inputs
 from time_kernels import HOT, graph_us
 
-VARIANTS = {
-    "as is": (),
-    "sums behind a barrier": ("MACS_FLAGGED_SUMS=0",),
-    "cells cleared first": ("MACS_LATE_CLEAR=0",),
-}
 TURNS = 3
 CASES = [
     Config(T=32, hot=HOT), Config(T=128, hot=HOT), Config(T=128, H=7168, hot=HOT), Config(T=256, hot=HOT),
@@ -80,21 +76,22 @@ def show(row: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser, required=False)
+    parser.add_argument("--macros", nargs="*", default=[], metavar="NAME=VALUE", help="each makes a variant")
     parser.add_argument("--build-only", action="store_true", help="compile all variants and end (no GPU needed)")
     options = parser.parse_args()
-    with ThreadPoolExecutor(len(VARIANTS)) as pool:
-        list(
-            pool.map(lambda macros: c.build(max(1, (os.cpu_count() or 1) // len(VARIANTS)), macros), VARIANTS.values())
-        )
+    variants = {"as is": (), **{macro: (macro,) for macro in options.macros}}
+    with ThreadPoolExecutor(len(variants)) as pool:
+        jobs = max(1, (os.cpu_count() or 1) // len(variants))
+        list(pool.map(lambda macros: c.build(jobs, macros), variants.values()))
     if options.build_only:
         return 0
     if options.out is None:
         parser.error("--out is needed")
-    libraries = {name: c.Kernels(macros) for name, macros in VARIANTS.items()}
+    libraries = {name: c.Kernels(macros) for name, macros in variants.items()}
     rows = []
     for config in CASES:
         rows += measure(config, libraries)
-        for row in rows[-len(VARIANTS) :]:
+        for row in rows[-len(variants) :]:
             show(row)
         torch.cuda.empty_cache()
         result_file.write(options.out, rows, commit=options.commit)

@@ -63,15 +63,11 @@ STRESS = (0.5, 0.7, 0.85)  # below the mean: where methods part
 RESAMPLES = 2000
 SWEPT_AT = 0.7
 IMPORTANCE_AT = (0.7, 1.0, 1.05)
-# Sweeps of the default preset and of the paper's, one option at a time.
+# Sweeps, one option at a time: by importance, the preset and its options.
 SWEEPS = {
-    "rank": {
-        "delta": (0.0, 0.5, 1.0, 2.0, 4.0),
-        "alpha": (0.0, 0.5, 1.0, 2.0, 4.0),
-        "reroute_rounds": (1, 2, 4, 8),
-        "buckets": (32, 64, 128, 256),
-    },
-    "paper": {"rho": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 1.0, 4.0)},
+    "entropy_gate": ("rank", {"delta": (0.0, 0.5, 1.0, 2.0, 4.0), "alpha": (0.0, 0.5, 1.0, 2.0, 4.0)}),
+    "gate": ("rank", {"alpha": (0.0, 1.0, 4.0), "reroute_rounds": (1, 4, 8), "buckets": (32, 128, 256)}),
+    "entropy": ("paper", {"rho": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 1.0, 4.0)}),
 }
 
 
@@ -438,8 +434,8 @@ def table_of(found: Findings) -> dict:
     statistics = Statistics(found.seeds, found.mixes, found.right, found.asked)
     rows = []
     for (name, bound), tally in found.tallies.items():
-        reference = found.tallies.get(("rank", bound))
-        rows.append(row_of(name, bound, tally, statistics, reference if name != "rank" else None))
+        reference = found.tallies.get((lab_methods.DEFAULT, bound)) if name != lab_methods.DEFAULT else None
+        rows.append(row_of(name, bound, tally, statistics, reference))
     mastered = [t for t, m in zip(statistics.tasks, statistics.mastered, strict=True) if m]
     return {
         "batches": len(found.seeds),
@@ -464,12 +460,13 @@ def merged(shards: Sequence[dict]) -> dict:
 
 def sweep_plans(modality: dict, scoring: str) -> list[tuple[Method, float]]:
     """One option of a preset at a time."""
-    plans = [(Method("rank", lab_methods.WithPlan({}, modality, scoring=scoring)), SWEPT_AT)]
-    for preset, options in SWEEPS.items():
+    plans = []
+    for importance, (preset, options) in SWEEPS.items():
         for option, values in options.items():
             for value in values:
-                made = lab_methods.WithPlan({"preset": preset, option: value}, modality, scoring=scoring)
-                plans.append((Method(f"{preset} {option}={value}", made), SWEPT_AT))
+                made = {"preset": preset, "importance": importance, option: value}
+                name = f"{'paper' if preset == 'paper' else importance} {option}={value}"
+                plans.append((Method(name, lab_methods.WithPlan(made, modality, scoring=scoring)), SWEPT_AT))
     return plans
 
 
@@ -493,13 +490,14 @@ def importance_plans(
     }
     plans = []
     for bound in bounds:
-        plans.append((Method("rank", lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)), bound))
+        made = lab_methods.WithPlan({"importance": "entropy_gate"}, modality, scoring=model.arch.scoring)
+        plans.append((Method("entropy_gate", made), bound))
         for name, measure in measures.items():
             for suffix, options in changes.items():
                 made = lab_methods.WithPlan(options, modality, measure, model.arch.scoring)
                 plans.append((Method(name + suffix, made), bound))
-        for name, slope in (("rank, tighter early", 0.05), ("rank, tighter late", -0.05)):
-            inner = lab_methods.WithPlan({}, modality, scoring=model.arch.scoring)
+        for name, slope in (("gate, tighter early", 0.05), ("gate, tighter late", -0.05)):
+            inner = lab_methods.WithPlan({"importance": "gate"}, modality, scoring=model.arch.scoring)
             made = lab_methods.ByLayer(inner, slope, model.arch.layers)
             plans.append((Method(name, made, acts_above_bound_only=False), bound))
     return plans

@@ -298,21 +298,23 @@ class ByMeanNorm:
 # -- the list ------------------------------------------------------------------------------------------------------
 
 CAI = {"preset": "cai"}
-RANK_OPTIONS = {
-    "rank": ({}, "the default preset"),
-    "rank -entropy": ({"importance": "gate", "delta": 0.0}, "gives up the lowest gate"),
-    "rank -gate": ({"importance": "entropy"}, "gives up the lowest entropy weight"),
-    "rank -pressure": ({"alpha": 0.0}, "an overloaded expert loses no importance"),
-    "rank -protection": ({"protect_text": False}, "text and visual by one order"),
-    "rank reroute=local": ({"reroute": "local"}, "only within the rank"),
-    "rank -reroute": ({"reroute": "none"}, "drops all that is clipped"),
-    "rank -entropy -protection": (
-        {"importance": "gate", "delta": 0.0, "protect_text": False},
-        "gate alone, by one order",
-    ),
-    "rank -entropy -reroute": ({"importance": "gate", "delta": 0.0, "reroute": "none"}, "gate alone, drops"),
-    "rank exchange=local": ({"exchange": "local"}, "each source rank holds its own share"),
+# The preset `rank`, by its importance; each with one part off or changed.
+CHANGES = {
+    "": ({}, ""),
+    " -pressure": ({"alpha": 0.0}, "an overloaded expert loses no importance"),
+    " -protection": ({"protect_text": False}, "text and visual by one order"),
+    " -reroute": ({"reroute": "none"}, "drops all that is clipped"),
+    " reroute=local": ({"reroute": "local"}, "only within the rank"),
+    " exchange=local": ({"exchange": "local"}, "each source rank holds its own share"),
 }
+RANK_OPTIONS = {
+    importance + change: ({"preset": "rank", "importance": importance, **options}, note)
+    for importance in ("entropy_gate", "gate")
+    for change, (options, note) in CHANGES.items()
+}
+RANK_OPTIONS["gate -entropy"] = ({"preset": "rank", "importance": "gate", "delta": 0.0}, "nor in R_v")
+RANK_OPTIONS["entropy"] = ({"preset": "rank", "importance": "entropy"}, "entropy weight alone")
+DEFAULT = MacsConfig.from_preset(preset="rank").importance  # the method that the others are compared with
 EXPERT_OPTIONS = {
     "paper": ({"preset": "paper"}, "entropy-weighted load, re-routes within the rank"),
     "paper -reroute": ({"preset": "paper", "reroute": "none"}, "without re-routing"),

@@ -13,7 +13,8 @@ from lab_tasks import OCR_TASKS
 DOCS = ROOT / "docs"
 MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
 DRAWN = {
-    "rank": ("C3", "o-"),
+    "gate": ("C3", "o-"),
+    "entropy_gate": ("C6", "h-"),
     "paper": ("C0", "s-"),
     "cai": ("C7", "v--"),
     "cai expanded": ("C1", "^--"),
@@ -69,7 +70,7 @@ def with_interval(values: list[float]) -> str:
 def table(rows: list[dict]) -> str:
     """Methods at one bound, best first."""
     lines = [
-        "| method | kept, % (95 % interval) | more than `rank`, points | OCR, % | clipped / dropped, % | KL "
+        "| method | kept, % (95 % interval) | more than the default, points | OCR, % | clipped / dropped, % | KL "
         "| layer error | fullest rank, worst |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -103,16 +104,22 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def tables(result: dict) -> str:
-    """Everything between the marks of docs/quality.md."""
-    main, found = result["main"], []
+def summary(result: dict) -> str:
+    """What the tables below it are of."""
+    main = result["main"]
     unclipped = next(r for r in main["rows"] if r["bound"] is None)
-    found.append(
+    fullest = unclipped["max_rank_rows_after"]
+    return (
         f"{main['batches']} batches, {main['requests']} requests, {result['device']}, {result['dtype']}; unclipped: "
-        f"fullest rank {unclipped['max_rank_rows_after']['mean']:.2f} times the mean (a batch's worst layer, mean over "
-        f"batches), at most {unclipped['max_rank_rows_after']['worst']:.2f}. Tasks that count: "
-        f"{', '.join(main['mastered'])}."
+        f"fullest rank {fullest['mean']:.2f} times the mean (a batch's worst layer, mean over batches), at most "
+        f"{fullest['worst']:.2f}. Tasks that count: {', '.join(main['mastered'])}."
     )
+
+
+def tables(result: dict, second: dict | None) -> str:
+    """Everything between the marks of docs/quality.md; second: results of the other architecture."""
+    found = [summary(result)]
+    unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
     for bound in sorted({r["bound"] for r in rows_of(result)}):
         found.append(f"### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
     found.append(f"### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
@@ -123,6 +130,9 @@ def tables(result: dict) -> str:
                 f"### {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
             )
             found.append(f"{head}\n\n{sweep_table(rows) if part == 'sweeps' else table(rows)}")
+    if second is not None:
+        found.append(f"### The second architecture\n\n{summary(second)}")
+        found += [f"Bound {bound:g}:\n\n{table(rows_of(second, bound=bound))}" for bound in (1.0, 1.05)]
     return "\n\n".join(found)
 
 
@@ -137,10 +147,12 @@ def write_tables(text: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=DOCS / "results" / "quality.json")
+    parser.add_argument("--second", type=Path, default=DOCS / "results" / "quality_second.json")
     options = parser.parse_args()
     result = json.loads(options.json.read_text())
+    second = json.loads(options.second.read_text()) if options.second.exists() else None
     draw(result, DOCS / "quality.png")
-    write_tables(tables(result), DOCS / "quality.md")
+    write_tables(tables(result, second), DOCS / "quality.md")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ import torch
 import torch.nn.functional as F
 from lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
 from lab_model import EXPERTS_BY, Architecture, LabModel, Routing, initialise, scores
+from lab_muon import Muon
 from lab_tasks import JUDGED, NO_LABEL, TRAIN_MIX, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
 
 WARMUP_STEPS = 400
+DECAY = 0.1  # of weight matrices
 BALANCE = 0.0005  # weight of the usual balance loss, and what is added to it in layers over the target
 BALANCE_OVER, TARGET = 0.02, 1.8  # real models' fullest of 8 ranks has 1.27 to 1.95 times the mean
 
@@ -38,23 +40,21 @@ class Trainer:
     """Model, optimiser and one step; `step()` leaves its figures in `figures` [2 + layers]."""
 
     def __init__(
-        self, arch: Architecture, make: Maker, mix: dict, lr: float, seed: int, dtype: torch.dtype, experts_by: str
+        self,
+        arch: Architecture,
+        make: Maker,
+        mix: dict,
+        lr: float,
+        seed: int,
+        dtype: torch.dtype,
+        experts_by: str,
+        optimizer: str = "muon",
     ):
         self.device, self.dtype, self.make, self.mix, self.peak = make.device, dtype, make, mix, lr
         self.model = LabModel(arch)
         initialise(self.model, seed)
         self.model.to(self.device)
-        cuda = self.device.type == "cuda"
-        self.model.experts_by = experts_by
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and "embed" not in n]
-        others = [p for n, p in self.model.named_parameters() if p.ndim <= 1 or "embed" in n]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-            lr=torch.tensor(lr, device=self.device) if cuda else lr,
-            betas=(0.9, 0.98),
-            fused=cuda,
-            capturable=cuda,
-        )
+        self.optimizers = _optimizers(self.model, lr, optimizer, self.device)
         self.figures = torch.zeros(2 + arch.layers, device=self.device)  # answer loss, right tokens, imbalance by layer
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -62,8 +62,12 @@ class Trainer:
         if self.graph is not None:
             self.graph.replay()
             return
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._step()
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _step(self) -> None:
         groups = self.make.batch(self.mix)
@@ -80,7 +84,8 @@ class Trainer:
             imbalance.append(over_mean)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         with torch.no_grad():
             asked = labels != NO_LABEL
             right = ((flat.argmax(-1) == labels) & asked).sum() / asked.sum()
@@ -95,7 +100,7 @@ class Trainer:
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
@@ -104,11 +109,25 @@ class Trainer:
     def set_rate(self, step: int, progress: float) -> None:
         """Linear warm-up by steps, then a cosine over `progress` in [0, 1] down to 1 %."""
         rate = self.peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
-        for group in self.optimizer.param_groups:
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+def _optimizers(model: LabModel, lr: float, kind: str, device: torch.device) -> list[torch.optim.Optimizer]:
+    """Muon for matrices that map features to features, AdamW for all else; or ("adamw") AdamW for everything."""
+    cuda = device.type == "cuda"
+    named = list(model.named_parameters())
+    others = [p for n, p in named if p.ndim <= 1 or "embed" in n]
+    heads = [p for n, p in named if "lm_head" in n]
+    matrices = [p for n, p in named if p.ndim > 1 and "embed" not in n and "lm_head" not in n]
+    made = [Muon(matrices, torch.tensor(lr, device=device) if cuda else lr, DECAY)] if kind == "muon" else []
+    groups = [{"params": heads, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups += [{"params": matrices, "weight_decay": DECAY}] if kind == "adamw" else []
+    rate = torch.tensor(lr, device=device) if cuda else lr
+    return [*made, torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=cuda, capturable=cuda)]
 
 
 def _token_weights(labels: Tensor) -> Tensor:
@@ -212,6 +231,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--batch", type=float, default=1.0, help="times the samples of lab_tasks.TRAIN_MIX")
     parser.add_argument("--sizes", nargs="*", help="only these picture sizes")
     parser.add_argument("--tasks", nargs="*", help="only these tasks")
@@ -269,7 +289,7 @@ def make_trainer(options: argparse.Namespace, arch: Architecture, device: torch.
     }
     mix = {size: tasks for size, tasks in mix.items() if tasks}
     make = Maker(words, lab_material.load("train", device, options.material), "train")
-    trainer = Trainer(arch, make, mix, options.lr, options.seed, dtype, options.experts_by)
+    trainer = Trainer(arch, make, mix, options.lr, options.seed, dtype, options.experts_by, options.optimizer)
     if options.start_from:
         trainer.model.load_state_dict(lab_checkpoint.load(options.start_from, device).state_dict())
     trainer.set_rate(0, 0.0)
@@ -285,6 +305,7 @@ def meta_of(trainer: Trainer, options: argparse.Namespace) -> dict:
         "balance": [BALANCE, BALANCE_OVER, TARGET],
     }
     meta |= {"seed": options.seed, "lr": options.lr, "minutes": options.minutes, "experts_by": options.experts_by}
+    meta["optimizer"] = options.optimizer
     return {**meta, "device": name, "torch": torch.__version__}
 
 
@@ -312,7 +333,8 @@ def run(trainer: Trainer, batches: list, options: argparse.Namespace, meta: dict
                 torch.cuda.synchronize()  # the clock, and the host not far ahead
             if elapsed - printed > 10:
                 printed = elapsed
-                print_figures(trainer, step, elapsed)
+                if not print_figures(trainer, step, elapsed):
+                    start_again(options, budget - elapsed)
         if elapsed - judged > options.judge_every:
             judged = elapsed
             report(trainer, batches, options.out, log, step, elapsed, meta)
@@ -320,15 +342,24 @@ def run(trainer: Trainer, batches: list, options: argparse.Namespace, meta: dict
     os.rmdir(options.out / "new")
 
 
-def print_figures(trainer: Trainer, step: int, elapsed: float) -> None:
+def print_figures(trainer: Trainer, step: int, elapsed: float) -> bool:
+    """Of the latest step; whether its loss is finite."""
     loss, right, *over = trainer.figures.tolist()
     print(
         f"{elapsed:5.0f} s step {step} ({step / elapsed:.1f}/s) answer loss {loss:.3f}, right tokens "
         f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}",
         flush=True,
     )
-    if not math.isfinite(loss):
+    return math.isfinite(loss)
+
+
+def start_again(options: argparse.Namespace, seconds: float) -> None:
+    """After a loss that is not finite: anew with AdamW at half the rate, in the time that is left."""
+    less = ["--optimizer", "adamw", "--lr", str(options.lr / 2), "--minutes", f"{seconds / 60:.2f}"]
+    if options.optimizer == "adamw":
         raise SystemExit("the loss is not finite; lower --lr")
+    print(f"the loss is not finite; starting again with {' '.join(less)}", flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.argv, *less])
 
 
 if __name__ == "__main__":

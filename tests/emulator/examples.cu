@@ -52,6 +52,19 @@ __global__ void collectives(const __grid_constant__ Arguments args) {
   put(6, __syncthreads_count(value > 0));
 }
 
+// A warp turns its numbers around in shared memory. Variant 1 lets a shuffle stand for the barrier.
+__global__ void reverse(const __grid_constant__ Arguments args) {
+  __shared__ int numbers[kThreads];
+  const int lane = threadIdx.x % kWarp;
+  numbers[threadIdx.x] = args.in[threadIdx.x];
+  if (args.variant == 1) {
+    __shfl_sync(kFullMask, lane, 0);
+  } else {
+    __syncwarp();
+  }
+  args.out[threadIdx.x] = numbers[threadIdx.x - lane + kWarp - 1 - lane];
+}
+
 struct GridArguments {
   const int* in;
   int* out;
@@ -65,7 +78,8 @@ __global__ void grid_exchange(const __grid_constant__ GridArguments args) {
     int* const row = args.out + round * gridDim.x;
     if (threadIdx.x == 0) row[blockIdx.x] = round == 0 ? args.in[blockIdx.x] : 0;
     grid.barrier();
-    if (round > 0 && threadIdx.x < gridDim.x) atomicAdd(row + blockIdx.x, row[static_cast<int>(threadIdx.x - gridDim.x)]);
+    const int* const last = row - gridDim.x;
+    if (round > 0 && threadIdx.x < gridDim.x) atomicAdd(row + blockIdx.x, last[threadIdx.x]);
     __syncthreads();
   }
   grid.leave();
@@ -80,7 +94,8 @@ struct PeerArguments {
   uint64_t timeout_ns;
 };
 
-// Two ranks send each other a row. Variant 1 sets the flag before the data; 2 waits without end.
+// Two ranks send each other a row. Variant 1 sets the flag before the data; 2 waits without end; 3 does not release, 4
+// does not acquire; 5 does both by fences; 6 reads the row through the path for constants.
 __global__ void peer_exchange(const __grid_constant__ PeerArguments args) {
   __shared__ bool came;
   const int rank = args.rank, peer = 1 - rank;
@@ -88,16 +103,24 @@ __global__ void peer_exchange(const __grid_constant__ PeerArguments args) {
   args.data[peer * kThreads + threadIdx.x] = 100 * rank + static_cast<int>(threadIdx.x);
   __syncthreads();
   if (threadIdx.x == 0) {
-    store_release_sys(args.flags + peer, 1);
+    if (args.variant == 5) fence_acq_rel_sys();
+    if (args.variant == 3 || args.variant == 5) {
+      store_relaxed_sys(args.flags + peer, 1);
+    } else if (args.variant != 1) {
+      store_release_sys(args.flags + peer, 1);
+    }
     const uint64_t start = global_timer_ns();
     came = false;
     while (!came && (args.variant == 2 || global_timer_ns() - start < args.timeout_ns)) {
-      came = load_acquire_sys(args.flags + rank) != 0;
+      const uint32_t* const flag = args.flags + rank;
+      came = (args.variant == 4 || args.variant == 5 ? load_relaxed_sys(flag) : load_acquire_sys(flag)) != 0;
     }
+    if (args.variant == 5) fence_acq_rel_sys();
     args.fault[rank] = came ? 0 : 1;
   }
   __syncthreads();
-  args.out[rank * kThreads + threadIdx.x] = came ? args.data[rank * kThreads + threadIdx.x] : -1;
+  const int* const mine = args.data + rank * kThreads + threadIdx.x;
+  args.out[rank * kThreads + threadIdx.x] = !came ? -1 : (args.variant == 6 ? __ldg(mine) : *mine);
 }
 
 // One fault a variant.
@@ -121,6 +144,10 @@ __global__ void misuse(const __grid_constant__ Arguments args) {
     if (lane < 8) args.out[threadIdx.x] = __shfl_sync(0xffu, lane, 9);
   } else if (args.variant == 5) {
     __trap();
+  } else if (args.variant == 6) {  // behind the last byte of shared memory
+    reinterpret_cast<int*>(dynamic_shared())[256 + threadIdx.x] = 1;
+  } else if (args.variant == 7) {  // a vector across two
+    reinterpret_cast<int4*>(args.out + 1)[threadIdx.x / 8] = make_int4(1, 2, 3, 4);
   }
 }
 
@@ -164,8 +191,12 @@ EXPORT int run_block_sum(const int* in, int* out, int64_t blocks, int64_t varian
 EXPORT int run_collectives(const int* in, int* out, void* stream) {
   return run(collectives, Arguments{in, out, 0}, 1, 1, stream);
 }
+EXPORT int run_reverse(const int* in, int* out, int64_t variant, void* stream) {
+  return run(reverse, Arguments{in, out, static_cast<int>(variant)}, 1, 1, stream);
+}
 EXPORT int run_grid_exchange(const int* in, int* out, void* state, int64_t blocks, void* stream) {
-  return run(grid_exchange, GridArguments{in, out, static_cast<GridState*>(state)}, static_cast<int>(blocks), 1, stream);
+  const GridArguments args = {in, out, static_cast<GridState*>(state)};
+  return run(grid_exchange, args, static_cast<int>(blocks), 1, stream);
 }
 EXPORT int run_peer_exchange(uint32_t* flags, int* data, int* out, int* fault, int64_t rank, int64_t variant,
                              int64_t timeout_ns, void* stream) {

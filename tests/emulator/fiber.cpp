@@ -11,6 +11,7 @@ namespace emulator {
 namespace {
 
 constexpr int kStacksAtOnce = 256;
+constexpr size_t kMostKept = 8;  // times as many
 jmp_buf resumer;
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -18,8 +19,14 @@ size_t stride() { return Stacks::kBytes + page_bytes(); }
 
 }  // namespace
 
-Stacks::~Stacks() {
+void Stacks::unmap() {
   for (char* chunk : mapped_) munmap(chunk, kStacksAtOnce * stride());
+  mapped_.clear();
+  free_.clear();
+}
+
+void Stacks::trim() {
+  if (mapped_.size() > kMostKept) unmap();
 }
 
 char* Stacks::take() {

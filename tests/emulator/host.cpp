@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <utility>
 
 #include "cuda_runtime_api.h"
@@ -53,6 +52,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
@@ -60,6 +60,16 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unknown error";
 }
 
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  constexpr size_t kAlign = 256;
+  *memory = std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign);
+  return remember(*memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) { return cudaMemsetAsync(memory, value, bytes, nullptr); }
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
   emulator::Launch launch;
   launch.host = [=] { std::memset(memory, value, bytes); };
@@ -69,12 +79,23 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t 
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return run_now(); }
 cudaError_t cudaDeviceSynchronize() { return run_now(); }
 
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* memory) {
+  std::memcpy(handle->reserved, &memory, sizeof memory);
+  return cudaSuccess;
+}
+cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsigned) {
+  std::memcpy(memory, handle.reserved, sizeof *memory);
+  return cudaSuccess;
+}
+cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
+
 namespace emulator {
 
 std::string demangled(const char* name) {
   int status = 0;
-  const std::unique_ptr<char, decltype(&std::free)> text(abi::__cxa_demangle(name, nullptr, nullptr, &status), &std::free);
-  const std::string whole = status == 0 ? text.get() : name;
+  char* const text = abi::__cxa_demangle(name, nullptr, nullptr, &status);
+  const std::string whole = status == 0 ? text : name;
+  std::free(text);
   const size_t scope = whole.rfind("::");
   return scope == std::string::npos ? whole : whole.substr(scope + 2);
 }
@@ -126,6 +147,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
 EMULATOR_EXPORT void emulator_device(int multiprocessors, int max_cluster) {
   emulator::device() = {multiprocessors, max_cluster};
 }
+EMULATOR_EXPORT void emulator_find_races(int on) { emulator::find_races(on != 0); }
 EMULATOR_EXPORT void emulator_configure(uint64_t seed, int random, int preempt_one_in) {
   emulator::options() = {seed, random != 0, preempt_one_in};
 }

@@ -1,6 +1,7 @@
 #include "emulator/machine.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 namespace emulator {
@@ -14,8 +15,8 @@ Grid::Grid(Launch from) : launch(std::move(from)) { blocks_left = unreleased = n
 
 unsigned char* Block::dynamic_base() {
   constexpr uintptr_t kAlign = 128;
-  const uintptr_t at = reinterpret_cast<uintptr_t>(dynamic.data());
-  return dynamic.data() + (kAlign - at % kAlign) % kAlign;
+  const size_t room = (dynamic.size() - grid->launch.shared_bytes) / 2;
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(dynamic.data()) + room) / kAlign * kAlign);
 }
 
 int Block::rank() const {
@@ -78,6 +79,14 @@ void Machine::set_failure(const std::string& what) {
   if (failed) return;
   failed = true;
   report = what + "\n" + describe(resident);
+}
+
+void Machine::end_run(const std::string& failure) {
+  failed = true;
+  report = failure;
+  running->state = Thread::State::kWaiting;
+  leave();
+  std::abort();  // nobody resumes it
 }
 
 }  // namespace emulator

@@ -1,4 +1,6 @@
 // Reports: who waits for what, the threads of a block in the same place together.
+#include <cstdio>
+
 #include "emulator/machine.h"
 
 namespace emulator {
@@ -50,6 +52,12 @@ std::string describe(const Block& block) {
 std::string place(Where where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
+}
+
+std::string code(uint32_t offset) {
+  char text[32];
+  std::snprintf(text, sizeof text, "@0x%x@", offset);
+  return text;
 }
 
 std::string name_of(const Thread& thread) { return name_of(*thread.block) + ", thread " + brackets(thread.index); }

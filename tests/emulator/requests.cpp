@@ -1,6 +1,5 @@
 // What the thread that runs asks of the machine: barriers, collectives, spinning, clusters.
 #include <cstdio>
-#include <cstdlib>
 
 #include "emulator/machine.h"
 
@@ -36,9 +35,20 @@ void check_meeting(const Warp& warp, const Meeting& meeting, int lane, Where whe
   }
 }
 
+bool orders_memory(const char* what) { return std::strcmp(what, "__syncwarp") == 0; }
+
+std::vector<Thread*> lanes_of(Thread& thread, unsigned mask) {
+  std::vector<Thread*> lanes;
+  for (int lane = 0; lane < 32; ++lane) {
+    if ((mask >> lane & 1u) != 0) lanes.push_back(&thread - thread.lane() + lane);
+  }
+  return lanes;
+}
+
 }  // namespace
 
 Device& device() { return machine().device; }
+void find_races(bool on) { machine().races.on = on; }
 Options& options() { return machine().options; }
 const std::string& report() { return machine().report; }
 uint64_t steps() { return machine().steps; }
@@ -48,11 +58,8 @@ bool run_all() { return machine().run_all(); }
 void enqueue(void* stream, Launch launch) { machine().streams[stream].queue.push_back(std::move(launch)); }
 
 void fail(const std::string& what, Where where) {
-  Machine& it = machine();
-  it.set_failure(what + "\n  at " + place(where) + ", " + name_of(*it.running));
-  it.running->state = Thread::State::kWaiting;
-  it.leave();
-  std::abort();  // nobody resumes it
+  const Machine& it = machine();
+  machine().end_run(what + "\n  at " + place(where) + ", " + name_of(*it.running) + "\n" + describe(it.resident));
 }
 
 void preempt() { machine().give_way(); }
@@ -87,6 +94,7 @@ Words meet_warp(const char* what, unsigned mask, uint64_t word, Where where) {
     return thread.words;
   }
   const Words words = meeting.words;
+  if (orders_memory(what)) it.races.meet(lanes_of(thread, mask));
   warp.open.erase(warp.open.begin() + (&meeting - warp.open.data()));
   Thread* const first = &thread - thread.lane();
   for (int lane = 0; lane < 32; ++lane) {
@@ -102,9 +110,12 @@ void pass_if_complete(Block& block) {
   if (barrier.arrived == 0 || barrier.arrived < block.alive) return;
   barrier.votes = {barrier.count, barrier.arrived};
   barrier.arrived = barrier.count = 0;
+  std::vector<Thread*> alive;
   for (Thread& thread : block.threads) {
+    if (thread.state != Thread::State::kReturned) alive.push_back(&thread);
     if (thread.waits_in(barrier.what)) machine().make_ready(thread);
   }
+  machine().races.meet(alive);
 }
 
 Votes meet_block(const char* what, bool vote, Where where) {
@@ -137,7 +148,10 @@ void start_dependents() {
 }
 
 void wait_for_previous(Where where) {
-  if (machine().running->block->grid->previous != nullptr) machine().wait(kBeforePrevious, where);
+  Machine& it = machine();
+  const Grid& grid = *it.running->block->grid;
+  if (grid.previous != nullptr) it.wait(kBeforePrevious, where);
+  if (it.races.on) it.races.learn(*it.running, grid.before);
 }
 
 // --- Clusters
@@ -151,6 +165,7 @@ void cluster_arrive() {
   Thread& thread = *machine().running;
   Cluster& cluster = *thread.block->cluster;
   thread.cluster_phase = cluster.phase;
+  if (machine().races.on) machine().races.tell(thread, cluster.told);
   if (++cluster.arrived == cluster.threads) {
     cluster.arrived = 0;
     ++cluster.phase;
@@ -164,8 +179,11 @@ void cluster_arrive() {
 }
 
 void cluster_wait(Where where) {
-  const Thread& thread = *machine().running;
-  if (thread.block->cluster->phase == thread.cluster_phase) machine().wait(kClusterWait, where);
+  Machine& it = machine();
+  const Thread& thread = *it.running;
+  const Cluster& cluster = *thread.block->cluster;
+  if (cluster.phase == thread.cluster_phase) it.wait(kClusterWait, where);
+  if (it.races.on) it.races.learn(thread, cluster.told);
 }
 
 void* map_to_block(const void* shared, int number) {

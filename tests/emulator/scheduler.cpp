@@ -19,6 +19,7 @@ namespace emulator {
 namespace {
 
 constexpr int kMaxSlice = 64;              // steps of one block in a row
+constexpr size_t kSharedRoom = 1024;       // on both sides, in which accesses out of bounds show
 constexpr unsigned char kGarbage = 0xa5;   // what shared memory holds before somebody writes it
 
 // Where every fiber begins; never returns.
@@ -48,6 +49,7 @@ bool start_next(Machine& it, Stream& stream) {
   stream.started.push_back(std::make_unique<Grid>(std::move(launch)));
   stream.started.back()->number = it.launches++;
   stream.started.back()->previous = previous;
+  stream.started.back()->at_start = stream.started.back()->before = stream.done;
   return true;
 }
 
@@ -63,6 +65,7 @@ void fill_threads(Machine& it, Block& block, dim3 size) {
     thread.index = {n % size.x, n / size.x % size.y, n / size.x / size.y};
     thread.fiber.stack = it.stacks.take();
     block.warps[i / 32].alive |= 1u << (i % 32);
+    it.races.begin(thread);
     it.make_ready(thread);
   }
 }
@@ -73,10 +76,11 @@ void admit_block(Machine& it, Grid& grid, Cluster* cluster) {
   grid.blocks.push_back(std::make_unique<Block>());
   Block& block = *grid.blocks.back();
   block.grid = &grid;
+  block.number = it.blocks++;
   block.cluster = cluster;
   block.index = {at % blocks.x, at / blocks.x % blocks.y, at / blocks.x / blocks.y};
   block.alive = static_cast<int>(size.x * size.y * size.z);
-  block.dynamic.assign(grid.launch.shared_bytes + 128, kGarbage);
+  block.dynamic.assign(kSharedRoom + grid.launch.shared_bytes + kSharedRoom, kGarbage);
   block.statics.assign(it.statics.bytes, kGarbage);
   fill_threads(it, block, size);
   cluster->blocks.push_back(&block);
@@ -97,8 +101,10 @@ void admit_blocks(Machine& it) {
   }
 }
 
-void let_go(Machine& it, Grid& grid) {
+// The launch before `grid` has ended.
+void let_go(Machine& it, const Stream& stream, Grid& grid) {
   grid.previous = nullptr;
+  grid.before = stream.done;
   for (auto& block : grid.blocks) {
     for (Thread& thread : block->threads) {
       if (thread.waits_in(kBeforePrevious)) it.make_ready(thread);
@@ -108,7 +114,8 @@ void let_go(Machine& it, Grid& grid) {
 
 void end_grids(Stream& stream) {
   while (!stream.started.empty() && stream.started.front()->blocks_left == 0) {
-    if (stream.started.size() > 1) let_go(machine(), *stream.started[1]);
+    stream.done.join(stream.started.front()->after);
+    if (stream.started.size() > 1) let_go(machine(), stream, *stream.started[1]);
     stream.started.pop_front();
   }
 }
@@ -129,6 +136,7 @@ void retire(Machine& it, Thread& thread) {
   Warp& warp = block.warps[thread.number / 32];
   const unsigned lane = 1u << thread.lane();
   it.clock.note_change();
+  it.races.end(thread);
   it.stacks.give(thread.fiber.stack);
   warp.alive &= ~lane;
   --block.alive;
@@ -199,6 +207,7 @@ void drop_all(Machine& it) {
   it.streams.clear();
   it.loaded = nullptr;
   it.runnable = 0;
+  it.stacks.trim();
 }
 
 }  // namespace
@@ -209,6 +218,8 @@ bool Machine::run_all() {
   random = options.seed;
   turn = 0;
   clock.note_change();
+  races.clear();
+  for (auto& [handle, stream] : streams) stream.done = {};
   while (!failed) {
     for (auto& [handle, stream] : streams) {
       end_grids(stream);
@@ -220,6 +231,7 @@ bool Machine::run_all() {
     if (block != nullptr) {
       run_slice(*this, *block);
     } else if (resident.empty()) {
+      stacks.trim();
       return true;
     } else {
       set_failure("deadlock: every thread waits");

@@ -17,6 +17,7 @@ constexpr int kMaxFusedTokens = 1023;  // of a rank
 constexpr int kMaxFusedTopK = 16;
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
+constexpr int kStamps = 16;
 constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
@@ -32,6 +33,7 @@ enum class Fault : int32_t {
   kNone = 0,
   kEntropies,    // a block of this rank never scored its tokens
   kAssignments,  // a peer never sent its assignments
+  kCuts,         // a block of this rank never told its cuts
   kProposals,    // a block of this rank never proposed
   kCounts,       // a peer never sent its rows per expert
   kRows,         // a peer never finished its rows
@@ -75,11 +77,13 @@ struct FusedLayout {
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
   int64_t barrier;    // [blocks] u32
   int64_t entropy;    // [max_tokens] f32
+  int64_t cuts;       // [E] 32 bytes each: the cuts of many bounds, found by one block each
   int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
   int64_t received;   // [E_l] i32 rows of each local expert
   int64_t starts;     // [E_l] i32 first row of each local expert
   int64_t round;      // u32
+  int64_t stamps;     // [blocks, kStamps] u64 cycles at the stages, where the kernels were built with MACS_STAMPS
   int64_t status;     // FusedStatus
   int64_t bytes;      // of the whole region, a multiple of 256
 };
@@ -111,11 +115,13 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.sources = take(rows * 4);
   layout.barrier = take(4LL * s.num_blocks);
   layout.entropy = take(4LL * s.max_tokens);
+  layout.cuts = take(32LL * s.num_experts);
   layout.wanted = take(2 * 4 * slots);
   layout.positions = take(4 * slots);
   layout.received = take(4 * local);
   layout.starts = take(4 * local);
   layout.round = take(4);
+  layout.stamps = take(8LL * s.num_blocks * kStamps);
   layout.status = take(sizeof(FusedStatus));
   layout.bytes = at;
   return layout;

@@ -5,12 +5,13 @@
 #include "emulator/atomics.h"
 #include "emulator/collectives.h"
 #include "emulator/language.h"
+#include "emulator/memory.h"
 #include "emulator/scheduler.h"
 
 inline long long clock64() { return 2 * static_cast<long long>(emulator::now_ns()); }
-inline void __nanosleep(unsigned, emulator::Where where = emulator::Where::current()) {
+inline void __nanosleep(unsigned, EMULATOR_WHERE) {
   emulator::spin("__nanosleep", where);
 }
-[[noreturn]] inline void __trap(emulator::Where where = emulator::Where::current()) {
+[[noreturn]] inline void __trap(EMULATOR_WHERE) {
   emulator::fail("__trap", where);
 }

@@ -89,23 +89,3 @@ constexpr auto max(A a, B b) {
   using T = std::common_type_t<A, B>;
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
-
-// Loads through one cache or another.
-template <class T>
-T __ldg(const T* address) { return *address; }
-template <class T>
-T __ldca(const T* address) { return *address; }
-template <class T>
-T __ldcg(const T* address) { return *address; }
-template <class T>
-T __ldcs(const T* address) { return *address; }
-template <class T>
-T __ldcv(const T* address) { return *address; }
-template <class T, class V>
-void __stcg(T* address, const V& value) { *address = value; }
-template <class T, class V>
-void __stcs(T* address, const V& value) { *address = value; }
-template <class T, class V>
-void __stwt(T* address, const V& value) { *address = value; }
-template <class T>
-size_t __cvta_generic_to_shared(const T* address) { return reinterpret_cast<size_t>(address); }

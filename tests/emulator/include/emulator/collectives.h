@@ -40,8 +40,6 @@ T folded(const char* what, unsigned mask, T value, Fold fold, Where where) {
 
 }  // namespace emulator
 
-#define EMULATOR_WHERE emulator::Where where = emulator::Where::current()
-
 inline void __syncthreads(EMULATOR_WHERE) { emulator::meet_block("__syncthreads", false, where); }
 inline int __syncthreads_count(int vote, EMULATOR_WHERE) {
   return emulator::meet_block("__syncthreads_count", vote != 0, where).count;

@@ -10,18 +10,22 @@
 
 namespace emulator {
 
-// Stacks with an inaccessible page below, kept for the next fiber.
+// Stacks with an inaccessible page below, kept for the next fiber. Each counts as two mappings, of which a process may
+// have some ten thousands.
 class Stacks {
  public:
   static constexpr size_t kBytes = 64 * 1024;
   Stacks() = default;
   Stacks(const Stacks&) = delete;
-  ~Stacks();
+  ~Stacks() { unmap(); }
   char* take();
   void give(char* stack) { free_.push_back(stack); }
+  // When all have been given back: keeps a moderate number of them.
+  void trim();
 
  private:
   void map_more();
+  void unmap();
   std::vector<char*> free_;
   std::vector<char*> mapped_;
 };

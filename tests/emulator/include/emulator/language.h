@@ -15,8 +15,8 @@
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
 
-// One OS thread runs every emulated thread, so the thread-local memory of this library holds the static shared arrays of
-// one block at a time: the scheduler exchanges it when it goes from block to block. `extern __shared__` does not
+// One OS thread runs every emulated thread, so the thread-local memory of this library holds the static shared arrays
+// of one block at a time: the scheduler exchanges it when it goes from block to block. `extern __shared__` does not
 // compile: dynamic shared memory has one name, macs::cuda::dynamic_shared().
 #define __shared__ static thread_local
 

@@ -34,6 +34,7 @@ struct Launch {
 
 Device& device();
 Options& options();
+void find_races(bool on);
 
 // Appends to a stream, which runs in order; different streams run at once. Nothing runs before run_all.
 void enqueue(void* stream, Launch launch);

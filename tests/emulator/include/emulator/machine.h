@@ -8,6 +8,7 @@
 
 #include "emulator/fiber.h"
 #include "emulator/launches.h"
+#include "emulator/races.h"
 #include "emulator/scheduler.h"
 #include "emulator/static_shared.h"
 
@@ -30,6 +31,7 @@ struct Thread {
   Words words;              // that it takes home from there
   uint64_t idle_round = 0;  // of spinning, the last that it took part in
   int cluster_phase = 0;    // in which it arrived
+  uint32_t identity = 0;    // of all threads of the run
 
   int lane() const { return number % 32; }
   bool waits_in(const char* what) const { return state == State::kWaiting && std::strcmp(waits_for, what) == 0; }
@@ -57,12 +59,14 @@ struct BlockBarrier {
 struct Cluster {
   int arrived = 0, phase = 0, threads = 0;
   std::vector<Block*> blocks;
+  VectorClock told;  // by those that arrived
 };
 
 struct Block {
   Grid* grid;
   Cluster* cluster;
   uint3 index;
+  uint64_t number;  // of all blocks
   int alive;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -82,6 +86,7 @@ struct Grid {
   uint64_t number;           // of all launches
   Grid* previous = nullptr;  // of its stream, while that runs
   int next_block = 0, blocks_left, unreleased;
+  VectorClock at_start, before, after;  // what came before it when it started, and now; what its threads have done
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Cluster>> clusters;
 
@@ -93,6 +98,7 @@ struct Grid {
 struct Stream {
   std::deque<Launch> queue;
   std::deque<std::unique_ptr<Grid>> started;
+  VectorClock done;
 };
 
 // Simulated time, and whether anything happens at all.
@@ -118,9 +124,10 @@ struct Machine {
   Thread* running = nullptr;
   int runnable = 0;  // threads that do not wait
   Clock clock;
+  Races races;
   bool failed = false, slice_over = false;
   std::string report;
-  uint64_t random = 0, steps = 0, launches = 0;
+  uint64_t random = 0, steps = 0, launches = 0, blocks = 0;
   size_t turn = 0;  // of round robin
 
   uint64_t draw(uint64_t n);
@@ -133,6 +140,8 @@ struct Machine {
   void release(Block& block);
   bool run_all();
   void set_failure(const std::string& what);
+  // From the thread that runs.
+  [[noreturn]] void end_run(const std::string& failure);
 };
 
 Machine& machine();
@@ -142,6 +151,7 @@ void pass_if_complete(Block& block);
 
 // For reports.
 std::string place(Where where);
+std::string code(uint32_t offset);  // of this library; tests/emulated.py finds the line
 std::string name_of(const Thread& thread);
 std::string describe(const std::vector<Block*>& blocks);
 

@@ -64,3 +64,6 @@ T from_word(uint64_t word) {
 }
 
 }  // namespace emulator
+
+// The caller's line, as an intrinsic's last parameter.
+#define EMULATOR_WHERE emulator::Where where = emulator::Where::current()

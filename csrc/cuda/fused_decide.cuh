@@ -197,7 +197,7 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  if (b.scalars().num_over <= kCutsAtOnce) {
+  if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
     cut_some(b, 0);
   } else if (!cut_shared(b)) {
     return false;

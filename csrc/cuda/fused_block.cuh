@@ -63,7 +63,7 @@ struct FusedDesk {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int num_over, any_over, homeless;  // bounds exceeded (of this block's share); whether any is; slots
+  int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
 };
 
 struct FusedArgs {

@@ -66,7 +66,7 @@ struct FusedDesk {
 struct FusedScalars {
   unsigned long long limbs[kLimbs];
   int sums[kNumSums];
-  int num_over, any_over, homeless;  // bounds exceeded (of this block's share); whether any is; slots
+  int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
 };
 
 struct FusedArgs {

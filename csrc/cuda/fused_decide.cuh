@@ -204,7 +204,6 @@ __device__ inline bool cut_shared(const FusedBlock& b) {
   int* const over = b.at<int>(b.args.desk.over);
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   RawCut* const cuts = b.own<RawCut>(b.p.layout.cuts);
-  __syncthreads();  // all have read how many there are
   if (threadIdx.x == 0) b.scalars().num_over = 0;
   __syncthreads();
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
@@ -229,7 +228,7 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  if (b.scalars().num_over <= kCutsAtOnce) {
+  if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
     cut_some(b, 0);
   } else if (!cut_shared(b)) {
     return false;

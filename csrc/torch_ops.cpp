@@ -479,7 +479,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
   p.num_segments = static_cast<int32_t>(num_segments);
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
-  p.needs_entropy = needs_entropy, p.protect_text = protect_text;
+  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = p.shape.num_ranks == 1;
   p.gamma = gamma, p.rho = rho, p.alpha = alpha, p.c_min = c_min, p.delta = static_cast<float>(delta);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
@@ -542,6 +542,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.one.combined = combined.mutable_data_ptr();
   p.one.num_tokens = static_cast<int32_t>(ids.size(0));
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
+  p.same_device = p.shape.num_ranks == 1;
   p.phase = checked_enum<Phase>(phase, 3, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;

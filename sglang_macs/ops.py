@@ -365,11 +365,13 @@ class RegionLayout(NamedTuple):
     sources: int
     barrier: int
     entropy: int
+    cuts: int
     wanted: int
     positions: int
     received: int
     starts: int
     round: int
+    stamps: int
     status: int
     bytes: int
 

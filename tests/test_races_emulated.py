@@ -6,10 +6,12 @@ its own and the host never waiting in between, so that what one round leaves and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import cases
 import emulated
+import fused_c as fc
 import pytest
 import torch
 from fused_case import FusedConfig, Group, make_group
@@ -63,12 +65,24 @@ FUSED = {
     "fp8": FusedConfig(PLAN, (6, 4), blocks=2, format="fp8_ue8m0", row_experts=True),
     "copied_outputs": FusedConfig(PLAN, (6, 0), blocks=2, copies_outputs=True),
     "nothing_exceeded": FusedConfig(replace(PLAN, gamma=float("inf")), (6, 4), blocks=2),
+    "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=2),
+    "rows_read_twice": FusedConfig(replace(PLAN, T=20, H=7168), (20, 3), blocks=1, alignment=1),
+    "many_reroute_rounds": FusedConfig(replace(PLAN, rounds=8, gamma=0.6), (6, 6), blocks=2),
     "three_ranks": FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1),
 }
 
 
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_rounds(name: str) -> None:
+def in_one(group: Group, rank: int) -> None:
+    group.dispatch(only=rank)
+
+
+def in_two_phases(group: Group, rank: int) -> None:
+    group.dispatch(fc.SEND, only=rank)
+    group.dispatch(fc.RECEIVE, only=rank)
+
+
+@pytest.mark.parametrize(("name", "dispatch"), [*((name, in_one) for name in FUSED), ("rank", in_two_phases)])
+def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None]) -> None:
     kernels = Kernels()
     group = Group(kernels, FUSED[name], "cpu")
     group.load(make_group(group.config, 1))
@@ -78,6 +92,17 @@ def test_fused_rounds(name: str) -> None:
         for _ in range(ROUNDS):
             for rank in group.ranks:
                 kernels.stream = rank + 1
-                group.dispatch(only=rank)
+                dispatch(group, rank)
                 group.combine(only=rank)
     assert all(group.status(rank).fault == 0 and group.round(rank) == ROUNDS for rank in group.ranks)
+
+
+def test_a_dead_rank() -> None:
+    """The ways out of a dispatch and a combine that gave up."""
+    kernels = Kernels()
+    group = Group(kernels, replace(FUSED["rank"], timeout_ns=100_000), "cpu")
+    group.load(make_group(group.config, 1))
+    with kernels.machine.together():
+        group.dispatch(only=0)
+        group.combine(only=0)
+    assert group.status(0).fault != 0 and group.status(0).peer == 1

@@ -23,14 +23,16 @@ constexpr int kFusedThreads = 512;
 constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts in one pass over the group
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for entropies, 2 for cuts, then one per proposal round
+constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for cuts, then one per proposal round
 constexpr int kMaxFusedRerouteRounds = 60;
 
-enum class Flags : int { kAssignments = 0, kCounts = 1, kRows = 2, kOutputs = 3 };
+enum class Flags : int { kRows = 0, kOutputs = 1 };
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kHomeless = -1, kEmptySlot = -2;
 constexpr int kAtCut = 0x4000;  // added to the expert: stays if the quota reaches it
+
+constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 
 // Offsets into a block's shared memory, in bytes.
 struct FusedDesk {
@@ -40,7 +42,6 @@ struct FusedDesk {
   int shift;        // [E]
   int bound_of;     // [E]
   int starts;       // [E] first row of each expert in its rank's buffer
-  int lower;        // [E] rows of lower sources
   int raw;          // [NB] RawCut
   int room;         // [NB]
   int taken;        // [NB]
@@ -50,7 +51,8 @@ struct FusedDesk {
   int running;      // [warps, NB]
   int levels;       // [kCutsAtOnce, 2, 2B]; counts [3, E, 2] at the end
   int current;      // [max_tokens * K] i16
-  int entries;      // [max_tokens * K] u32 own assignments
+  int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's
+  int entropies;    // [max_tokens] f32
   int ids;          // [block tokens * K] as given
   int gates;        // [block tokens * K]
   int dest;         // [block tokens * K] i32 row at the peer, -1: none
@@ -62,8 +64,9 @@ struct FusedDesk {
 };
 
 struct FusedScalars {
+  unsigned long long limbs[kLimbs];
   int sums[kNumSums];
-  int num_over, any_over, homeless;  // bounds exceeded (of this block's share); whether any is; slots
+  int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
 };
 
 struct FusedArgs {
@@ -74,6 +77,7 @@ struct FusedArgs {
   int per_rank;     // experts
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
+  bool keeps_group;  // shared memory holds everybody's assignments
 };
 
 struct FusedBlock {
@@ -90,7 +94,7 @@ struct FusedBlock {
       : args(a), p(a.p), me(rank), peers(rank.region, a.p.network), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
         lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), first(rank.num_tokens * block / num_blocks),
         end(rank.num_tokens * (block + 1) / num_blocks) {
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0};
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device};
   }
 
   template <class T>
@@ -106,10 +110,15 @@ struct FusedBlock {
     return shared + args.desk.staged + static_cast<int64_t>(row) * args.row_stride;
   }
   __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
-  __device__ __forceinline__ const uint32_t* entries_of(int source) const {
-    return own<uint32_t>(p.layout.entries) + static_cast<int64_t>(source) * p.shape.max_tokens * p.shape.top_k;
+  __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
+  // As they came, and as shared memory keeps them.
+  __device__ __forceinline__ const uint64_t* letters_of(int source) const {
+    return own<uint64_t>(p.layout.entries) + static_cast<int64_t>(source) * most_slots();
   }
-  __device__ __forceinline__ Entry own_entry(int slot) const { return {at<uint32_t>(args.desk.entries)[slot]}; }
+  __device__ __forceinline__ uint32_t* entries_of(int source) const {
+    return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
+  }
+  __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(me.rank)[slot]}; }
 
   // What the clock says at a stage, for whoever looks for microseconds.
   __device__ __forceinline__ void stamp(int stage) const {
@@ -127,7 +136,7 @@ struct FusedBlock {
   __device__ __forceinline__ void signal_all(Flags kind) const {
     __syncthreads();
     for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
-      peers.signal(peer, flag(kind, me.rank, block), patience.round);
+      peers.signal(peer, flag(kind, me.rank, block), patience);
     }
   }
   // The whole block: until `blocks` blocks of every rank have signalled.

@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowsInFlight = 8;
-constexpr int kOutputFlags = 3;  // which of the four kinds of flags
+constexpr int kOutputFlags = 1;  // which kind of flags
 
 struct CombineBlock {
   const FusedCombineParams& p;
@@ -33,7 +33,7 @@ struct CombineBlock {
   __device__ __forceinline__ CombineBlock(const FusedCombineParams& params, const FusedRank& rank)
       : p(params), me(rank), peers(rank.region, nullptr) {
     const uint32_t round = __ldcg(own<uint32_t>(p.layout.round));
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round};
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round, p.same_device};
   }
   template <class T>
   __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
@@ -79,7 +79,7 @@ __device__ inline void offer_outputs(const CombineBlock& b) {
   if (b.me.outputs != nullptr) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
   __syncthreads();
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
-    b.peers.signal(peer, b.flag(b.me.rank, blockIdx.x), b.patience.round);
+    b.peers.signal(peer, b.flag(b.me.rank, blockIdx.x), b.patience);
   }
 }
 

@@ -13,48 +13,79 @@
 
 namespace macs::cuda {
 
-constexpr int kEntriesInFlight = 8;  // loads of a thread before it uses the first
+constexpr int kInFlight = 8;  // loads of a thread before it uses the first
 
-// body(entry, source) for every assignment of the group, spread over the block's threads.
-template <class Body>
-__device__ __forceinline__ void for_each_of_group(const FusedBlock& b, Body body) {
+// look(source, slot) and then use(word, source, slot) for every slot of the group, spread over the block's threads:
+// several looks go out together, at the sources or, where those are few, at several slots of each.
+template <class Look, class Use>
+__device__ __forceinline__ void for_each_of_group(const FusedBlock& b, Look look, Use use) {
   const int* const tokens = b.at<int>(b.args.desk.tokens);
   const int top_k = b.p.shape.top_k, ranks = b.p.shape.num_ranks;
   int longest = 0;
   for (int source = 0; source < ranks; ++source) longest = max(longest, tokens[source] * top_k);
-  const int all = longest * ranks;
-  for (int first = threadIdx.x; first < all; first += kEntriesInFlight * kFusedThreads) {
-    Entry entries[kEntriesInFlight];
-    int sources[kEntriesInFlight];
+  const int bits = ranks >= kInFlight ? 3 : (ranks > 2 ? 2 : ranks - 1), sources = 1 << bits;
+  for (int first = threadIdx.x; first < longest; first += kFusedThreads * kInFlight / sources) {
+    for (int base = 0; base < ranks; base += sources) {
+      decltype(look(0, 0)) words[kInFlight];
+      bool inside[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kEntriesInFlight; ++i) {
-      const int index = first + i * kFusedThreads;
-      const int source = index < all ? index / longest : 0, slot = index - source * longest;
-      sources[i] = source;
-      entries[i].bits = index < all && slot < tokens[source] * top_k ? __ldcg(b.entries_of(source) + slot) : 0;
-    }
+      for (int i = 0; i < kInFlight; ++i) {
+        const int source = base + (i & (sources - 1)), slot = first + (i >> bits) * kFusedThreads;
+        inside[i] = source < ranks && slot < tokens[min(source, ranks - 1)] * top_k;
+        words[i] = inside[i] ? look(source, slot) : 0;
+      }
 #pragma unroll
-    for (int i = 0; i < kEntriesInFlight; ++i) {
-      if (entries[i].present()) body(entries[i], sources[i]);
+      for (int i = 0; i < kInFlight; ++i) {
+        const int source = base + (i & (sources - 1)), slot = first + (i >> bits) * kFusedThreads;
+        if (inside[i]) use(words[i], source, slot);
+      }
     }
   }
 }
 
-// The own assignments, which later steps look at again and again. Complete behind the next barrier.
-__device__ __forceinline__ void keep_own_entries(const FusedBlock& b) {
-  uint32_t* const own = b.at<uint32_t>(b.args.desk.entries);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) own[i] = __ldcg(b.entries_of(b.me.rank) + i);
+// The same behind the first time, when all have come: body(entry, source) for every assignment.
+template <class Body>
+__device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
+  const auto look = [&](int source, int slot) {
+    return b.args.keeps_group ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(b.letters_of(source) + slot));
+  };
+  for_each_of_group(b, look, [&](uint32_t bits, int source, int) {
+    const Entry entry = {bits};
+    if (entry.present() && entry.expert() < b.p.shape.num_experts) body(entry, source);
+  });
 }
 
-// Rows and units per expert, and the four sums. False: a peer's assignments are not to be believed.
-__device__ inline bool count_group(const FusedBlock& b) {
+// How many tokens every rank has. False: a rank did not say, or more than there may be.
+__device__ inline bool hear_tokens(const FusedBlock& b) {
+  bool ok = true;
+  for (int source = threadIdx.x; source < b.p.shape.num_ranks; source += kFusedThreads) {
+    const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + source;
+    uint64_t letter = load_relaxed_sys(address);
+    ok = await_letter(address, letter, b.patience, Fault::kAssignments, source);
+    const int tokens = static_cast<int>(value_of(letter));
+    b.at<int>(b.args.desk.tokens)[source] = tokens;
+    if (!ok || (tokens >= 0 && tokens <= b.p.shape.max_tokens)) continue;
+    ok = false;
+    report(b.patience, Fault::kBadTokens, source, -1, tokens, b.p.shape.max_tokens);
+  }
+  return __syncthreads_and(ok) != 0;
+}
+
+// Everybody's assignments as they come: kept, and counted as rows and units per expert and in the four sums. False: a rank
+// did not send them, or they are not to be believed.
+__device__ inline bool hear_assignments(const FusedBlock& b) {
+  if (!hear_tokens(b)) return false;
   uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
   int* const units = b.at<int>(b.args.desk.group_units);
   const bool in_rows = b.p.load == Load::kRows;
   int sums[kNumSums] = {0, 0, 0, 0};
   bool ok = true;
-  for_each_of_group(b, [&](const Entry& entry, int source) {
+  const auto look = [&](int source, int slot) { return load_relaxed_sys(b.letters_of(source) + slot); };
+  for_each_of_group(b, look, [&](uint64_t letter, int source, int slot) {
+    ok = ok && await_letter(b.letters_of(source) + slot, letter, b.patience, Fault::kAssignments, source);
+    const Entry entry = {ok ? value_of(letter) : 0};
+    if (b.args.keeps_group || source == b.me.rank) b.entries_of(source)[slot] = entry.bits;
+    if (!entry.present()) return;
     const int expert = entry.expert();
     if (expert >= b.p.shape.num_experts) {
       ok = false;
@@ -64,10 +95,9 @@ __device__ inline bool count_group(const FusedBlock& b) {
     atomicAdd(rows + expert, 1u + (source < b.me.rank ? 1u << 16 : 0u));
     if (!in_rows) atomicAdd(units + expert, entry.fixed());
     sums[0] += 1;
-    if (!entry.text()) sums[1] += 1;
-    if (!entry.leads()) return;
-    sums[3] += entry.fixed();
-    if (!entry.text()) sums[2] += entry.fixed();
+    sums[1] += entry.text() ? 0 : 1;
+    sums[2] += entry.leads() && !entry.text() ? entry.fixed() : 0;
+    sums[3] += entry.leads() ? entry.fixed() : 0;
   });
 #pragma unroll
   for (int i = 0; i < kNumSums; ++i) {
@@ -146,18 +176,19 @@ __device__ inline void cut_some(const FusedBlock& b, int first) {
   int* const levels = b.at<int>(b.args.desk.levels);
   const int *over = b.at<int>(b.args.desk.over), *place = b.at<int>(b.args.desk.place);
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
-  for (int i = threadIdx.x; i < kCutsAtOnce * 2 * num_levels; i += kFusedThreads) levels[i] = 0;
+  const int now = min(num_over - first, kCutsAtOnce);
+  for (int i = threadIdx.x; i < now * 2 * num_levels; i += kFusedThreads) levels[i] = 0;
   __syncthreads();
-  for_each_of_group(b, [&](const Entry& entry, int source) {
+  for_each_entry(b, [&](const Entry& entry, int source) {
     const int at = place[b.bound_of()[entry.expert()]] - first;
-    if (at < 0 || at >= kCutsAtOnce) return;
+    if (at < 0 || at >= now) return;
     int* const group = levels + at * 2 * num_levels;
     const int level = level_of_entry(b, entry), units = entry.units(t.load);
     atomicAdd(group + level, units);
     if (source == b.me.rank) atomicAdd(group + num_levels + level, units);
   });
   __syncthreads();
-  if (b.warp < kCutsAtOnce && first + b.warp < num_over) {
+  if (b.warp < now) {
     int* const group = levels + b.warp * 2 * num_levels;
     const int n = over[first + b.warp], bound = raw[n].cut.w;
     const Cut cut = warp_find_cut<16>({group, group + num_levels}, num_levels, bound);
@@ -184,7 +215,7 @@ __device__ inline bool cut_shared(const FusedBlock& b) {
   __syncthreads();
   for (int first = 0; first < b.scalars().num_over; first += kCutsAtOnce) cut_some(b, first);
   for (int i = threadIdx.x; i < b.scalars().num_over; i += kFusedThreads) cuts[over[i]] = raw[over[i]];
-  if (!b.barrier(2, Fault::kCuts)) return false;
+  if (!b.barrier(1, Fault::kCuts)) return false;
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     if (raw[n].cut.z == kExceeded) raw[n] = load_cut(cuts + n);
   }
@@ -197,7 +228,7 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  if (b.scalars().num_over <= kCutsAtOnce) {
+  if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
     cut_some(b, 0);
   } else if (!cut_shared(b)) {
     return false;
@@ -360,7 +391,7 @@ __device__ inline bool reroute_own(const FusedBlock& b) {
   for (int round = 0; round < b.p.reroute_rounds; ++round) {
     int32_t* const wanted = b.own<int32_t>(b.p.layout.wanted) + (round & 1) * b.p.shape.max_tokens * b.p.shape.top_k;
     propose<kKeys>(b, wanted);
-    if (!b.barrier(3 + round, Fault::kProposals)) return false;
+    if (!b.barrier(2 + round, Fault::kProposals)) return false;
     if (!accept(b, wanted)) return true;  // who found no candidate will find none later
   }
   return true;

@@ -3,7 +3,7 @@
 // Problem:     R ranks of one NVLink domain with up to 1023 tokens each; [T, H] bf16 in, rows packed by expert out. Bound by
 //              latency at small T, by reading a row and writing its copies at large T.
 // Algorithm:   a block reads its tokens' rows once and keeps them, cast, in shared memory. It scores them, tells every
-//              rank what its assignments are (32 bits each), and waits for everybody else's. From these all blocks
+//              rank what its assignments are (a letter each), and waits for everybody else's. From these all blocks
 //              derive the same cuts; what re-routing changes is agreed upon within the rank, and then between ranks as
 //              rows per expert. Every row's place at its receiver is then a prefix sum, so that rows are written once, to
 //              where the experts read them. docs/fused_dispatch.md draws it.
@@ -13,23 +13,23 @@
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
 #include "fused_send.cuh"
+#include "fused_weight.cuh"
 #include "macs/cuda.h"
-#include "segment_sums.cuh"
 
 namespace macs::cuda {
 namespace {
 
-// Before anything else: tables that start from zero, or are known.
+// Before anything else: tables that start from zero, or are known. By the last threads: the first ones read rows.
 __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
-  const int experts = b.p.shape.num_experts;
-  for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
+  const int experts = b.p.shape.num_experts, thread = kFusedThreads - 1 - threadIdx.x;
+  for (int j = thread; j < experts; j += kFusedThreads) {
     b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
     b.at<int>(b.args.desk.group_units)[j] = 0;
     b.at<uint32_t>(b.args.desk.own_rows)[j] = 0;
     b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : j / b.args.per_rank;
   }
-  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
-  if (threadIdx.x == 0) b.scalars() = {};
+  for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
+  if (thread == 0) b.scalars() = {};
 }
 
 // This block's slots into shared memory, by its last threads: the first ones wait for rows. Behind a barrier they are there.
@@ -57,9 +57,8 @@ __device__ __forceinline__ void read_rows(const FusedBlock& b, int begin, int en
   const int group = b.warp / kRowWarps, thread = threadIdx.x % kRowThreads, vectors = s.hidden_size / 8;
   const int feature_bytes = RowBytes(s).features;
   const uint4* const hidden = static_cast<const uint4*>(b.me.hidden_states);
-  float* const entropy = b.own<float>(b.p.layout.entropy);
   int side = 0;  // of the parts, so that one barrier a row is enough
-  __syncthreads();
+  if (begin > b.first) __syncthreads();
   for (int base = begin; base < end; base += kRowGroups, side ^= 1) {
     const int token = base + group;
     Part* const parts = b.at<Part>(b.args.desk.parts) + (side * kRowGroups + group) * kRowWarps;
@@ -74,51 +73,10 @@ __device__ __forceinline__ void read_rows(const FusedBlock& b, int begin, int en
       if (keep) stage(share, s.format, feature_bytes, b.staged(token - begin));
     }
     __syncthreads();
-    if (inside && score && thread == 0) entropy[token] = visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f;
+    if (!inside || !score || thread != 0) continue;
+    const float entropy = visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f;
+    b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
   }
-}
-
-// This lane's share of a segment's tokens. Several loads go out before the first is used.
-__device__ __forceinline__ SegmentSums segment_sums(const FusedBlock& b, const float* entropy, int segment) {
-  constexpr int kInFlight = 8;
-  SegmentSums sums = {0, 0, 0, 0};
-  for (int first = b.lane; first < b.me.num_tokens; first += kInFlight * kWarp) {
-    int segments[kInFlight];
-    float entropies[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int token = first + i * kWarp, inside = token < b.me.num_tokens;
-      segments[i] = inside ? __ldg(b.me.segment + token) : -1;
-      entropies[i] = inside ? __ldcg(entropy + token) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (segments[i] == segment) sums.add(entropies[i]);
-    }
-  }
-  return sums;
-}
-
-// The weight of each of this block's tokens, a token a warp, from the entropies of its segment on this rank.
-__device__ inline void weigh_tokens(const FusedBlock& b) {
-  const float* const entropy = b.own<float>(b.p.layout.entropy);
-  for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
-    const int segment = __ldg(b.me.segment + token);
-    float weight = segment < 0 ? 1.0f : 0.5f;
-    if (segment >= 0 && b.p.needs_entropy) {
-      SegmentSums sums = segment_sums(b, entropy, segment);
-#pragma unroll
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        sums.count += __shfl_xor_sync(kFullMask, sums.count, offset);
-        sums.sum += __shfl_xor_sync(kFullMask, sums.sum, offset);
-        sums.square_low += __shfl_xor_sync(kFullMask, sums.square_low, offset);
-        sums.square_high += __shfl_xor_sync(kFullMask, sums.square_high, offset);
-      }
-      weight = weight_of(__ldcg(entropy + token), moments_of(sums), b.p.delta);
-    }
-    if (b.lane == 0) b.at<float>(b.args.desk.weight)[token - b.first] = weight;
-  }
-  __syncthreads();
 }
 
 // One own assignment as the group needs to know it. `here`: which of this block's slots.
@@ -143,57 +101,39 @@ __device__ inline void tell_assignments(const FusedBlock& b) {
   Assignments in = {};
   in.top_k = s.top_k, in.num_experts = s.num_experts, in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
   const int first = b.first * s.top_k, here = (b.end - b.first) * s.top_k;
-  const int64_t row = b.p.layout.entries + 4LL * (b.me.rank * s.max_tokens * s.top_k + first);
+  const int64_t row = b.p.layout.entries + 8LL * (b.me.rank * b.most_slots() + first);
   for (int i = threadIdx.x; i < here; i += kFusedThreads) {
-    const uint32_t bits = make_entry(b, in, i).bits;
-    for (int peer = 0; peer < s.num_ranks; ++peer) b.peers.write(peer, row + 4LL * i, bits);
+    const uint64_t letter = make_letter(make_entry(b, in, i).bits, b.patience.round);
+    for (int peer = 0; peer < s.num_ranks; ++peer) b.peers.send(peer, row + 8LL * i, letter);
   }
-  if (b.block == 0) {
-    for (int peer = threadIdx.x; peer < s.num_ranks; peer += kFusedThreads) {
-      b.peers.write(peer, b.p.layout.tokens + 4LL * b.me.rank, b.me.num_tokens);
-    }
+  if (b.block != 0) return;
+  for (int peer = threadIdx.x; peer < s.num_ranks; peer += kFusedThreads) {
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.me.rank, make_letter(b.me.num_tokens, b.patience.round));
   }
-  b.signal_all(Flags::kAssignments);
-}
-
-// Everybody's assignments are here, and are not more than there may be.
-__device__ inline bool hear_assignments(const FusedBlock& b) {
-  if (!b.await_all(Flags::kAssignments, b.num_blocks, Fault::kAssignments)) return false;
-  bool ok = true;
-  for (int source = threadIdx.x; source < b.p.shape.num_ranks; source += kFusedThreads) {
-    const int tokens = __ldcg(b.own<int32_t>(b.p.layout.tokens) + source);
-    b.at<int>(b.args.desk.tokens)[source] = tokens;
-    if (tokens >= 0 && tokens <= b.p.shape.max_tokens) continue;
-    ok = false;
-    report(b.patience, Fault::kBadTokens, source, -1, tokens, b.p.shape.max_tokens);
-  }
-  return __syncthreads_and(ok) != 0;
 }
 
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline bool decide(const FusedBlock& b) {
+  if (!hear_assignments(b)) return false;
   b.stamp(5);
-  keep_own_entries(b);
-  if (!count_group(b)) return false;
-  b.stamp(6);
   const int* const sums = b.scalars().sums;
   const Capacity capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
   const bool cuts = find_exceeded(b, capacity);
   if (cuts) {
     find_shifts(b, capacity);
     if (!find_cuts(b)) return false;
-    b.stamp(7);
+    b.stamp(6);
     clip_own(b);
-    b.stamp(8);
+    b.stamp(7);
     if (!reroute_own<kKeys>(b)) return false;
   } else {
     keep_all(b);
   }
-  b.stamp(9);
+  b.stamp(8);
   count_own(b);
   if (cuts && !exchange_counts(b)) return false;
-  b.stamp(10);
+  b.stamp(9);
   return place_experts(b);
 }
 
@@ -214,16 +154,16 @@ __device__ inline void drop_tokens(const FusedBlock& b) {
 // All tokens of the block, as many at a time as shared memory holds; the first of them lie there already.
 template <int kVectors, bool kExact>
 __device__ __forceinline__ void send(const FusedBlock& b) {
-  b.stamp(11);
+  b.stamp(10);
   find_destinations(b);
-  b.stamp(12);
+  b.stamp(11);
   for (int begin = b.first; begin < b.end; begin += b.args.staged_rows) {
     const int end = min(begin + b.args.staged_rows, b.end);
     if (begin > b.first) read_rows<kVectors, kExact>(b, begin, end, false, true);
     put_rows(b, begin, end);
   }
   b.signal_all(Flags::kRows);
-  b.stamp(13);
+  b.stamp(12);
 }
 
 template <int kVectors, bool kExact, int kKeys>
@@ -240,15 +180,14 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   read_rows<kVectors, kExact>(b, b.first, kept, score, true);
   // More rows than shared memory holds are scored now and read again when they are sent.
   if (score && kept < b.end) read_rows<kVectors, kExact>(b, kept, b.end, true, false);
+  __syncthreads();  // tables are cleared, slots loaded
   b.stamp(1);
-  bool ok = !score || b.barrier(1, Fault::kEntropies);
+  bool ok = weigh_tokens(b);
   b.stamp(2);
   if (ok) {
-    weigh_tokens(b);
-    b.stamp(3);
     tell_assignments(b);
-    b.stamp(4);
-    ok = hear_assignments(b) && decide<kKeys>(b);
+    b.stamp(3);
+    ok = decide<kKeys>(b);
   }
   if (ok) {
     send<kVectors, kExact>(b);
@@ -259,23 +198,25 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   if (ok && b.block == b.num_blocks - 1) write_counts(b);
   if (b.block != 0) return;
   write_received(b, ok);
+  b.stamp(13);
+  if (args.p.phase == Phase::kSend) return;
+  if (ok && !b.await_all(Flags::kRows, b.num_blocks, Fault::kRows)) write_received(b, false);
   b.stamp(14);
-  if (ok && args.p.phase == Phase::kBoth && !b.await_all(Flags::kRows, b.num_blocks, Fault::kRows)) {
-    write_received(b, false);
-  }
-  b.stamp(15);
-  if (threadIdx.x == 0) *round = b.patience.round;  // all blocks have read it: they took part in what is behind us
+  if (threadIdx.x == 0) *round = b.patience.round;  // every block has read it: their rows are here
 }
 
 // The second phase: until everybody's rows are here.
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const __grid_constant__ FusedArgs args) {
   const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
   FusedBlock b(args, me, dynamic_shared());
-  b.patience.round = __ldcg(b.own<uint32_t>(args.p.layout.round));
+  uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
+  b.patience.round = __ldcg(round) + 1;
   if (!b.await_all(Flags::kRows, args.p.shape.num_blocks, Fault::kRows)) write_received(b, false);
+  __syncthreads();
+  if (threadIdx.x == 0) *round = b.patience.round;
 }
 
-FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_tokens, int& bytes) {
+FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_tokens, bool keeps_group, int& bytes) {
   int at = 0;
   const auto take = [&](int64_t size) {
     const int mine = at;
@@ -291,7 +232,6 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
       .shift = take(4 * experts),
       .bound_of = take(4 * experts),
       .starts = take(4 * experts),
-      .lower = take(4 * experts),
       .raw = take(sizeof(RawCut) * num_bounds),
       .room = take(4 * num_bounds),
       .taken = take(4 * num_bounds),
@@ -301,7 +241,8 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
       .running = take(4 * kFusedWarps * num_bounds),
       .levels = take(4 * (levels > counts ? levels : counts)),
       .current = take(2 * p.shape.max_tokens * top_k),
-      .entries = take(4 * p.shape.max_tokens * top_k),
+      .entries = take(4 * p.shape.max_tokens * top_k * (keeps_group ? p.shape.num_ranks : 1)),
+      .entropies = take(4 * p.shape.max_tokens),
       .ids = take(4 * block_tokens * top_k),
       .gates = take(4 * block_tokens * top_k),
       .dest = take(4 * block_tokens * top_k),
@@ -314,6 +255,8 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
   bytes = at;
   return desk;
 }
+
+constexpr int kMostKept = 8192;  // assignments of a group in shared memory: 32 KB
 
 bool is_supported(const FusedDispatchParams& p) {
   const FusedShape& s = p.shape;
@@ -339,7 +282,8 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   t.protect_text = p.protect_text, t.gamma = p.gamma, t.rho = p.rho, t.alpha = p.alpha, t.c_min = p.c_min;
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;
   int tables = 0;
-  args.desk = make_desk(p, args.bounds, block_tokens, tables);
+  args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;
+  args.desk = make_desk(p, args.bounds, block_tokens, args.keeps_group, tables);
   args.row_stride = RowBytes(p.shape).all();
   const int fit = (max_shared_bytes() - tables) / args.row_stride;
   args.staged_rows = fit < block_tokens ? fit : block_tokens;

@@ -20,58 +20,77 @@ __device__ inline void count_own(const FusedBlock& b) {
   __syncthreads();
 }
 
+// One thread: what every rank sends to an expert.
+__device__ inline bool hear_counts(const FusedBlock& b, int expert) {
+  constexpr int kInFlight = 4;
+  const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
+  const int* const tokens = b.at<int>(b.args.desk.tokens);
+  const uint64_t* const letters = b.own<uint64_t>(b.p.layout.counts) + expert;
+  uint32_t rows = 0;
+  for (int base = 0; base < ranks; base += kInFlight) {
+    uint64_t held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) held[i] = base + i < ranks ? load_relaxed_sys(letters + (base + i) * experts) : 0;
+    for (int i = 0; i < kInFlight && base + i < ranks; ++i) {
+      const int source = base + i;
+      uint64_t letter = held[i];
+      if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
+      const uint32_t count = value_of(letter);
+      if (count > static_cast<uint32_t>(tokens[source])) {
+        report(b.patience, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
+        return false;
+      }
+      rows += count + (source < b.me.rank ? count << 16 : 0u);
+    }
+  }
+  b.at<uint32_t>(b.args.desk.group_rows)[expert] = rows;
+  return true;
+}
+
 // After a cut only a rank itself knows what it sends: it tells all. Behind, `group_rows` are the rows after the plan.
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
-    const int64_t row = b.p.layout.counts + 4LL * b.me.rank * experts;
-    for (int j = threadIdx.x; j < experts; j += kFusedThreads) b.peers.write(peer, row + 4 * j, own[j] & 0xffffu);
-    __syncthreads();
-    if (threadIdx.x == 0) b.peers.signal(peer, b.flag(Flags::kCounts, b.me.rank, 0), b.patience.round);
-  }
-  if (!b.await_all(Flags::kCounts, 1, Fault::kCounts)) return false;
-  const int32_t* const counts = b.own<int32_t>(b.p.layout.counts);
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
-  bool ok = true;
-  for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-    uint32_t rows = 0;
-    for (int source = 0; source < ranks; ++source) {
-      const int32_t count = __ldcg(counts + source * experts + j);
-      if (count < 0 || count > tokens[source]) {
-        ok = false;
-        report(b.patience, Fault::kBadCount, source, -1, count, tokens[source]);
-        continue;
-      }
-      rows += static_cast<uint32_t>(count) + (source < b.me.rank ? static_cast<uint32_t>(count) << 16 : 0u);
+    const int64_t row = b.p.layout.counts + 8LL * b.me.rank * experts;
+    for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
+      b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
     }
-    b.at<uint32_t>(b.args.desk.group_rows)[j] = rows;
   }
+  bool ok = true;
+  for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= hear_counts(b, j);
   return __syncthreads_and(ok) != 0;
 }
 
-// First row of every expert in its rank's buffer. A warp per rank. False: the buffer does not hold them.
+// One warp: the experts of a rank behind one another.
+__device__ inline void pack_experts(const FusedBlock& b, int rank) {
+  const int per_rank = b.args.per_rank, alignment = b.p.shape.alignment;
+  const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows) + rank * per_rank;
+  int* const starts = b.at<int>(b.args.desk.starts) + rank * per_rank;
+  int next = 0;
+  for (int base = 0; base < per_rank; base += kWarp) {
+    const int j = base + b.lane, count = j < per_rank ? static_cast<int>(rows[j] & 0xffffu) : 0;
+    const int room = (count + alignment - 1) / alignment * alignment, upto = next + warp_inclusive_sum(room);
+    if (j < per_rank) starts[j] = upto - room;
+    next = __shfl_sync(kFullMask, upto, kWarp - 1);
+  }
+}
+
+// First row of every expert in its rank's buffer. False: the buffer does not hold them.
 __device__ inline bool place_experts(const FusedBlock& b) {
   const FusedShape& s = b.p.shape;
   const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
   int* const starts = b.at<int>(b.args.desk.starts);
-  int* const lower = b.at<int>(b.args.desk.lower);
+  if (s.expert_rows > 0) {
+    for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) starts[j] = j % b.args.per_rank * s.expert_rows;
+  } else {
+    for (int rank = b.warp; rank < s.num_ranks; rank += kFusedWarps) pack_experts(b, rank);
+  }
+  __syncthreads();
   bool ok = true;
-  for (int rank = b.warp; rank < s.num_ranks; rank += kFusedWarps) {
-    int next = 0;
-    for (int base = 0; base < b.args.per_rank; base += kWarp) {
-      const int local = base + b.lane, j = rank * b.args.per_rank + local;
-      const bool inside = local < b.args.per_rank;
-      const int count = inside ? static_cast<int>(rows[j] & 0xffffu) : 0;
-      const int room = (count + s.alignment - 1) / s.alignment * s.alignment;
-      const int upto = next + warp_inclusive_sum(room);
-      const int start = s.expert_rows > 0 ? local * s.expert_rows : upto - room;
-      const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - start;
-      next = __shfl_sync(kFullMask, upto, kWarp - 1);
-      if (!inside) continue;
-      starts[j] = start, lower[j] = static_cast<int>(rows[j] >> 16);
-      if (count > limit) ok = false, report(b.patience, Fault::kOverflow, rank, -1, count, limit);
-    }
+  for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
+    const int count = static_cast<int>(rows[j] & 0xffffu), limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - starts[j];
+    if (count > limit) ok = false, report(b.patience, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
   }
   return __syncthreads_and(ok) != 0;
 }
@@ -85,8 +104,8 @@ __device__ inline void find_destinations(const FusedBlock& b) {
     const int expert = b.current()[first + i];
     int row = -1;
     if (expert >= 0) {
-      row = b.at<int>(b.args.desk.starts)[expert] + b.at<int>(b.args.desk.lower)[expert] +
-            static_cast<int>(own[expert] >> 16);
+      const uint32_t lower = b.at<uint32_t>(b.args.desk.group_rows)[expert] >> 16;  // rows of lower sources
+      row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(lower + (own[expert] >> 16));
       for (int j = 0; j < i; ++j) row += b.current()[first + j] == expert ? 1 : 0;
     }
     b.at<int>(b.args.desk.dest)[i] = row;

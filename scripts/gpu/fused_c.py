@@ -36,8 +36,8 @@ class FusedShape(ctypes.Structure):
 class FusedLayout(ctypes.Structure):
     _fields_ = _fields(
         _i64,
-        "flags tokens entries counts rows scales outputs sources barrier entropy cuts wanted positions received starts round stamps"
-        " status bytes",
+        "flags tokens entries counts rows scales outputs sources barrier entropy cuts wanted positions received starts"
+        " round stamps status bytes",
     )
 
 
@@ -56,7 +56,7 @@ class FusedDispatchParams(ctypes.Structure):
         ("layout", FusedLayout),
         ("modality", _p),
         *_fields(_i32, "bucket_bits reroute_rounds num_segments"),
-        *_fields(_bool, "ids_are_i64 needs_entropy protect_text"),
+        *_fields(_bool, "ids_are_i64 needs_entropy protect_text same_device"),
         *_fields(_i32, "scope load importance reroute scoring"),
         *_fields(_f64, "gamma rho alpha c_min"),
         ("delta", _f32),
@@ -75,7 +75,7 @@ class FusedCombineParams(ctypes.Structure):
         ("layout", FusedLayout),
         ("one", FusedRank),
         ("many", _p),
-        ("ids_are_i64", _bool),
+        *_fields(_bool, "ids_are_i64 same_device"),
         ("phase", _i32),
         ("timeout_ns", _u64),
         ("launched", _i32),

@@ -12,8 +12,8 @@ import torch
 from kernel_case import POISON, Config, Inputs, make_inputs
 
 GUARD = 256  # bytes of poison on either side of every buffer
-# Of a region, what holds nothing from one round to the next: poisoned in between.
-TRANSIENT = ("rows", "scales", "outputs", "sources", "entropy", "wanted", "positions", "received", "starts")
+# Of a region, what holds nothing from one round to the next (letters hold their round): poisoned in between.
+TRANSIENT = ("rows", "scales", "outputs", "sources", "cuts", "wanted", "positions", "received", "starts")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ class Group:
         """Those played here."""
         return list(self.tensors)
 
+    @property
+    def same_device(self) -> bool:
+        return len(self.structs) == self.config.plan.R
+
     def _make_tensors(self, rank: int) -> Tensors:
         f = self.config.plan
         ids = torch.int64 if f.ids_i64 else torch.int32
@@ -228,7 +232,8 @@ class Group:
         params = fc.FusedDispatchParams(
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
             bucket_bits=f.bucket_bits, reroute_rounds=f.rounds, num_segments=f.num_segments, ids_are_i64=f.ids_i64,
-            needs_entropy=self.config.needs_entropy, protect_text=f.protect_text, scope=c.SCOPES.index(f.scope),
+            needs_entropy=self.config.needs_entropy, protect_text=f.protect_text, same_device=self.same_device,
+            scope=c.SCOPES.index(f.scope),
             load=c.LOADS.index(f.load), importance=c.IMPORTANCES.index(f.importance),
             reroute=c.REROUTES.index(f.reroute), scoring=c.SCORINGS.index(f.scoring), gamma=f.gamma, rho=f.rho,
             alpha=f.alpha, c_min=f.c_min, delta=f.delta, phase=phase, timeout_ns=self.config.timeout_ns,
@@ -238,7 +243,8 @@ class Group:
 
     def combine(self, phase: int = fc.BOTH, launched: int | None = None, only: int | None = None) -> None:
         params = fc.FusedCombineParams(
-            shape=self.config.shape, layout=self.layout, ids_are_i64=self.config.plan.ids_i64, phase=phase,
+            shape=self.config.shape, layout=self.layout, ids_are_i64=self.config.plan.ids_i64,
+            same_device=self.same_device, phase=phase,
             timeout_ns=self.config.timeout_ns, **self._launched(launched, only),
         )  # fmt: skip
         self.kernels("fused_combine", params)

@@ -33,17 +33,18 @@ class Scenario:
     decided: bool = False  # the plan stands, only the rows are missing
 
 
-def flags(group: Group) -> torch.Tensor:
-    """[kinds, source, block] as rank 0 sees them."""
-    return group.part(0, "flags", torch.int64, 4, 2, group.config.blocks)
+def letters(group: Group, name: str, *shape: int) -> torch.Tensor:
+    """[source, ..., (value, round)] i32 of rank 0's letters from rank 1, now of the coming round."""
+    found = group.part(0, name, torch.int32, 2, *shape, 2)[1]
+    found[..., 1] = group.round(0) + 1
+    return found[..., 0]
 
 
 def forge_assignments(group: Group, tokens: int = 12, experts: tuple[int, ...] = (0, 1, 2, 3)) -> None:
     """What rank 1 would have told rank 0: visual tokens of one weight and one importance."""
-    group.part(0, "tokens", torch.int32, 2)[1] = tokens
+    letters(group, "tokens").fill_(tokens)
     words = [1 << 31 | expert | 64 << 10 | (slot == 0) << 19 | 128 << 20 for slot, expert in enumerate(experts)]
-    group.part(0, "entries", torch.int32, 2, 12, 4)[1] = torch.tensor(words).to(torch.int32)
-    flags(group)[0, 1] = group.round(0) + 1
+    letters(group, "entries", 12, 4).copy_(torch.tensor(words).to(torch.int32))
 
 
 def _alone(group: Group) -> None:
@@ -61,10 +62,9 @@ def _assigned(**forged) -> Callable[[Group], None]:
 def _counted(count: int) -> Callable[[Group], None]:
     def inject(group: Group) -> None:
         forge_assignments(group)
-        counts = group.part(0, "counts", torch.int32, 2, 16)
-        counts[1] = 0
-        counts[1, 5] = count
-        flags(group)[1, 1] = group.round(0) + 1
+        counts = letters(group, "counts", 16)
+        counts.zero_()
+        counts[5] = count
         group.dispatch(only=0)
 
     return inject

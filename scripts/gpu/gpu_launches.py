@@ -63,6 +63,10 @@ class Launch:
     observed: bool = False
 
     @property
+    def fused(self) -> bool:
+        return "--macs-dispatch" in self.flags
+
+    @property
     def gpus(self) -> int:
         return 1 if self.one_gpu else self.ranks
 
@@ -106,6 +110,7 @@ def _one_gpu_environment() -> dict[str, str]:
     } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
 
 
+FUSED = ("--macs-dispatch", "fused")
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
@@ -116,6 +121,11 @@ LAUNCHES = {
     ),
     "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=(*SMALL, "--enable-two-batch-overlap")),
     "2 ranks, one GPU": Launch(2, "low_latency", one_gpu=True),
+    "2 ranks, fused": Launch(2, "low_latency", flags=(*SMALL, *FUSED)),
+    "2 ranks, fused, FP8 blocks": Launch(
+        2, "low_latency", kind="qwen3_moe", fp8=True, flags=(*SMALL, *FUSED, "--moe-runner-backend", "macs")
+    ),
+    "1 rank, fused": Launch(1, "low_latency", flags=(*SMALL, *FUSED)),
 }
 BENCH = Launch(2, "normal", experts=128, top_k=8, layers=3, flags=LARGE)
 

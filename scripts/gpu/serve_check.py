@@ -86,6 +86,8 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
+            if launch.fused and state["fused"] != state["planned"]:
+                wrong.append(f"gamma {run}: rank {state['rank']}: DeepEP carried a planned batch")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
     wrong += [f"gamma 1.0: {what}" for what in runs["1.0"].get("observed", [])]
@@ -99,7 +101,8 @@ def summary(run: dict) -> dict:
     """What goes into the results: counters without the layers."""
     if "error" in run:
         return run
-    names = ("rank", "dispatches", "planned", "skipped", "misaligned", "checks", "violations", "own", "plan_seconds")
+    names = ("rank", "dispatches", "planned", "fused", "skipped", "misaligned", "checks", "violations", "own")
+    names += ("plan_seconds",)
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 

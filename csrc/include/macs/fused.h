@@ -65,18 +65,19 @@ struct FusedShape {
 };
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
+// A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
 // Peers write: flags, tokens, entries, counts, rows, scales. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
-  int64_t flags;      // [4, R, blocks] u32 rounds, kFlagBytes apart: assignments, counts, rows, outputs
-  int64_t tokens;     // [R] i32 tokens of each source
-  int64_t entries;    // [R, max_tokens * K] u32 packed assignments (csrc/cuda/fused_entry.cuh)
-  int64_t counts;     // [R, E] i32 rows that each source sends to each expert
+  int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
+  int64_t tokens;     // [R] letters: tokens of each source
+  int64_t entries;    // [R, max_tokens * K] letters: packed assignments (csrc/cuda/fused_entry.cuh)
+  int64_t counts;     // [R, E] letters: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
   int64_t barrier;    // [blocks] u32
-  int64_t entropy;    // [max_tokens] f32
+  int64_t entropy;    // [max_tokens] letters: f32
   int64_t cuts;       // [E] 32 bytes each: the cuts of many bounds, found by one block each
   int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
@@ -105,16 +106,16 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   };
   const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
   const int64_t local = s.num_experts / s.num_ranks;
-  layout.flags = take(4LL * s.num_ranks * s.num_blocks * kFlagBytes);
-  layout.tokens = take(4LL * s.num_ranks);
-  layout.entries = take(4LL * s.num_ranks * slots);
-  layout.counts = take(4LL * s.num_ranks * s.num_experts);
+  layout.flags = take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
+  layout.tokens = take(8LL * s.num_ranks);
+  layout.entries = take(8LL * s.num_ranks * slots);
+  layout.counts = take(8LL * s.num_ranks * s.num_experts);
   layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
   layout.scales = take(rows * scale_words(s) * 4);
   layout.outputs = take(rows * s.hidden_size * 2);
   layout.sources = take(rows * 4);
   layout.barrier = take(4LL * s.num_blocks);
-  layout.entropy = take(4LL * s.max_tokens);
+  layout.entropy = take(8LL * s.max_tokens);
   layout.cuts = take(32LL * s.num_experts);
   layout.wanted = take(2 * 4 * slots);
   layout.positions = take(4 * slots);
@@ -155,6 +156,7 @@ struct FusedDispatchParams {
   const int8_t* modality;  // [E]
   int32_t bucket_bits, reroute_rounds, num_segments;
   bool ids_are_i64, needs_entropy, protect_text;
+  bool same_device;  // all regions lie on this device: signals need not reach further
   Scope scope;
   Load load;
   Importance importance;
@@ -175,7 +177,7 @@ struct FusedCombineParams {
   FusedLayout layout;
   FusedRank one;           // new_ids and new_weights as dispatch left them
   const FusedRank* many;   // as of the dispatch
-  bool ids_are_i64;
+  bool ids_are_i64, same_device;
   Phase phase;
   uint64_t timeout_ns;
   int32_t launched;

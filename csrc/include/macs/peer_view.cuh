@@ -5,6 +5,9 @@
 // address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
 // parameter: `DirectNetwork` is all that the kernels have been run with.
 //
+// What is short travels as letters: a value and its round in one word that is written at once, so that whoever reads the
+// round has the value, without a fence. Rows are too long for that: they are signalled.
+//
 // Signals are round numbers, never counters: a rank that missed a round cannot leave a peer one short for ever, and the
 // next round needs no cleaning up. Rounds are compared by their signed difference, so that they may wrap.
 #pragma once
@@ -30,6 +33,7 @@ struct Patience {
   FusedStatus* status;  // of this rank
   uint64_t timeout_ns;
   uint32_t round;
+  bool same_device;
 };
 
 // The first fault of a rank stands; later ones follow from it.
@@ -48,23 +52,53 @@ __device__ __forceinline__ bool reached(uint32_t seen, uint32_t expected) {
   return static_cast<int32_t>(seen - expected) >= 0;
 }
 
-// One thread: until `flag` has reached `expected`. False: it did not in time, or another thread of this rank gave up.
-__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const Patience& patience, Fault fault,
-                                  int peer, int block) {
-  constexpr int kPollsBetweenLooks = 64;  // at the clock, which is far away
-  uint64_t start = 0;
-  for (int polls = 0;; ++polls) {
-    const uint32_t seen = load_acquire_sys(flag);
-    if (reached(seen, expected)) return true;
-    if (polls % kPollsBetweenLooks != 0) continue;
+// How long a wait may go on.
+class Wait {
+ public:
+  // After a look that saw too little. False: time is up, or another thread of this rank has given up.
+  __device__ __forceinline__ bool go_on(const Patience& patience, Fault fault, int peer, int block, uint32_t seen,
+                                        uint32_t expected) {
+    constexpr int kPollsBetweenLooks = 64;  // at the clock, which is far away
+    if (polls_++ % kPollsBetweenLooks != 0) return true;
     const uint64_t now = global_timer_ns();
-    if (start == 0) start = now;
-    if (now - start > patience.timeout_ns) {
+    if (start_ == 0) start_ = now;
+    if (now - start_ > patience.timeout_ns) {
       report(patience, fault, peer, block, seen, expected);
       return false;
     }
-    if (load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) != 0) return false;
+    return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) == 0;
   }
+
+ private:
+  int polls_ = 0;
+  uint64_t start_ = 0;
+};
+
+// One thread: until `flag` has reached `expected`.
+__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const Patience& patience, Fault fault,
+                                  int peer, int block) {
+  for (Wait wait;;) {
+    const uint32_t seen = patience.same_device ? load_acquire_gpu(flag) : load_acquire_sys(flag);
+    if (reached(seen, expected)) return true;
+    if (!wait.go_on(patience, fault, peer, block, seen, expected)) return false;
+  }
+}
+
+__device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) {
+  return static_cast<uint64_t>(round) << 32 | value;
+}
+__device__ __forceinline__ uint32_t value_of(uint64_t letter) { return static_cast<uint32_t>(letter); }
+__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) {
+  return reached(static_cast<uint32_t>(letter >> 32), round);
+}
+
+// One thread: looks at `address` until `letter`, what it saw there last, is of this round.
+__device__ inline bool await_letter(const uint64_t* address, uint64_t& letter, const Patience& patience, Fault fault,
+                                    int peer) {
+  for (Wait wait; !is_of(letter, patience.round); letter = load_relaxed_sys(address)) {
+    if (!wait.go_on(patience, fault, peer, -1, static_cast<uint32_t>(letter >> 32), patience.round)) return false;
+  }
+  return true;
 }
 
 // A network policy answers `is_direct(peer)`, and for the others carries a value, a warp's vectors of 16 bytes, and a signal
@@ -96,10 +130,19 @@ class PeerView {
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
   }
+  __device__ __forceinline__ void send(int peer, int64_t offset, uint64_t letter) const {
+    if (!network_.is_direct(peer)) return network_.write(peer, offset, letter);
+    store_relaxed_sys(at<uint64_t>(peer, offset), letter);
+  }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
-  __device__ __forceinline__ void signal(int peer, int64_t offset, uint32_t round) const {
-    if (!network_.is_direct(peer)) return network_.signal(peer, offset, round);
-    store_release_sys(at<uint32_t>(peer, offset), round);
+  __device__ __forceinline__ void signal(int peer, int64_t offset, const Patience& patience) const {
+    if (!network_.is_direct(peer)) return network_.signal(peer, offset, patience.round);
+    uint32_t* const flag = at<uint32_t>(peer, offset);
+    if (patience.same_device) {
+      store_release_gpu(flag, patience.round);
+    } else {
+      store_release_sys(flag, patience.round);
+    }
   }
 
  private:

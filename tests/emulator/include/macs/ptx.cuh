@@ -36,6 +36,9 @@ void published(T* address, T value, bool release) {
 inline uint32_t load_relaxed_sys(const uint32_t* address, EMULATOR_WHERE) {
   return polled("load_relaxed_sys", address, false, where);
 }
+inline uint64_t load_relaxed_sys(const uint64_t* address, EMULATOR_WHERE) {
+  return polled("load_relaxed_sys", address, false, where);
+}
 inline uint64_t load_relaxed_gpu(const uint64_t* address, EMULATOR_WHERE) {
   return polled("load_relaxed_gpu", address, false, where);
 }
@@ -50,6 +53,7 @@ inline uint64_t load_acquire_sys(const uint64_t* address, EMULATOR_WHERE) {
 }
 
 inline void store_relaxed_sys(uint32_t* address, uint32_t value) { published(address, value, false); }
+inline void store_relaxed_sys(uint64_t* address, uint64_t value) { published(address, value, false); }
 inline void store_relaxed_gpu(uint64_t* address, uint64_t value) { published(address, value, false); }
 inline void store_release_gpu(uint32_t* address, uint32_t value) { published(address, value, true); }
 inline void store_release_sys(uint32_t* address, uint32_t value) { published(address, value, true); }

@@ -130,6 +130,34 @@ def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str) 
     check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS)
 
 
+def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kernels: Kernels) -> None:
+    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+    play(group, 0)
+    group.load(make_group(PAIR, 7))
+    group.poison()
+    group.dispatch(fc.SEND)  # of both; then rank 1 neither receives nor combines
+    group.dispatch(fc.RECEIVE, only=0)
+    assert not group.status(0).fault and group.part(0, "received", torch.int32, 8).sum() > 0
+    group.combine(only=0)
+    assert fc.FAULTS[group.status(0).fault] == "outputs" and group.status(0).peer == 1, describe(group.status(0))
+    assert (group.tensors[0].outputs["combined"] == 0).all()
+    check_guards(group)
+    group.recover()
+    play(group, 8, in_two_phases)
+
+
+def test_a_rank_that_never_sends_is_named_behind_both_phases(kernels: Kernels) -> None:
+    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+    group.load(make_group(PAIR, 7))
+    group.poison()
+    for phase in (fc.SEND, fc.RECEIVE):
+        group.dispatch(phase, only=0)
+    assert fc.FAULTS[group.status(0).fault] == "assignments" and group.status(0).peer == 1, describe(group.status(0))
+    assert not group.part(0, "received", torch.int32, 8).any()
+    group.recover()
+    play(group, 8, in_two_phases)
+
+
 @pytest.mark.parametrize("rows", [{"max_rows": 40, "alignment": 8}, {"expert_rows": 5}])
 def test_more_rows_than_the_buffer_holds_are_refused_by_all(kernels: Kernels, rows: dict[str, int]) -> None:
     config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), **rows)

@@ -6,6 +6,7 @@ kernels decided. So each checks its own part of the group.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fused_c as fc
@@ -22,6 +24,7 @@ from fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
 from fused_checks import check_combine, check_dispatch, fresh_outputs, output
 from kernel_case import POISON, Config
 from low_latency import most_tokens
+from mps import shared_gpu
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
 
 HANDLE_BYTES = 64
@@ -120,12 +123,14 @@ def cases(ranks: int, blocks: int) -> list[FusedConfig]:
 def dead_rank(kernels, regions: SharedRegions, blocks: int) -> None:
     """The last rank does not launch: the others name it in time, and go on with it afterwards."""
     ranks, me = dist.get_world_size(), dist.get_rank()
-    config = FusedConfig(Config(T=16, R=ranks, hot=1.5), (16,) * ranks, blocks, timeout_ns=20_000_000)
+    config = FusedConfig(Config(T=16, R=ranks, hot=1.5), (16,) * ranks, blocks)
     group = regions.group(kernels, config)
     play(group, 0, Group.dispatch)
+    group.config = replace(config, timeout_ns=20_000_000)  # too little for ranks that start apart
     if me != ranks - 1:
         group.dispatch()
     torch.cuda.synchronize()
+    group.config = config
     status = group.status(me)
     if me != ranks - 1 and (fc.FAULTS[status.fault], status.peer) != ("assignments", ranks - 1):
         raise RuntimeError(f"rank {me} reports {fc.FAULTS[status.fault]} of rank {status.peer}")
@@ -190,12 +195,10 @@ class Slowest(Table):
 
 def start(options, seconds: float) -> int:
     """Starts all ranks and waits for them; 0 if every one ended well in time."""
-    with tempfile.TemporaryDirectory() as folder:
-        extra = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29743", "NCCL_NVLS_ENABLE": "0"}
+    extra = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29743", "NCCL_NVLS_ENABLE": "0"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if options.mps:
-            from straggler import quit_mps
-
-            extra |= start_mps(folder, options.processes)
+            extra |= stack.enter_context(shared_gpu(options.processes))
         command = [sys.executable, *sys.argv, "--init", str(Path(folder) / "init"), "--seed", str(options.seed)]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, **extra})
@@ -212,13 +215,4 @@ def start(options, seconds: float) -> int:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-            if options.mps:
-                quit_mps(extra)
     return 0 if all(code == 0 for code in codes) else 1
-
-
-def start_mps(folder: str, ranks: int) -> dict[str, str]:
-    """As straggler.share_the_gpu, for any number of ranks."""
-    mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps}, check=True)
-    return mps | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // ranks)}

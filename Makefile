@@ -50,9 +50,7 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 	@$(PYTEST) -m gpu
 
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
-	@for tool in memcheck racecheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) scripts/gpu/check_kernels.py --check-only --small 16 || exit 1; \
-	done
+	@bash scripts/sanitize.sh $(PY)
 
 lint: build  ## ruff, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .

@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "rank": {
         "scope": "rank",
         "load": "rows",
-        "importance": "entropy_gate",
+        "importance": "gate",
         "reroute": "global",
     },
     "paper": {
@@ -58,7 +58,7 @@ class MacsConfig:
     gamma: float = _opt(1.1, "capacity over the mean load, > 0; inf = never clip")
     scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
-    importance: str = _opt("entropy_gate", "what is given up last: high entropy weight, gate, or both", IMPORTANCES)
+    importance: str = _opt("gate", "what is given up last: high entropy weight, gate, or both", IMPORTANCES)
     reroute: str = _opt("global", "where overflow may go before it is dropped", REROUTES)
     reroute_rounds: int = _opt(4, "passes over the overflow that look for room")
     exchange: str = _opt("group", "decide over the EP group with one all-reduce, or locally", ("group", "local"))

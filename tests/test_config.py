@@ -22,7 +22,7 @@ def parse(*argv: str) -> MacsConfig:
 def test_presets_are_those_of_the_method():
     paper, rank, cai = (MacsConfig.from_preset(p) for p in ("paper", "rank", "cai"))
     assert (paper.scope, paper.load, paper.importance, paper.reroute) == ("expert", "effective", "entropy", "local")
-    assert (rank.scope, rank.load, rank.importance, rank.reroute) == ("rank", "rows", "entropy_gate", "global")
+    assert (rank.scope, rank.load, rank.importance, rank.reroute) == ("rank", "rows", "gate", "global")
     assert (cai.scope, cai.load, cai.importance, cai.reroute) == ("expert", "rows", "gate", "none")
     assert (cai.delta, cai.rho) == (0.0, 0.0)
     assert MacsConfig.from_preset("off").is_off

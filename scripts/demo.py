@@ -4,7 +4,7 @@ Starts the server three times (off, paper, rank), sends the same chats, and show
 after, and how many answers are right. Writes build/demo/summary.json and build/demo/load.png. Exit 0 only if MACS was
 provably active on both ranks, every request succeeded, every bound held, and the answers are right.
 
-The model is the lab's (models/lab-vl-moe): it reads, counts and compares digits in pictures that it has never seen.
+The model is the lab's (models/lab-vl-moe): it reads, compares and finds digits in pictures that it has never seen.
 """
 
 import argparse
@@ -29,8 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "demo"
 MODEL = ROOT / "models" / "lab-vl-moe"
 # Parts of a whole of the requests, by picture size and task: see scripts/lab/lab_tasks.py.
-MIX = {"wide": {"read": 10, "compare": 4}, "square": {"read": 4, "count": 6}, "large": {"scene": 4, "read": 4}}
-OWN_PICTURE = ("How many digits?", "Read the digits.", "What is behind the digits?")
+MIX = {
+    "wide": {"read": 10, "compare": 4},
+    "square": {"read": 4, "colour": 3, "where": 3},
+    "large": {"scene": 4, "read": 4},
+}
+OWN_PICTURE = ("Describe the digits.", "Read the digits.", "What is behind the digits?")
 RANKS = 2
 PRESETS = {
     "off": "SGLang alone; loads are counted",

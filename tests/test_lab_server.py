@@ -18,9 +18,9 @@ from lab_tokens import Vocabulary
 
 TRAINED = (lab_checkpoint.CHECKPOINT / "model.safetensors").exists()
 MIX = {  # mostly what the model has learned, and some that it gets wrong
-    "text": {"copy": 5, "lookup": 2},
+    "text": {"copy": 4, "lookup": 3},
     "wide": {"read": 6, "compare": 2},
-    "square": {"count": 4, "where": 1},
+    "square": {"colour": 2, "count_colour": 1, "where": 2},
     "large": {"scene": 2, "read": 1},
 }
 

@@ -6,7 +6,7 @@ IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency test-multinode test-compat
+.PHONY: help build demo test test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: build  ## everything that CI runs
 test-fast: build  ## without real servers
 	@$(PYTEST) -m "not gpu and not server"
 
+test-emulated: build  ## the CUDA kernels on an emulated machine: no GPU needed, data races are found
+	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_races_emulated.py
+
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m "server and not multinode"
 
@@ -47,9 +50,7 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 	@$(PYTEST) -m gpu
 
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
-	@for tool in memcheck racecheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) scripts/gpu/check_kernels.py --check-only --small 16 || exit 1; \
-	done
+	@bash scripts/sanitize.sh $(PY)
 
 lint: build  ## ruff, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
@@ -73,8 +74,12 @@ distclean: clean  ## and the environment
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
 	@$(PY) scripts/check_latency.py
 
+check-network: build  ## the fused dispatch compiles over NCCL's GIN (needs nvcc; fetches NCCL's headers)
+	@PY=$(PY) bash scripts/check_network.sh
+
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode
 
-test-compat: build  ## hooks, launches and servers against other releases of SGLang (400 MB; many minutes)
-	@$(PY) scripts/check_compat.py 0.5.23 0.5.20
+test-compat: build  ## hooks, launches and servers against other releases of SGLang (600 MB on disk; a quarter of an hour)
+	@$(PY) scripts/check_compat.py 0.5.23 0.5.22
+	@$(PY) scripts/check_compat.py 0.5.20 --stages refused

@@ -11,7 +11,8 @@ import sys
 
 from setuptools import setup
 
-TORCH = os.environ.get("MACS_TORCH", "2.13")
+# SGLang 0.5.21 asks for the first, 0.5.22 and 0.5.23 for the second.
+TORCH = (os.environ["MACS_TORCH"],) if "MACS_TORCH" in os.environ else ("2.13", "2.14")
 
 
 def fail(what: str, got: str, expected: str, fix: str) -> None:
@@ -22,7 +23,7 @@ try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
-    fail("torch", "none", f"torch {TORCH}", "Install it first, then build with --no-build-isolation.")
+    fail("torch", "none", f"torch {' or '.join(TORCH)}", "Install it first, then build with --no-build-isolation.")
 
 
 def use_cuda() -> tuple[bool, str]:
@@ -63,8 +64,9 @@ def extension():
     )
 
 
-if not torch.__version__.startswith(TORCH + "."):
-    fail("torch", torch.__version__, f"{TORCH}.x", f"Run: pip install torch=={TORCH}.0")
+if not torch.__version__.startswith(tuple(f"{minor}." for minor in TORCH)):
+    expected = " or ".join(f"{minor}.x" for minor in TORCH)
+    fail("torch", torch.__version__, expected, "Install the one that your SGLang asks for.")
 
 setup(
     ext_modules=[extension()],

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "macs/cpu.h"
+#include "macs/fused.h"
 #include "macs/level.h"
 
 #ifdef MACS_WITH_CUDA
@@ -14,6 +15,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "macs/cuda.h"
+#include "macs/peer_memory.h"
 #endif
 
 namespace macs {
@@ -375,6 +377,182 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
 
 #endif
 
+// ---- The fused dispatch and combine (macs/fused.h) ------------------------------------------------------------------
+
+// The fields of FusedShape in order: what a region looks like.
+FusedShape checked_shape(at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(shape.size() == 10, "shape: got ", shape.size(), " numbers, expected the 10 of FusedShape");
+  const auto at = [&](size_t i) { return static_cast<int32_t>(shape[i]); };
+  const FusedShape s = {at(0), at(1), at(2), at(3), at(4), at(5), checked_enum<RowFormat>(shape[6], 4, "format"),
+                        at(7), at(8), at(9)};
+  check_ranks(s.num_experts, s.num_ranks);
+  TORCH_CHECK_VALUE(s.num_ranks <= kMaxPeers, "num_ranks: got ", s.num_ranks, ", expected at most ", kMaxPeers);
+  return s;
+}
+
+// Offsets in the order of FusedLayout, the last one the bytes of the whole.
+std::vector<int64_t> fused_layout_of(at::IntArrayRef shape) {
+  const FusedLayout layout = fused_layout(checked_shape(shape));
+  const int64_t* const first = &layout.flags;
+  static_assert(sizeof(FusedLayout) % sizeof(int64_t) == 0);
+  return {first, first + sizeof(FusedLayout) / sizeof(int64_t)};
+}
+
+#ifdef MACS_WITH_CUDA
+
+// Zero-filled memory of the current device that other processes can map, and the handle [64] u8 (host) that they open.
+std::tuple<Tensor, Tensor> allocate_shared(int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes > 0, "bytes: got ", bytes, ", expected more than 0");
+  void* memory = nullptr;
+  Tensor handle = at::empty({static_cast<int64_t>(cuda::kShareHandleBytes)}, at::kByte);
+  check_launch(cuda::allocate_shared(bytes, &memory, handle.mutable_data_ptr()), "allocate_shared");
+  const auto device = at::Device(at::kCUDA, c10::cuda::current_device());
+  const auto release = [](void* of) { cuda::free_shared(of); };
+  return {at::from_blob(memory, {bytes}, release, at::TensorOptions().dtype(at::kByte).device(device)), handle};
+}
+
+// Address of another process's memory as the current device sees it.
+int64_t open_shared(const Tensor& handle) {
+  check_like(handle, "handle", at::kByte, {static_cast<int64_t>(cuda::kShareHandleBytes)}, handle);
+  void* memory = nullptr;
+  check_launch(cuda::open_shared(handle.const_data_ptr(), &memory), "open_shared");
+  return reinterpret_cast<int64_t>(memory);
+}
+
+void close_shared(int64_t address) {
+  check_launch(cuda::close_shared(reinterpret_cast<void*>(address)), "close_shared");
+}
+
+// A rank's part, as far as dispatch and combine have it in common.
+FusedRank fused_rank(const Tensor& region, at::IntArrayRef peers, int64_t rank, const FusedShape& shape) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(peers.size()) == shape.num_ranks, "peers: got ", peers.size(),
+                    " addresses, expected ", shape.num_ranks);
+  TORCH_CHECK_VALUE(rank >= 0 && rank < shape.num_ranks, "rank: got ", rank, ", expected below ", shape.num_ranks);
+  TORCH_CHECK_VALUE(region.is_cuda() && region.nbytes() >= static_cast<size_t>(fused_layout(shape).bytes), "region: got ",
+                    region.nbytes(), " bytes on ", region.device(), ", expected at least ", fused_layout(shape).bytes,
+                    " on a GPU");
+  FusedRank me = {};
+  for (int peer = 0; peer < shape.num_ranks; ++peer) me.region[peer] = reinterpret_cast<char*>(peers[peer]);
+  me.region[rank] = static_cast<char*>(region.mutable_data_ptr());
+  me.rank = static_cast<int32_t>(rank);
+  return me;
+}
+
+void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shape) {
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) == shape.top_k && ids.size(0) <= shape.max_tokens, "topk_ids: got shape ",
+                    ids.sizes(), ", expected at most [", shape.max_tokens, ", ", shape.top_k, "]");
+  TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, "topk_ids: got dtype ",
+                    ids.scalar_type(), ", expected int32 or int64");
+  check_like(weights, "topk_weights", at::kFloat, ids.sizes(), ids);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
+    const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
+    const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
+    const Tensor& modality, int64_t num_segments, double delta, bool needs_entropy, int64_t buckets, int64_t scope,
+    int64_t load, int64_t importance, int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
+    double c_min, int64_t reroute_rounds, int64_t scoring, int64_t phase, int64_t timeout_ns) {
+  FusedDispatchParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous(), gates = topk_weights.contiguous(),
+               seg = segment.contiguous(), m = modality.contiguous();
+  check_topk(ids, gates, p.shape);
+  check_like(x, "hidden_states", at::kBFloat16, {ids.size(0), p.shape.hidden_size}, region);
+  check_like(seg, "segment", at::kInt, {ids.size(0)}, region);
+  check_like(m, "modality", at::kChar, {p.shape.num_experts}, region);
+  check_device("topk_ids", ids, region);
+  Tensor logits;
+  if (router_logits.has_value()) {
+    logits = router_logits->contiguous();
+    check_like(logits, "router_logits", at::kFloat, {ids.size(0), p.shape.num_experts}, region);
+    p.one.router_logits = logits.const_data_ptr<float>();
+  }
+  p.scope = checked_enum<Scope>(scope, 2, "scope");
+  p.load = checked_enum<Load>(load, 2, "load");
+  p.importance = checked_enum<Importance>(importance, 3, "importance");
+  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
+  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
+  p.phase = checked_enum<Phase>(phase, 3, "phase");
+  p.bucket_bits = checked_bucket_bits(buckets);
+  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
+  p.num_segments = static_cast<int32_t>(num_segments);
+  p.ids_are_i64 = ids.scalar_type() == at::kLong;
+  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = p.shape.num_ranks == 1;
+  p.gamma = gamma, p.rho = rho, p.alpha = alpha, p.c_min = c_min, p.delta = static_cast<float>(delta);
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.launched = 1;
+  const auto i32 = region.options().dtype(at::kInt);
+  Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
+  Tensor weight = at::empty({ids.size(0)}, gates.options());
+  Tensor cut = at::empty({num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks), 4}, i32);
+  Tensor counts = at::empty({3, p.shape.num_experts, 2}, i32), sums = at::empty({kNumSums}, i32);
+  p.modality = m.const_data_ptr<int8_t>();
+  p.one.hidden_states = x.const_data_ptr();
+  p.one.topk_ids = ids.const_data_ptr();
+  p.one.topk_weights = gates.const_data_ptr<float>();
+  p.one.segment = seg.const_data_ptr<int32_t>();
+  p.one.new_ids = new_ids.mutable_data_ptr();
+  p.one.new_weights = new_weights.mutable_data_ptr<float>();
+  p.one.weight = weight.mutable_data_ptr<float>();
+  p.one.counts = counts.mutable_data_ptr<int32_t>();
+  p.one.cut = cut.mutable_data_ptr<int32_t>();
+  p.one.sums = sums.mutable_data_ptr<int32_t>();
+  p.one.num_tokens = static_cast<int32_t>(ids.size(0));
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_dispatch");
+  return {new_ids, new_weights, weight, cut, counts, sums};
+}
+
+// The rest of a dispatch that was only sent: behind it every rank's rows are there.
+void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
+                   int64_t timeout_ns) {
+  FusedDispatchParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  p.phase = Phase::kReceive;
+  p.bucket_bits = checked_bucket_bits(128);  // of no meaning here
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.launched = 1;
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_receive");
+}
+
+Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
+                     const Tensor& topk_ids, const Tensor& topk_weights, const OptionalTensor& outputs, int64_t phase,
+                     int64_t timeout_ns) {
+  FusedCombineParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous();
+  check_topk(ids, gates, p.shape);
+  check_device("topk_ids", ids, region);
+  Tensor rows;
+  if (outputs.has_value()) {
+    rows = outputs->contiguous().view({-1, p.shape.hidden_size});
+    check_like(rows, "outputs", at::kBFloat16, {p.shape.max_rows, p.shape.hidden_size}, region);
+    p.one.outputs = rows.const_data_ptr();
+  }
+  Tensor combined = at::empty({ids.size(0), p.shape.hidden_size}, region.options().dtype(at::kBFloat16));
+  p.one.new_ids = const_cast<void*>(ids.const_data_ptr());  // read here, written by dispatch
+  p.one.new_weights = const_cast<float*>(gates.const_data_ptr<float>());
+  p.one.combined = combined.mutable_data_ptr();
+  p.one.num_tokens = static_cast<int32_t>(ids.size(0));
+  p.ids_are_i64 = ids.scalar_type() == at::kLong;
+  p.same_device = p.shape.num_ranks == 1;
+  p.phase = checked_enum<Phase>(phase, 3, "phase");
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.launched = 1;
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_fused_combine(p, stream_of(region)), "fused_combine");
+  return combined;
+}
+
+#endif
+
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
 
 Tensor entropy_score_meta(const Tensor& hidden_states, const Tensor& segment) {
@@ -423,6 +601,33 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const
           at::empty_symint({3, shift.sym_size(0), 2}, shift.options())};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
+    const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& hidden_states,
+    const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
+    const Tensor& modality, int64_t, double, bool, int64_t, int64_t scope, int64_t, int64_t, int64_t, bool, double,
+    double, double, double, int64_t, int64_t, int64_t, int64_t) {
+  check_device("hidden_states", hidden_states, region);
+  check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
+  if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
+  const int64_t num_experts = modality.numel(), num_ranks = checked_shape(shape).num_ranks;
+  const auto i32 = region.options().dtype(at::kInt);
+  const int64_t bounds = num_bounds(static_cast<Scope>(scope), num_experts, num_ranks);
+  return {at::empty_like(topk_ids),
+          at::empty_like(topk_weights),
+          at::empty_symint({topk_ids.sym_size(0)}, topk_weights.options()),
+          at::empty({bounds, 4}, i32),
+          at::empty({3, num_experts, 2}, i32),
+          at::empty({kNumSums}, i32)};
+}
+
+void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t) {}
+
+Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& topk_ids,
+                          const Tensor&, const OptionalTensor&, int64_t, int64_t) {
+  return at::empty_symint({topk_ids.sym_size(0), c10::SymInt(checked_shape(shape).hidden_size)},
+                          region.options().dtype(at::kBFloat16));
+}
+
 }  // namespace
 }  // namespace macs
 
@@ -448,6 +653,22 @@ TORCH_LIBRARY(sglang_macs, m) {
       "Tensor segment, Tensor? router_logits, Tensor? workspace, int num_ranks, int buckets, int scope, int load, "
       "int importance, int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min, "
       "int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("fused_layout(int[] shape) -> int[]", &macs::fused_layout_of);
+  m.def(
+      "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
+      "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, int num_segments, float delta, "
+      "bool needs_entropy, int buckets, int scope, int load, int importance, int reroute, bool protect_text, "
+      "float gamma, float rho, float alpha, float c_min, int reroute_rounds, int scoring, int phase, int timeout_ns) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
+  m.def(
+      "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
+      "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
+#ifdef MACS_WITH_CUDA
+  m.def("allocate_shared(int bytes) -> (Tensor, Tensor)", &macs::allocate_shared);
+  m.def("open_shared(Tensor handle) -> int", &macs::open_shared);
+  m.def("close_shared(int address) -> ()", &macs::close_shared);
+#endif
 }
 
 TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
@@ -467,6 +688,9 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("clip_apply", &macs::clip_apply);
   m.impl("score_histogram", &macs::score_histogram);
   m.impl("threshold_apply", &macs::threshold_apply);
+  m.impl("fused_dispatch", &macs::fused_dispatch);
+  m.impl("fused_receive", &macs::fused_receive);
+  m.impl("fused_combine", &macs::fused_combine);
 }
 #endif
 
@@ -476,4 +700,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("load_histogram", &macs::load_histogram_meta);
   m.impl("clip_threshold", &macs::clip_threshold_meta);
   m.impl("clip_apply", &macs::clip_apply_meta);
+  m.impl("fused_dispatch", &macs::fused_dispatch_meta);
+  m.impl("fused_receive", &macs::fused_receive_meta);
+  m.impl("fused_combine", &macs::fused_combine_meta);
 }

@@ -1,9 +1,11 @@
 """The product against other releases of SGLang: hooks, launches, servers.
 
-    python scripts/check_compat.py 0.5.23 0.5.20 [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python scripts/check_compat.py 0.5.23 0.5.22 [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python scripts/check_compat.py 0.5.20 --stages refused
 
 Each release is put into build/compat/VERSION without its dependencies (pip --target), before the installed one;
-everything else is shared. Exit 0 if every stage of every release passes. docs/compatibility.md has the table.
+everything else is shared. The stage `refused` is for a release that lacks a hook's target: a launch with MACS must end
+and say so. Exit 0 if every stage of every release passes. docs/compatibility.md has the table.
 """
 
 import argparse
@@ -12,31 +14,31 @@ import os
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
+from bench_plan import commit
+from serving import EP2_ARGS
+
+from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPAT = ROOT / "build" / "compat"
+REFUSED_PORT = 19872  # nothing ever listens there
 
 # Every hook applied and looked at on its own, as the launcher and then as a scheduler process would.
 HOOKS = """
 import json
 from importlib.metadata import version
-from sglang_macs import plugin
-from sglang_macs.config import MacsConfig
+from sglang_macs import config, hooks, plugin
 import sglang.srt.plugins as plugins
 
-def missing(hooks):
-    found = {}
-    for hook in hooks:
-        try:
-            plugin.check_hooks((hook,))
-        except plugin.MacsNotActive as error:
-            found[hook.target] = str(error).split(";")[0]
-    return found
+def missing(registered):
+    return {hook.target: trouble for hook in registered if (trouble := hooks.trouble(hook))}
 
-plugin.configure(MacsConfig.from_preset("rank"))
+config.configure(config.MacsConfig.from_preset("rank"))
 plugins.load_plugins()
 lost = missing(plugin.LAUNCHER_HOOKS)
 plugin._in_scheduler, plugins._plugins_loaded = True, False
@@ -87,6 +89,32 @@ def check_tests(folder: Path, selection: list[str]) -> dict:
     return {"passed": done.returncode == 0, "detail": failed or summary}
 
 
+def check_refused(folder: Path) -> dict:
+    """{"passed": ..., "detail": ...} of a launch with MACS that must end with our line."""
+    model = tiny_models.ensure(ROOT / "build" / "models" / "tiny-qwen3-vl-moe", "qwen3_vl_moe")
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *EP2_ARGS]
+    command += ["--moe-a2a-backend", "macs", "--host", "127.0.0.1", "--port", str(REFUSED_PORT)]
+    done = subprocess.run(command, env=environment_of(folder), capture_output=True, text=True, timeout=300, check=False)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("sglang-macs: hook")]
+    return {"passed": done.returncode != 0 and bool(lines), "detail": (lines or ["no line of ours"])[0]}
+
+
+def check(stage: str, version: str, folder: Path) -> dict:
+    """{"passed": ..., "detail": ...} of one stage."""
+    if stage == "hooks":
+        return check_hooks(version, folder)
+    return check_refused(folder) if stage == "refused" else check_tests(folder, STAGES[stage])
+
+
+def save(path: Path, new: dict) -> None:
+    """Adds a release's findings to the file, to those of other stages."""
+    rows = {row["sglang"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    rows[new["sglang"]] = rows.get(new["sglang"], {}) | new
+    head = {"torch": metadata.version("torch"), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    ordered = [rows[release] for release in sorted(rows)]
+    path.write_text(json.dumps({**head, "rows": ordered}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+")
@@ -97,12 +125,11 @@ def main() -> int:
     for version in options.versions:
         folder, row = install(version), {"sglang": version}
         for stage in options.stages.split(","):
-            row[stage] = check_hooks(version, folder) if stage == "hooks" else check_tests(folder, STAGES[stage])
-            found = row[stage]
+            found = row[stage] = check(stage, version, folder)
             print(f"{version:<8} {stage:<7} {'passed' if found['passed'] else 'FAILED'}  {found['detail']}", flush=True)
         rows.append(row)
-    if options.out:
-        options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        if options.out:
+            save(options.out, row)
     return 0 if all(row[stage]["passed"] for row in rows for stage in options.stages.split(",")) else 1
 
 

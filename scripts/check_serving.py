@@ -120,12 +120,23 @@ def measure_requests(urls: list[str], model: str, pairs: int) -> Interval:
 # ---- SGLang's bench_serving ----------------------------------------------------------------------------------------
 
 
-def bench_command(url: str, model: str, prompts: int, resolution: str, out: Path, seed: int) -> list[str]:
+@dataclass(frozen=True)
+class Workload:
+    """One run of bench_serving: requests of `images` pictures each, at most `concurrency` at once."""
+
+    prompts: int = 16
+    resolution: str = "320x320"
+    images: int = 1
+    concurrency: int = 4
+
+
+def bench_command(url: str, model: str, workload: Workload, out: Path, seed: int) -> list[str]:
     """One run of the image workload; results are appended to `out` as one line of JSON."""
     return [
         sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", url,
-        "--model", model, "--dataset-name", "image", "--image-count", "1", "--image-resolution", resolution,
-        "--num-prompts", str(prompts), "--max-concurrency", "4", "--random-input-len", "32", "--random-output-len", "8",
+        "--model", model, "--dataset-name", "image", "--image-count", str(workload.images),
+        "--image-resolution", workload.resolution, "--num-prompts", str(workload.prompts),
+        "--max-concurrency", str(workload.concurrency), "--random-input-len", "32", "--random-output-len", "8",
         "--random-range-ratio", "1.0", "--warmup-requests", "1", "--flush-cache", "--disable-tqdm",
         "--seed", str(seed), "--output-file", str(out),
     ]  # fmt: skip
@@ -141,32 +152,40 @@ def bench_environment() -> dict[str, str]:
     return env
 
 
-def bench(url: str, model: str, prompts: int, resolution: str, seed: int) -> dict:
+def bench(url: str, model: str, workload: Workload, seed: int) -> dict:
     """The result of one run. Raises ServerError with the output's end if it failed or requests were lost."""
     OUT.mkdir(parents=True, exist_ok=True)
-    out = OUT / "bench.jsonl"
+    out = OUT / f"bench-{url.rpartition(':')[2]}.jsonl"
     out.unlink(missing_ok=True)
-    command = bench_command(url, model, prompts, resolution, out, seed)
+    command = bench_command(url, model, workload, out, seed)
     done = subprocess.run(command, env=bench_environment(), capture_output=True, text=True, timeout=900, check=False)
     if done.returncode or not out.exists():
         raise ServerError(f"bench_serving ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
     result = json.loads(out.read_text().splitlines()[-1])
-    if result["completed"] != prompts:
-        raise ServerError(f"bench_serving: {result['completed']} of {prompts} requests answered")
+    if result["completed"] != workload.prompts:
+        raise ServerError(f"bench_serving: {result['completed']} of {workload.prompts} requests answered")
     return result
 
 
-def measure_bench(urls: list[str], model: str, rounds: int, prompts: int, resolution: str) -> dict[str, Interval]:
-    """Runs A B, B A, ...; each round has prompts of its own, the same for both servers."""
-    ratios: dict[str, list[float]] = {metric: [] for metric in METRICS}
+def measure_bench(urls: list[str], model: str, rounds: int, workload: Workload) -> dict[str, list[tuple[float, float]]]:
+    """(first, second) of every round, by metric. Runs A B, B A, ...; each round has prompts of its own, the same for
+    both servers.
+    """
+    pairs: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
     for i in range(rounds):
         results: list[dict] = [{}, {}]
         for side in (0, 1) if i % 2 == 0 else (1, 0):
-            results[side] = bench(urls[side], model, prompts, resolution, seed=i)
+            results[side] = bench(urls[side], model, workload, seed=i)
         for metric in METRICS:
-            ratios[metric].append(results[1][metric] / results[0][metric])
-        print(f"round {i + 1} of {rounds}: " + ", ".join(f"{m} {ratios[m][-1]:.3f}" for m in METRICS), flush=True)
-    return {metric: interval(values) for metric, values in ratios.items()}
+            pairs[metric].append((results[0][metric], results[1][metric]))
+        ratios = (f"{metric} {results[1][metric] / results[0][metric]:.3f}" for metric in METRICS)
+        print(f"round {i + 1} of {rounds}: " + ", ".join(ratios), flush=True)
+    return pairs
+
+
+def ratio_interval(pairs: list[tuple[float, float]]) -> Interval:
+    """Of second to first."""
+    return interval([second / first for first, second in pairs])
 
 
 # ---- Servers -------------------------------------------------------------------------------------------------------
@@ -187,8 +206,9 @@ def servers(kinds: list[str], model: Path):
 def run(options: argparse.Namespace, urls: list[str], model: str) -> int:
     names = options.compare if not options.urls else options.urls
     if options.measure == "bench":
-        for metric, found in measure_bench(urls, model, options.rounds, options.prompts, options.resolution).items():
-            print(f"{metric:<20} {names[1]} / {names[0]}: {found}")
+        workload = Workload(options.prompts, options.resolution, options.images, options.concurrency)
+        for metric, pairs in measure_bench(urls, model, options.rounds, workload).items():
+            print(f"{metric:<20} {names[1]} / {names[0]}: {ratio_interval(pairs)}")
         return 0
     found = measure_requests(urls, model, options.pairs)
     print(f"latency of a request, {names[1]} / {names[0]}: {found}")
@@ -212,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="runs of bench_serving on each server")
     parser.add_argument("--prompts", type=int, default=16, help="requests of one run of bench_serving")
     parser.add_argument("--resolution", default="320x320", help="of bench_serving's images")
+    parser.add_argument("--images", type=int, default=1, help="in each request of bench_serving")
+    parser.add_argument("--concurrency", type=int, default=4, help="requests of bench_serving at once")
     parser.add_argument("--most", type=float, help="share by which the second may be slower, e.g. 0.01")
     options = parser.parse_args(argv)
     try:

@@ -36,6 +36,11 @@ MIX = {
 }
 OWN_PICTURE = ("Describe the digits.", "Read the digits.", "What is behind the digits?")
 RANKS = 2
+PRESETS = {
+    "off": "SGLang alone; loads are counted",
+    "paper": "bounds the entropy-weighted load of each expert, re-routes within the rank (the ranks stay as they are)",
+    "rank": "bounds the rows of each rank, re-routes to any rank",
+}
 RIGHT = 0.85  # of the answers without clipping; and clipping may not cost more than MAY_LOSE
 MAY_LOSE = 0.1
 
@@ -156,7 +161,8 @@ def serve(preset: str, gamma: float, chats: list[Question]) -> Run:
     if preset != "off":
         args += ["--macs-gamma", str(gamma)]
     with Server(MODEL, args, log=OUT / f"server-{preset}.log") as server:
-        chat(server, chats[0])
+        _, answer = chat(server, chats[0])
+        print(f'  {preset}: "{chats[0].text}" is answered "{answer}"', flush=True)
         server.flush_cache()
         answered = send(server, chats, preset)
         states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
@@ -234,12 +240,14 @@ def main() -> int:
     options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    print(f"One server after the other, {RANKS} expert-parallel ranks on this machine, {options.requests} image chats:")
+    print("\n".join(f"  {preset:<6} {what}" for preset, what in PRESETS.items()), flush=True)
     try:
         chats = asked(options.image, options.requests)
     except OSError as error:
         parser.error(f"--image: got {options.image} ({error}), expected a picture file")
     try:
-        runs = [serve(preset, options.gamma, chats) for preset in ("off", "paper", "rank")]
+        runs = [serve(preset, options.gamma, chats) for preset in PRESETS]
     except ServerError as error:
         print(f"{error}\ndemo FAILED: a server did not start or did not answer; above, the end of its log.")
         return 1
@@ -247,6 +255,10 @@ def main() -> int:
     (OUT / "summary.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
     ok = all(run.proved for run in runs) and answers_hold(runs)
     print(f"\n{table(runs)}\n")
+    print(
+        "Rows are assignments of tokens to a rank's experts. A rank waits for the fullest one: max/mean is what counts."
+    )
+    print("Latencies are those of two ranks sharing this machine; they say nothing about GPUs.")
     print(f"Picture: {(OUT / 'load.png').relative_to(ROOT)}   figures: {(OUT / 'summary.json').relative_to(ROOT)}")
     verdict = "OK: MACS was active on both ranks and every bound held" if ok else "FAILED: see the table and the logs"
     print(f"demo {verdict} ({time.perf_counter() - start:.0f} s).")

@@ -7,11 +7,13 @@ A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sglang_macs import metrics
+from sglang_macs.compat import SGLANG
 from sglang_macs.config import flag_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,13 +57,78 @@ def straggler_table() -> str:
 
 def overhead_table() -> str:
     """The plan in front of DeepEP's low-latency dispatch and combine."""
-    found, rows = results("overhead_h200"), []
+    found, rows = results("overhead_h100"), []
     for row in found["rows"]:
         case = row["case"]
         times = [f"{row[f'{name}_us']:.1f}" for name in ("deepep", "planned", "plan", "overhead")]
         share = f"{row['overhead_percent']:.0f} %"
         rows.append([case["H"], case["dtype"], f"{row['clipped_share']:.0%}", *times, share])
     header = ["H", "dispatch", "clipped", "DeepEP, us", "plan + DeepEP, us", "plan alone, us", "overhead, us", ""]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
+def fused_table() -> str:
+    """The fused dispatch and combine beside DeepEP and the composed path; a table for every run in docs/results."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("fused_*.json")):
+        found = results(path.stem)
+        sizes: dict[tuple, dict[tuple[str, float], dict]] = {}
+        for row in found["rows"]:
+            case = row["case"]
+            size = tuple(case[name] for name in ("R", "T", "H", "dtype"))
+            sizes.setdefault(size, {})[row["op"], case["clipped"]] = row
+        rows = [
+            [*size, *(fused_cell(timed, *column) for column in FUSED_COLUMNS.values())] for size, timed in sizes.items()
+        ]
+        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", *FUSED_COLUMNS], rows))
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+# Columns by heading: operation, and the share of assignments that are clipped.
+FUSED_COLUMNS = {
+    "dispatch": ("fused_dispatch", 0.0),
+    "20 % clipped": ("fused_dispatch", 0.2),
+    "DeepEP": ("deepep_dispatch", 0.0),
+    "plan + DeepEP": ("plan_deepep_dispatch", 0.0),
+    "20 % clipped ": ("plan_deepep_dispatch", 0.2),
+    "combine": ("fused_combine", 0.0),
+    "copying": ("fused_combine_copied", 0.0),
+    "DeepEP ": ("deepep_combine", 0.0),
+    "both": ("fused_dispatch_combine", 0.0),
+    "20 % clipped  ": ("fused_dispatch_combine", 0.2),
+    "DeepEP  ": ("deepep_dispatch_combine", 0.0),
+}
+
+
+def fused_cell(timed: dict[tuple[str, float], dict], op: str, clipped: float) -> str:
+    """Median in us, and in brackets the floor of our own rows."""
+    row = timed.get((op, clipped))
+    if row is None:
+        return ""
+    return f"{row['median_us']:.1f}" + (f" ({row['floor_us']:.1f})" if op.startswith("fused") else "")
+
+
+def triton_table() -> str:
+    """The operators in Triton: on the GPU, and what launching them takes of the host."""
+    found = results("triton_h100")
+    by_tokens: dict[int, list[str]] = {}
+    for row in found["rows"]:
+        by_tokens.setdefault(row["T"], []).append(f"{row['median_us']:.0f} ({row['host_us']:.0f})")
+    ops = dict.fromkeys(row["op"] for row in found["rows"])
+    return source(found) + "\n\n" + markdown(["T", *ops], [[t, *times] for t, times in by_tokens.items()])
+
+
+def variants_table() -> str:
+    """The plan's kernels as they are kept, and versions 13 and 14 of the log beside them."""
+    found = results("kernels_variants_h100")
+    by_case: dict[tuple, dict[str, float]] = {}
+    for row in found["rows"]:
+        case = row["case"]
+        key = (case["T"], case["H"], case["scope"], case["hot"])
+        by_case.setdefault(key, {})[case["variant"]] = row["median_us"]
+    order = ("cells cleared first", "sums behind a barrier", "as is")
+    rows = [[*key, *(f"{of[name]:.2f}" for name in order)] for key, of in by_case.items()]
+    header = ["T", "H", "bounds", "skew", "as kept, us", "without version 13, with 14", "with both"]
     return source(found) + "\n\n" + markdown(header, rows)
 
 
@@ -84,12 +151,69 @@ def serve_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def cost_table() -> str:
+    """What MACS costs a request where nothing is clipped, and what the installed plugin costs."""
+    found, rows = results("cost_cpu"), []
+    for row in found["rows"]:
+        case, sides = row["case"], row["latency"]["seconds_a_request"]
+        ratios = [
+            f"{row[k]['ratio']:.3f} [{row[k]['ci95'][0]:.3f}, {row[k]['ci95'][1]:.3f}]" for k in ("latency", "cpu")
+        ]
+        layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
+        share = f"{row['plan_share']:.2%}" if "plan_share" in row else ""
+        figures = [f"{1e3 * sides[0]:.0f}", *ratios, share, layer, f"{row['load_average']:.1f}"]
+        rows.append([case["comparison"], case["model"], row["blocks"], *figures])
+    header = ["comparison", "model", "blocks", "request, ms", "latency, ratio", "CPU time, ratio", "plan's CPU time"]
+    header += ["a layer decides, ms", "load average"]
+    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+    return where + "\n\n" + markdown(header, rows)
+
+
+def wire_table() -> str:
+    """Bytes on the cable between two hosts, by what they are."""
+    found, rows = results("wire"), []
+    first = found["rows"][0]
+    for row in found["rows"]:
+        clipped, assigned, dropped = (
+            sum(row["own"][f"{fate}_{m}"] for m in ("visual", "text")) for fate in ("clipped", "assignments", "dropped")
+        )
+        shares = [f"{n / max(assigned, 1):.1%}" for n in (clipped, dropped)]
+        bytes_of = [f"{row[f'{part}bytes'] / 1e6:.1f}" for part in ("", "row_", "exchange_", "other_")]
+        saved = f"{1 - row['row_bytes'] / first['row_bytes']:.1%}" if row is not first else ""
+        rows.append([row["name"], *shares, *bytes_of, saved, f"{statistics.median(row['seconds']):.2f}"])
+    header = ["", "clipped", "dropped", "MB on the cable", "rows", "exchange", "rest", "rows saved", "s a request"]
+    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+    return where + "\n\n" + markdown(header, rows)
+
+
+def compat_table() -> str:
+    """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
+    found = results("compat")
+    rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
+    for row in found["rows"]:
+        if "refused" in row:
+            said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"'])
+        else:
+            rows.append(
+                [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]
+            )
+    where = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:9]}, `make test-compat`."
+    return where + "\n\n" + markdown(["release", "hooks", "launch", "server"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "flags": flag_table,
     "metrics": metrics.table,
     "straggler": straggler_table,
     "overhead": overhead_table,
     "serve": serve_table,
+    "triton": triton_table,
+    "variants": variants_table,
+    "compat": compat_table,
+    "cost": cost_table,
+    "wire": wire_table,
+    "fused": fused_table,
 }
 
 

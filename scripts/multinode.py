@@ -1,6 +1,9 @@
 """Two hosts on one machine, network namespaces joined by a veth pair, and one SGLang server over both.
 
-    python scripts/multinode.py [--rate 100mbit]      as root: bytes on the wire and bounds, without and with clipping
+    python scripts/multinode.py [--rate 100mbit] [--model wide] [--out FILE.json]
+
+As root: bytes on the wire, seconds and bounds, without and with clipping. What the kernel counts on the cable is split
+into rows of the all-to-all, the plans' exchange, and the rest: both parts follow exactly from the servers' counters.
 
 The server is launched as users launch a cluster: one command a host, the same but for --node-rank. Each host has a
 /dev/shm of its own. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN, `ip`, and `tc` for a rate. docs/multinode.md has results.
@@ -13,13 +16,17 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import requests
+from bench_plan import commit
+from check_cost import MODELS
 from check_serving import crops
 from serving import EP2_ARGS, Server, ServerError, prompt
 
@@ -27,7 +34,6 @@ from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "multinode"
-MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"
 CLONE_NEWNET = 0x40000000
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT, INIT_PORT = 20100, 20050
@@ -218,63 +224,100 @@ def questions(count: int) -> list[tuple[str, list[str]]]:
     return [(prompt(f"{i}: what is this?", images=1), [uri]) for i, uri in enumerate(crops(count))]
 
 
-def over_two_hosts(name: str, args: list[str], count: int, rate: str | None) -> dict:
-    """One server over both hosts: tokens, bytes on the cable, seconds, counters."""
-    with Network(rate) as network, Cluster(network, MODEL, [*EP2, *args], OUT / name) as cluster:
+def over_two_hosts(model: Path, name: str, count: int, rate: str | None) -> dict:
+    """One server over both hosts: tokens, seconds of each request, bytes on the cable and what they are, counters."""
+    with Network(rate) as network, Cluster(network, model, [*EP2, *CASES[name]], OUT / name) as cluster:
         cluster.generate(*questions(1)[0])
-        before, start = network.sent_bytes(), time.perf_counter()
-        tokens = [cluster.generate(*question) for question in questions(count)]
-        return {
-            "name": name,
-            "tokens": tokens,
-            "seconds": time.perf_counter() - start,
-            "bytes": network.sent_bytes() - before,
-            "states": cluster.states(),
-        }
+        states, sent = cluster.states(), network.sent_bytes()
+        tokens, seconds = [], []
+        for question in questions(count):
+            start = time.perf_counter()
+            tokens.append(cluster.generate(*question))
+            seconds.append(time.perf_counter() - start)
+        sent, after = network.sent_bytes() - sent, cluster.states()
+    named = payload(model, states, after)
+    named["other_bytes"] = sent - sum(named.values())
+    return {"name": name, "tokens": tokens, "seconds": seconds, "bytes": sent, **named, "states": after}
 
 
-def on_one_host(args: list[str], count: int) -> list[list[int]]:
+def payload(model: Path, before: list[dict], after: list[dict]) -> dict[str, int]:
+    """Bytes that MoE layers put on the cable between two readings of both ranks' counters, headers not included.
+
+    A row is H bf16 values and travels twice, to its expert and back. An all-reduce between two ranks is one histogram
+    (docs/method.md, section 3) in each direction.
+    """
+    text = json.loads((model / "config.json").read_text())["text_config"]
+    rows = sum(state["remote_rows"] for state in after) - sum(state["remote_rows"] for state in before)
+    plans = sum(state["planned"] for state in after) - sum(state["planned"] for state in before)
+    experts = text["num_local_experts"]  # so transformers calls them when it saves a configuration
+    histogram = 4 * (experts * 2 * after[0]["config"]["buckets"] + 4)
+    return {"row_bytes": rows * 2 * 2 * text["hidden_size"], "exchange_bytes": plans * histogram}
+
+
+def on_one_host(model: Path, args: list[str], count: int) -> list[list[int]]:
     """The same server and questions with both ranks on this host: its tokens."""
-    with Server(MODEL, [*EP2, *args], log=OUT / "one-host.log") as server:
+    with Server(model, [*EP2, *args], log=OUT / "one-host.log") as server:
         server.generate(*questions(1)[0])
         return [server.generate(*question).ids for question in questions(count)]
 
 
 CASES = {
+    "off": ["--macs-preset", "off"],
     "inf": ["--macs-preset", "rank", "--macs-gamma", "inf"],
     "rank 1.0": ["--macs-preset", "rank", "--macs-gamma", "1.0"],
+    "rank 1.0, no re-routing": ["--macs-preset", "rank", "--macs-gamma", "1.0", "--macs-reroute", "none"],
     "cai 1.0": ["--macs-preset", "cai", "--macs-gamma", "1.0"],
 }
+
+
+def summary(row: dict) -> str:
+    """One line of the terminal."""
+    megabytes = {key: row[f"{key}bytes"] / 1e6 for key in ("", "row_", "exchange_", "other_")}
+    parts = "{:7.1f} MB on the cable: rows {:.1f}, exchange {:.2f}, rest {:.1f}".format(*megabytes.values())
+    line = f"{row['name']:<24} {parts}; {statistics.median(row['seconds']):.2f} s a request"
+    line += f"; bounds checked {row['checks']}, violated {row['violations']}"
+    return line + (f"; tokens equal to one host's: {row['equal_to_one_host']}" if "equal_to_one_host" in row else "")
+
+
+def measured(options: argparse.Namespace, model: Path, name: str) -> dict:
+    """One row of the result file."""
+    row = over_two_hosts(model, name, options.requests, options.rate)
+    states = row.pop("states")
+    for key in ("checks", "violations"):
+        row[key] = sum(sum(state[key].values()) for state in states)
+    row["own"] = {key: sum(state["own"][key] for state in states) for key in states[0]["own"]}
+    if options.compare:
+        row["equal_to_one_host"] = row["tokens"] == on_one_host(model, CASES[name], options.requests)
+    return row
+
+
+def save(options: argparse.Namespace, rows: list[dict]) -> None:
+    head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", "commit": commit()}
+    head |= {"command": f"python scripts/multinode.py --model {options.model} --rate {options.rate}"}
+    head |= {"date": datetime.now(UTC).date().isoformat(), "requests": options.requests}
+    options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", help="of the cable, each direction, e.g. 100mbit; default: not limited")
+    parser.add_argument("--model", choices=list(MODELS), default="tiny", help="wide: layers of a real model's width")
     parser.add_argument("--requests", type=int, default=12)
-    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE")
     parser.add_argument("--compare", action="store_true", help="tokens with those of one host, too: twice the servers")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     if missing := why_not():
         print(f"multinode: {missing}", file=sys.stderr)
         return 2
-    tiny_models.ensure(MODEL, "qwen3_vl_moe")
+    model = ROOT / "build" / "models" / f"{options.model}-qwen3-vl-moe"
+    tiny_models.ensure(model, "qwen3_vl_moe", **MODELS[options.model])
     rows = []
-    for name in options.cases.split(","):
-        row = over_two_hosts(name, CASES[name], options.requests, options.rate)
-        state = row.pop("states")[0]
-        row |= {key: sum(state[key].values()) for key in ("checks", "violations")} | {"own": state["own"]}
-        if options.compare:
-            row["equal_to_one_host"] = row["tokens"] == on_one_host(CASES[name], options.requests)
-        rows.append(row)
-        print(
-            f"{name:<9} {row['bytes'] / 1e6:7.2f} MB on the cable, {row['seconds']:5.1f} s, "
-            f"bounds checked {row['checks']}, violated {row['violations']}"
-            + (f", tokens equal to one host's: {row['equal_to_one_host']}" if options.compare else ""),
-            flush=True,
-        )
+    for name in options.cases:
+        rows.append(measured(options, model, name))
+        print(summary(rows[-1]), flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"rate": options.rate, "requests": options.requests, "rows": rows}, indent=1))
+        save(options, rows)
     return 0 if all(row.get("equal_to_one_host", True) and not row["violations"] for row in rows) else 1
 
 

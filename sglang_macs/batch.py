@@ -7,6 +7,7 @@ from what every rank of the EP group knows alike, because the plan's exchange is
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,28 @@ def skip_reason(config: MacsConfig, *, is_prefill: bool, group_tokens: int) -> s
     return "off" if config.is_off else ""  # last: with MACS off, the batches it would act on are counted alone
 
 
+def of_forward(forward_batch: Any, config: MacsConfig) -> Batch:
+    """What the MoE layers need of one of SGLang's `ForwardBatch`es, before embedding clamps the padded ids away."""
+    mode = forward_batch.forward_mode
+    # Under dp-attention these are agreed between ranks; without it, every rank runs the same batch.
+    tokens_by_rank = forward_batch.original_global_num_tokens_cpu or forward_batch.global_num_tokens_cpu
+    if tokens_by_rank is not None:
+        is_prefill, group_tokens = forward_batch.is_extend_in_batch, sum(tokens_by_rank)
+    else:
+        is_prefill, group_tokens = mode.is_extend(), forward_batch.input_ids.numel()
+    skip = skip_reason(config, is_prefill=is_prefill, group_tokens=group_tokens)
+    if skip not in ("", "off"):
+        return Batch(skip=skip)
+    halves = tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ())
+    common = {"skip": skip, "group_tokens": group_tokens, "halves": halves}
+    if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
+        return Batch(**common)
+    items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
+    audio = frozenset(i.pad_value for i in items if i.is_audio())
+    segment, num_segments = segments(forward_batch.input_ids, config.entropy_scope, audio)
+    return Batch(segment, num_segments, **common)
+
+
 def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:
     """Segment of each token from the engine's padded ids, and the number of segments.
 
@@ -99,9 +122,18 @@ def align(
     Returns [rows] i32, or None where the rows cannot be those of this batch (the caller counts it and takes all rows
     for text).
     """
-    padded = torch.full((rows * attn_tp_size,), -1, dtype=torch.int32, device=device)
-    if segment is not None:
-        if segment.numel() > padded.numel():
-            return None
-        padded[: segment.numel()] = segment
+    if segment is None:
+        return torch.full((rows,), -1, dtype=torch.int32, device=device)
+    if segment.numel() > rows * attn_tp_size:
+        return None
+    return scattered(segment, rows, attn_tp_rank, attn_tp_size, fill=-1)
+
+
+def scattered(values: Tensor, rows: int, attn_tp_rank: int, attn_tp_size: int, fill: int = 0) -> Tensor:
+    """This rank's share of per-token values under attention-TP: padded with `fill`, then a contiguous slice.
+
+    values: [N, ...] with N <= rows * attn_tp_size. Returns [rows, ...].
+    """
+    padded = values.new_full((rows * attn_tp_size, *values.shape[1:]), fill)
+    padded[: values.shape[0]] = values
     return padded[attn_tp_rank * rows : (attn_tp_rank + 1) * rows]

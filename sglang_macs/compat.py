@@ -10,7 +10,7 @@ from typing import Any
 from .config import MacsConfig
 from .errors import MacsError
 
-SGLANG = "0.5.21"  # the release whose internals are hooked
+SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
 
 # Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.
@@ -65,6 +65,27 @@ def _expert_parallel(launch: Launch) -> str:
     return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
 
 
+def no_low_latency(config: MacsConfig, mode: str) -> str:
+    """Why no planned batch is dispatched in DeepEP's low-latency mode, or ""."""
+    if mode == "normal":
+        return "--deepep-mode normal"
+    if mode == "auto" and not config.decode:
+        return "--deepep-mode auto, under which planned batches (prefill) are in normal mode"
+    return ""
+
+
+def _fused(launch: Launch) -> str:
+    if launch.config.dispatch != "fused":
+        return ""
+    if launch.flag("device") == "cpu":
+        return "fused on the CPU"
+    if launch.flag("enable_single_batch_overlap"):
+        return "fused with --enable-single-batch-overlap, whose combine starts inside the experts' GEMM"
+    if launch.config.exchange != "group":
+        return "fused with --macs-exchange local"
+    return no_low_latency(launch.config, launch.flag("deepep_mode", "auto"))
+
+
 RULES = (
     Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
     Rule(
@@ -113,6 +134,12 @@ RULES = (
         _if(lambda x: bool(x.flag("enforce_shared_experts_fusion")), "fused shared experts"),
         "shared experts of their own: a fused one must not be clipped",
         "Leave it out.",
+    ),
+    Rule(
+        "--macs-dispatch",
+        _fused,
+        "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
+        "Or pass --macs-dispatch deepep.",
     ),
     Rule("--enable-lora", _if(lambda x: bool(x.flag("enable_lora")), "LoRA"), "none on MoE layers", "Leave it out."),
 )

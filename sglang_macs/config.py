@@ -4,12 +4,15 @@ table.
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass, field
 
 from .errors import MacsError
 from .ops import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
+
+CONFIG_ENV = "SGLANG_MACS_CONFIG"
 
 PRESETS: dict[str, dict[str, object]] = {
     "rank": {
@@ -70,6 +73,11 @@ class MacsConfig:
     min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
     decode: bool = _opt(False, "act on decode batches too")
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
+    dispatch: str = _opt(
+        "deepep",
+        "what carries planned low-latency batches: DeepEP, or a kernel that plans and sends; auto = that where it can",
+        ("deepep", "fused", "auto"),
+    )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")
@@ -121,6 +129,23 @@ class MacsConfig:
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "MacsConfig":
         return cls(**{k: math.inf if v == "inf" else v for k, v in values.items()})
+
+
+# The configuration of a process tree travels in one environment variable, which spawned processes inherit.
+
+
+def configured() -> MacsConfig | None:
+    """The configuration this process tree serves with, or None: MACS was not asked for."""
+    raw = os.environ.get(CONFIG_ENV)
+    return MacsConfig.from_json(json.loads(raw)) if raw else None
+
+
+def configure(config: MacsConfig | None) -> None:
+    """Turns MACS on for servers and engines that this process starts from now on; None turns it off."""
+    if config is None:
+        os.environ.pop(CONFIG_ENV, None)
+    else:
+        os.environ[CONFIG_ENV] = json.dumps(config.to_json())
 
 
 def _listed(choices: tuple) -> str:

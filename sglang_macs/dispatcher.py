@@ -7,7 +7,9 @@ experts' outputs back and adds them up under the gate weights at the source.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -74,6 +76,10 @@ class AllToAll:
         self._sent = sent
         return received, torch.repeat_interleave(local, mine.reshape(-1))
 
+    def remote_rows(self) -> int:
+        """Rows of the dispatch under way that went to other ranks; combine brings as many back."""
+        return sum(self._sent.send_rows) - self._sent.send_rows[self.rank]
+
     def combine(self, outputs: Tensor) -> Tensor:
         """[N, H] expert outputs in the order of `dispatch` -> [T, H] sums weighted by the gate, in f32, as outputs'
         dtype.
@@ -135,10 +141,12 @@ class LayerPlanner:
         topk_weights: Tensor,
         router_logits: Tensor | None,
         half: int | None = None,
+        plan: Callable[..., PlanResult] | None = None,
     ) -> Planned:
         """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
 
         half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
+        plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
         """
         now = batch.current()
         self.counters.dispatches += 1
@@ -148,9 +156,8 @@ class LayerPlanner:
             return Planned(topk_ids, topk_weights, segment, None)
         segment = self._segment(now, half, topk_ids)
         start = time.perf_counter()
-        result = self.plan(
-            hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments, self.all_reduce
-        )
+        plan = plan or partial(self.plan, all_reduce=self.all_reduce)
+        result = plan(hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments)
         self.counters.plan_seconds += time.perf_counter() - start
         self.counters.add_plan(result)
         if math.isinf(self.plan.config.gamma):
@@ -210,6 +217,7 @@ class MacsDispatcher:
         self.planner.prove(planned, own, rows.sum(dim=0))
         received = self.comm.dispatch(hidden_states, planned.topk_ids, planned.topk_weights, rows[:, stats.AFTER])
         self.planner.counters.received_rows += received[0].shape[0]
+        self.planner.counters.remote_rows += self.comm.remote_rows()
         return received
 
     def combine(self, outputs: Tensor) -> Tensor:

@@ -21,14 +21,16 @@ from . import cpu_compat
 from .compat import SGLANG
 from .errors import MacsError
 
-TORCH = "2.13"
+TORCH = ("2.13", "2.14")
 OK, FAIL, SKIP = "ok", "FAIL", "skip"
 PROBE_SECONDS = 300
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. status: OK, FAIL, or SKIP where it does not apply; fix: what to do, for a FAIL."""
+    """One finding. status: OK, FAIL, or SKIP where it does not apply; fix: what to do, for a FAIL, or
+    what it would take, for a SKIP.
+    """
 
     name: str
     status: str
@@ -55,8 +57,9 @@ def _versions() -> Iterator[Check]:
     yield _check("python", (3, 11) <= sys.version_info < (3, 13), platform.python_version(), "Use Python 3.11 or 3.12.")
     for name, wanted in (("sglang", SGLANG), ("torch", TORCH)):
         found = _version_of(name)
-        ok = found is not None and (found + ".").startswith(wanted + ".")
-        yield _check(name, ok, found or "not installed", f"Install {name} {wanted}, which this version is made for.")
+        ok = found is not None and any((found + ".").startswith(w + ".") for w in wanted)
+        fix = f"Install {name} {' or '.join(wanted)}, which this version is made for."
+        yield _check(name, ok, found or "not installed", fix)
 
 
 def _version_of(distribution: str) -> str | None:
@@ -100,6 +103,7 @@ def _cuda() -> Iterator[Check]:
     yield Check("GPU", OK, ", ".join(_gpus()))
     yield _operators_on_gpu()
     yield _peers()
+    yield _fused()
     for module, fix in (
         ("deep_ep", "Install DeepEP (github.com/deepseek-ai/DeepEP): it moves the rows."),
         ("deep_gemm", "Install DeepGEMM (github.com/deepseek-ai/DeepGEMM): its runner takes DeepEP's formats."),
@@ -127,13 +131,32 @@ def _operators_on_gpu() -> Check:
 def _peers() -> Check:
     import torch
 
-    count = torch.cuda.device_count()
-    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    apart = [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
-    if not pairs:
+    count, apart = torch.cuda.device_count(), _apart()
+    if count < 2:
         return Check("peer access", SKIP, "one GPU: expert parallelism needs at least two")
     fix = "DeepEP's kernels need NVLink or PCIe peer access within a host; see nvidia-smi topo -p2p r."
     return _check("peer access", not apart, f"none between {', '.join(apart)}" if apart else f"{count} GPUs", fix)
+
+
+def _apart() -> list[str]:
+    """Pairs of GPUs of which one cannot address the other's memory."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    pairs = [(a, b) for a in devices for b in devices if a != b]
+    return [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+
+
+def _fused() -> Check:
+    """What --macs-dispatch fused needs of the machine; nothing fails without it, since DeepEP carries then."""
+    from .transport import unfit_device
+
+    name = "--macs-dispatch fused"
+    if why := unfit_device():
+        return Check(name, SKIP, why, "It needs Hopper, and a build with nvcc and MACS_CUDA=1. DeepEP does without.")
+    if _apart():
+        return Check(name, SKIP, "no peer access", "It needs NVLink or PCIe peer access among all GPUs of the group.")
+    return Check(name, OK, "can carry planned batches under --deepep-mode low_latency")
 
 
 def _importable(module: str) -> tuple[bool, str]:
@@ -178,7 +201,7 @@ def _in_sglang(server_flags: list[str], on_cpu: bool) -> list[Check]:
 
 
 def _hooks(side: str, done: subprocess.CompletedProcess) -> list[Check]:
-    fix = f"Install sglang=={SGLANG}, or a version of sglang-macs that is made for {_version_of('sglang')}."
+    fix = f"Install sglang=={SGLANG[0]}, or a version of sglang-macs that is made for {_version_of('sglang')}."
     for line in done.stdout.splitlines():
         if line.startswith("HOOKS "):
             hooks = json.loads(line.removeprefix("HOOKS "))

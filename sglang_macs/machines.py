@@ -13,6 +13,10 @@ DEEP_GEMM = "https://github.com/deepseek-ai/DeepGEMM (first README, grouped GEMM
 TILESCALE = "https://github.com/tile-ai/tilescale/blob/main/examples/distributed/deepseek_deepep/deepep.md"
 NCCL = "https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc"
 HERE = "docs/results/kernels.json"
+HERE_H100 = "docs/results/kernels_variants_h100.json"
+
+# (tokens of the rank, us) of the plan's operators, without the exchange.
+H100_PLAN_US = ((128, 13.5), (1024, 20.0), (8192, 37.2), (65536, 171.5))
 
 # What every preset shares, and where it comes from.
 SOURCES = {
@@ -22,12 +26,12 @@ SOURCES = {
     "rdma_efficiency": f"DeepEP reaches 43 to 58 of 50 GB/s between nodes: {DEEP_EP}",
     "rdma_bytes_per_us": f"one 400 Gb/s ConnectX-7 per GPU, as in DeepEP's own measurements: {DEEP_EP}",
     "nccl_base_us, nvlink_hop_us, rdma_tree_hop_us, rdma_ring_hop_us": f"baseLat and hwLat, LL protocol: {NCCL}",
-    "plan_us": f"measured on one H200: {HERE}",
+    "plan_us": f"measured on one H200 ({HERE}) and one H100 ({HERE_H100})",
 }
 ASSUMED = {
     "dispatch_us": "time of an empty dispatch or combine",
     "nvlink_efficiency and rdma_efficiency on B200": "taken to be those of H100",
-    "plan_us on H100 and B200": "taken to be that of H200",
+    "plan_us on B200": "taken to be that of H200",
 }
 
 
@@ -60,7 +64,7 @@ class Machine:
 MACHINES = {
     m.name: m
     for m in (
-        Machine("h100", 989e6, 1979e6, 3.35e6, 450e3, H100),
+        Machine("h100", 989e6, 1979e6, 3.35e6, 450e3, H100, plan_us=H100_PLAN_US),
         Machine("h200", 989e6, 1979e6, 4.8e6, 450e3, H200),
         Machine("b200", 2250e6, 4500e6, 8.0e6, 900e3, B200),
     )

@@ -10,6 +10,7 @@ choice.
 import glob
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ LOADS = ("rows", "effective")
 IMPORTANCES = ("entropy", "gate", "entropy_gate")
 REROUTES = ("none", "local", "global")
 SCORINGS = ("softmax", "sigmoid")
+FORMATS = ("bf16", "fp8", "fp8_power_of_two", "fp8_ue8m0")  # of rows on their way (csrc/include/macs/fused.h)
+PHASES = ("both", "send", "receive")
 BUCKETS = (32, 64, 128, 256)
 WEIGHT_ONE = 256  # fixed-point 1.0 of an entropy weight, and the units of one row under load=effective
 NUM_SUMS = 4  # N, N_visual, W_visual, W behind the histogram's [E, 2, B] cells
@@ -327,3 +330,167 @@ def threshold_apply(
         reroute_rounds,
         choice("scoring", scoring, SCORINGS),
     )
+
+
+class RegionShape(NamedTuple):
+    """What a rank's region looks like, the same on every rank (csrc/include/macs/fused.h, FusedShape).
+
+    max_tokens: of a rank. num_blocks: multiprocessors that a launch takes. format: index in FORMATS. expert_rows: rows
+    that each expert has room for, 0 = packed behind one another, each at a multiple of `alignment`. max_rows: of a
+    rank's whole buffer.
+    """
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    hidden_size: int
+    num_blocks: int
+    format: int
+    expert_rows: int
+    max_rows: int
+    alignment: int = 1
+
+
+class RegionLayout(NamedTuple):
+    """Byte offsets into a rank's region, and the bytes of the whole (csrc/include/macs/fused.h, FusedLayout)."""
+
+    flags: int
+    tokens: int
+    entries: int
+    counts: int
+    rows: int
+    scales: int
+    outputs: int
+    sources: int
+    barrier: int
+    entropy: int
+    cuts: int
+    wanted: int
+    positions: int
+    received: int
+    starts: int
+    round: int
+    stamps: int
+    status: int
+    bytes: int
+
+
+def fused_layout(shape: RegionShape) -> RegionLayout:
+    """Where everything lies in a region of this shape."""
+    return RegionLayout(*_ops.fused_layout(list(shape)))
+
+
+def fused_dispatch(
+    region: Tensor,
+    peers: list[int],
+    rank: int,
+    shape: RegionShape,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    segment: Tensor,
+    router_logits: Tensor | None,
+    modality: Tensor,
+    *,
+    num_segments: int,
+    delta: float,
+    needs_entropy: bool,
+    buckets: int,
+    scope: str,
+    load: str,
+    importance: str,
+    reroute: str,
+    protect_text: bool,
+    gamma: float,
+    rho: float,
+    alpha: float,
+    c_min: float,
+    reroute_rounds: int,
+    scoring: str,
+    phase: str,
+    timeout_ns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. Only where `is_fused`.
+
+    Args:
+        region: [bytes] u8, this rank's; peers: addresses of all ranks' regions.
+        hidden_states: [T, H] bf16, T <= shape.max_tokens; the routing as of `clip_apply`.
+        modality: [E] i8.
+        phase: "both" waits for everybody's rows; "send" leaves that to `fused_receive`.
+        timeout_ns: after which a wait for a peer gives up; the region's status says so, and no row is received.
+    Returns:
+        topk_ids, topk_weights, weight [T], cut [NB, 4], counts [3, E, 2], and the group's sums [4] (N, N_visual,
+        W_visual, W); rows, scales, received and positions lie in the region.
+    Source: docs/fused_dispatch.md; the bits of `score_histogram` and `threshold_apply` over the group.
+    """
+    return _ops.fused_dispatch(
+        region,
+        peers,
+        rank,
+        list(shape),
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        segment,
+        router_logits,
+        modality,
+        num_segments,
+        delta,
+        needs_entropy,
+        buckets,
+        choice("scope", scope, SCOPES),
+        choice("load", load, LOADS),
+        choice("importance", importance, IMPORTANCES),
+        choice("reroute", reroute, REROUTES),
+        protect_text,
+        gamma,
+        rho,
+        alpha,
+        c_min,
+        reroute_rounds,
+        choice("scoring", scoring, SCORINGS),
+        choice("phase", phase, PHASES),
+        timeout_ns,
+    )
+
+
+def fused_receive(region: Tensor, peers: list[int], rank: int, shape: RegionShape, timeout_ns: int) -> None:
+    """Waits on the device until the rows of a `fused_dispatch` that only sent are there. Collective."""
+    _ops.fused_receive(region, peers, rank, list(shape), timeout_ns)
+
+
+def fused_combine(
+    region: Tensor,
+    peers: list[int],
+    rank: int,
+    shape: RegionShape,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    outputs: Tensor | None,
+    *,
+    phase: str,
+    timeout_ns: int,
+) -> Tensor:
+    """Every token's experts' outputs, pulled from their ranks and added up under the weights. Collective.
+
+    Args:
+        topk_ids, topk_weights: [T, K] as `fused_dispatch` left them.
+        outputs: [max_rows, H] bf16 of this rank's experts, any shape of that size; None: they lie in the region.
+        phase: "send" offers the outputs, "receive" adds up, "both" does both.
+    Returns:
+        [T, H] bf16; of no meaning after "send".
+    """
+    return _ops.fused_combine(
+        region, peers, rank, list(shape), topk_ids, topk_weights, outputs, choice("phase", phase, PHASES), timeout_ns
+    )
+
+
+def allocate_shared(size: int) -> tuple[Tensor, Tensor]:
+    """[size] u8 of the current device, zero-filled, and the handle [64] u8 with which other processes map it."""
+    return _ops.allocate_shared(size)
+
+
+def open_shared(handle: Tensor) -> int:
+    """Address, on the current device, of what another process of this host allocated."""
+    return _ops.open_shared(handle)

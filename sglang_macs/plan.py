@@ -96,6 +96,12 @@ class Plan:
             self.modality = self.modality.to(device)
         return self.modality
 
+    def fused_options(self, device: torch.device) -> dict[str, object]:
+        """What `ops.fused_dispatch` needs to decide as this plan does."""
+        clip = {name: value for name, value in self._clip.items() if name != "num_ranks"}
+        own = {"modality": self._modality_on(device), "delta": self.config.delta, "needs_entropy": self._needs_entropy}
+        return own | clip | self._levels | self._capacity | self._apply
+
     def apply(
         self,
         topk_ids: Tensor,

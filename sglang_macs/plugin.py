@@ -3,55 +3,30 @@
 Order of events. The launcher loads plugins, parses flags (`_from_cli_args`) and resolves them (`_resolve_once`):
 MACS is translated into a backend SGLang knows, and refused here if a flag or the model rules it out. Scheduler
 processes are started through `run_scheduler_process` below, which applies the model-side hooks and checks that every
-one took: SGLang logs and swallows exceptions of plugins and hooks, and would serve on without MACS. The configuration
-travels in one environment variable, which spawned processes inherit; without it nothing is hooked on the model side.
+one took: SGLang logs and swallows exceptions of plugins and hooks, and would serve on without MACS. Without a
+configuration (`config.configured`) nothing is hooked on the model side.
 
 docs/hooks.md says why each target is hooked.
 """
 
 import argparse
-import json
 import os
-import pkgutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
-from . import __version__, batch, compat, cpu_compat, ops, profile
-from .config import MacsConfig, add_flags, from_args
+from . import batch, compat, cpu_compat, hooks, ops, profile, worker
+from .config import MacsConfig, add_flags, configure, configured, from_args
+from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
+from .fused import Sizes
+from .hooks import Hook
+from .low_latency import FusedLowLatency
+from .plan import Plan, check_batch_size
 
-CONFIG_ENV = "SGLANG_MACS_CONFIG"
 RUNNER = "macs"
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One target in SGLang, what replaces or wraps it, and how ("before", "after", "around")."""
-
-    target: str
-    function: Callable[..., Any]
-    kind: str
-
-
-# ---- Configuration: one environment variable is the truth ----------------------------------------------------------
-
-
-def configured() -> MacsConfig | None:
-    """The configuration this process tree serves with, or None: MACS was not asked for."""
-    raw = os.environ.get(CONFIG_ENV)
-    return MacsConfig.from_json(json.loads(raw)) if raw else None
-
-
-def configure(config: MacsConfig | None) -> None:
-    """Turns MACS on for servers and engines that this process starts from now on; None turns it off."""
-    if config is None:
-        os.environ.pop(CONFIG_ENV, None)
-    else:
-        os.environ[CONFIG_ENV] = json.dumps(config.to_json())
 
 
 def _exit(error: Exception) -> None:
@@ -70,7 +45,7 @@ class _EnableMacs(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
-            check_hooks(LAUNCHER_HOOKS)
+            hooks.check(LAUNCHER_HOOKS)
         except MacsNotActive as error:
             _exit(error)
         setattr(namespace, self.dest, True)
@@ -100,7 +75,7 @@ def _from_cli_args(original, cls, args):
             )
         return original(cls, args)
     try:
-        check_hooks(LAUNCHER_HOOKS)
+        hooks.check(LAUNCHER_HOOKS)
         compat.check_a2a(args.moe_a2a_backend)
         configure(from_args(args))
     except (MacsError, MacsNotActive) as error:
@@ -120,7 +95,7 @@ def _resolve_once(original, self):
     if config is None or getattr(self, "_resolution_finished", False):
         return original(self)
     try:
-        check_hooks(LAUNCHER_HOOKS)
+        hooks.check(LAUNCHER_HOOKS)
         _translate(self)
         original(self)
         _check_launch(self, config)
@@ -192,37 +167,12 @@ def run_scheduler_process(*args, **kwargs):
     _in_scheduler = True
     load_plugins()
     try:
-        check_hooks((*SCHEDULER_HOOKS, *_registered))
+        hooks.check((*SCHEDULER_HOOKS, *_registered))
     except MacsNotActive as error:
         _exit(error)
     from sglang.srt.managers.scheduler import run_scheduler_process as entry
 
     return entry(*args, **kwargs)
-
-
-class _Worker:
-    """What a scheduler process holds: its counters and, per MoE layer, its planner."""
-
-    def __init__(self, config: MacsConfig) -> None:
-        from .stats import Stats
-
-        self.config = config
-        self.stats = Stats()
-        self.profile = profile.load(config.profile) if config.profile else None
-        self.planners: dict[int, Any] = {}
-        self.top_k = 1  # the largest of the model's MoE layers
-        self.exporter: Any = None  # of --enable-metrics
-        self.recorder: Any = None  # of --macs-trace
-
-
-_worker: _Worker | None = None
-
-
-def _the_worker() -> _Worker:
-    global _worker
-    if _worker is None:
-        _worker = _Worker(configured())
-    return _worker
 
 
 def _is_deepep_class_backend(original):
@@ -244,46 +194,33 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     planner = _layer_planner(moe_runner_config)
     if backend.is_customized():
         return _cpu_dispatcher(planner)
-    return _plan_before_deepep(original(moe_runner_config, *args, **kwargs), planner)
+    dispatcher = original(moe_runner_config, *args, **kwargs)
+    return _plan_before_deepep(dispatcher, planner, _fused_low_latency(dispatcher, planner, moe_runner_config))
 
 
 def _layer_planner(moe_runner_config):
     from sglang.srt.runtime_context import get_parallel
 
-    from .dispatcher import LayerPlanner
-    from .plan import Plan
-
-    worker, parallel, layer_id = _the_worker(), get_parallel(), moe_runner_config.layer_id
+    process, parallel, layer_id = worker.current(), get_parallel(), moe_runner_config.layer_id
     plan = Plan(
-        worker.config,
+        process.config,
         moe_runner_config.num_experts,
         parallel.moe_ep_size,
-        worker.profile.of_layer(layer_id) if worker.profile else None,
+        process.profile.of_layer(layer_id) if process.profile else None,
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    recorder = _recorder(parallel.moe_ep_rank)
-    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, worker.stats, attn_tp, recorder)
-    worker.planners[layer_id] = planner
-    worker.top_k = max(worker.top_k, moe_runner_config.top_k or 1)
+    recorder = process.recorder_of(parallel.moe_ep_rank)
+    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, process.stats, attn_tp, recorder)
+    process.planners[layer_id] = planner
+    process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
     return planner
-
-
-def _recorder(rank: int):
-    from .trace import Recorder
-
-    worker = _the_worker()
-    if worker.config.trace and worker.recorder is None:
-        worker.recorder = Recorder(worker.config, rank)
-    return worker.recorder
 
 
 def _cpu_dispatcher(planner):
     from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
-
-    from .dispatcher import MacsDispatcher
 
     inner = MacsDispatcher(planner)
 
@@ -309,13 +246,38 @@ def _logits(topk_output):
     return topk_output.router_logits if topk_output.topk_ids.shape[0] else None
 
 
-def _plan_before_deepep(dispatcher, planner):
-    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class."""
+def _fused_low_latency(dispatcher, planner, moe_runner_config):
+    """For every half of a batch the fused dispatch in place of DeepEP's low-latency kernels; empty: DeepEP's carry."""
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
+    from sglang.srt.layers.moe.utils import is_sbo_enabled
+    from sglang.srt.runtime_context import get_parallel
+
+    if planner.plan.config.dispatch == "deepep":
+        return []
+    inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
+    mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
+    # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
+    impl = getattr(inners[0], "_low_latency_dispatcher", None)
+    tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
+    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    return [
+        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
+        for inner, transport in zip(inners, transports, strict=False)
+    ]
+
+
+def _plan_before_deepep(dispatcher, planner, fused=()):
+    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class.
+
+    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one.
+    """
     half = None  # which half of the batch is dispatched, under two-batch overlap
 
-    def plan_first(dispatch_a, hidden_states, topk_output):
+    def plan_first(dispatch_a, inner, fused, hidden_states, topk_output):
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
-        planned = planner(hidden_states, ids, weights, _logits(topk_output), half)
+        takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
+        planned = planner(hidden_states, ids, weights, _logits(topk_output), half, fused.plan if takes else None)
         if planner.plan.config.verify and planned.segment is not None:
             own = planner.recount(ids, planned)
             group = own.clone()
@@ -335,8 +297,8 @@ def _plan_before_deepep(dispatcher, planner):
         half = tbo_subbatch_index
         return original(name, tbo_subbatch_index, **kwargs)
 
-    for inner in dispatcher._inners:
-        inner.dispatch_a = partial(plan_first, inner.dispatch_a)
+    for inner, of_half in zip_longest(dispatcher._inners, fused):
+        inner.dispatch_a = partial(plan_first, inner.dispatch_a, inner, of_half)
         inner.dispatch_b = partial(hint_rows, inner.dispatch_b)
     dispatcher._execute = partial(execute, dispatcher._execute)
     return dispatcher
@@ -350,60 +312,24 @@ def _scoring(routing_method_type) -> str:
 
 def _forward(original, self, forward_batch, *args, **kwargs):
     """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
+    from sglang.srt.runtime_context import get_parallel
+
     if self.is_draft_worker:
         with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
-    with batch.forward(_batch_of(forward_batch)), _recorded(forward_batch):
+    process = worker.current()
+    acts_on = batch.of_forward(forward_batch, process.config)
+    if not acts_on.skip:
+        check_batch_size(acts_on.group_tokens, process.top_k)
+    with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):
         result = original(self, forward_batch, *args, **kwargs)
-    _tick()
+    process.tick()
     return result
-
-
-def _recorded(forward_batch):
-    recorder = _the_worker().recorder
-    if recorder is None:
-        return nullcontext()
-    from sglang.srt.runtime_context import get_parallel
-
-    from .trace import shown_in
-
-    return recorder.forward_pass(shown_in(forward_batch), get_parallel().attn_tp_rank)
-
-
-def _tick(*, idle: bool = False) -> None:
-    worker = _the_worker()
-    if worker.exporter is not None:
-        worker.exporter.tick(worker.stats, idle=idle)
 
 
 def _on_idle(result, self):
     """AFTER Scheduler.on_idle: what was counted since the last busy moment is published, too."""
-    _tick(idle=True)
-
-
-def _batch_of(forward_batch) -> batch.Batch:
-    from .plan import check_batch_size
-
-    config, mode = _the_worker().config, forward_batch.forward_mode
-    # Under dp-attention these are agreed between ranks; without it, every rank runs the same batch.
-    tokens_by_rank = forward_batch.original_global_num_tokens_cpu or forward_batch.global_num_tokens_cpu
-    if tokens_by_rank is not None:
-        is_prefill, group_tokens = forward_batch.is_extend_in_batch, sum(tokens_by_rank)
-    else:
-        is_prefill, group_tokens = mode.is_extend(), forward_batch.input_ids.numel()
-    skip = batch.skip_reason(config, is_prefill=is_prefill, group_tokens=group_tokens)
-    if skip not in ("", "off"):
-        return batch.Batch(skip=skip)
-    if not skip:
-        check_batch_size(group_tokens, _the_worker().top_k)
-    halves = tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ())
-    common = {"skip": skip, "group_tokens": group_tokens, "halves": halves}
-    if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
-        return batch.Batch(**common)
-    items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
-    audio = frozenset(i.pad_value for i in items if i.is_audio())
-    segment, num_segments = batch.segments(forward_batch.input_ids, config.entropy_scope, audio)
-    return batch.Batch(segment, num_segments, **common)
+    worker.current().tick(idle=True)
 
 
 def _group_coordinator_init(original, self, *args, **kwargs):
@@ -420,22 +346,16 @@ def _group_coordinator_init(original, self, *args, **kwargs):
 
 def _scheduler_init(result, self, *args, **kwargs):
     """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
-    planners = _the_worker().planners
-    if not planners:
-        raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
-    ranks = next(iter(planners.values())).plan.num_ranks
-    line = f"sglang-macs: active on {len(planners)} MoE layers, {ranks} ranks, {_the_worker().config}"
-    print(line, file=sys.stderr, flush=True)
-    if self.metrics_collector is not None:
-        _the_worker().exporter = _exporter(self.metrics_collector.labels)
-
-
-def _exporter(labels):
     from sglang.srt.runtime_context import get_parallel
 
-    from .metrics import Exporter
-
-    return Exporter(labels, _the_worker().config, get_parallel().moe_ep_rank)
+    process = worker.current()
+    if not process.planners:
+        raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
+    ranks = next(iter(process.planners.values())).plan.num_ranks
+    line = f"sglang-macs: active on {len(process.planners)} MoE layers, {ranks} ranks, {process.config}"
+    print(line, file=sys.stderr, flush=True)
+    if self.metrics_collector is not None:
+        process.export_metrics(self.metrics_collector.labels, get_parallel().moe_ep_rank)
 
 
 def _run_event_loop(original, self):
@@ -456,13 +376,11 @@ def _get_internal_state(result, self, *args, **kwargs):
     """AFTER Scheduler.get_internal_state: counters under `internal_states[*].macs` of GET /server_info."""
     from sglang.srt.runtime_context import get_parallel
 
-    worker, rank = _the_worker(), get_parallel().moe_ep_rank
-    state = {"version": __version__, "rank": rank, "config": worker.config.to_json(), **worker.stats.snapshot()}
-    result.internal_state["macs"] = state
+    result.internal_state["macs"] = worker.current().state(get_parallel().moe_ep_rank)
 
 
-def _add_deepstack(original, hidden_states, residual, extra):
-    """AROUND residual.access.add_to_output: deepstack rows follow the hidden states' scatter over attention-TP.
+def _add_deepstack(original, hidden_states, forward_batch, extra):
+    """AROUND residual.batch.add_to_output: deepstack rows follow the hidden states' scatter over attention-TP.
 
     Stock SGLang adds all rows to the scattered share and dies on the shapes.
     """
@@ -470,15 +388,11 @@ def _add_deepstack(original, hidden_states, residual, extra):
 
     parallel = get_parallel()
     if parallel.attn_tp_size == 1:
-        return original(hidden_states, residual, extra)
-    output, residual = original(hidden_states, residual, extra.new_zeros(()))  # completes the output, adds nothing
-    rows = output.shape[0]
-    if extra.shape[0] != rows:
-        padded = extra.new_zeros((rows * parallel.attn_tp_size, extra.shape[1]))
-        padded[: extra.shape[0]] = extra
-        extra = padded[parallel.attn_tp_rank * rows : (parallel.attn_tp_rank + 1) * rows]
-    output.add_(extra)
-    return output, residual
+        return original(hidden_states, forward_batch, extra)
+    output = original(hidden_states, forward_batch, extra.new_zeros(()))  # completes the output, adds nothing
+    if extra.shape[0] != output.shape[0]:
+        extra = batch.scattered(extra, output.shape[0], parallel.attn_tp_rank, parallel.attn_tp_size)
+    return output.add_(extra)
 
 
 # ---- Runner: `--moe-runner-backend macs` ---------------------------------------------------------------------------
@@ -505,7 +419,7 @@ def _register_runner() -> None:
             from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
             from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 
-            _the_worker().stats.runner_calls += 1
+            worker.current().stats.runner_calls += 1
             topk, rows = dispatch_output.topk_output, dispatch_output.hidden_states
             return StandardCombineInput(moe_forward_native(quant_info.layer, rows, topk, runner_config))
 
@@ -550,7 +464,7 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.managers.scheduler.Scheduler.run_event_loop", _run_event_loop, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
-    Hook("sglang.srt.layers.layer_boundary.residual.access.add_to_output", _add_deepstack, "around"),
+    Hook("sglang.srt.layers.layer_boundary.residual.batch.add_to_output", _add_deepstack, "around"),
     Hook(f"{_UNQUANT}.create_moe_runner", _create_moe_runner, "after"),
     Hook(f"{_UNQUANT}.forward_cpu", _forward_moe, "around"),  # with AMX
     Hook(f"{_UNQUANT}.forward_native", _forward_moe, "around"),  # without
@@ -571,46 +485,6 @@ def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
     HookRegistry.register(target, function, HookType(kind))
 
 
-def _define_missing(target: str, value: Any) -> None:
-    owner, name = target.rsplit(".", 1)
-    if not hasattr(found := pkgutil.resolve_name(owner), name):
-        setattr(found, name, value)
-
-
-def check_hooks(hooks: tuple[Hook, ...]) -> None:
-    """Raises MacsNotActive unless every hook wraps its target in this process."""
-    for hook in hooks:
-        if trouble := _trouble(hook):
-            raise MacsNotActive(f"{trouble}; {_versions()}")
-
-
-def _trouble(hook: Hook) -> str:
-    """Why `hook` does not act in this process, or ""."""
-    owner, name = hook.target.rsplit(".", 1)
-    try:
-        now = getattr(pkgutil.resolve_name(owner), name)
-    except Exception as error:
-        return f"hook target {hook.target} is gone ({error})"
-    return "" if _is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
-
-
-def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
-    """Whether `function` is among the closures of SGLang's chain of wrappers around a target."""
-    now = getattr(now, "__func__", now)
-    while now is not None:
-        if any(cell.cell_contents is function for cell in getattr(now, "__closure__", None) or ()):
-            return True
-        now = getattr(now, "__wrapped__", None)
-    return False
-
-
-def _versions() -> str:
-    from importlib.metadata import version
-
-    made_for = compat.SGLANG
-    return f"sglang {version('sglang')}, made for {made_for}: update sglang-macs or pin sglang=={made_for}"
-
-
 def probe(side: str) -> dict[str, str]:
     """`sglang-macs doctor`, in a process of its own: "" or what is wrong, for every hook of the "launcher" or of a
     "scheduler".
@@ -622,8 +496,8 @@ def probe(side: str) -> dict[str, str]:
     if _in_scheduler:
         configure(MacsConfig.from_preset())
     load_plugins()
-    hooks = (*SCHEDULER_HOOKS, *_registered) if _in_scheduler else LAUNCHER_HOOKS
-    return {hook.target: _trouble(hook) for hook in hooks}
+    side_hooks = (*SCHEDULER_HOOKS, *_registered) if _in_scheduler else LAUNCHER_HOOKS
+    return {hook.target: hooks.trouble(hook) for hook in side_hooks}
 
 
 def try_launch(argv: list[str]) -> None:
@@ -643,15 +517,16 @@ def register() -> None:
     if RUNNER not in MOE_RUNNER_BACKEND_CHOICES:
         add_moe_runner_backend_choices([RUNNER])
     if not _in_scheduler:
-        hooks = LAUNCHER_HOOKS
-    elif configured() is None:
-        return
-    else:
-        hooks = SCHEDULER_HOOKS
+        _register_all(LAUNCHER_HOOKS)
+    elif configured() is not None:
         _register_runner()
         if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-            cpu_compat.register(_hook, _define_missing)
+            cpu_compat.register(_hook, hooks.define_missing)
         else:
             cpu_compat.register_idle_mrope(_hook)
-    for hook in hooks:
+        _register_all(SCHEDULER_HOOKS)
+
+
+def _register_all(side_hooks: tuple[Hook, ...]) -> None:
+    for hook in side_hooks:
         _hook(hook.target, hook.function, hook.kind)

@@ -86,14 +86,18 @@ class LayerStats:
 class Stats:
     """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality.
 
+    received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
+    fused: of `planned`, those that the fused dispatch planned and carried.
     expert_rows: [E, 2] by layer, kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
     """
 
     dispatches: int = 0
     planned: int = 0
+    fused: int = 0
     skipped: Counter = field(default_factory=Counter)
     misaligned: int = 0
     received_rows: int = 0
+    remote_rows: int = 0
     runner_calls: int = 0
     plan_seconds: float = 0.0
     visual_share_sum: Tensor | float = 0.0

@@ -10,8 +10,7 @@ import sys
 def main() -> None:
     import sglang
 
-    from sglang_macs.config import MacsConfig
-    from sglang_macs.plugin import configure
+    from sglang_macs.config import MacsConfig, configure
 
     configure(MacsConfig.from_preset("rank", gamma=float("inf"), min_tokens=0, verify=True))
     engine = sglang.Engine(

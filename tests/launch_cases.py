@@ -14,12 +14,12 @@ import sys
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from sglang_macs import plugin
+from sglang_macs.config import CONFIG_ENV
 
 
 def launch(argv: list[str]) -> dict:
     """Parses and resolves one command line as the launcher does."""
-    os.environ.pop(plugin.CONFIG_ENV, None)
+    os.environ.pop(CONFIG_ENV, None)
     error, code, backend = io.StringIO(), None, None
     with contextlib.redirect_stderr(error):
         try:
@@ -28,7 +28,7 @@ def launch(argv: list[str]) -> dict:
             backend = args.moe_a2a_backend
         except SystemExit as stop:
             code = stop.code
-    return {"code": code, "error": error.getvalue(), "backend": backend, "config": os.environ.get(plugin.CONFIG_ENV)}
+    return {"code": code, "error": error.getvalue(), "backend": backend, "config": os.environ.get(CONFIG_ENV)}
 
 
 load_plugins()

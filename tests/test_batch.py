@@ -61,3 +61,9 @@ def test_each_half_of_a_batch_has_its_own_rows_of_the_mask():
     whole = batch.Batch(segment, 1, "", halves=((0, 3), (3, 5)))
     assert [whole.segment_of(half).tolist() for half in (None, 0, 1)] == [[-1, 0, 0, -1, 0], [-1, 0, 0], [-1, 0]]
     assert batch.Batch(None, 0, "", halves=((0, 3), (3, 5))).segment_of(1) is None
+
+
+def test_scattered_rows_put_together_are_the_padded_values():
+    values = torch.arange(1.0, 11.0).view(5, 2)
+    shares = [batch.scattered(values, rows=3, attn_tp_rank=rank, attn_tp_size=2) for rank in range(2)]
+    assert torch.cat(shares).tolist() == [*values.tolist(), [0.0, 0.0]]

@@ -58,6 +58,36 @@ def test_flags_that_rule_macs_out_are_refused_in_one_line(flags):
     assert "(MACS)" in str(caught.value) and "\n" not in str(caught.value)
 
 
+LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}
+
+
+def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat.Launch:
+    config = MacsConfig.from_preset(dispatch="fused", **options)
+    flags = SimpleNamespace(**{**GOOD, **LOW_LATENCY, **flags})
+    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, {"device": "cpu"}),
+        ({}, {"deepep_mode": "normal"}),
+        ({}, {"deepep_mode": "auto"}),
+        ({}, {"enable_single_batch_overlap": True}),
+        ({"exchange": "local"}, {}),
+    ],
+    ids=str,
+)
+def test_the_fused_dispatch_is_refused_where_it_would_carry_nothing(options, flags):
+    with pytest.raises(MacsError, match="--macs-dispatch deepep"):
+        compat.check(fused_launch(options, flags))
+
+
+@pytest.mark.parametrize(("options", "flags"), [({}, {}), ({"decode": True}, {"deepep_mode": "auto"})], ids=str)
+def test_the_fused_dispatch_is_taken_where_planned_batches_are_low_latency(options, flags):
+    compat.check(fused_launch(options, flags))
+
+
 @pytest.mark.parametrize(
     ("architecture", "experts"),
     [("Llama4ForConditionalGeneration", 16), ("Ernie4_5_VLMoeForConditionalGeneration", 64), ("Qwen3ForCausalLM", 0)],

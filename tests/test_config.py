@@ -34,11 +34,11 @@ def test_an_option_overrides_its_preset():
 
 
 def test_every_field_has_a_flag_that_reaches_it():
-    values = {"preset": "paper", "gamma": "1.5", "scope": "rank", "load": "rows", "importance": "entropy"}
+    values = {"preset": "paper", "gamma": "1.5", "scope": "rank", "load": "rows", "importance": "entropy_gate"}
     values |= {"reroute": "none", "reroute_rounds": "2", "exchange": "local", "delta": "0.5", "rho": "0.25"}
     values |= {"alpha": "2", "c_min": "3", "entropy_scope": "image", "protect_text": "false", "min_tokens": "7"}
     values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1"}
-    values |= {"trace": "/t", "trace_limit_mb": "8"}
+    values |= {"trace": "/t", "trace_limit_mb": "8", "dispatch": "auto"}
     names = {f.name for f in dataclasses.fields(MacsConfig)}
     assert names == values.keys()
     parsed = parse(*(arg for name, value in values.items() for arg in (config.flag(name), value)))
@@ -86,10 +86,10 @@ def test_json_round_trip_keeps_infinity():
 def test_entropies_are_skipped_only_where_nothing_depends_on_them():
     assert not MacsConfig.from_preset("cai").needs_entropy(has_profile=True)
     assert not MacsConfig.from_preset("rank", delta=0.0).needs_entropy(has_profile=True)
+    assert not MacsConfig.from_preset("rank").needs_entropy(has_profile=False)
+    assert MacsConfig.from_preset("rank").needs_entropy(has_profile=True)
     assert MacsConfig.from_preset("rank", importance="entropy_gate").needs_entropy(has_profile=False)
     assert MacsConfig.from_preset("paper").needs_entropy(has_profile=False)
-    assert MacsConfig.from_preset("rank").needs_entropy(has_profile=True)  # for R_v
-    assert not MacsConfig.from_preset("rank").needs_entropy(has_profile=False)
 
 
 def test_flag_table_names_every_field():

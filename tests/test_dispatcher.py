@@ -48,10 +48,11 @@ def _round_trip(rank: int, world: int, cases: list[list[int]]):
         hidden, ids, weights, _ = tokens(rank, counts[rank], seed)
         rows = comm.gather_counts(rows_of(ids, EXPERTS).unsqueeze(0))[:, 0]
         received, local = comm.dispatch(hidden, ids, weights, rows)
+        remote = comm.remote_rows()
         out = comm.combine(expert_output(received, local + rank * comm.num_local))
         torch.testing.assert_close(out, dense(hidden, ids, weights), rtol=1e-6, atol=1e-6)
         mine = rows[:, rank * comm.num_local : (rank + 1) * comm.num_local]
-        seen.append((torch.bincount(received[:, 0].long(), minlength=world), mine.sum(dim=1)))
+        seen.append((torch.bincount(received[:, 0].long(), minlength=world), mine.sum(dim=1), remote))
     return seen
 
 
@@ -59,9 +60,13 @@ def _round_trip(rank: int, world: int, cases: list[list[int]]):
     "cases", [[[5, 9], [7, 0], [0, 0]], [[1, 30, 0, 8], [4, 4, 4, 4], [0, 0, 0, 1]]], ids=["R=2", "R=4"]
 )
 def test_every_row_reaches_its_expert_and_comes_back(cases):
-    for seen in run_ranks(len(cases[0]), _round_trip, cases):
-        for named_sources, sent in seen:
+    by_rank = run_ranks(len(cases[0]), _round_trip, cases)
+    for seen in by_rank:
+        for named_sources, sent, _ in seen:
             assert torch.equal(named_sources, sent)
+    for case in range(len(cases)):  # what came from other ranks is what others say they sent away
+        foreign = sum(int(seen[case][0].sum() - seen[case][0][rank]) for rank, seen in enumerate(by_rank))
+        assert sum(seen[case][2] for seen in by_rank) == foreign
 
 
 COUNTS = [60, 0, 40, 25]  # one rank is idle

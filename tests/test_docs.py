@@ -1,16 +1,62 @@
-"""What the documents claim is what the code has: flags, hooks, make targets, paths."""
+"""What the documents claim is what the code has: flags, hooks, make targets, subcommands, scripts, paths."""
 
+import functools
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from sglang_macs import config
-from sglang_macs.cpu_compat import gaps
+from sglang_macs import cli, config
+from sglang_macs.cpu_compat import environment, gaps
 from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md"))
+}
+FOLDERS = ("csrc", "deploy", "docs", "models", "requirements", "scripts", "sglang_macs", "tests")  # of this repository
+
+
+def links(text: str) -> set[str]:
+    """Targets of Markdown links and pictures, without those elsewhere and without anchors."""
+    return set(re.findall(r"\]\((?!http|#)([^)#]+)", text))
+
+
+def paths(text: str) -> set[str]:
+    """Files and folders of this repository that stand in code or commands; NAME and * stand for anything."""
+    found = re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*-]+)", re.sub(r"https?://\S+", "", text))
+    return {re.sub(r"\b[A-Z]+\b(?=\.json)", "*", path.rstrip(".")) for path in found}
+
+
+def commands(text: str) -> list[str]:
+    """Command lines in indented blocks, continued lines joined, comments cut."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    return [line.split("  #")[0].strip() for line in re.findall(r"^(?: {4}|\t)(\S.*)$", joined, re.MULTILINE)]
+
+
+def flags_after(words: str) -> dict[str, set[str]]:
+    """{page: long flags} of all commands that contain `words`, in blocks and in `code`."""
+    found = {}
+    for page, text in PAGES.items():
+        lines = [line for line in (*commands(text), *re.findall(r"`([^`\n]+)`", text)) if words in line]
+        found[page] = {flag for line in lines for flag in re.findall(r"(?<!\S)(--[a-z][a-z0-9-]+)", line)}
+    return found
+
+
+@functools.cache
+def sglang_flags() -> set[str]:
+    """Every flag of SGLang's own parser with the plugin in it."""
+    program = "import argparse\nfrom sglang.srt.plugins import load_plugins\nload_plugins()\n"
+    program += "from sglang.srt.server_args import ServerArgs\nparser = argparse.ArgumentParser()\n"
+    program += "ServerArgs.add_cli_args(parser)\nprint('FLAGS', *parser._option_string_actions)"
+    env = {**environment(2), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    return set(next(line for line in done.stdout.splitlines() if line.startswith("FLAGS ")).split())
 
 
 def test_readme_flag_table_is_that_of_the_config():
@@ -18,22 +64,64 @@ def test_readme_flag_table_is_that_of_the_config():
 
 
 def test_hook_ledger_lists_exactly_what_is_registered():
-    ledger = re.findall(r"^\| `(sglang\.\S+)` \| (\w+) \|", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE)
+    ledger = re.findall(r"^\| `(sglang\.\S+)` \| (\w+) \|", PAGES["docs/hooks.md"], re.MULTILINE)
     hooks = [(h.target, h.kind) for h in (*LAUNCHER_HOOKS, *SCHEDULER_HOOKS)]
     assert ledger == hooks + [(g.target, g.kind) for g in gaps.GAPS]
 
 
-def test_make_targets_named_in_the_readme_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^ +)make ([a-z-]+)", README, re.MULTILINE))
-    assert named and named <= targets, named - targets
+    named = set(re.findall(r"(?:`|^ +|=\S+ )make ([a-z-]+)", PAGES[page], re.MULTILINE))
+    assert named <= targets, named - targets
+    assert named or page != "README.md"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_files_named_in_the_readme_exist(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    lost = {link for link in links(PAGES[page]) if not (ROOT / page).parent.joinpath(link).exists()}
+    assert not lost
 
 
-def test_flags_named_in_the_readme_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    assert not {path for path in paths(PAGES[page]) if not any(ROOT.glob(path))}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_macs_exist(page):
     known = {config.flag(n) for n in config.MacsConfig.__dataclass_fields__} | {"--macs-*", "--macs-"}
-    assert set(re.findall(r"--macs-[a-z-]*", README)) <= known
+    named = set(re.findall(r"--macs-[a-z-]*", PAGES[page]))
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_subcommands_and_their_flags_exist(page):
+    chosen = next(a for a in cli.build_parser()._actions if a.dest == "command").choices
+    for words in re.findall(r"(?:`|^ +)sglang-macs ([a-z][^`\n]*)", PAGES[page], re.MULTILINE):
+        name, *rest = shlex.split(words.split(" -- ")[0].split("  #")[0], posix=False)
+        assert name in chosen, f"sglang-macs {name}"
+        flags = set(re.findall(r"--[a-z][a-z-]+", " ".join(rest)))
+        assert flags <= set(chosen[name]._option_string_actions), f"sglang-macs {words}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_scripts_exist(page):
+    """A script's flags are looked for in its source: importing all of them would take their dependencies."""
+    for line in commands(PAGES[page]):
+        if script := re.search(r"python3? (scripts/\S+\.py)(.*)", line):
+            source = (ROOT / script[1]).read_text(encoding="utf-8")
+            if "result_file.add_options" in source:
+                source += (ROOT / "scripts" / "gpu" / "result_file.py").read_text(encoding="utf-8")
+            lost = {flag for flag in re.findall(r"--[a-z][a-z-]+", script[2]) if f'"{flag}"' not in source}
+            assert not lost, line
+
+
+@pytest.mark.server
+def test_flags_of_launches_exist():
+    known = (*sglang_flags(), "--")
+    for words in ("launch_server", "doctor --", "FLAGS="):
+        for page, named in flags_after(words).items():
+            lost = {flag for flag in named if not any(k.startswith(flag) for k in known)}  # argparse takes a prefix
+            assert not lost, f"{page}: {lost}"
+    assert flags_after("launch_server")["docs/quickstart.md"]

@@ -72,9 +72,24 @@ def test_the_report_folds_hooks_that_took():
     ("name", "found"), [("sglang", "0.5.2"), ("sglang", "0.5.210"), ("torch", "2.12.1"), ("torch", None)]
 )
 def test_other_versions_fail(monkeypatch, name, found):
-    monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG)
+    monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG[0])
     check = next(check for check in doctor._versions() if check.name == name)
     assert check.status == FAIL and name in check.fix
+
+
+@pytest.mark.parametrize(
+    ("unfit", "apart", "status", "found"),
+    [
+        ("", [], OK, "--deepep-mode low_latency"),
+        ("", ["0-1"], SKIP, "no peer access"),
+        ("this build has no CUDA kernels", [], SKIP, "no CUDA kernels"),
+    ],
+)
+def test_what_the_fused_dispatch_needs_is_said_and_fails_nothing(monkeypatch, unfit, apart, status, found):
+    monkeypatch.setattr("sglang_macs.transport.unfit_device", lambda: unfit)
+    monkeypatch.setattr(doctor, "_apart", lambda: apart)
+    check = doctor._fused()
+    assert check.status == status and found in check.found and bool(check.fix) == (status == SKIP)
 
 
 def test_a_build_for_another_torch_fails(monkeypatch):

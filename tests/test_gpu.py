@@ -11,6 +11,8 @@ import torch
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
+from sglang_macs.fused import FusedDispatch, Sizes
+from sglang_macs.peer_memory import PeerMemory
 from sglang_macs.plan import Plan
 
 pytestmark = pytest.mark.gpu
@@ -148,3 +150,33 @@ def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():
         graph.replay()
         assert torch.equal(result.topk_ids, want)
     assert int((expected[0] < 0).sum()) > 0
+
+
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the fused dispatch exists in CUDA only")
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_rows(format):
+    """One rank; more of them, faults and every shape: scripts/gpu/check_fused.py."""
+    config = MacsConfig.from_preset("paper", load="rows", gamma=0.6, reroute="global", dispatch="fused")
+    sizes = Sizes(num_ranks=1, num_experts=EXPERTS, top_k=8, max_tokens=130, hidden_size=2048)
+    num_blocks = torch.cuda.get_device_properties(0).multi_processor_count
+    own, _ = ops.allocate_shared(FusedDispatch.region_bytes(config, sizes, num_blocks))
+    fused = FusedDispatch(config, sizes, PeerMemory(0, own, [own.data_ptr()]), num_blocks)
+    plan = Plan(config, EXPERTS, 1)
+    for step, tokens in enumerate((130, 0, 1, 77)):
+        hidden, ids, weights, logits, segment = to_gpu(*batch(tokens, 8, step, hidden_size=2048))
+        want = plan(hidden, ids, weights, logits, segment, 1)
+        got = fused.send(plan, 3, format, hidden, ids, weights, logits, segment, 1)
+        rows, scales, received = fused.receive()
+        for name in ("topk_ids", "topk_weights", "weight", "cut", "counts"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), (name, tokens)
+        assert torch.equal(got.group, want.group[-ops.NUM_SUMS :])
+        assert torch.equal(received, (want.counts[0] + want.counts[2]).sum(1, dtype=torch.int32))
+        values = rows.float() * (1.0 if scales is None else scales.repeat_interleave(128, 2))
+        fused.offer(values.bfloat16(), got.topk_ids, got.topk_weights)
+        combined = fused.combine(got.topk_ids, got.topk_weights).float()
+        kept = (got.topk_weights * (got.topk_ids >= 0)).sum(1, keepdim=True)
+        torch.testing.assert_close(combined, hidden.float() * kept, rtol=0.1 if format == "fp8" else 0.02, atol=0.02)
+    torch.cuda.synchronize()
+    fused.check()
+    torch.cuda.synchronize()
+    fused.check()

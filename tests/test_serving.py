@@ -72,6 +72,21 @@ def test_the_whole_group_ends_and_nothing_else(stand_in):
         bystander.wait()
 
 
+def test_a_paused_server_stands_still_until_it_is_resumed_or_stopped(stand_in):
+    with stand_in() as server:
+        server.pause()
+        with pytest.raises(ServerError, match="Timeout"):
+            server.get("/json", timeout=0.5)
+        used = server.cpu_seconds()
+        time.sleep(0.2)
+        assert server.cpu_seconds() == used > 0
+        server.resume()
+        assert server.get("/json") == {"answer": 42}
+        server.pause()
+        leader = server.process.pid
+    assert not alive(leader)
+
+
 def test_two_servers_get_two_ports(stand_in):
     with stand_in() as one, stand_in() as two:
         assert abs(one.port - two.port) >= serving.PORTS_PER_SERVER

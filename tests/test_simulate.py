@@ -216,15 +216,21 @@ def test_the_exchange_grows_with_nodes_and_size(kind):
     assert times.exchange_us(cluster(), 256, kind) > times.exchange_us(cluster(), 32, kind)
 
 
-def test_the_plan_costs_what_was_measured():
+@pytest.mark.parametrize(
+    ("machine", "file", "variant"),
+    [("h200", "kernels", None), ("h100", "kernels_variants_h100", "cells cleared first")],
+)
+def test_the_plan_costs_what_was_measured(machine, file, variant):
     measured = {
         r["case"]["T"]: r["median_us"]
-        for r in json.loads((ROOT / "docs" / "results" / "kernels.json").read_text())["rows"]
-        if r["op"] == "plan" and (r["case"]["H"], r["case"]["scope"], r["case"]["hot"]) == (2048, "rank", 0.5)
+        for r in json.loads((ROOT / "docs" / "results" / f"{file}.json").read_text())["rows"]
+        if r["op"] == "plan"
+        and (r["case"]["H"], r["case"]["scope"], r["case"]["hot"]) == (2048, "rank", 0.5)
+        and r["case"].get("variant") == variant
     }
-    for tokens, us in Machine.plan_us:
+    for tokens, us in MACHINES[machine].plan_us:
         assert us == pytest.approx(measured[tokens], abs=0.1)
-        assert times.plan_us(cluster(tokens=tokens)) == us
+        assert times.plan_us(replace(cluster(tokens=tokens), machine=MACHINES[machine])) == us
 
 
 def test_every_figure_of_a_machine_has_a_source():

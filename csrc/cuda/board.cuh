@@ -8,6 +8,7 @@
 #include "grid.cuh"
 #include "launch.cuh"
 #include "macs/params.h"
+#include "macs/ptx.cuh"
 
 namespace macs::cuda {
 
@@ -21,20 +22,58 @@ struct alignas(32) RawCut {
   }
 };
 
+// One warp: the own share of the room of a pool's bounds [first, end).
+__device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int first, int end,
+                                                 int* room) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned group = 0, own = 0;  // all units of a group fit into 31 bits
+#pragma unroll 1
+  for (int n = first + lane; n < end; n += kWarp) {
+    const bool cut = raw[n].cut.x >= 0;
+    group += cut ? static_cast<unsigned>(raw[n].kept.group) : 0;
+    own += cut ? static_cast<unsigned>(raw[n].kept.own) : 0;
+  }
+  const Kept kept = {__reduce_add_sync(kFullMask, group), __reduce_add_sync(kFullMask, own)};
+#pragma unroll 1
+  for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
+}
+
+// Units and the number of the prefix they belong to, counted from 1, in one word: whoever reads it knows that they are
+// there.
+struct Flagged {
+  static __device__ __forceinline__ void publish(uint64_t* target, int units, unsigned flag) {
+    store_relaxed_gpu(target, static_cast<uint64_t>(flag) << 32 | static_cast<unsigned>(units));
+  }
+  __device__ __forceinline__ explicit Flagged(uint64_t word)
+      : units(static_cast<int>(word)), flag(static_cast<unsigned>(word >> 32)) {}
+
+  int units;
+  unsigned flag;
+};
+// With more bounds the flags would be more traffic than a barrier.
+constexpr int kMaxFlaggedBounds = 32;
+
 // Scratch in device memory, behind the GridState.
 struct Scratch {
-  RawCut* raw;      // [NB]
-  int* totals[2];   // [blocks, NB] units per bound and block; two, so that one barrier per acceptance is enough
-  int* taken;       // [blocks, NB] units accepted in a round
+  RawCut* raw;          // [NB]
+  uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block; two, so that the next prefix may begin before
+                        // all have read this one. Behind a barrier: as many ints without flags.
+  int* taken;           // [blocks, NB] units accepted in a round
 
   static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {
-    return num_bounds * (sizeof(RawCut) + 3 * sizeof(int) * num_blocks);
+    return num_bounds * (sizeof(RawCut) + (2 * sizeof(uint64_t) + sizeof(int)) * num_blocks);
   }
   __device__ __forceinline__ Scratch(void* memory, int num_bounds, int num_blocks) {
     raw = static_cast<RawCut*>(memory);
-    totals[0] = reinterpret_cast<int*>(raw + num_bounds);
+    totals[0] = reinterpret_cast<uint64_t*>(raw + num_bounds);
     totals[1] = totals[0] + num_bounds * num_blocks;
-    taken = totals[1] + num_bounds * num_blocks;
+    taken = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
+  }
+  // This block's flags. Nobody may wait for one before a grid barrier.
+  __device__ __forceinline__ void clear_flags(int num_bounds) const {
+    if (static_cast<int>(threadIdx.x) >= num_bounds) return;
+    const int at = blockIdx.x * num_bounds + threadIdx.x;
+    totals[0][at] = totals[1][at] = 0;
   }
 };
 
@@ -143,22 +182,71 @@ __device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, i
   }
 }
 
+// The same of flagged entries, up to kMaxFlaggedBounds of them a block: waits for each.
+__device__ __forceinline__ void sum_flagged(const uint64_t* entries, unsigned flag, int num_bounds, int* all,
+                                            int* before) {
+  constexpr int kAhead = 4;  // of a thread, on their way together
+  const int blocks = gridDim.x, parts = blockDim.x / num_bounds, part = threadIdx.x / num_bounds;
+  const int n = threadIdx.x - part * num_bounds;
+  if (part >= parts) return;
+  int sum = 0, lower = 0;
+#pragma unroll 1
+  for (int first = part; first < blocks; first += kAhead * parts) {
+    uint64_t words[kAhead];
+    bool complete;
+    do {
+      complete = true;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int block = first + i * parts;
+        words[i] = block < blocks ? load_relaxed_gpu(entries + block * num_bounds + n) : uint64_t{flag} << 32;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) complete &= Flagged(words[i]).flag == flag;
+    } while (!complete);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int units = Flagged(words[i]).units;
+      sum += units;
+      lower += first + i * parts < static_cast<int>(blockIdx.x) ? units : 0;
+    }
+  }
+  if (sum != 0) atomicAdd(all + n, sum);
+  if (lower != 0) atomicAdd(before + n, lower);
+}
+
 // Units per (warp, bound) -> prefixes: `running` over the warps of the block, `base` over the blocks of the grid, and
-// the totals. One grid barrier.
-__device__ inline void grid_prefix(const Board& board, const Scratch& scratch, Grid& grid, int side) {
+// the totals. `number`: of the prefix within this launch, from 0. kFlagged: where the flags were cleared before a
+// barrier, few bounds do without another one; nothing else that a block wrote is visible to the others then.
+template <bool kFlagged>
+__device__ inline void grid_prefix(const Board& board, const Scratch& scratch, Grid& grid, int number) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
-  int* const totals = side == 0 ? scratch.totals[0] : scratch.totals[1];
+  const bool flagged = kFlagged && board.num_bounds <= kMaxFlaggedBounds;
+  uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
+  int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
   for (int n = warp; n < board.num_bounds; n += num_warps) {
     int* const mine = board.running(lane) + n;
     const int units = lane < num_warps ? *mine : 0;
     const int upto = warp_inclusive_sum(units);
     if (lane < num_warps) *mine = upto - units;
-    if (lane == kWarp - 1) totals[blockIdx.x * board.num_bounds + n] = upto;
+    if (lane == kWarp - 1) {
+      const int at = blockIdx.x * board.num_bounds + n;
+      if (flagged) {
+        Flagged::publish(totals + at, upto, static_cast<unsigned>(number) + 1);
+      } else {
+        plain[at] = upto;
+      }
+    }
     if (lane == 0) board.base()[n] = board.total()[n] = board.taken()[n] = 0;
   }
-  grid.barrier();
-  sum_blocks(totals, board.num_bounds, board.total(), board.base());
+  if (flagged) {
+    __syncthreads();
+    sum_flagged(totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
+  } else {
+    grid.barrier();
+    sum_blocks(plain, board.num_bounds, board.total(), board.base());
+  }
   __syncthreads();
 }
 

@@ -2,6 +2,7 @@
 // the extension. Parameters go by pointer to the structures of macs/params.h; every function answers a cudaError_t.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"
+#include "macs/peer_memory.h"
 
 using namespace macs;
 
@@ -41,4 +42,8 @@ MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const
                                      void* workspace, void* stream) {
   return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream));
 }
+MACS_EXPORT int macs_allocate_shared(size_t bytes, void** memory, void* handle) {
+  return cuda::allocate_shared(bytes, memory, handle);
+}
+MACS_EXPORT int macs_open_shared(const void* handle, void** memory) { return cuda::open_shared(handle, memory); }
 #endif

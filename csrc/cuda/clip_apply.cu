@@ -4,8 +4,8 @@
 // Problem:     T * K assignments, each of which needs its place in (token, slot) order among those of its bound that
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   warp w of the grid's W warps owns the tokens [T w / W, T (w + 1) / W). Each ordered acceptance is two
-//              passes: a pass adds up units per (warp, bound) in shared memory, a grid barrier turns these into
-//              prefixes, and a second pass hands the places out in order (match_any inside a step). Between the passes
+//              passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes over all blocks by
+//              a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the places out in order (match_any inside a step). Between the passes
 //              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
 //              first step stay in registers and are written last: up to about 8000 tokens there is no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
@@ -233,12 +233,12 @@ __device__ __forceinline__ void read_round(const Board& board, bool& any, bool& 
   again = __syncthreads_or(again) != 0;
 }
 
-template <class Id, int kKeys>
+template <class Id, int kKeys, bool kFlagged>
 __device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& scratch, Grid& grid) {
   const int rounds = walk.p.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : walk.p.reroute_rounds;
   for (int round = 0; round < rounds; ++round) {
     propose_pass<Id, kKeys>(walk);
-    grid_prefix(walk.board, scratch, grid, (round + 1) & 1);
+    grid_prefix<kFlagged>(walk.board, scratch, grid, round + 1);
     bool any, again;
     read_round(walk.board, any, again);
     if (!any) return;
@@ -250,7 +250,7 @@ __device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& sc
 
 template <class Id, int kKeys, bool kWithThreshold>
 __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_constant__ ThresholdApplyArgs args) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   start_dependents();
   const ClipApplyParams& p = args.apply;
   // The cuts' levels lie before the board: both are needed at once.
@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   bool cut;
   if constexpr (kWithThreshold) {
+    if (board.num_bounds <= kMaxFlaggedBounds) scratch.clear_flags(board.num_bounds);
     find_cuts(args.threshold, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw});
     grid.barrier();
     cut = fill_bounds(args.threshold, board, scratch);
@@ -280,9 +281,9 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
-    grid_prefix(board, scratch, grid, 0);
+    grid_prefix<kWithThreshold>(board, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
-    reroute_rounds<Id, kKeys>(walk, scratch, grid);
+    reroute_rounds<Id, kKeys, kWithThreshold>(walk, scratch, grid);
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
   }

@@ -39,7 +39,7 @@ struct StoreCuts {
 };
 
 __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_constant__ ClipThresholdParams p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   start_dependents();
   const cg::cluster_group cluster = cg::this_cluster();
   const int num_blocks = cluster.num_blocks(), pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;

@@ -9,17 +9,12 @@
 #include <cmath>
 
 #include "launch.cuh"
+#include "macs/ptx.cuh"
 
 namespace macs::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Part of a row: its maximum times log2(e), and the two sums relative to it. `zero == 0`: no element yet.
 struct Part {
@@ -93,14 +88,6 @@ struct Vector<__nv_bfloat16> : PairVector<__nv_bfloat162> {
     }
   }
 };
-
-__device__ __forceinline__ uint4 load_once(const uint4* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-  return v;
-}
 
 // The greatest float of a warp through the integer that orders like it (an integer maximum is one instruction).
 __device__ __forceinline__ float warp_max(float x) {

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kWarpKernelThreads = 256;
 constexpr int kGenericThreads = 256;
-constexpr int kFewRowsPerMultiprocessor = 16;  // below: latency counts, several warps share a row
+constexpr int kFewRows = 2048;  // up to here latency counts, several warps share a row; the same on every device, as the bits are
 
 // Rows of one block.
 struct Rows {
@@ -150,7 +150,7 @@ cudaError_t enqueue(const EntropyScoreArgs& args, bool overlap, cudaStream_t str
   const int64_t num_vectors = p.hidden_size / Vector<Element>::kSize;
   const bool aligned = reinterpret_cast<uintptr_t>(p.hidden_states) % sizeof(uint4) == 0;
   const bool whole = aligned && p.hidden_size % Vector<Element>::kSize == 0;
-  const bool few = p.num_tokens <= static_cast<int64_t>(num_multiprocessors()) * kFewRowsPerMultiprocessor;
+  const bool few = p.num_tokens <= kFewRows;
   const auto run = [&](void (*kernel)(EntropyScoreArgs), int64_t work, int threads, int blocks) {
     return launch(kernel, {.grid = grid_for(work, blocks), .block = threads, .overlap = overlap}, args, stream);
   };

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "launch.cuh"
+#include "macs/ptx.cuh"
 
 namespace macs::cuda {
 
@@ -22,11 +22,9 @@ class Grid {
     __syncthreads();
     if (threadIdx.x == 0 && gridDim.x > 1) {
       target_ += gridDim.x;
-      unsigned now;
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&state_->arrived) : "memory");
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(&state_->arrived) : "memory");
-      } while (now < target_);
+      red_add_release_gpu(&state_->arrived, 1);
+      while (load_acquire_gpu(&state_->arrived) < target_) {
+      }
     }
     __syncthreads();
   }
@@ -35,8 +33,8 @@ class Grid {
   __device__ __forceinline__ void leave() {
     if (threadIdx.x != 0) return;
     if (atomicAdd(&state_->left, 1u) == gridDim.x - 1) {
-      state_->arrived = 0;
-      state_->left = 0;
+      store_relaxed_sys(&state_->arrived, 0);  // others may still be polling it, as far as the memory model knows
+      store_relaxed_sys(&state_->left, 0);
     }
   }
 

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "macs/ptx.cuh"
+
 namespace macs::cuda {
 
 constexpr int kWarp = 32;
@@ -15,12 +17,10 @@ constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxCluster = 16;   // Hopper's largest; above 8 a kernel has to opt in
 constexpr int kMaxDevices = 64;
 
-__device__ __forceinline__ void start_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 struct Shape {
   int grid, block;
   int cluster = 1;
+  int rows = 1;  // of the grid
   size_t shared_bytes = 0;
   bool overlap = false;      // start while the previous kernel of the stream still runs
   bool cooperative = false;  // all blocks on the device at once
@@ -30,7 +30,7 @@ template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Shape& shape, const Args& args, cudaStream_t stream) {
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.grid);
+  config.gridDim = dim3(shape.grid, shape.rows);
   config.blockDim = dim3(shape.block);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;

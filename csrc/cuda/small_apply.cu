@@ -261,20 +261,12 @@ struct SendCuts {
 __device__ __forceinline__ void share_rooms(const Here& here) {
   for (int pool = here.warp; pool < here.args.pools; pool += kWarps) {
     const int first = pool * here.args.pool_size, end = first + here.args.pool_size;
-    unsigned group = 0, own = 0;  // all units of a group fit into 31 bits
+    warp_share_rooms(here.args.threshold, here.raw(), first, end, here.room());
 #pragma unroll 1
-    for (int n = first + here.lane; n < end; n += kWarp) {
-      const RawCut raw = here.raw()[n];
-      group += raw.cut.x >= 0 ? static_cast<unsigned>(raw.kept.group) : 0;
-      own += raw.cut.x >= 0 ? static_cast<unsigned>(raw.kept.own) : 0;
-    }
-    const Kept kept = {__reduce_add_sync(kFullMask, group), __reduce_add_sync(kFullMask, own)};
-#pragma unroll 1
-    for (int n = first + here.lane; n < end; n += kWarp) {
+    for (int n = first + here.lane; n < end && here.block == 0; n += kWarp) {  // the lane's own rooms
       int4 cut = here.raw()[n].cut;
-      cut.z = room_share(here.args.threshold, cut.z, kept);
-      here.room()[n] = cut.z;
-      if (here.block == 0) reinterpret_cast<int4*>(here.args.threshold.cut)[n] = cut;
+      cut.z = here.room()[n];
+      reinterpret_cast<int4*>(here.args.threshold.cut)[n] = cut;
     }
   }
 }
@@ -443,7 +435,7 @@ __device__ __forceinline__ void write_outputs(const Here& here, const Token<kKey
 
 template <int kKeys, int kItems>
 __global__ void __launch_bounds__(kThreads, 1) small_apply_kernel(const __grid_constant__ SmallApplyArgs args) {
-  extern __shared__ __align__(32) unsigned char shared[];
+  unsigned char* const shared = dynamic_shared();
   __shared__ Mail mail;
   start_dependents();
   const Here here(args, mail, shared);

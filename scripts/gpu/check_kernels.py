@@ -1,6 +1,6 @@
 """Build the CUDA kernels, check every operator against the contract, then time them.
 
-    python3 scripts/gpu/check_kernels.py                 everything; JSON to $OUT/kernels.json
+    python3 scripts/gpu/check_kernels.py                 everything; times to kernels.json
     python3 scripts/gpu/check_kernels.py --check-only --small 12     e.g. under compute-sanitizer
 
 Small random cases are compared with tests/oracle.py (and so is the vectorised reference), large ones with that
@@ -159,20 +159,23 @@ def check_all(kernels: c.Kernels, small: int, seed: int, large: bool, pool: Exec
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--large", action="store_true", help="the large cases too, with --check-only")
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--small", type=int, default=300, help="random small cases")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="processes for references")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(4), "little"))
+    parser.add_argument("--out", type=Path, default=Path("kernels.json"), help="JSON file for the times")
+    parser.add_argument("--commit", default="unknown", help="of the sources, where git is not at hand")
     args = parser.parse_args()
     with ProcessPoolExecutor(args.jobs) as pool:
         pool.submit(int).result()  # the workers start before the device does
         kernels = c.Kernels()
-        large = not args.check_only
+        large = args.large or not args.check_only
         failures = [] if args.time_only else check_all(kernels, args.small, args.seed, large, pool)
     if not args.check_only:
         import time_kernels
 
-        time_kernels.report(kernels)
+        time_kernels.report(kernels, args.out, args.commit)
     if failures:
         raise SystemExit(f"{len(failures)} cases failed, seed {args.seed}")
 

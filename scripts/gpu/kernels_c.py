@@ -14,9 +14,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fused_c
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"
-LIBRARY = BUILD / "libmacs_kernels.so"
 FLAGS = ["-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-lineinfo", "-DMACS_C_API=1"]
 
 SCOPES, LOADS, IMPORTANCES = ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate")
@@ -81,48 +82,51 @@ ClipApplyParams = _struct(
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]
 
 
-def _sources() -> tuple[list[Path], str]:
+def _sources(flags: list[str]) -> tuple[list[Path], str]:
     files = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.h")]
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    every = [*files, *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc" / "include" / "macs").glob("*.*h")]
+    digest = hashlib.sha256(" ".join(flags).encode())
     for path in sorted(every):
         digest.update(path.read_bytes())
     return files, digest.hexdigest()
 
 
-def build(jobs: int) -> Path:
-    """The library, compiled only if a source or a flag changed since (one object per file, by its own digest too)."""
-    files, digest = _sources()
-    stamp = BUILD / "digest"
-    if LIBRARY.exists() and stamp.exists() and stamp.read_text() == digest:
-        return LIBRARY
-    BUILD.mkdir(parents=True, exist_ok=True)
+def build(jobs: int, macros: tuple[str, ...] = ()) -> Path:
+    """The library with `macros` (NAME=VALUE) defined, compiled only if a source or a flag changed since."""
+    flags = [*FLAGS, *(f"-D{macro}" for macro in macros)]
+    files, digest = _sources(flags)
+    folder = BUILD.joinpath(*macros)
+    library, stamp = folder / "libmacs_kernels.so", folder / "digest"
+    if library.exists() and stamp.exists() and stamp.read_text() == digest:
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
     include = f"-I{ROOT / 'csrc' / 'include'}"
 
     def compile_one(source: Path) -> Path:
-        target = BUILD / f"{source.stem}.o"
-        command = ["nvcc", *FLAGS, "-Xptxas", "-v", "-Xcompiler", "-fPIC", include]
+        target = folder / f"{source.stem}.o"
+        command = ["nvcc", *flags, "-Xptxas", "-v", "-Xcompiler", "-fPIC", include]
         command += ["-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        (BUILD / f"{source.stem}.log").write_text(done.stdout + done.stderr)
+        (folder / f"{source.stem}.log").write_text(done.stdout + done.stderr)
         if done.returncode != 0:
             raise RuntimeError(f"nvcc failed on {source.name}:\n{done.stdout}{done.stderr}")
         return target
 
     with ThreadPoolExecutor(jobs) as pool:
         objects = [str(path) for path in pool.map(compile_one, files)]
-    subprocess.run(["nvcc", "-shared", "-o", str(LIBRARY), *objects], check=True)
+    subprocess.run(["nvcc", "-shared", "-o", str(library), *objects], check=True)
     stamp.write_text(digest)
-    return LIBRARY
+    return library
 
 
 class Kernels:
     """The launchers; every method checks the answer."""
 
-    def __init__(self, jobs: int | None = None) -> None:
-        self.library = ctypes.CDLL(str(build(jobs or os.cpu_count() or 1)))
+    def __init__(self, macros: tuple[str, ...] = ()) -> None:
+        self.library = ctypes.CDLL(str(build(os.cpu_count() or 1, macros)))
         self.library.macs_sizeof.restype = ctypes.c_size_t
         self.library.macs_plan_workspace_bytes.restype = ctypes.c_size_t
+        fused_c.check_sizes(self.library)
         for i, struct in enumerate(_STRUCTS):
             size = self.library.macs_sizeof(i)
             if size != ctypes.sizeof(struct):

@@ -12,11 +12,9 @@ experts' grouped GEMMs, launched from the host. Times are the slowest rank's med
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 import deep_ep  # noqa: E402
 import low_latency  # noqa: E402
+import result_file  # noqa: E402
 import routing  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -269,7 +268,11 @@ def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
     """All rows of one rank; rank 0 prints and writes them."""
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if ranks > 1 else "gloo", rank=rank, world_size=ranks)
-    sizes = [(tokens, hidden) for tokens in ((128, 511) if ranks > 1 else (128,)) for hidden in (2048, 7168)]
+    sizes = [
+        (tokens, hidden)
+        for tokens in ((128, low_latency.most_tokens(ranks)) if ranks > 1 else (128,))
+        for hidden in (2048, 7168)
+    ]
     jobs = [
         (measure_low_latency, (*size, fp8, share)) for size in sizes for fp8 in (False, True) for share in (0.0, 0.1)
     ]
@@ -280,14 +283,7 @@ def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
         rows.append(measure(*arguments))
         if rank == 0:
             show(rows[-1])
-            result = {
-                "gpu": f"{torch.cuda.get_device_name()} x {ranks}",
-                "commit": commit,
-                "command": f"python3 scripts/gpu/overhead.py --ranks {ranks}",
-                "date": datetime.now(UTC).date().isoformat(),
-                "rows": rows,
-            }
-            Path(out).write_text(json.dumps(result, indent=1))
+            result_file.write(out, rows, commit=commit, gpus=ranks)
     dist.destroy_process_group()
 
 
@@ -305,9 +301,8 @@ def show(row: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    result_file.add_options(parser)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29671 + options.ranks), "NCCL_NVLS_ENABLE": "0"}

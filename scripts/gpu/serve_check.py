@@ -2,77 +2,28 @@
 
     python3 scripts/gpu/serve_check.py --out FILE [--launch "2 ranks, low latency" ...]
 
-Two GPUs. A launch is a model, a number of ranks and a DeepEP mode; its three servers (off, infinite gamma, gamma 1.0)
-run at the same time. Models have hidden size 2048 and random weights. Exit 0 only if greedy tokens are equal with MACS
-off and at infinite gamma and every bound held on every rank.
+A launch (gpu_launches.py) is a model, a number of ranks and a DeepEP mode; its three servers (off, infinite gamma,
+gamma 1.0) run at the same time. Exit 0 only if greedy tokens are equal with MACS off and at infinite gamma, every bound
+held on every rank, and metrics and trace, where a launch asks for them, tell what the counters tell.
 """
 
 import argparse
-import json
-import subprocess
+import contextlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
 
-from serving import Server, ServerError, data_uri, photograph_files, prompt  # noqa: E402
+import mps  # noqa: E402
+import result_file  # noqa: E402
+from gpu_launches import LAUNCHES, RUNS, Launch, start  # noqa: E402
+from serving import Server, data_uri, photograph_files, prompt  # noqa: E402
 
-from sglang_macs import tiny_models  # noqa: E402
-
-SIZE = {"hidden": 2048, "layers": 4, "num_experts": 32, "top_k": 4, "intermediate": 768}
-COMMON = [
-    *("--mem-fraction-static", "0.8", "--max-total-tokens", "8192", "--max-running-requests", "16"),
-    *("--attention-backend", "triton", "--mm-attention-backend", "sdpa", "--sampling-backend", "pytorch"),
-    *("--disable-cuda-graph", "--chunked-prefill-size", "512", "--random-seed", "1"),
-    *("--moe-a2a-backend", "macs", "--macs-verify", "true", "--macs-min-tokens", "0"),
-]
-RUNS = {"off": ["--macs-preset", "off"], "inf": ["--macs-gamma", "inf"], "1.0": ["--macs-gamma", "1.0"]}
-# Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must fit.
-ENVIRONMENT = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """kind: of tiny model; text: the server gets no images; flags: beside the common ones."""
-
-    ranks: int
-    mode: str
-    kind: str = "qwen3_vl_moe"
-    fp8: bool = False
-    flags: tuple[str, ...] = ()
-    gpu: str = "0"  # of a launch with one rank
-
-    @property
-    def arguments(self) -> list[str]:
-        n = str(self.ranks)
-        parallel = ["--tp", n, "--ep-size", n]
-        if self.ranks > 1:
-            parallel += ["--dp", n, "--enable-dp-attention"]
-        else:  # one rank has nothing to balance: its experts are bounded
-            parallel += ["--macs-scope", "expert"]
-        return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
-
-
-LAUNCHES = {
-    "2 ranks, low latency": Launch(2, "low_latency"),
-    "2 ranks, normal": Launch(2, "normal"),
-    "1 rank, low latency": Launch(1, "low_latency", gpu="0"),
-    "2 ranks, FP8 blocks": Launch(2, "low_latency", kind="qwen3_moe", fp8=True, flags=("--moe-runner-backend", "macs")),
-    "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=("--enable-two-batch-overlap",)),
-}
-
-
-def model_of(launch: Launch) -> Path:
-    name = f"gpu-{launch.kind}{'-fp8' if launch.fp8 else ''}"
-    options = dict(SIZE)
-    if launch.kind == "qwen3_moe":
-        options |= {"fp8": launch.fp8, "head_dim": 64}
-    return tiny_models.ensure(ROOT / "build" / "models" / name, launch.kind, **options)
+from sglang_macs import metrics, trace  # noqa: E402
 
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
@@ -86,12 +37,30 @@ def requests(launch: Launch) -> list[tuple[str, str | None]]:
     return text + [(prompt(f"{i} What is in this picture?", images=1), pictures[i % 2]) for i in range(6)]
 
 
-def serve(name: str, launch: Launch, run: str) -> dict:
+def observe(server: Server, folder: Path, states: list[dict]) -> list[str]:
+    """What metrics and trace say otherwise than the counters of the same server; empty where all is well."""
+    time.sleep(2)  # an idle server publishes once a second
+    published = server.get("/metrics")
+    expected = {metric.series for metric in metrics.METRICS for state in states if metric.read(state)}
+    wrong = [f"no series {series}" for series in sorted(expected) if series not in published]
+    read = trace.load(str(folder))
+    for stage, rows in zip(("before", "after"), read.rank_rows(), strict=True):
+        for i, layer in enumerate(read.layers):
+            counted = states[0]["layers"][str(layer)][f"rows_{stage}"]
+            if rows[:, i].sum(axis=0).tolist() != counted:
+                wrong.append(f"layer {layer}, rows {stage}: the trace has other sums than {counted}")
+    if not read.pictures:
+        wrong.append("the trace has no picture")
+    return wrong
+
+
+def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> dict:
     """Tokens and counters of one server; {"error": ...} if it failed."""
     log = ROOT / "build" / f"gpu-{name.replace(', ', '-').replace(' ', '_')}-{run}.log"
-    env = ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": launch.gpu} if launch.ranks == 1 else {})
+    traced = log.with_suffix(".trace")
+    flags = ["--enable-metrics", "--macs-trace", str(traced)] if launch.observed and run == "1.0" else []
     try:
-        with Server(model_of(launch), [*launch.arguments, *RUNS[run]], env=env, log=log, timeout=400) as server:
+        with start(launch, [*RUNS[run], *flags], log, environment) as server:
             started, tokens = time.perf_counter(), []
             for text, image in requests(launch):
                 tokens.append(server.generate(text, image, max_new_tokens=8).ids)
@@ -99,9 +68,11 @@ def serve(name: str, launch: Launch, run: str) -> dict:
                 list(pool.map(lambda r: server.generate(r[0], r[1], max_new_tokens=4), requests(launch) * 2))
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
-    except ServerError as error:
-        return {"error": str(error)[-1500:]}
-    return {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
+            observed = observe(server, traced, states) if flags else None
+    except Exception as error:  # the other servers go on, and this one's failure is a result
+        return {"error": f"{type(error).__name__}: {error}"[-1500:]}
+    found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
+    return found if observed is None else found | {"observed": observed}
 
 
 def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
@@ -115,8 +86,11 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
+            if launch.fused and state["fused"] != state["planned"]:
+                wrong.append(f"gamma {run}: rank {state['rank']}: DeepEP carried a planned batch")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
+    wrong += [f"gamma 1.0: {what}" for what in runs["1.0"].get("observed", [])]
     clipped = "clipped_visual" if launch.kind == "qwen3_vl_moe" else "clipped_text"
     if not sum(state["own"][clipped] for state in runs["1.0"]["states"]):
         wrong.append("gamma 1.0 clipped nothing")
@@ -127,42 +101,47 @@ def summary(run: dict) -> dict:
     """What goes into the results: counters without the layers."""
     if "error" in run:
         return run
-    names = ("rank", "dispatches", "planned", "skipped", "misaligned", "checks", "violations", "own", "plan_seconds")
+    names = ("rank", "dispatches", "planned", "fused", "skipped", "misaligned", "checks", "violations", "own")
+    names += ("plan_seconds",)
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 
-def gpus() -> str:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    names = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-    return f"{names[0]} x {len([name for name in names if name])}"
+def run_all(names: list[str]) -> dict[tuple[str, str], dict]:
+    """Results by (launch, run); all servers at the same time."""
+    sharing = [name for name in names if LAUNCHES[name].one_gpu]
+    clients = sum(LAUNCHES[name].ranks for name in sharing) * len(RUNS)
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(mps.shared_gpu(clients)) if sharing else {}
+        pool = stack.enter_context(ThreadPoolExecutor(len(RUNS) * len(names)))
+        jobs = {
+            (name, run): pool.submit(serve, name, LAUNCHES[name], run, client if name in sharing else {})
+            for name in names
+            for run in RUNS
+        }
+        return {job: future.result() for job, future in jobs.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
+    result_file.add_options(parser, required=False)
     parser.add_argument("--launch", nargs="+", default=list(LAUNCHES), choices=list(LAUNCHES))
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--build-only", action="store_true", help="build the models of the launches and end")
     options = parser.parse_args()
     for name in options.launch:
-        model_of(LAUNCHES[name])  # before the threads: two must not build one model
-    with ThreadPoolExecutor(len(RUNS) * len(options.launch)) as pool:
-        jobs = {(name, run): pool.submit(serve, name, LAUNCHES[name], run) for name in options.launch for run in RUNS}
-        found = {job: future.result() for job, future in jobs.items()}
+        LAUNCHES[name].model()  # before the threads: two must not build one model
+    if options.build_only:
+        return 0
+    if options.out is None:
+        parser.error("--out is needed")
+    found = run_all(options.launch)
     wrong, rows = [], []
     for name in options.launch:
         runs = {run: found[name, run] for run in RUNS}
         wrong += [f"{name}: {what}" for what in judge(LAUNCHES[name], runs)]
         rows += [{"op": "serve", "case": {"launch": name, "gamma": run}, **summary(runs[run])} for run in RUNS]
         print(f"{name}:", ", ".join(f"{run} {runs[run].get('start_s', 0):.0f} s" for run in RUNS), flush=True)
-    result = {
-        "gpu": gpus(),
-        "commit": options.commit,
-        "command": "python3 scripts/gpu/serve_check.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "wrong": wrong,
-        "rows": rows,
-    }
-    Path(options.out).write_text(json.dumps(result, indent=1))
+    gpus = max(LAUNCHES[name].gpus for name in options.launch)
+    result_file.write(options.out, rows, commit=options.commit, gpus=gpus, wrong=wrong)
     print("\n".join(wrong) or "serve_check OK: equal tokens at infinite gamma, every bound held")
     return 1 if wrong else 0
 

@@ -18,12 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+
+import mps  # noqa: E402
+import result_file  # noqa: E402
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
@@ -273,41 +275,24 @@ def run_rank(rank: int, init: str, out: str) -> None:
 # ---- The launcher --------------------------------------------------------------------------------------------------
 
 
-def share_the_gpu(folder: str) -> dict[str, str]:
-    """Starts MPS in `folder`; the environment of its clients."""
-    mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps}, check=True)
-    return mps | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // RANKS)}
-
-
-def quit_mps(mps: dict[str, str]) -> None:
-    subprocess.run(
-        ["nvidia-cuda-mps-control"], input="quit -t 1\n", text=True, env={**os.environ, **mps}, check=False, timeout=30
-    )
-
-
 def run_group(out: str, seconds: float) -> int:
     """Runs all ranks; 0 if every one ended well in time."""
-    with tempfile.TemporaryDirectory() as folder:
-        mps = share_the_gpu(folder)
-        try:
-            ranks = [
-                subprocess.Popen(
-                    [sys.executable, __file__, "--out", out, "--rank", str(rank), "--init", f"{folder}/init"],
-                    env={**os.environ, **mps},
-                )
-                for rank in range(RANKS)
-            ]
-            deadline = time.monotonic() + seconds
-            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.2)
-            for rank in ranks:
-                rank.kill()
-            return max(abs(rank.wait()) for rank in ranks)
-        finally:
-            quit_mps(mps)
+    with tempfile.TemporaryDirectory() as folder, mps.shared_gpu(RANKS) as client:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--out", out, "--rank", str(rank), "--init", f"{folder}/init"],
+                env={**os.environ, **client},
+            )
+            for rank in range(RANKS)
+        ]
+        deadline = time.monotonic() + seconds
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        for rank in ranks:
+            rank.kill()
+        return max(abs(rank.wait()) for rank in ranks)
 
 
 def report(rows: list[dict]) -> None:
@@ -324,8 +309,7 @@ def report(rows: list[dict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--commit", default="unknown")
+    result_file.add_options(parser)
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--init")
@@ -335,20 +319,8 @@ def main() -> int:
         return 0
     failed = run_group(options.out, options.seconds)
     rows = json.loads(Path(options.out).read_text()) if Path(options.out).exists() else []
-    gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    result = {
-        "gpu": gpu.stdout.strip().splitlines()[0],
-        "commit": options.commit,
-        "command": "python3 scripts/gpu/straggler.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "ranks": RANKS,
-        "experts": EXPERTS,
-        "top_k": TOP_K,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "rows": rows,
-    }
-    Path(options.out).write_text(json.dumps(result, indent=1))
+    sizes = {"ranks": RANKS, "experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN}
+    result_file.write(options.out, rows, commit=options.commit, **sizes, intermediate_size=INTERMEDIATE)
     report(rows)
     print("straggler: " + ("FAILED, status " + str(failed) if failed else "OK"))
     return 1 if failed else 0

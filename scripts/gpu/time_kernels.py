@@ -7,16 +7,12 @@ plan: the difference of two rows is what the added step costs in place.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import kernels_c as c
 import numpy as np
+import result_file
 import torch
 from kernel_case import Config, Run, make_inputs
 
@@ -130,18 +126,8 @@ class Report:
             run.apply_params.reroute_rounds = rounds
             self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "nothing")
 
-    def write(self) -> None:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        result = {
-            "gpu": torch.cuda.get_device_name(),
-            "commit": git.stdout.strip() if git.returncode == 0 else "",
-            "command": " ".join(["python3", *sys.argv]),
-            "date": datetime.date.today().isoformat(),
-            "copy_bytes_per_us": round(self.bandwidth),
-            "rows": self.rows,
-        }
-        target = Path(os.environ.get("OUT", ".")) / "kernels.json"
-        target.write_text(json.dumps(result, indent=1) + "\n")
+    def write(self, out: Path, commit: str) -> None:
+        result_file.write(out, self.rows, commit=commit, copy_bytes_per_us=round(self.bandwidth))
         print(f"copy: {self.bandwidth / 1e6:.3f} TB/s")
         print(f"{'op':22s} {'T':>6s} {'H':>5s} {'median':>9s} {'p99':>9s} {'floor':>8s} {'ratio':>7s}")
         for row in self.rows:
@@ -155,7 +141,7 @@ class Report:
 HOT = 0.5  # rank 0 carries about 1.7 times the mean: at gamma 1.1, 7 % of the assignments have to move
 
 
-def report(kernels: c.Kernels) -> None:
+def report(kernels: c.Kernels, out: Path, commit: str) -> None:
     every = Report(kernels)
     for config in (Config(T=65536), Config(T=65536, H=7168), Config(T=8192), Config(T=8192, H=7168), Config(T=128)):
         every.score(config)
@@ -167,4 +153,4 @@ def report(kernels: c.Kernels) -> None:
     every.plan(Config(T=8192, hot=HOT, scope="expert", load="effective", importance="entropy", reroute="local"))
     every.rounds(Config(T=128, hot=HOT))
     every.rounds(Config(T=8192, hot=HOT))
-    every.write()
+    every.write(out, commit)

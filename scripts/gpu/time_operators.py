@@ -1,14 +1,17 @@
 """Times of the operators that CUDA tensors get (`ops.cuda_backend`), by CUDA graph replay and launched one by one.
 
-The case is that of docs/kernels.md. `MACS_CUDA_BACKEND=triton python3 scripts/gpu/time_operators.py` for Triton's.
+The case is that of docs/kernels.md. `MACS_CUDA_BACKEND=triton python3 scripts/gpu/time_operators.py --out FILE` for
+Triton's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
 
+import result_file
 import torch
 from kernel_case import Config, make_inputs
 from time_kernels import HOT, graph_us
@@ -51,6 +54,9 @@ def steps(config: Config) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result_file.add_options(parser)
+    options = parser.parse_args()
     rows = []
     for tokens in (128, 1024, 8192, 65536):
         for name, step in steps(Config(T=tokens, hot=HOT)).items():
@@ -62,7 +68,7 @@ def main() -> None:
             rows.append({"op": name, "T": tokens, "median_us": round(median, 2), "p99_us": round(p99, 2),
                          "host_us": round(host_us(step), 1), "first_ms": round(first * 1e3, 1)})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-    print(json.dumps({"backend": ops.cuda_backend(), "gpu": torch.cuda.get_device_name(), "rows": rows}))
+    result_file.write(options.out, rows, commit=options.commit, backend=ops.cuda_backend())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import lab_calibration
 import lab_checkpoint
 import lab_material
 import lab_methods
+import lab_result
 import numpy as np
 import torch
 from lab_judge import RANKS, as_batch, by_task, exact
@@ -614,7 +615,8 @@ def main() -> None:
     if not files:
         raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
     result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    whole = {**lab_result.header(result["device"]), **result, "rows": lab_result.rows(result)}
+    options.out.write_text(json.dumps(whole, indent=1) + "\n")
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
     print_summary(result)
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "macs/fused.h"
 #include "macs/params.h"
 
 namespace macs::cuda {
@@ -30,5 +31,10 @@ cudaError_t launch_score_histogram(const EntropyScoreParams& score, const Entrop
 // Behind it: threshold.shift and .cut are apply.shift and .cut; without an exchange threshold.own is threshold.group.
 cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
                                    cudaStream_t stream);
+
+// Dispatch with the plan inside, and combine, among ranks that address each other's regions (macs/fused.h).
+// Other sizes than those named there: cudaErrorInvalidValue, and so is a grid that does not fit on the device at once.
+cudaError_t launch_fused_dispatch(const FusedDispatchParams& p, cudaStream_t stream);
+cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -1,0 +1,165 @@
+// What a block of the fused dispatch knows: its rank, its tokens, its tables in shared memory, and how it waits.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "board.cuh"
+#include "clip_threshold.cuh"
+#include "fused_entry.cuh"
+#include "fused_row.cuh"
+#include "launch.cuh"
+#include "macs/fused.h"
+#include "macs/peer_view.cuh"
+
+// The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
+#ifndef MACS_NETWORK
+#define MACS_NETWORK DirectNetwork
+#endif
+
+namespace macs::cuda {
+
+constexpr int kFusedThreads = 512;
+constexpr int kFusedWarps = kFusedThreads / kWarp;
+constexpr int kRowGroups = kFusedWarps / kRowWarps;
+constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts in one pass over the group
+constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for cuts, then one per proposal round
+constexpr int kMaxFusedRerouteRounds = 60;
+
+enum class Flags : int { kRows = 0, kOutputs = 1 };
+
+// What becomes of an own assignment, in `current`: an expert, or one of these.
+constexpr int kHomeless = -1, kEmptySlot = -2;
+constexpr int kAtCut = 0x4000;  // added to the expert: stays if the quota reaches it
+
+constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
+
+// Offsets into a block's shared memory, in bytes.
+struct FusedDesk {
+  int group_rows;   // [E] u32: rows of all sources, and << 16 those of lower sources
+  int group_units;  // [E] i32, where they are not the rows
+  int own_rows;     // [E] u32: final rows of this rank, and << 16 those before this block's tokens
+  int shift;        // [E]
+  int bound_of;     // [E]
+  int starts;       // [E] first row of each expert in its rank's buffer
+  int raw;          // [NB] RawCut
+  int room;         // [NB]
+  int taken;        // [NB]
+  int over;         // [NB] the bounds that are exceeded
+  int place;        // [NB] where each stands among them, -1: nowhere
+  int counted;      // [warps, NB]
+  int running;      // [warps, NB]
+  int levels;       // [kCutsAtOnce, 2, 2B]; counts [3, E, 2] at the end
+  int current;      // [max_tokens * K] i16
+  int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's
+  int entropies;    // [max_tokens] f32
+  int ids;          // [block tokens * K] as given
+  int gates;        // [block tokens * K]
+  int dest;         // [block tokens * K] i32 row at the peer, -1: none
+  int weight;       // [block tokens] f32
+  int parts;        // [2, kRowGroups, kRowWarps] Part
+  int tokens;       // [R]
+  int scalars;      // FusedScalars
+  int staged;       // rows
+};
+
+struct FusedScalars {
+  unsigned long long limbs[kLimbs];
+  int sums[kNumSums];
+  int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
+};
+
+struct FusedArgs {
+  FusedDispatchParams p;
+  ClipThresholdParams threshold;  // options only
+  FusedDesk desk;
+  int bounds;       // NB
+  int per_rank;     // experts
+  int row_stride;   // bytes between staged rows
+  int staged_rows;  // how many fit at once
+  bool keeps_group;  // shared memory holds everybody's assignments
+};
+
+struct FusedBlock {
+  const FusedArgs& args;
+  const FusedDispatchParams& p;
+  const FusedRank& me;
+  const PeerView<MACS_NETWORK> peers;
+  unsigned char* const shared;
+  const int block, num_blocks, lane, warp;
+  const int first, end;  // this block's tokens
+  Patience patience;
+
+  __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& rank, unsigned char* memory)
+      : args(a), p(a.p), me(rank), peers(rank.region, a.p.network), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
+        lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), first(rank.num_tokens * block / num_blocks),
+        end(rank.num_tokens * (block + 1) / num_blocks) {
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device};
+  }
+
+  template <class T>
+  __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
+  template <class T>
+  __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(shared + offset); }
+  __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
+  __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
+  __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
+  __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }
+  __device__ __forceinline__ int* running() const { return at<int>(args.desk.running) + warp * args.bounds; }
+  __device__ __forceinline__ unsigned char* staged(int row) const {
+    return shared + args.desk.staged + static_cast<int64_t>(row) * args.row_stride;
+  }
+  __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
+  __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
+  // As they came, and as shared memory keeps them.
+  __device__ __forceinline__ const uint64_t* letters_of(int source) const {
+    return own<uint64_t>(p.layout.entries) + static_cast<int64_t>(source) * most_slots();
+  }
+  __device__ __forceinline__ uint32_t* entries_of(int source) const {
+    return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
+  }
+  __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(me.rank)[slot]}; }
+
+  // What the clock says at a stage, for whoever looks for microseconds.
+  __device__ __forceinline__ void stamp(int stage) const {
+#ifdef MACS_STAMPS
+    if (threadIdx.x == 0) own<uint64_t>(p.layout.stamps)[block * kStamps + stage] = clock_cycles();
+#endif
+  }
+
+  // Where `block` of `source` signals in a region.
+  __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {
+    const int64_t row = static_cast<int>(kind) * p.shape.num_ranks + source;
+    return p.layout.flags + (row * p.shape.num_blocks + of_block) * kFlagBytes;
+  }
+  // This block's signal to every peer. What its threads wrote before is visible to whoever sees it.
+  __device__ __forceinline__ void signal_all(Flags kind) const {
+    __syncthreads();
+    for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
+      peers.signal(peer, flag(kind, me.rank, block), patience);
+    }
+  }
+  // The whole block: until `blocks` blocks of every rank have signalled.
+  __device__ __forceinline__ bool await_all(Flags kind, int blocks, Fault fault) const {
+    bool ok = true;
+    for (int i = threadIdx.x; i < p.shape.num_ranks * blocks && ok; i += kFusedThreads) {
+      const int source = i / blocks, of_block = i % blocks;
+      ok = wait_until(own<uint32_t>(flag(kind, source, of_block)), patience.round, patience, fault, source, of_block);
+    }
+    return __syncthreads_and(ok) != 0;
+  }
+  // A barrier of the rank's own blocks.
+  __device__ __forceinline__ bool barrier(int step, Fault fault) const {
+    const uint32_t now = patience.round * kStepsPerRound + step;
+    uint32_t* const flags = own<uint32_t>(p.layout.barrier);
+    __syncthreads();
+    if (threadIdx.x == 0) store_release_gpu(flags + block, now);
+    bool ok = true;
+    for (int i = threadIdx.x; i < num_blocks && ok; i += kFusedThreads) {
+      ok = wait_until(flags + i, now, patience, fault, me.rank, i);
+    }
+    return __syncthreads_and(ok) != 0;
+  }
+};
+
+}  // namespace macs::cuda

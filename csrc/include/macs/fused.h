@@ -1,0 +1,186 @@
+// The fused low-latency dispatch and combine: parameters, and the layout of the memory that the ranks share.
+//
+// One dispatch reads every hidden vector once, scores it, casts it, exchanges the group's assignments, derives the cuts,
+// clips and re-routes, and writes the kept rows straight into the buffers of the ranks that hold their experts.
+// docs/fused_dispatch.md has the protocol; docs/method.md what is computed. No torch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "macs/level.h"
+#include "macs/params.h"
+
+namespace macs {
+
+constexpr int kMaxPeers = 16;          // ranks of one NVLink domain that a kernel's parameters name
+constexpr int kMaxFusedTokens = 1023;  // of a rank
+constexpr int kMaxFusedTopK = 16;
+constexpr int kMaxFusedExperts = 256;
+constexpr int kMaxFusedBlocks = 256;   // of a rank
+constexpr int kStamps = 16;
+constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
+constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
+
+// What a row looks like on its way. kFp8: e4m3 with an f32 scale per 128 features; kFp8PowerOfTwo: scales rounded up to
+// powers of two; kFp8Ue8m0: those as their exponents, four in a word, as DeepGEMM takes them.
+enum class RowFormat : int32_t { kBFloat16 = 0, kFp8 = 1, kFp8PowerOfTwo = 2, kFp8Ue8m0 = 3 };
+
+// Which half of the dispatch a launch does. SGLang sends before and receives behind what it overlaps with.
+enum class Phase : int32_t { kBoth = 0, kSend = 1, kReceive = 2 };
+
+// Where a wait gave up, or what was found wrong.
+enum class Fault : int32_t {
+  kNone = 0,
+  kEntropies,    // a block of this rank never scored its tokens
+  kAssignments,  // a peer never sent its assignments
+  kCuts,         // a block of this rank never told its cuts
+  kProposals,    // a block of this rank never proposed
+  kCounts,       // a peer never sent its rows per expert
+  kRows,         // a peer never finished its rows
+  kOutputs,      // a peer never offered its experts' outputs
+  kBadTokens,    // a peer claims more tokens than there may be
+  kBadExpert,    // a peer names an expert that does not exist
+  kBadCount,     // a peer claims more rows for an expert than it has tokens
+  kOverflow,     // more rows than the buffer holds
+};
+
+// One record a rank. `fault` is set last, once; the host clears it.
+struct FusedStatus {
+  int32_t fault;     // Fault
+  int32_t peer;      // the rank that was waited for
+  int32_t block;     // of that rank, -1: any
+  uint32_t round;    // the dispatch it happened in
+  int64_t seen, expected;
+};
+
+// What the sizes of a rank's region depend on; the same on every rank.
+struct FusedShape {
+  int32_t num_ranks, num_experts, top_k, max_tokens;  // max_tokens: of a rank
+  int32_t hidden_size;
+  int32_t num_blocks;   // of a rank's dispatch and combine
+  RowFormat format;
+  int32_t expert_rows;  // rows that each expert has room for; 0: experts packed behind one another
+  int32_t max_rows;     // rows of the whole buffer
+  int32_t alignment;    // packed: an expert starts at a multiple of it
+};
+
+// Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
+// A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
+// Peers write: flags, tokens, entries, counts, rows, scales. Peers read: outputs. The rest is the rank's own.
+struct FusedLayout {
+  int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
+  int64_t tokens;     // [R] letters: tokens of each source
+  int64_t entries;    // [R, max_tokens * K] letters: packed assignments (csrc/cuda/fused_entry.cuh)
+  int64_t counts;     // [R, E] letters: rows that each source sends to each expert
+  int64_t rows;       // [max_rows, H] bf16 or e4m3
+  int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
+  int64_t outputs;    // [max_rows, H] bf16, what combine reads
+  int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
+  int64_t barrier;    // [blocks] u32
+  int64_t entropy;    // [max_tokens] letters: f32
+  int64_t cuts;       // [E] 32 bytes each: the cuts of many bounds, found by one block each
+  int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
+  int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
+  int64_t received;   // [E_l] i32 rows of each local expert
+  int64_t starts;     // [E_l] i32 first row of each local expert
+  int64_t round;      // u32
+  int64_t stamps;     // [blocks, kStamps] u64 cycles at the stages, where the kernels were built with MACS_STAMPS
+  int64_t status;     // FusedStatus
+  int64_t bytes;      // of the whole region, a multiple of 256
+};
+
+MACS_HOST_DEVICE bool is_fp8(RowFormat format) { return format != RowFormat::kBFloat16; }
+MACS_HOST_DEVICE int64_t scale_words(const FusedShape& s) {
+  if (!is_fp8(s.format)) return 0;
+  const int64_t scales = s.hidden_size / kScaleFeatures;
+  return s.format == RowFormat::kFp8Ue8m0 ? (scales + 3) / 4 : scales;
+}
+
+inline FusedLayout fused_layout(const FusedShape& s) {
+  FusedLayout layout = {};
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t mine = at;
+    at += (bytes + 255) / 256 * 256;
+    return mine;
+  };
+  const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
+  const int64_t local = s.num_experts / s.num_ranks;
+  layout.flags = take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
+  layout.tokens = take(8LL * s.num_ranks);
+  layout.entries = take(8LL * s.num_ranks * slots);
+  layout.counts = take(8LL * s.num_ranks * s.num_experts);
+  layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
+  layout.scales = take(rows * scale_words(s) * 4);
+  layout.outputs = take(rows * s.hidden_size * 2);
+  layout.sources = take(rows * 4);
+  layout.barrier = take(4LL * s.num_blocks);
+  layout.entropy = take(8LL * s.max_tokens);
+  layout.cuts = take(32LL * s.num_experts);
+  layout.wanted = take(2 * 4 * slots);
+  layout.positions = take(4 * slots);
+  layout.received = take(4 * local);
+  layout.starts = take(4 * local);
+  layout.round = take(4);
+  layout.stamps = take(8LL * s.num_blocks * kStamps);
+  layout.status = take(sizeof(FusedStatus));
+  layout.bytes = at;
+  return layout;
+}
+
+// One rank's part of a dispatch. Decisions as of `ClipThresholdParams` and `ClipApplyParams`, whose tables the kernel makes
+// itself; here are their options and the rank's own inputs and outputs.
+struct FusedRank {
+  char* region[kMaxPeers];         // of every rank, as this rank sees it
+  const void* hidden_states;       // [T, H] bf16
+  const void* topk_ids;            // [T, K] i32 or i64
+  const float* topk_weights;       // [T, K]
+  const int32_t* segment;          // [T]
+  const float* router_logits;      // [T, E] or nullptr
+  void* new_ids;                   // [T, K] out, dtype of topk_ids
+  float* new_weights;              // [T, K] out
+  float* weight;                   // [T] out
+  int32_t* counts;                 // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
+  int32_t* cut;                    // [NB, 4] out: level, quota, room, bound
+  int32_t* sums;                   // [4] out: N, N_visual, W_visual, W of the group
+  int32_t* row_experts;            // [max_rows] out: local expert of each row, -1 for none; nullptr: not wanted
+  const void* outputs;             // combine: [max_rows, H] bf16 of this rank's experts; nullptr: they lie in the region
+  void* combined;                  // combine: [T, H] bf16 out
+  int32_t num_tokens;
+  int32_t rank;
+};
+
+struct FusedDispatchParams {
+  FusedShape shape;
+  FusedLayout layout;
+  const int8_t* modality;  // [E]
+  int32_t bucket_bits, reroute_rounds, num_segments;
+  bool ids_are_i64, needs_entropy, protect_text;
+  bool same_device;  // all regions lie on this device: signals need not reach further
+  Scope scope;
+  Load load;
+  Importance importance;
+  Reroute reroute;
+  Scoring scoring;
+  double gamma, rho, alpha, c_min;
+  float delta;
+  Phase phase;
+  uint64_t timeout_ns;
+  const void* network;     // of the network policy; nullptr where every peer is direct
+  FusedRank one;           // the rank of this launch
+  const FusedRank* many;   // or [launched] of them in device memory, which it plays all: a row of the grid each
+  int32_t launched;
+};
+
+struct FusedCombineParams {
+  FusedShape shape;
+  FusedLayout layout;
+  FusedRank one;           // new_ids and new_weights as dispatch left them
+  const FusedRank* many;   // as of the dispatch
+  bool ids_are_i64, same_device;
+  Phase phase;
+  uint64_t timeout_ns;
+  int32_t launched;
+};
+
+}  // namespace macs

@@ -1,0 +1,153 @@
+// What a block sees of its peers: their regions, and how bytes, signals and waits cross between them.
+//
+// A region is one allocation with the same layout on every rank (fused.h). A rank that this device can address directly
+// (the same GPU, or one behind NVLink whose region CUDA IPC or NCCL's symmetric memory has mapped here) is a base
+// address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
+// parameter: `DirectNetwork` is all that the kernels have been run with.
+//
+// What is short travels as letters: a value and its round in one word that is written at once, so that whoever reads the
+// round has the value, without a fence. Rows are too long for that: they are signalled.
+//
+// Signals are round numbers, never counters: a rank that missed a round cannot leave a peer one short for ever, and the
+// next round needs no cleaning up. Rounds are compared by their signed difference, so that they may wrap.
+#pragma once
+#include <cstdint>
+
+#include "macs/fused.h"
+#include "macs/ptx.cuh"
+
+namespace macs::cuda {
+
+// Loads and stores reach every peer.
+struct DirectNetwork {
+  __device__ __forceinline__ explicit DirectNetwork(const void*) {}
+  static __device__ __forceinline__ constexpr bool is_direct(int) { return true; }
+  template <class T>
+  __device__ __forceinline__ void write(int, int64_t, T) const {}
+  __device__ __forceinline__ void put(int, int64_t, const uint4*, int, int) const {}
+  __device__ __forceinline__ void signal(int, int64_t, uint32_t) const {}
+};
+
+// Where waits look before they go on: how long they may, and who else has given up.
+struct Patience {
+  FusedStatus* status;  // of this rank
+  uint64_t timeout_ns;
+  uint32_t round;
+  bool same_device;
+};
+
+// The first fault of a rank stands; later ones follow from it.
+__device__ inline void report(const Patience& patience, Fault fault, int peer, int block, int64_t seen,
+                              int64_t expected) {
+  constexpr int kClaimed = -1;
+  FusedStatus* const status = patience.status;
+  if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
+  status->peer = peer, status->block = block, status->round = patience.round;
+  status->seen = seen, status->expected = expected;
+  __threadfence_system();
+  atomicExch(&status->fault, static_cast<int32_t>(fault));
+}
+
+__device__ __forceinline__ bool reached(uint32_t seen, uint32_t expected) {
+  return static_cast<int32_t>(seen - expected) >= 0;
+}
+
+// How long a wait may go on.
+class Wait {
+ public:
+  // After a look that saw too little. False: time is up, or another thread of this rank has given up.
+  __device__ __forceinline__ bool go_on(const Patience& patience, Fault fault, int peer, int block, uint32_t seen,
+                                        uint32_t expected) {
+    constexpr int kPollsBetweenLooks = 64;  // at the clock, which is far away
+    if (polls_++ % kPollsBetweenLooks != 0) return true;
+    const uint64_t now = global_timer_ns();
+    if (start_ == 0) start_ = now;
+    if (now - start_ > patience.timeout_ns) {
+      report(patience, fault, peer, block, seen, expected);
+      return false;
+    }
+    return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) == 0;
+  }
+
+ private:
+  int polls_ = 0;
+  uint64_t start_ = 0;
+};
+
+// One thread: until `flag` has reached `expected`.
+__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const Patience& patience, Fault fault,
+                                  int peer, int block) {
+  for (Wait wait;;) {
+    const uint32_t seen = patience.same_device ? load_acquire_gpu(flag) : load_acquire_sys(flag);
+    if (reached(seen, expected)) return true;
+    if (!wait.go_on(patience, fault, peer, block, seen, expected)) return false;
+  }
+}
+
+__device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) {
+  return static_cast<uint64_t>(round) << 32 | value;
+}
+__device__ __forceinline__ uint32_t value_of(uint64_t letter) { return static_cast<uint32_t>(letter); }
+__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) {
+  return reached(static_cast<uint32_t>(letter >> 32), round);
+}
+
+// One thread: looks at `address` until `letter`, what it saw there last, is of this round.
+__device__ inline bool await_letter(const uint64_t* address, uint64_t& letter, const Patience& patience, Fault fault,
+                                    int peer) {
+  for (Wait wait; !is_of(letter, patience.round); letter = load_relaxed_sys(address)) {
+    if (!wait.go_on(patience, fault, peer, -1, static_cast<uint32_t>(letter >> 32), patience.round)) return false;
+  }
+  return true;
+}
+
+// A network policy answers `is_direct(peer)`, and for the others carries a value, a warp's vectors of 16 bytes, and a signal
+// that everything its block has sent to that peer before is there.
+template <class Network>
+class PeerView {
+ public:
+  // network: what FusedDispatchParams::network points to, for the policy.
+  __device__ __forceinline__ PeerView(char* const (&regions)[kMaxPeers], const void* network)
+      : regions_(regions), network_(network) {}
+
+  // Only where the peer is direct; this rank itself always is.
+  template <class T>
+  __device__ __forceinline__ T* at(int peer, int64_t offset) const {
+    return reinterpret_cast<T*>(regions_[peer] + offset);
+  }
+  template <class T>
+  __device__ __forceinline__ void write(int peer, int64_t offset, T value) const {
+    if (network_.is_direct(peer)) {
+      *at<T>(peer, offset) = value;
+    } else {
+      network_.write(peer, offset, value);
+    }
+  }
+  // One warp: `vectors` of 16 bytes, from this block's shared memory.
+  __device__ __forceinline__ void put(int peer, int64_t offset, const uint4* from, int vectors, int lane) const {
+    if (!network_.is_direct(peer)) return network_.put(peer, offset, from, vectors, lane);
+    uint4* const to = at<uint4>(peer, offset);
+#pragma unroll 4
+    for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
+  }
+  __device__ __forceinline__ void send(int peer, int64_t offset, uint64_t letter) const {
+    if (!network_.is_direct(peer)) return network_.write(peer, offset, letter);
+    store_relaxed_sys(at<uint64_t>(peer, offset), letter);
+  }
+  // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
+  __device__ __forceinline__ void signal(int peer, int64_t offset, const Patience& patience) const {
+    if (!network_.is_direct(peer)) return network_.signal(peer, offset, patience.round);
+    uint32_t* const flag = at<uint32_t>(peer, offset);
+    if (patience.same_device) {
+      store_release_gpu(flag, patience.round);
+    } else {
+      store_release_sys(flag, patience.round);
+    }
+  }
+
+ private:
+  char* const (&regions_)[kMaxPeers];
+  Network network_;
+};
+
+}  // namespace macs::cuda

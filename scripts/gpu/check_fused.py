@@ -1,0 +1,170 @@
+"""Build the CUDA kernels, check the fused dispatch and combine, and time them.
+
+    python3 scripts/gpu/check_fused.py --out FILE                     one GPU: 1, 2 and 8 ranks that share it
+    python3 scripts/gpu/check_fused.py --out FILE --processes 2       a process a rank, a GPU each, over NVLink
+    python3 scripts/gpu/check_fused.py --out FILE --processes 8 --mps the same on one GPU
+    compute-sanitizer python3 scripts/gpu/check_fused.py --sanitize   few and small cases, nothing timed
+
+Decisions, places, rows and scales are compared to the bit with a reference written from docs/method.md, in a captured
+graph with the composed path; sums are close. Outputs are poisoned before every round, and so is what lies beside them.
+DeepEP is timed in the same run where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+import fused_cases
+import fused_faults
+import fused_processes
+import fused_rounds
+import kernels_c as c
+import numpy as np
+import result_file
+import time_fused
+import torch
+from check_kernels import Mismatch
+from fused_case import FusedConfig, Group, masked
+from fused_checks import play
+from kernel_case import Config
+
+GRAPH_ROUNDS = 1000
+FAULT_TIMEOUT_NS = 5_000_000
+PROCESS_SECONDS = 150
+
+
+def check_cases(kernels: c.Kernels, configs: list[FusedConfig], seed: int, rounds: int) -> int:
+    """Failures among the configs, going on after each: the list says more than the first one."""
+    failed = 0
+    for config in configs:
+        group = Group(kernels, config)
+        try:
+            for step in range(rounds):
+                play(group, seed + step)
+        except Mismatch as error:
+            print(error, flush=True)
+            failed += 1
+        del group
+    print(f"{len(configs) - failed} of {len(configs)} cases agree, {rounds} rounds each, seed {seed}", flush=True)
+    return failed
+
+
+def check_faults(kernels: c.Kernels, scenarios: dict[str, fused_faults.Scenario]) -> int:
+    failed = 0
+    for name, scenario in scenarios.items():
+        try:
+            fused_faults.check_fault(kernels, "cuda", scenario, FAULT_TIMEOUT_NS)
+        except Mismatch as error:
+            print(f"fault '{name}': {error}", flush=True)
+            failed += 1
+    print(f"{len(scenarios) - failed} of {len(scenarios)} faults are named, and the next round works", flush=True)
+    return failed
+
+
+def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
+    """Groups and how many rounds they play in a graph."""
+
+    def shared(ranks: int, **options) -> FusedConfig:
+        tokens = options.pop("T", 128)
+        plan = Config(T=tokens, R=ranks, hot=1.0, visual=0.9, **options)
+        return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8)
+
+    expert = {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "gamma": 0.8}
+    return [
+        (shared(8), GRAPH_ROUNDS),
+        (shared(2, T=127, **expert), GRAPH_ROUNDS // 4),
+        (masked(shared(1, scope="expert", bucket_bits=4)), GRAPH_ROUNDS // 4),
+    ]
+
+
+def check_graphs(kernels: c.Kernels, configs: list[tuple[FusedConfig, int]], seed: int) -> int:
+    failed = 0
+    for config, rounds in configs:
+        try:
+            print(f"R {config.plan.R}: {fused_rounds.check(kernels, config, rounds, seed)}", flush=True)
+        except Mismatch as error:
+            print(error, flush=True)
+            failed += 1
+        torch.cuda.empty_cache()
+    return failed
+
+
+def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: int) -> int:
+    """Number of failures of one GPU's checks."""
+    if options.sanitize:
+        small = FusedConfig(Config(T=9, R=2, E=16, hot=3.0, gamma=0.7), (9, 5), 4, row_experts=True)
+        configs = [small, masked(small), *fused_cases.random_configs(options.small, options.seed, 16)]
+        few = {name: fused_faults.SCENARIOS[name] for name in ("dead rank", "13 tokens", "13 rows of an expert")}
+        return check_cases(kernels, configs, options.seed, 1) + check_faults(kernels, few)
+    configs = fused_cases.named(multiprocessors)
+    configs += fused_cases.random_configs(options.small, options.seed, multiprocessors)
+    failed = check_faults(kernels, fused_faults.SCENARIOS)
+    failed += stage("graphs", lambda: check_graphs(kernels, graph_configs(multiprocessors), options.seed))
+    return failed + stage("cases", lambda: check_cases(kernels, configs, options.seed, 1))
+
+
+def stage(name: str, run):
+    start = time.monotonic()
+    result = run()
+    print(f"{name}: {time.monotonic() - start:.1f} s", flush=True)
+    return result
+
+
+def on_one_gpu(options: argparse.Namespace) -> int:
+    kernels = stage("build", c.Kernels)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    failed = 0 if options.time_only else stage("checks", lambda: check_all(kernels, options, multiprocessors))
+    if not (options.check_only or options.sanitize):
+        table = time_fused.Table()
+        try:
+            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options.quick))
+        finally:
+            finish(options, table)
+    return failed
+
+
+def finish(options: argparse.Namespace, table: time_fused.Table) -> None:
+    gpus = 1 if options.mps else options.processes or 1
+    if options.out:
+        rate = round(table.bandwidth)
+        result_file.write(options.out, table.rows, commit=options.commit, gpus=gpus, copy_bytes_per_us=rate)
+    table.show()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result_file.add_options(parser, required=False)
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--time-only", action="store_true")
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="time the smallest size alone")
+    parser.add_argument("--small", type=int, default=24, help="random cases")
+    parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--init", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    if options.rank is not None:
+        options.finish = lambda table: finish(options, table)
+        fused_processes.run_rank(c.Kernels(), options)
+        return 0
+    if options.processes:
+        c.build(os.cpu_count() or 1)
+        failed = fused_processes.start(options, PROCESS_SECONDS)
+    else:
+        failed = on_one_gpu(options)
+    print(f"check_fused: {'FAILED' if failed else 'OK'}, seed {options.seed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""A rank a process: regions mapped through CUDA IPC, one GPU each over NVLink or all on one GPU under MPS.
+
+Every rank makes the inputs of all, and knows of the others only what they tell over gloo: handles, and what their
+kernels decided. So each checks its own part of the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fused_c as fc
+import torch
+import torch.distributed as dist
+from fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
+from fused_checks import check_combine, check_dispatch, fresh_outputs, output
+from kernel_case import POISON, Config
+from low_latency import most_tokens
+from mps import shared_gpu
+from time_fused import Layer, Table, has_deepep, time_layer, timed_config
+
+HANDLE_BYTES = 64
+
+
+class DeviceMemory:
+    """Raw device memory as torch takes it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3, "strides": None,
+        }  # fmt: skip
+
+
+def everyone(value: object) -> list:
+    """`value` of every rank, by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def at_rest() -> None:
+    """All ranks here, nothing running on any device."""
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
+class SharedRegions:
+    """One guarded region a rank, mapped by all; for layouts up to the size first asked for."""
+
+    def __init__(self, library: ctypes.CDLL, size: int) -> None:
+        self.rank = dist.get_rank()
+        memory, handle = ctypes.c_void_p(), ctypes.create_string_buffer(HANDLE_BYTES)
+        self.size = size + 2 * GUARD
+        check(library.macs_allocate_shared(ctypes.c_size_t(self.size), ctypes.byref(memory), handle), "allocate")
+        self.bases = []
+        for rank, of_rank in enumerate(everyone(handle.raw)):
+            mapped = ctypes.c_void_p(memory.value)
+            if rank != self.rank:
+                check(library.macs_open_shared(of_rank, ctypes.byref(mapped)), f"open the region of rank {rank}")
+            self.bases.append(mapped.value)
+        self.memory = torch.as_tensor(DeviceMemory(self.bases[self.rank], self.size), device="cuda")
+
+    def group(self, kernels, config: FusedConfig) -> Group:
+        """A group over these regions, zeroed; collective."""
+        layout = fc.layout_of(kernels.library, config.shape)
+        if layout.bytes + 2 * GUARD > self.size:
+            raise RuntimeError(f"{layout.bytes} bytes asked for, {self.size} there")
+        at_rest()
+        self.memory.fill_(POISON)
+        own = self.memory[GUARD : GUARD + layout.bytes].zero_()
+        group = Group(kernels, config, regions=Regions([base + GUARD for base in self.bases], {self.rank: own}))
+        group.arena.guard(f"region {self.rank}", self.memory, GUARD, layout.bytes)
+        at_rest()
+        return group
+
+
+def check(error: int, what: str) -> None:
+    if error:
+        raise RuntimeError(f"{what}: CUDA error {error}")
+
+
+def in_two_phases(group: Group) -> None:
+    group.dispatch(fc.SEND)
+    group.dispatch(fc.RECEIVE)
+
+
+def play(group: Group, seed: int, dispatch: Callable[[Group], None]) -> None:
+    """One round of all ranks, this one's part checked."""
+    ranks, me = make_group(group.config, seed, "cuda"), group.ranks[0]
+    group.load(ranks)
+    group.poison()
+    at_rest()  # else a peer's rows are poisoned
+    dispatch(group)
+    torch.cuda.synchronize()
+    placement = check_dispatch(group, ranks, everyone(output(group, me, "weight")))
+    outputs = fresh_outputs(group, seed)
+    group.set_outputs(outputs)
+    group.combine()
+    torch.cuda.synchronize()
+    decided = everyone((output(group, me, "new_ids"), output(group, me, "new_weights")))
+    check_combine(group, placement, outputs, decided)
+    at_rest()
+
+
+def cases(ranks: int, blocks: int) -> list[FusedConfig]:
+    plan = Config(T=128, R=ranks, hot=1.5, visual=0.8)
+    ragged = tuple((128, 1, 0, 127)[rank % 4] for rank in range(ranks))
+    return [
+        FusedConfig(plan, (128,) * ranks, blocks),
+        masked(FusedConfig(plan, ragged, blocks, "fp8_ue8m0", row_experts=True, copies_outputs=True)),
+        FusedConfig(Config(T=511, R=ranks, hot=60.0, H=7168), (511,) * ranks, blocks, "fp8"),
+    ]
+
+
+def dead_rank(kernels, regions: SharedRegions, blocks: int) -> None:
+    """The last rank does not launch: the others name it in time, and go on with it afterwards."""
+    ranks, me = dist.get_world_size(), dist.get_rank()
+    config = FusedConfig(Config(T=16, R=ranks, hot=1.5), (16,) * ranks, blocks)
+    group = regions.group(kernels, config)
+    play(group, 0, Group.dispatch)
+    group.config = replace(config, timeout_ns=20_000_000)  # too little for ranks that start apart
+    if me != ranks - 1:
+        group.dispatch()
+    torch.cuda.synchronize()
+    group.config = config
+    status = group.status(me)
+    if me != ranks - 1 and (fc.FAULTS[status.fault], status.peer) != ("assignments", ranks - 1):
+        raise RuntimeError(f"rank {me} reports {fc.FAULTS[status.fault]} of rank {status.peer}")
+    at_rest()
+    group.recover(max(everyone(group.round(me))) + 1)
+    at_rest()
+    play(group, 1, Group.dispatch)
+
+
+def run_rank(kernels, options) -> None:
+    """Checks and times of one rank; rank 0 hands over the table."""
+    ranks, me = options.processes, options.rank
+    torch.cuda.set_device(0 if options.mps else me)
+    backend = "gloo" if options.mps else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{options.init}", rank=me, world_size=ranks)
+    blocks = min(everyone(multiprocessors(options)))
+    every = cases(ranks, blocks)
+    timed = [
+        timed_config(ranks, tokens, hidden_size, format, blocks * ranks)
+        for tokens in (128, most_tokens(ranks))
+        for hidden_size in (2048, 7168)
+        for format in ("bfloat16", "fp8")
+    ]
+    size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
+    regions = SharedRegions(kernels.library, size)
+    checked = 0
+    for config in every:
+        group = regions.group(kernels, config)
+        for seed in range(options.rounds):
+            play(group, options.seed + seed, in_two_phases if seed % 2 else Group.dispatch)
+            checked += 1
+    dead_rank(kernels, regions, blocks)
+    if me == 0:
+        print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)
+    if not options.check_only:
+        table = Table()
+        for config in timed:
+            layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
+            time_layer(Slowest(table), layer, not options.mps and has_deepep(), at_rest)
+        if me == 0:
+            options.finish(table)
+    at_rest()
+    dist.destroy_process_group()
+
+
+def multiprocessors(options) -> int:
+    """That a rank's blocks may fill: under MPS its share of the device."""
+    count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return min(count, 132 // options.processes) if options.mps else count
+
+
+class Slowest(Table):
+    """A table of which every figure is the slowest rank's."""
+
+    def __init__(self, table: Table) -> None:
+        self.bandwidth, self.rows = table.bandwidth, table.rows
+
+    def add(self, op, config, times, size, **case):
+        slowest = tuple(max(column) for column in zip(*everyone(times), strict=True))
+        return super().add(op, config, slowest, size, **case)
+
+
+def start(options, seconds: float) -> int:
+    """Starts all ranks and waits for them; 0 if every one ended well in time."""
+    extra = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29743", "NCCL_NVLS_ENABLE": "0"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if options.mps:
+            extra |= stack.enter_context(shared_gpu(options.processes))
+        command = [sys.executable, *sys.argv, "--init", str(Path(folder) / "init"), "--seed", str(options.seed)]
+        ranks = [
+            subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, **extra})
+            for rank in range(options.processes)
+        ]
+        try:
+            deadline = time.monotonic() + seconds
+            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            codes = [rank.poll() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    return 0 if all(code == 0 for code in codes) else 1

@@ -1,0 +1,136 @@
+"""How scripts/gpu starts the real SGLang server: models, ranks, DeepEP modes, and what the runs of a launch differ in.
+
+Models have hidden size 2048 and random weights; their visual tokens prefer the first half of the experts, which are
+rank 0's: image batches are skewed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from serving import Server  # noqa: E402
+
+from sglang_macs import tiny_models  # noqa: E402
+
+ONE_GPU_SITE = HERE / "one_gpu_site"
+COMMON = [
+    *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
+    *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--random-seed", "1", "--skip-server-warmup"),
+    *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+]
+SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
+LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
+RUNS = {
+    "off": ["--macs-preset", "off", "--macs-verify", "true"],
+    "inf": ["--macs-gamma", "inf", "--macs-verify", "true"],
+    "1.0": ["--macs-gamma", "1.0", "--macs-verify", "true"],
+}
+ENVIRONMENT = {
+    # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
+    # fit.
+    "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
+    # Compile the kernels that are used when they are used: all of them beforehand take minutes.
+    "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
+    # Servers that start side by side take memory from one another.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to serve.
+
+    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on the first GPU
+    (under MPS); observed: with metrics and trace.
+    """
+
+    ranks: int
+    mode: str
+    kind: str = "qwen3_vl_moe"
+    experts: int = 32
+    top_k: int = 4
+    layers: int = 4
+    fp8: bool = False
+    flags: tuple[str, ...] = SMALL
+    one_gpu: bool = False
+    observed: bool = False
+
+    @property
+    def fused(self) -> bool:
+        return "--macs-dispatch" in self.flags
+
+    @property
+    def gpus(self) -> int:
+        return 1 if self.one_gpu else self.ranks
+
+    @property
+    def arguments(self) -> list[str]:
+        n = str(self.ranks)
+        parallel = ["--tp", n, "--ep-size", n]
+        if self.ranks > 1:
+            parallel += ["--dp", n, "--enable-dp-attention"]
+        else:  # one rank has nothing to balance: its experts are bounded
+            parallel += ["--macs-scope", "expert"]
+        if self.one_gpu:
+            parallel += ["--disable-custom-all-reduce"]  # it copies between different GPUs
+        return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
+
+    def environment(self) -> dict[str, str]:
+        if self.gpus > 1:
+            return ENVIRONMENT
+        one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+        return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
+
+    def model(self) -> Path:
+        """The checkpoint, built if it is not there."""
+        name = f"gpu-{self.kind}-{self.experts}{'-fp8' if self.fp8 else ''}"
+        size = {"hidden": 2048, "layers": self.layers, "num_experts": self.experts, "top_k": self.top_k}
+        size["intermediate"] = 768
+        if self.kind == "qwen3_moe":
+            size |= {"fp8": self.fp8, "head_dim": 64}
+        return tiny_models.ensure(ROOT / "build" / "models" / name, self.kind, **size)
+
+
+def _one_gpu_environment() -> dict[str, str]:
+    """Several ranks of SGLang and of NCCL on one GPU; NCCL 2.30 and later can."""
+    places = (Path(folder) / "nvidia" / "nccl" / "lib" / "libnccl.so.2" for folder in sys.path)
+    libraries = [str(place) for place in places if place.exists()]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
+        "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
+        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+        "NCCL_NVLS_ENABLE": "0",
+    } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
+
+
+FUSED = ("--macs-dispatch", "fused")
+LAUNCHES = {
+    "2 ranks, low latency": Launch(2, "low_latency", observed=True),
+    "2 ranks, normal": Launch(2, "normal"),
+    "2 ranks, 128 experts": Launch(2, "low_latency", experts=128, top_k=8, layers=3),
+    "1 rank, low latency": Launch(1, "low_latency"),
+    "2 ranks, FP8 blocks": Launch(
+        2, "low_latency", kind="qwen3_moe", fp8=True, flags=(*SMALL, "--moe-runner-backend", "macs")
+    ),
+    "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=(*SMALL, "--enable-two-batch-overlap")),
+    "2 ranks, one GPU": Launch(2, "low_latency", one_gpu=True),
+    "2 ranks, fused": Launch(2, "low_latency", flags=(*SMALL, *FUSED)),
+    "2 ranks, fused, FP8 blocks": Launch(
+        2, "low_latency", kind="qwen3_moe", fp8=True, flags=(*SMALL, *FUSED, "--moe-runner-backend", "macs")
+    ),
+    "1 rank, fused": Launch(1, "low_latency", flags=(*SMALL, *FUSED)),
+}
+BENCH = Launch(2, "normal", experts=128, top_k=8, layers=3, flags=LARGE)
+
+
+def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:
+    """A server of `launch` with the flags of a run; a context manager."""
+    env = launch.environment() | (environment or {})
+    return Server(launch.model(), [*launch.arguments, *run], env=env, log=log, timeout=400)

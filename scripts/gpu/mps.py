@@ -1,0 +1,22 @@
+"""CUDA MPS: several processes on one GPU at the same time, each held to its share of the multiprocessors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
+    """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients."""
+    with tempfile.TemporaryDirectory() as folder:
+        mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps}, check=True)
+        try:
+            yield mps | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // processes)}
+        finally:
+            command = ["nvidia-cuda-mps-control"]
+            subprocess.run(command, input="quit -t 1\n", text=True, env={**os.environ, **mps}, check=False, timeout=30)

@@ -1,0 +1,69 @@
+"""Where the fused dispatch spends its cycles: the clock at its stages, from a build that writes it down.
+
+    python3 scripts/gpu/profile_fused.py [--ranks R] [--tokens T] [--hidden H] [--format bfloat16|fp8]
+
+For every stage the median over launches of the median over blocks, and of the last block, in cycles since the block's
+start. Stages that a launch does not reach (nothing to cut) are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import kernels_c as c
+import torch
+from time_fused import CLIPPED, Layer, timed_config
+
+STAGES = (
+    "start", "rows read and scored", "weights", "assignments told", "", "assignments heard", "cuts found", "clipped",
+    "re-routed", "rows per expert exchanged", "experts placed", "rows placed", "rows sent", "outputs written",
+    "all rows here", "",
+)  # fmt: skip
+LAUNCHES = 40
+
+
+def stamps(layer: Layer) -> torch.Tensor:
+    """[launches, blocks, stages] i64 cycles of rank 0."""
+    taken = []
+    for i in range(LAUNCHES):
+        group = layer.groups[i % len(layer.groups)]
+        group.part(0, "stamps", torch.int64, group.config.shape.num_blocks, len(STAGES)).zero_()
+        group.dispatch()
+        torch.cuda.synchronize()
+        taken.append(group.part(0, "stamps", torch.int64, group.config.shape.num_blocks, len(STAGES)).clone())
+    return torch.stack(taken[4:])
+
+
+def show(title: str, found: torch.Tensor) -> None:
+    since = (found - found[..., :1]).double()
+    print(f"{title}: cycles since the block's start, median block and last block")
+    before = 0.0
+    for i, name in enumerate(STAGES):
+        reached = (found[..., i] > 0).any(dim=0).cpu()
+        if not bool(reached.any()) or i == 0:
+            continue
+        of_blocks = since[:, reached, i]
+        middle = float(of_blocks.median(dim=1).values.median())
+        last = float(of_blocks.max(dim=1).values.median())
+        print(f"  {name:28s} {middle:8.0f} (+{middle - before:6.0f})   last {last:8.0f}")
+        before = middle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--format", default="fp8")
+    options = parser.parse_args()
+    kernels = c.Kernels(("MACS_STAMPS=1",))
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    config = timed_config(options.ranks, options.tokens, options.hidden, options.format, multiprocessors)
+    layer = Layer(kernels, config)
+    for share in (0.0, CLIPPED):
+        layer.clip(share)
+        show(f"{share:.0%} clipped", stamps(layer))
+
+
+if __name__ == "__main__":
+    main()

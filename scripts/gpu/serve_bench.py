@@ -1,0 +1,114 @@
+"""SGLang's image benchmark on two GPUs, MACS off and at gamma 1.0 in alternation: TTFT, throughput, and the bounds.
+
+    python3 scripts/gpu/serve_bench.py --out FILE [--go FILE]
+
+Three servers of one launch (gpu_launches.BENCH: 128 experts, top-8, DeepEP normal): off and 1.0, which are timed, and
+1.0 with the proof on, which gets the same requests once and counts violations. The first runs only warm up. The images'
+tokens prefer rank 0's experts. With --go, timing begins when that file exists: whatever else the GPUs did has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
+
+import result_file  # noqa: E402
+from check_serving import Workload, bench, measure_bench, ratio_interval  # noqa: E402
+from gpu_launches import BENCH, start  # noqa: E402
+from serving import Server  # noqa: E402
+
+WORKLOAD = Workload(prompts=64, resolution="320x320", images=4, concurrency=32)
+FLAGS = {
+    "off": ["--macs-preset", "off"],
+    "1.0": ["--macs-gamma", "1.0"],
+    "proved": ["--macs-gamma", "1.0", "--macs-verify", "true"],
+}
+WARM_UPS = 2
+
+
+@contextlib.contextmanager
+def running():
+    """The three servers by name, started side by side."""
+    logs = {name: ROOT / "build" / f"gpu-bench-{name}.log" for name in FLAGS}
+    servers = {name: start(BENCH, flags, logs[name]) for name, flags in FLAGS.items()}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers)) as pool:
+        for server in servers.values():
+            stack.callback(server.stop)
+        list(pool.map(Server.__enter__, servers.values()))
+        yield servers
+
+
+def states(server: Server) -> list[dict]:
+    """Each rank's counters."""
+    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
+
+
+def proof(server: Server) -> dict:
+    """What the proving server counted, over ranks and layers."""
+    ranks = states(server)
+    layers = [layer for state in ranks for layer in state["layers"].values()]
+    dispatches = sum(layer["dispatches"] for layer in layers)
+    return {
+        "checks": sum(sum(state["checks"].values()) for state in ranks),
+        "violations": sum(sum(state["violations"].values()) for state in ranks),
+        "clipped": sum(state["own"]["clipped_visual"] + state["own"]["clipped_text"] for state in ranks),
+        "max_over_mean_before": sum(layer["max_over_mean_before"] for layer in layers) / dispatches,
+        "max_over_mean_after": sum(layer["max_over_mean_after"] for layer in layers) / dispatches,
+    }
+
+
+def wait_for(go: Path | None) -> None:
+    while go is not None and not go.exists():
+        time.sleep(0.5)
+
+
+def measure(servers: dict[str, Server], rounds: int) -> list[dict]:
+    """Rows of the result file."""
+    model = str(BENCH.model())
+
+    def warm_up(server: Server) -> None:
+        for turn in range(WARM_UPS):
+            bench(server.url, model, WORKLOAD, seed=1000 + turn)
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(warm_up, servers.values()))
+    pairs = measure_bench([servers["off"].url, servers["1.0"].url], model, rounds, WORKLOAD)
+    bench(servers["proved"].url, model, WORKLOAD, seed=0)
+    case = {"launch": "2 ranks, normal, 128 experts", **vars(WORKLOAD)}
+    rows = []
+    for metric, samples in pairs.items():
+        found = ratio_interval(samples)
+        off, on = (list(side) for side in zip(*samples, strict=True))
+        row = {"op": "e2e", "case": {**case, "metric": metric}, "off": off, "on": on, "against": "off"}
+        rows.append({**row, "ratio": found.median, "ci95": [found.low, found.high]})
+        print(f"{metric:<20} 1.0 / off: {found}", flush=True)
+    return [*rows, {"op": "e2e", "case": {**case, "metric": "bounds"}, **proof(servers["proved"])}]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result_file.add_options(parser)
+    parser.add_argument("--rounds", type=int, default=6, help="runs on each of the two servers")
+    parser.add_argument("--go", type=Path, help="do not time before this file exists")
+    options = parser.parse_args()
+    BENCH.model()
+    with running() as servers:
+        print("serve_bench: servers up", flush=True)
+        wait_for(options.go)
+        rows = measure(servers, options.rounds)
+    result_file.write(options.out, rows, commit=options.commit, gpus=BENCH.gpus)
+    bounds = rows[-1]
+    print(f"serve_bench: {bounds['checks']} checks, {bounds['violations']} violations, {bounds['clipped']} clipped")
+    return 1 if bounds["violations"] or not bounds["checks"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The fused dispatch and combine on the emulated machine: their decisions, rows and sums against the reference, in many
+schedules; and what they do when a peer dies, stalls or sends nonsense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import emulated
+import fused_c as fc
+import pytest
+import torch
+from fused_case import FusedConfig, Group, make_group, masked
+from fused_checks import check_guards, describe, output, play
+from fused_faults import PAIR, SCENARIOS, check_fault
+from kernel_case import POISON, Config
+
+SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
+SOON_NS = 300_000  # of simulated time
+
+
+class Kernels:
+    """The launchers as `Group` calls them, on the emulated machine."""
+
+    def __init__(self) -> None:
+        sources = [emulated.CUDA / name for name in SOURCES]
+        self.machine = emulated.build("fused", *sources, defines=["MACS_C_API"])
+        self.library, self.stream = self.machine.cdll, 0
+        fc.check_sizes(self.library)
+
+    def __call__(self, name: str, params: ctypes.Structure) -> None:
+        self.machine(f"macs_{name}", params, stream=self.stream)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+PLAN = Config(T=12, H=2048, E=16, K=4, R=4, hot=1.5, visual=0.8, gamma=1.0)
+CASES = {
+    "plain": FusedConfig(PLAN, (12, 7, 12, 1)),
+    "one_rank": FusedConfig(replace(PLAN, R=1, scope="expert", empty=0.3, ids_i64=False), (12,), blocks=3),
+    "eight_ranks": FusedConfig(replace(PLAN, R=8, T=5), (5, 0, 3, 5, 1, 5, 5, 2), blocks=2),
+    "own_rows": masked(FusedConfig(PLAN, (12, 0, 12, 5))),
+    "no_tokens": FusedConfig(PLAN, (0, 0, 0, 0)),
+    "one_token": FusedConfig(PLAN, (0, 1, 0, 0)),
+    "all_to_one_rank": FusedConfig(replace(PLAN, hot=60.0), (12, 12, 12, 12), row_experts=True),
+    "all_to_one_rank_unbounded": FusedConfig(replace(PLAN, hot=60.0, gamma=float("inf")), (12, 12, 12, 12)),
+    "rows_read_twice": FusedConfig(replace(PLAN, T=40, R=2, H=7168), (40, 33), blocks=1, alignment=1),
+    "fp8": FusedConfig(PLAN, (12, 7, 0, 1), format="fp8", alignment=8),
+    "fp8_own_rows": masked(FusedConfig(PLAN, (12, 7, 0, 1), format="fp8")),
+    "fp8_power_of_two": masked(FusedConfig(replace(PLAN, H=2560), (3, 7, 4, 1), format="fp8_power_of_two")),
+    "fp8_ue8m0": FusedConfig(PLAN, (12, 7, 0, 1), format="fp8_ue8m0", row_experts=True),
+    "fp8_ue8m0_own_rows": masked(FusedConfig(replace(PLAN, H=3072), (2, 7, 0, 1), format="fp8_ue8m0")),
+    "copied_outputs": FusedConfig(PLAN, (12, 7, 0, 1), copies_outputs=True),
+    "many_experts": FusedConfig(replace(PLAN, E=256, K=16, R=2, T=9, scope="expert"), (9, 8), alignment=16),
+    "many_images": FusedConfig(replace(PLAN, num_segments=5, shuffled=True, visual=1.0), (12, 12, 3, 12)),
+    "no_entropies": FusedConfig(replace(PLAN, importance="gate", delta=0.0), (12, 12, 3, 12), needs_entropy=False),
+    "odd_logits": FusedConfig(replace(PLAN, odd=0.2, grid=0.5, empty=0.3, scoring="sigmoid"), (12, 12, 3, 12)),
+    "patient": FusedConfig(replace(PLAN, rounds=60, gamma=0.6), (12, 12, 12, 12)),
+    "no_rounds": FusedConfig(replace(PLAN, rounds=0, gamma=0.6), (12, 12, 12, 12)),
+}
+POLICIES = list(
+    itertools.product(
+        ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate"), ("none", "local", "global")
+    )
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
+    group = Group(kernels, CASES[name], "cpu")
+    for seed in range(3):
+        kernels.machine.configure(seed)
+        play(group, seed)
+    assert all(group.round(rank) == 3 for rank in group.ranks)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids="-".join)
+def test_every_policy(kernels: Kernels, policy: tuple[str, ...]) -> None:
+    scope, load, importance, reroute = policy
+    seed = POLICIES.index(policy)
+    plan = replace(
+        PLAN, R=2, scope=scope, load=load, importance=importance, reroute=reroute, gamma=0.6 if load == "rows" else 0.3,
+        bucket_bits=1 + seed % 4, protect_text=seed % 3 > 0, c_min=seed % 2, alpha=(1.0, 0.0, 2.3)[seed % 3],
+    )  # fmt: skip
+    group = Group(kernels, FusedConfig(plan, (12, 9), blocks=2), "cpu")
+    play(group, seed)
+    assert (output(group, 0, "cut")[:, 0] >= 0).any(), "no bound was cut: the case shows nothing"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_schedules_do_not_matter(kernels: Kernels, seed: int) -> None:
+    group = Group(kernels, FusedConfig(replace(PLAN, gamma=0.8), (12, 7, 0, 12), blocks=3), "cpu")
+    kernels.machine.configure(seed)
+    for step in range(2):
+        play(group, step)
+
+
+def each_by_itself(group: Group) -> None:
+    """Every rank launched on a stream of its own, as processes would."""
+    with group.kernels.machine.together():
+        for rank in group.ranks:
+            group.kernels.stream = rank + 1
+            group.dispatch(only=rank)
+    group.kernels.stream = 0
+
+
+def in_two_phases(group: Group) -> None:
+    group.dispatch(fc.SEND)
+    group.dispatch(fc.RECEIVE)
+
+
+@pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases])
+def test_other_ways_to_launch(kernels: Kernels, dispatch: Callable[[Group], None]) -> None:
+    group = Group(kernels, CASES["plain"], "cpu")
+    for seed in range(4):
+        play(group, seed, dispatch)
+
+
+# ---- What goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str) -> None:
+    check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS)
+
+
+def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kernels: Kernels) -> None:
+    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+    play(group, 0)
+    group.load(make_group(PAIR, 7))
+    group.poison()
+    group.dispatch(fc.SEND)  # of both; then rank 1 neither receives nor combines
+    group.dispatch(fc.RECEIVE, only=0)
+    assert not group.status(0).fault and group.part(0, "received", torch.int32, 8).sum() > 0
+    group.combine(only=0)
+    assert fc.FAULTS[group.status(0).fault] == "outputs" and group.status(0).peer == 1, describe(group.status(0))
+    assert (group.tensors[0].outputs["combined"] == 0).all()
+    check_guards(group)
+    group.recover()
+    play(group, 8, in_two_phases)
+
+
+def test_a_rank_that_never_sends_is_named_behind_both_phases(kernels: Kernels) -> None:
+    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+    group.load(make_group(PAIR, 7))
+    group.poison()
+    for phase in (fc.SEND, fc.RECEIVE):
+        group.dispatch(phase, only=0)
+    assert fc.FAULTS[group.status(0).fault] == "assignments" and group.status(0).peer == 1, describe(group.status(0))
+    assert not group.part(0, "received", torch.int32, 8).any()
+    group.recover()
+    play(group, 8, in_two_phases)
+
+
+@pytest.mark.parametrize("rows", [{"max_rows": 40, "alignment": 8}, {"expert_rows": 5}])
+def test_more_rows_than_the_buffer_holds_are_refused_by_all(kernels: Kernels, rows: dict[str, int]) -> None:
+    config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), **rows)
+    group = Group(kernels, config, "cpu")
+    group.load(make_group(config, 3))
+    group.poison()
+    group.dispatch()
+    for rank in group.ranks:
+        assert fc.FAULTS[group.status(rank).fault] == "overflow" and group.status(rank).peer == 0
+        assert (group.bytes_of(rank, "rows") == POISON).all()
+        assert not group.part(rank, "received", torch.int32, config.local).any()
+    check_guards(group)
+
+
+def test_a_peer_that_offers_no_outputs_is_named_and_gives_zeros(kernels: Kernels) -> None:
+    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+    group.load(make_group(PAIR, 7))
+    group.dispatch()
+    group.combine(only=0)
+    status = group.status(0)
+    assert fc.FAULTS[status.fault] == "outputs" and status.peer == 1, describe(status)
+    assert (group.tensors[0].outputs["combined"] == 0).all()
+    group.recover()
+    play(group, 8)
+
+
+SIZES = {"hidden": {"H": 1000}, "experts": {"E": 512, "R": 2}, "top_k": {"K": 17, "E": 32}}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes_are_refused(kernels: Kernels, name: str) -> None:
+    group = Group(kernels, replace(PAIR, plan=replace(PAIR.plan, **SIZES[name])), "cpu")
+    with pytest.raises(emulated.Failure, match="refused before the launch"):
+        group.dispatch()

@@ -1,0 +1,49 @@
+"""What the servers of scripts/gpu are started with, as far as it can be seen without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from gpu import gpu_launches
+from gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE
+
+from sglang_macs.cpu_compat import environment
+
+REINDEX = """
+import os
+from sglang.srt.platforms.cuda import CudaDeviceMixin
+with CudaDeviceMixin.reindex_device_id(None, 1) as device:
+    print("device", device, "of", os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+def reindexed(*folders: str) -> str:
+    """What a scheduler of rank 1 gets as its device, in a process with `folders` on its path."""
+    env = {**os.environ, **environment(1), "CUDA_VISIBLE_DEVICES": "3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], *folders])
+    done = subprocess.run([sys.executable, "-c", REINDEX], env=env, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def test_every_rank_gets_the_one_gpu_there_is():
+    assert reindexed(str(ONE_GPU_SITE)) == "device 0 of 3"
+    assert reindexed() == "IndexError: list index out of range", "SGLang can do this by itself: drop one_gpu_site"
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_arguments_say_what_the_name_says(name):
+    launch = LAUNCHES[name]
+    given = dict(zip(launch.arguments, launch.arguments[1:], strict=False))
+    assert given["--tp"] == given["--ep-size"] == name[0]
+    assert given["--deepep-mode"] == launch.mode
+    assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == (launch.ranks > 1)
+
+
+def test_only_ranks_on_one_gpu_are_told_which(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert "CUDA_VISIBLE_DEVICES" not in LAUNCHES["2 ranks, 128 experts"].environment()
+    assert LAUNCHES["1 rank, low latency"].environment()["CUDA_VISIBLE_DEVICES"] == "1"
+    shared = LAUNCHES["2 ranks, one GPU"].environment()
+    assert shared["CUDA_VISIBLE_DEVICES"] == "1" and shared["SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"] == "1"
+    assert shared["PYTHONPATH"].split(os.pathsep)[0] == str(gpu_launches.ONE_GPU_SITE)

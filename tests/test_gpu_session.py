@@ -1,0 +1,131 @@
+"""The scheduler of scripts/gpu/session.py on small programs: order, GPUs, failures, limits. Needs no GPU."""
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from gpu import result_file, session
+from gpu.session import Session, Step
+
+# Writes when it ran and on which GPUs.
+PROGRAM = """
+import json, os, sys, time
+start = time.time(); time.sleep(float(sys.argv[2]))
+json.dump([start, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")], open(sys.argv[1], "w"))
+sys.exit(int(sys.argv[3]))
+"""
+
+
+def step(folder: Path, name: str, gpus: int = 0, alone: bool = False, sleep: float = 0.4, status: int = 0, **options):
+    command = [sys.executable, "-c", PROGRAM, str(folder / f"{name}.json"), str(sleep), str(status)]
+    return Step(name, command, options.pop("seconds", 20), gpus, alone, **options)
+
+
+def run(folder: Path, steps: list[Step], gpus: int = 2, seconds: float = 20.0) -> tuple[Session, dict[str, str]]:
+    one = Session(steps, gpus, folder)
+    one.run(seconds)
+    return one, {run.step.name: run.result for run in one.runs} | one.left_out
+
+
+def span(folder: Path, name: str) -> tuple[float, float, set[str]]:
+    start, end, gpus = json.loads((folder / f"{name}.json").read_text())
+    return start, end, set(gpus.split(","))
+
+
+def overlap(a: tuple[float, float, set[str]], b: tuple[float, float, set[str]]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def test_who_times_has_the_gpu_to_itself_and_others_share_it(tmp_path):
+    steps = [step(tmp_path, "timed-a", 1, True), step(tmp_path, "timed-b", 1, True), step(tmp_path, "both", 2, True)]
+    steps += [step(tmp_path, f"shared-{i}", 1) for i in range(4)]
+    _, results = run(tmp_path, steps)
+    assert set(results.values()) == {"ok"}
+    a, b, both = (span(tmp_path, name) for name in ("timed-a", "timed-b", "both"))
+    shared = [span(tmp_path, f"shared-{i}") for i in range(4)]
+    assert overlap(a, b) and a[2] != b[2]
+    assert not overlap(a, both) and not overlap(b, both) and not any(overlap(both, one) for one in shared)
+    assert overlap(shared[0], shared[3])
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path):
+    steps = [
+        step(tmp_path, "build", status=3),
+        step(tmp_path, "needs-it", 1, needs=("build",)),
+        step(tmp_path, "needs-that", 1, needs=("needs-it",)),
+        step(tmp_path, "free", 1),
+    ]
+    _, results = run(tmp_path, steps)
+    assert results == {
+        "build": "exit 3",
+        "needs-it": "build failed",
+        "needs-that": "needs-it failed",
+        "free": "ok",
+    }
+
+
+def test_a_step_that_needs_one_waits_for_its_end(tmp_path):
+    run(tmp_path, [step(tmp_path, "build"), step(tmp_path, "tests", 1, needs=("build",))])
+    assert span(tmp_path, "build")[1] < span(tmp_path, "tests")[0]
+
+
+def test_too_few_gpus_and_missing_programs_are_left_out(tmp_path):
+    missing = Step("fused", [sys.executable, "scripts/gpu/not_there.py"], 9, 1)
+    _, results = run(tmp_path, [step(tmp_path, "two", 2), missing, step(tmp_path, "one", 1)], gpus=1)
+    assert results == {"two": "needs 2 GPUs", "fused": "no scripts/gpu/not_there.py", "one": "ok"}
+
+
+def test_limits_end_a_step_and_a_session(tmp_path):
+    _, results = run(tmp_path, [step(tmp_path, "slow", sleep=60, seconds=1), step(tmp_path, "good")])
+    assert results == {"slow": "too long", "good": "ok"}
+    steps = [step(tmp_path, "first", 1, True, sleep=60), step(tmp_path, "second", 1, True)]
+    one, results = run(tmp_path, steps, gpus=1, seconds=1)
+    assert results == {"first": "cut off", "second": "no time left"}
+    assert one.report() == 1
+
+
+def test_what_waits_for_go_gets_it_when_all_others_have_ended(tmp_path):
+    program = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n" + PROGRAM
+    command = [
+        sys.executable,
+        "-c",
+        program.replace("sys.argv[2]", "'0'").replace('sys.argv[1], "w"', "sys.argv[2], 'w'"),
+    ]
+    waits = Step("waits", [*command, str(tmp_path / "go"), str(tmp_path / "waits.json"), "0"], 20, 2, at_go=True)
+    _, results = run(tmp_path, [waits, step(tmp_path, "work", 1, sleep=1.0)])
+    assert results == {"waits": "ok", "work": "ok"}
+    assert span(tmp_path, "waits")[0] > span(tmp_path, "work")[1]
+
+
+def test_every_step_names_a_step_before_it_and_a_program(tmp_path):
+    names = []
+    for one in session.steps(tmp_path, "abc"):
+        assert set(one.needs) <= set(names)
+        names.append(one.name)
+    assert len(set(names)) == len(names)
+
+
+def test_the_archives_hold_results_and_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "JIT", tmp_path / "jit")
+    (tmp_path / "jit" / "triton").mkdir(parents=True)
+    (tmp_path / "jit" / "triton" / "kernel").write_text("x")
+    for name in ("kernels.json", "kernels.log"):
+        (tmp_path / name).write_text("{}")
+    session.pack(tmp_path, tmp_path)
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert {"kernels.json", "kernels.log"} <= set(archive.getnames())
+    with tarfile.open(tmp_path / "jit.tar.gz") as archive:
+        assert "./triton/kernel" in archive.getnames()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["/x/overhead.py", "--out", "f", "--ranks", "2", "--commit", "c", "--rank", "0"], "overhead.py --ranks 2"),
+        (["serve_check.py", "--launch", "2 ranks, normal"], "serve_check.py --launch '2 ranks, normal'"),
+    ],
+)
+def test_a_result_names_the_command_without_its_places(argv, said):
+    assert result_file.command_line(argv) == f"python3 scripts/gpu/{said}"

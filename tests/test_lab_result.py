@@ -1,0 +1,44 @@
+"""The quality study in the form that all result files share, and what the committed one has to say."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts" / "lab"))
+
+import lab_result  # noqa: E402
+
+from sglang_macs.config import MacsConfig  # noqa: E402
+
+
+def measured(method: str, bound: float | None, read: float, kept: float) -> dict:
+    accuracy = {"read": [read, read - 0.1, read + 0.1], "add": [0.0, 0.0, 0.0]}
+    return {
+        "method": method,
+        "bound": bound,
+        "accuracy": accuracy,
+        "kept": [kept, kept - 0.01, kept + 0.01],
+        "share": {"clipped": 0.2},
+    }
+
+
+def test_rows_are_relative_to_the_unclipped_model_and_leave_out_what_it_has_not_learned():
+    rows = [measured("unclipped", None, 0.8, 1.0), measured("gate", 1.05, 0.4, 0.9)]
+    found = lab_result.rows({"seeds": [0, 1, 2], "main": {"rows": rows, "mastered": ["read"]}})
+    common = {"policy": "gate", "bound": 1.05, "clipped": 0.2, "seeds": 3}
+    assert found == [
+        {**common, "task": "mean", "relative_accuracy": 0.9, "ci95": [0.89, 0.91]},
+        {**common, "task": "read", "relative_accuracy": 0.5, "ci95": [0.375, 0.625]},
+    ]
+
+
+def test_the_committed_study_bears_the_default_out():
+    result = json.loads((ROOT / "docs" / "results" / "quality.json").read_text())
+    assert {"gpu", "commit", "command", "date"} <= result.keys()
+    mean = {row["policy"]: row for row in result["rows"] if row["bound"] == 1.05 and row["task"] == "mean"}
+    default = MacsConfig.from_preset("rank").importance
+    assert mean[default]["relative_accuracy"] >= 0.997
+    kl = {row["method"]: row["kl"] for row in result["main"]["rows"] if row["bound"] == 1.05}
+    assert kl[default] <= 0.5 * kl["cai"]
+    assert all(kl[default] < kl[other] for other in ("cai device", "cai image-first", "visual top-k", "paper"))

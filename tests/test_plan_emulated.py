@@ -1,0 +1,278 @@
+"""The plan's CUDA kernels on the emulated machine, against the CPU operators: integers to the bit.
+
+`Launchers` takes what `sglang_macs.ops` takes. Outputs and scratch are poisoned and lie between red zones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import cases
+import emulated
+import kernels_c as c
+import pytest
+import torch
+from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
+
+from sglang_macs import ops
+
+POISON, ZONE = 0x7F, 256  # bytes
+
+
+class Buffer:
+    """A tensor of poison between two red zones."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        bytes_ = torch.Size(shape).numel() * dtype.itemsize
+        room = (bytes_ + ZONE - 1) // ZONE * ZONE
+        self.memory = torch.full((ZONE + room + ZONE + ZONE,), POISON, dtype=torch.uint8)
+        first = -self.memory.data_ptr() % ZONE + ZONE  # cudaMalloc's alignment
+        self.tensor = self.memory[first : first + bytes_].view(dtype).view(shape)
+        self.outside = torch.cat([torch.arange(first), torch.arange(first + bytes_, len(self.memory))])
+
+    def check(self) -> torch.Tensor:
+        """The tensor, if nothing was written beside it."""
+        assert (self.memory[self.outside] == POISON).all(), "written outside of a buffer"
+        return self.tensor
+
+
+class Launchers:
+    """The operators by their CUDA launchers."""
+
+    def __init__(self, library: emulated.Library) -> None:
+        self.library = library
+        library.cdll.macs_plan_workspace_bytes.restype = library.cdll.macs_entropy_weight_workspace_bytes.restype = (
+            c.ctypes.c_size_t
+        )
+
+    def entropy_score(self, hidden: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+        entropy = Buffer(segment.shape, torch.float32)
+        self.library("macs_entropy_score", score_params(hidden, segment, entropy.tensor))
+        return entropy.check()
+
+    def entropy_weight(self, entropy: torch.Tensor, segment: torch.Tensor, segments: int, delta: float) -> torch.Tensor:
+        weight = Buffer(segment.shape, torch.float32)
+        params = weight_params(entropy, segment, weight.tensor, segments, delta)
+        scratch = Buffer((self.library.cdll.macs_entropy_weight_workspace_bytes(c.ctypes.byref(params)),), torch.uint8)
+        self.library("macs_entropy_weight", params, scratch.tensor)
+        scratch.check()
+        return weight.check()
+
+    def load_histogram(self, *routing: torch.Tensor, num_experts: int, **options: Any) -> torch.Tensor:
+        out = Buffer((num_experts * 2 * options["buckets"] + 4,), torch.int32)
+        in_ = assignments(*routing, num_experts, options)
+        self.library("macs_load_histogram", c.LoadHistogramParams(in_, out.tensor.data_ptr()))
+        return out.check()
+
+    def clip_threshold(
+        self, own: torch.Tensor, group: torch.Tensor, modality: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, ...]:
+        experts, ranks = len(modality), options["num_ranks"]
+        shift = Buffer((experts,), torch.int32)
+        cut = Buffer((experts if options["scope"] == "expert" else ranks, 4), torch.int32)
+        self.library("macs_clip_threshold", threshold_params(own, group, modality, shift.tensor, cut.tensor, options))
+        return shift.check(), cut.check()
+
+    def clip_apply(self, *inputs: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        ids, experts = inputs[0], len(inputs[5])
+        outputs = [Buffer(ids.shape, ids.dtype), Buffer(ids.shape, torch.float32), Buffer((3, experts, 2), torch.int32)]
+        params = apply_params(inputs, [o.tensor for o in outputs], options)
+        scratch = Buffer((self.plan_bytes(weight_params(*[None] * 3, 0, 1.0), params),), torch.uint8)
+        self.library("macs_clip_apply", params, scratch.tensor)
+        scratch.check()
+        return tuple(o.check() for o in outputs)
+
+    def plan(self, group: cases.Group, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """All of it by the two fused launchers, without an exchange."""
+        b, experts = group.batches[0], group.num_experts
+        tokens, bounds = len(b.segment), experts if options["scope"] == "expert" else group.num_ranks
+        shapes = {"entropy": (tokens,), "weight": (tokens,), "histogram": (experts * 2 * options["buckets"] + 4,)}
+        shapes |= {"shift": (experts,), "cut": (bounds, 4), "counts": (3, experts, 2), "weights": b.topk_ids.shape}
+        floats = ("entropy", "weight", "weights")
+        buffers = {n: Buffer(shape, torch.float32 if n in floats else torch.int32) for n, shape in shapes.items()}
+        buffers["ids"] = Buffer(b.topk_ids.shape, b.topk_ids.dtype)
+        out = {name: buffer.tensor for name, buffer in buffers.items()}
+        score = score_params(b.hidden_states, b.segment, out["entropy"])
+        weight = weight_params(out["entropy"], b.segment, out["weight"], b.num_segments, 1.0)
+        routing = b.topk_ids, b.topk_weights, out["weight"], b.segment
+        histogram = c.LoadHistogramParams(assignments(*routing, experts, options), address(out["histogram"]))
+        own = out["histogram"]
+        threshold = threshold_params(own, own, group.modality, out["shift"], out["cut"], options)
+        apply = apply_params(
+            (*routing, b.router_logits, out["shift"], out["cut"]),
+            [out[n] for n in ("ids", "weights", "counts")],
+            options,
+        )
+        scratch = Buffer((self.plan_bytes(weight, apply),), torch.uint8)
+        with self.library.together():
+            self.library("macs_score_histogram", score, weight, histogram, scratch.tensor)
+            self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
+        scratch.check()
+        return {name: buffer.check() for name, buffer in buffers.items()}
+
+    def plan_bytes(self, weight: Any, apply: Any) -> int:
+        return self.library.cdll.macs_plan_workspace_bytes(c.ctypes.byref(weight), c.ctypes.byref(apply))
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def score_params(hidden: torch.Tensor, segment: torch.Tensor, entropy: torch.Tensor) -> Any:
+    kind = c.DTYPES.index(str(hidden.dtype).removeprefix("torch."))
+    return c.EntropyScoreParams(address(hidden), address(segment), address(entropy), *hidden.shape, kind)
+
+
+def weight_params(entropy: Any, segment: Any, weight: Any, segments: int, delta: float) -> Any:
+    tokens = 0 if segment is None else len(segment)
+    return c.EntropyWeightParams(address(entropy), address(segment), address(weight), tokens, segments, delta)
+
+
+def assignments(ids: torch.Tensor, gates: Any, weight: Any, segment: Any, experts: int, options: dict) -> Any:
+    bits = options["buckets"].bit_length() - 5
+    chosen = c.LOADS.index(options["load"]), c.IMPORTANCES.index(options["importance"])
+    tensors = map(address, (ids, gates, weight, segment))
+    return c.Assignments(*tensors, *ids.shape, experts, ids.dtype == torch.int64, bits, *chosen)
+
+
+def threshold_params(own: Any, group: Any, modality: torch.Tensor, shift: Any, cut: Any, options: dict) -> Any:
+    chosen = c.SCOPES.index(options["scope"]), c.LOADS.index(options["load"]), c.REROUTES.index(options["reroute"])
+    sizes = len(modality), options["num_ranks"], options["buckets"].bit_length() - 5
+    numbers = [options[name] for name in ("protect_text", "gamma", "rho", "alpha", "c_min")]
+    return c.ClipThresholdParams(*map(address, (own, group, modality, shift, cut)), *sizes, *chosen, *numbers)
+
+
+def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: dict) -> Any:
+    *routing, logits, shift, cut = inputs
+    chosen = (
+        c.SCOPES.index(options["scope"]),
+        c.REROUTES.index(options["reroute"]),
+        c.SCORINGS.index(options["scoring"]),
+        options["protect_text"],
+    )
+    return c.ClipApplyParams(
+        assignments(*routing, len(shift), options),
+        *map(address, (logits, shift, cut, *outputs)),
+        *(options["num_ranks"], options["reroute_rounds"], *chosen),
+    )
+
+
+def library_of(name: str, max_cluster: int) -> Launchers:
+    return Launchers(
+        emulated.build(name, *sorted(emulated.CUDA.glob("*.cu")), defines=["MACS_C_API"], max_cluster=max_cluster)
+    )
+
+
+@pytest.fixture(scope="module")
+def launchers() -> Launchers:
+    """On a device without clusters, where every batch takes the path of large ones."""
+    return library_of("plan", 1)
+
+
+@pytest.fixture(scope="module")
+def with_clusters() -> Launchers:
+    """On a device whose clusters are large enough for small batches to be planned in one."""
+    return library_of("plan_small", 8)
+
+
+ENTROPY_INPUTS = {  # [T, H] and dtype, an instance of the kernel each
+    "warp_per_row": ((5, 512), torch.bfloat16),
+    "rows_of_256_vectors": ((3, 2048), torch.bfloat16),
+    "block_per_row": ((3, 4096), torch.float16),
+    "hidden_7168": ((2, 7168), torch.bfloat16),
+    "any_size": ((5, 37), torch.float32),
+    "f32": ((5, 64), torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", ENTROPY_INPUTS)
+def test_entropy_score(launchers: Launchers, name: str) -> None:
+    shape, dtype = ENTROPY_INPUTS[name]
+    hidden = (torch.randn(shape, generator=cases.generator(3)) * 3).to(dtype)
+    segment = torch.zeros(shape[0], dtype=torch.int32)
+    segment[1] = -1
+    got = launchers.entropy_score(hidden, segment)
+    torch.testing.assert_close(got, ops.entropy_score(hidden, segment), rtol=0, atol=1e-5)
+    assert got[1] == 0
+
+
+def weights_of(b: cases.Batch) -> torch.Tensor:
+    return ops.entropy_weight(ops.entropy_score(b.hidden_states, b.segment), b.segment, b.num_segments, 1.0)
+
+
+@pytest.mark.parametrize("name", cases.NAMED)
+def test_entropy_weight(launchers: Launchers, name: str) -> None:
+    b = cases.named(name).batches[0]
+    inputs = ops.entropy_score(b.hidden_states, b.segment), b.segment, b.num_segments, 1.0
+    torch.testing.assert_close(launchers.entropy_weight(*inputs), ops.entropy_weight(*inputs), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scope", ["expert", "rank"])
+@pytest.mark.parametrize(("load", "reroute"), [("rows", "global"), ("effective", "local"), ("effective", "none")])
+@pytest.mark.parametrize("name", sorted(set(cases.NAMED) - {"prefill"}))
+def test_integers_equal_the_cpu_operators(launchers: Launchers, name: str, load: str, reroute: str, scope: str) -> None:
+    """Each operator on the CPU's own input; two schedules each."""
+    group, options = cases.named(name), USUAL | {"scope": scope, "load": load, "reroute": reroute}
+    b = group.batches[0]
+    routing = b.topk_ids, b.topk_weights, weights_of(b), b.segment
+    counted = pick(options, HISTOGRAM, num_experts=group.num_experts)
+    ordered = pick(options, THRESHOLD, num_ranks=group.num_ranks)
+    applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
+    histogram = ops.load_histogram(*routing, **counted)
+    shift, cut = ops.clip_threshold(histogram, histogram, group.modality, **ordered)
+    inputs = (*routing, b.router_logits, shift, cut)
+    want = [histogram, shift, cut, *ops.clip_apply(*inputs, **applied)]
+    for seed in range(2):
+        launchers.library.configure(seed)
+        got = [
+            launchers.load_histogram(*routing, **counted),
+            *launchers.clip_threshold(histogram, histogram, group.modality, **ordered),
+            *launchers.clip_apply(*inputs, **applied),
+        ]
+        for mine, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-6 if mine.is_floating_point() else 0, atol=0)
+
+
+def one_by_one(launchers: Launchers, group: cases.Group, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What `Launchers.plan` returns, by the five operators' own launchers."""
+    b = group.batches[0]
+    entropy = launchers.entropy_score(b.hidden_states, b.segment)
+    weight = launchers.entropy_weight(entropy, b.segment, b.num_segments, 1.0)
+    routing = b.topk_ids, b.topk_weights, weight, b.segment
+    own = launchers.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=group.num_experts))
+    shift, cut = launchers.clip_threshold(
+        own, own, group.modality, **pick(options, THRESHOLD, num_ranks=group.num_ranks)
+    )
+    applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
+    ids, weights, counts = launchers.clip_apply(*routing, b.router_logits, shift, cut, **applied)
+    names = ("entropy", "weight", "histogram", "shift", "cut", "counts", "weights", "ids")
+    return dict(zip(names, (entropy, weight, own, shift, cut, counts, weights, ids), strict=True))
+
+
+FUSED_CASES = {
+    "rank": {"scope": "rank", "load": "rows", "reroute": "global"},
+    "expert": {"scope": "expert", "load": "effective", "reroute": "local"},
+}
+
+
+@pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
+@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 4), ("with_clusters", 2)])
+def test_fused_launchers_give_the_operators_bits(
+    request, path: str, num_launches: int, options: dict[str, Any], launchers: Launchers
+) -> None:
+    shape = cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 24}
+    b = cases.batch(cases.generator(5), **shape)
+    b = replace(b, hidden_states=b.hidden_states.bfloat16())
+    group = cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
+    options = USUAL | options
+    want = one_by_one(launchers, group, options)
+    fused = request.getfixturevalue(path)
+    for seed in range(2):
+        fused.library.configure(seed)
+        before = fused.library.launches
+        got = fused.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
+        assert fused.library.launches - before == num_launches
+        for name, tensor in got.items():
+            assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
+    assert want["counts"][1].sum() > 0, "something has to move"

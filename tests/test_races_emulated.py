@@ -1,0 +1,108 @@
+"""No data race in the kernels of csrc/cuda, on the emulated machine that watches every access.
+
+The plan on both of its paths; the fused dispatch and combine in rounds over the same regions, every rank on a stream of
+its own and the host never waiting in between, so that what one round leaves and the next overwrites is watched too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import cases
+import emulated
+import fused_c as fc
+import pytest
+import torch
+from fused_case import FusedConfig, Group, make_group
+from kernel_case import Config
+from test_ops import USUAL
+from test_plan_emulated import FUSED_CASES, Launchers, one_by_one
+
+ROUNDS = 3
+
+
+def watched(name: str, *, max_cluster: int) -> emulated.Library:
+    sources = sorted(emulated.CUDA.glob("*.cu"))
+    return emulated.build(
+        name, *sources, defines=["MACS_C_API"], races=True, multiprocessors=2, max_cluster=max_cluster
+    )
+
+
+def small_group() -> cases.Group:
+    shape = cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 24}
+    b = cases.batch(cases.generator(5), **shape)
+    b = replace(b, hidden_states=b.hidden_states.bfloat16())
+    return cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
+
+
+@pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
+@pytest.mark.parametrize("max_cluster", [1, 8], ids=["large", "small"])
+def test_plan(max_cluster: int, options: dict[str, str]) -> None:
+    launchers, group, options = Launchers(watched("watched", max_cluster=max_cluster)), small_group(), USUAL | options
+    for seed in range(2):
+        launchers.library.configure(seed)
+        if max_cluster == 1:
+            one_by_one(launchers, group, options)
+        launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
+
+
+class Kernels:
+    """The launchers as `Group` calls them."""
+
+    def __init__(self) -> None:
+        self.machine = watched("watched", max_cluster=1)
+        self.library, self.stream = self.machine.cdll, 0
+
+    def __call__(self, name: str, params: object) -> None:
+        self.machine(f"macs_{name}", params, stream=self.stream)
+
+
+PLAN = Config(T=6, H=2048, E=8, K=3, R=2, hot=1.5, visual=0.8, gamma=1.0)
+FUSED = {
+    "rank": FusedConfig(PLAN, (6, 4), blocks=2),
+    "expert": FusedConfig(replace(PLAN, scope="expert", load="effective", reroute="local"), (6, 5), blocks=2),
+    "fp8": FusedConfig(PLAN, (6, 4), blocks=2, format="fp8_ue8m0", row_experts=True),
+    "copied_outputs": FusedConfig(PLAN, (6, 0), blocks=2, copies_outputs=True),
+    "nothing_exceeded": FusedConfig(replace(PLAN, gamma=float("inf")), (6, 4), blocks=2),
+    "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=2),
+    "rows_read_twice": FusedConfig(replace(PLAN, T=20, H=7168), (20, 3), blocks=1, alignment=1),
+    "many_reroute_rounds": FusedConfig(replace(PLAN, rounds=8, gamma=0.6), (6, 6), blocks=2),
+    "three_ranks": FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1),
+}
+
+
+def in_one(group: Group, rank: int) -> None:
+    group.dispatch(only=rank)
+
+
+def in_two_phases(group: Group, rank: int) -> None:
+    group.dispatch(fc.SEND, only=rank)
+    group.dispatch(fc.RECEIVE, only=rank)
+
+
+@pytest.mark.parametrize(("name", "dispatch"), [*((name, in_one) for name in FUSED), ("rank", in_two_phases)])
+def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None]) -> None:
+    kernels = Kernels()
+    group = Group(kernels, FUSED[name], "cpu")
+    group.load(make_group(group.config, 1))
+    group.poison()
+    kernels.machine.configure(len(name))
+    with kernels.machine.together():
+        for _ in range(ROUNDS):
+            for rank in group.ranks:
+                kernels.stream = rank + 1
+                dispatch(group, rank)
+                group.combine(only=rank)
+    assert all(group.status(rank).fault == 0 and group.round(rank) == ROUNDS for rank in group.ranks)
+
+
+def test_a_dead_rank() -> None:
+    """The ways out of a dispatch and a combine that gave up."""
+    kernels = Kernels()
+    group = Group(kernels, replace(FUSED["rank"], timeout_ns=100_000), "cpu")
+    group.load(make_group(group.config, 1))
+    with kernels.machine.together():
+        group.dispatch(only=0)
+        group.combine(only=0)
+    assert group.status(0).fault != 0 and group.status(0).peer == 1

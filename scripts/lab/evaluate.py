@@ -1,6 +1,6 @@
 """What clipping costs: the lab's model under every method, at equal rows of the fullest rank.
 
-    python scripts/lab/evaluate.py [--reduced]        # reduced: under 20 minutes on two CPU cores
+    python scripts/lab/evaluate.py [--reduced]        # reduced: some 20 minutes on two CPU cores
 
 Batches of mixed requests, their tokens on R = 8 virtual source ranks, go through the model; at every MoE layer the
 product's operators (or a baseline) decide what is dispatched. All methods get the same requests, so they are paired.

@@ -26,8 +26,6 @@ constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts 
 constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for cuts, then one per proposal round
 constexpr int kMaxFusedRerouteRounds = 60;
 
-enum class Flags : int { kRows = 0, kOutputs = 1 };
-
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kHomeless = -1, kEmptySlot = -2;
 constexpr int kAtCut = 0x4000;  // added to the expert: stays if the quota reaches it
@@ -127,26 +125,15 @@ struct FusedBlock {
 #endif
   }
 
-  // Where `block` of `source` signals in a region.
-  __device__ __forceinline__ int64_t flag(Flags kind, int source, int of_block) const {
-    const int64_t row = static_cast<int>(kind) * p.shape.num_ranks + source;
-    return p.layout.flags + (row * p.shape.num_blocks + of_block) * kFlagBytes;
-  }
   // This block's signal to every peer. What its threads wrote before is visible to whoever sees it.
   __device__ __forceinline__ void signal_all(Flags kind) const {
     __syncthreads();
     for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
-      peers.signal(peer, flag(kind, me.rank, block), patience);
+      peers.signal(peer, flag_offset(p.shape, p.layout, kind, me.rank, block), patience);
     }
   }
-  // The whole block: until `blocks` blocks of every rank have signalled.
-  __device__ __forceinline__ bool await_all(Flags kind, int blocks, Fault fault) const {
-    bool ok = true;
-    for (int i = threadIdx.x; i < p.shape.num_ranks * blocks && ok; i += kFusedThreads) {
-      const int source = i / blocks, of_block = i % blocks;
-      ok = wait_until(own<uint32_t>(flag(kind, source, of_block)), patience.round, patience, fault, source, of_block);
-    }
-    return __syncthreads_and(ok) != 0;
+  __device__ __forceinline__ bool await_all(Flags kind, Fault fault) const {
+    return await_flags(own<char>(0), p.shape, p.layout, kind, patience, fault);
   }
   // A barrier of the rank's own blocks.
   __device__ __forceinline__ bool barrier(int step, Fault fault) const {

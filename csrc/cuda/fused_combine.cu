@@ -22,7 +22,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowsInFlight = 8;
-constexpr int kOutputFlags = 1;  // which kind of flags
 
 struct CombineBlock {
   const FusedCombineParams& p;
@@ -37,10 +36,6 @@ struct CombineBlock {
   }
   template <class T>
   __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
-  __device__ __forceinline__ int64_t flag(int source, int block) const {
-    const int64_t row = static_cast<int64_t>(kOutputFlags) * p.shape.num_ranks + source;
-    return p.layout.flags + (row * p.shape.num_blocks + block) * kFlagBytes;
-  }
 };
 
 // Which expert each of this rank's rows is of: `before` [E_l + 1] rows of the experts before, in shared memory.
@@ -79,18 +74,13 @@ __device__ inline void offer_outputs(const CombineBlock& b) {
   if (b.me.outputs != nullptr) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
   __syncthreads();
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
-    b.peers.signal(peer, b.flag(b.me.rank, blockIdx.x), b.patience);
+    const int64_t flag = flag_offset(b.p.shape, b.p.layout, Flags::kOutputs, b.me.rank, blockIdx.x);
+    b.peers.signal(peer, flag, b.patience);
   }
 }
 
 __device__ inline bool await_outputs(const CombineBlock& b) {
-  bool ok = true;
-  const int blocks = b.p.shape.num_blocks;
-  for (int i = threadIdx.x; i < b.p.shape.num_ranks * blocks && ok; i += kThreads) {
-    const uint32_t* const flag = b.own<uint32_t>(b.flag(i / blocks, i % blocks));
-    ok = wait_until(flag, b.patience.round, b.patience, Fault::kOutputs, i / blocks, i % blocks);
-  }
-  return __syncthreads_and(ok) != 0;
+  return await_flags(b.own<char>(0), b.p.shape, b.p.layout, Flags::kOutputs, b.patience, Fault::kOutputs);
 }
 
 __device__ __forceinline__ int id_at(const CombineBlock& b, int slot) {

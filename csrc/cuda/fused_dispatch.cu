@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   write_received(b, ok);
   b.stamp(13);
   if (args.p.phase == Phase::kSend) return;
-  if (ok && !b.await_all(Flags::kRows, b.num_blocks, Fault::kRows)) write_received(b, false);
+  if (ok && !b.await_all(Flags::kRows, Fault::kRows)) write_received(b, false);
   b.stamp(14);
   if (threadIdx.x == 0) *round = b.patience.round;  // every block has read it: their rows are here
 }
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   FusedBlock b(args, me, dynamic_shared());
   uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
   b.patience.round = __ldcg(round) + 1;
-  if (!b.await_all(Flags::kRows, args.p.shape.num_blocks, Fault::kRows)) write_received(b, false);
+  if (!b.await_all(Flags::kRows, Fault::kRows)) write_received(b, false);
   __syncthreads();
   if (threadIdx.x == 0) *round = b.patience.round;
 }

@@ -84,6 +84,27 @@ __device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const
   }
 }
 
+enum class Flags : int { kRows = 0, kOutputs = 1 };
+
+// Where `block` of `source` signals in a region.
+__device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedLayout& layout, Flags kind, int source,
+                                               int block) {
+  const int64_t row = static_cast<int64_t>(kind) * s.num_ranks + source;
+  return layout.flags + (row * s.num_blocks + block) * kFlagBytes;
+}
+
+// A whole block: until every block of every rank has signalled in `region`, this rank's own.
+__device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
+                                   const Patience& patience, Fault fault) {
+  bool ok = true;
+  for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
+    const int source = i / s.num_blocks, block = i % s.num_blocks;
+    const char* const flag = region + flag_offset(s, layout, kind, source, block);
+    ok = wait_until(reinterpret_cast<const uint32_t*>(flag), patience.round, patience, fault, source, block);
+  }
+  return __syncthreads_and(ok) != 0;
+}
+
 __device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) {
   return static_cast<uint64_t>(round) << 32 | value;
 }

@@ -429,10 +429,22 @@ def test_shards_put_together_are_one_run(model, make, monkeypatch, tmp_path):
         keep = [{k: v for k, v in row.items() if k not in own} for row in rows]
         return sorted(keep, key=lambda row: (row["bound"] or 0, row["method"]))
 
-    one, two = figures([work]), figures([work[0::2], work[1::2]])
+    one, two = figures([work]), figures([evaluate.share_of(work, i, 2) for i in range(2)])
     model.experts_by = "dense"
     assert one == two and len(one) == 4
     assert max(row["share"]["clipped"] for row in one) > 0
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_every_worker_gets_its_share_of_every_part(workers):
+    """Parts cost differently: whoever had all of the costly ones would be last by far."""
+    parts = {name: evaluate.Part(1, []) for name in ("main", "stress", "sweeps", "importance")}
+    work = evaluate.work_of(evaluate.Course(None, None, torch.float32, (0, 1, 2), 0.0), parts)
+    shares = [evaluate.share_of(work, i, workers) for i in range(workers)]
+    assert sorted(x for share in shares for x in share) == sorted(work)
+    for name in parts:
+        counts = [sum(part == name for part, _ in share) for share in shares]
+        assert max(counts) - min(counts) <= 1, (name, counts)
 
 
 def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make, monkeypatch):

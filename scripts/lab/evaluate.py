@@ -64,6 +64,7 @@ STRESS = (0.5, 0.7, 0.85)  # below the mean: where methods part
 RESAMPLES = 2000
 SWEPT_AT = 0.7
 IMPORTANCE_AT = (0.7, 1.0, 1.05)
+REDUCED_IMPORTANCE_AT = (0.7, 1.05)
 # Sweeps, one option at a time: by importance, the preset and its options.
 SWEEPS = {
     "entropy_gate": ("rank", {"delta": (0.0, 0.5, 1.0, 2.0, 4.0), "alpha": (0.0, 0.5, 1.0, 2.0, 4.0)}),
@@ -402,6 +403,22 @@ def work_of(course: Course, parts: dict[str, Part]) -> list[tuple[str, tuple[int
     return [(name, spec) for _, name, spec in sorted(work, key=lambda x: x[0])]
 
 
+def share_of(
+    work: list[tuple[str, tuple[int, int, int]]], index: int, of: int
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """One worker's share: cases of each part by turns, since parts cost differently; the next part begins at the next
+    worker, since so do mixes.
+    """
+    turns: dict[str, int] = {}
+    mine = []
+    for name, spec in work:
+        turn = turns.setdefault(name, len(turns))
+        turns[name] += 1
+        if turn % of == index:
+            mine.append((name, spec))
+    return mine
+
+
 @torch.no_grad()
 def run_work(course: Course, parts: dict[str, Part], work: list, keep: Callable[[dict], None]) -> dict[str, Findings]:
     """Every plan of the part, and the unclipped model, on every case; `keep` gets what is known after each."""
@@ -548,7 +565,8 @@ def parts_of(options: argparse.Namespace, course: Course, other: Maker, modality
     }
     if "importance" not in options.skip:
         norms = lab_calibration.record(course.model, other, MIXES["training"], batches=2, dtype=course.dtype).norms
-        parts["importance"] = Part(few, importance_plans(course.model, norms, modality, IMPORTANCE_AT), errors, True)
+        bounds = REDUCED_IMPORTANCE_AT if options.reduced else IMPORTANCE_AT
+        parts["importance"] = Part(few, importance_plans(course.model, norms, modality, bounds), errors, True)
     return {name: part for name, part in parts.items() if name not in options.skip}
 
 
@@ -586,7 +604,7 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
         new.write_text(json.dumps(raw))
         os.replace(new, whole)
 
-    found = run_work(course, parts, work_of(course, parts)[index::of], keep)
+    found = run_work(course, parts, share_of(work_of(course, parts), index, of), keep)
     if index == 0 and "drift" not in options.skip:
         result["drift"] = lab_calibration.drift(model, make, other, dtype)
     keep(found)

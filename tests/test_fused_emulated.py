@@ -82,7 +82,14 @@ TOLD_AGAIN = {
     "mix": FusedConfig(replace(PLAN, scope="expert", rho=1.9, gamma=5.0, hot=0.0), (12, 7, 12, 1)),
     "effective": FusedConfig(replace(PLAN, load="effective", hot=0.0, gamma=0.9, visual=1.0), (12, 7, 12, 1), blocks=2),
 }
+SORTED = replace(PLAN, E=64, K=8, R=2, scope="expert", gamma=0.6, hot=0.5)
 CUT = {
+    "sorted": FusedConfig(SORTED, (12, 9), blocks=3),
+    "sorted_one_rank": FusedConfig(replace(SORTED, R=1, reroute="none", bucket_bits=4), (12,), blocks=3),
+    "sorted_effective": FusedConfig(replace(SORTED, load="effective", gamma=0.4, reroute="local"), (12, 9)),
+    "sorted_ties": FusedConfig(replace(SORTED, importance="entropy", delta=0.0, gamma=0.4), (12, 11)),
+    "sorted_gate": FusedConfig(replace(SORTED, importance="gate", delta=0.0, grid=0.5), (12, 0), needs_entropy=False),
+    "cut_by_a_block_each": FusedConfig(replace(SORTED, T=600, R=1, K=16, E=32), (12,), blocks=3, max_rows=2000, alignment=8),
     "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
 }
 CASES |= UNCUT | TOLD_AGAIN | CUT

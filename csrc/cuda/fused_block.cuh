@@ -45,6 +45,8 @@ struct FusedDesk {
   int taken;        // [NB]
   int over;         // [NB] the bounds that are exceeded
   int place;        // [NB] where each stands among them, -1: nowhere
+  int stay;         // [NB] at the cut own slots stay up to this one (fused_sort.cuh)
+  int lists;        // the group's assignments by expert, over the three that follow
   int counted;      // [warps, NB]
   int running;      // [warps, NB]
   int levels;       // [kCutsAtOnce, 2, 2B]; before: limbs [segments, kLimbs] u64; at the end: counts [3, E, 2]
@@ -88,6 +90,7 @@ struct FusedArgs {
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
   bool keeps_group;  // shared memory holds everybody's assignments
+  bool sorts;        // and may sort them by expert
   bool keeps_limbs;  // `levels` has room for the limbs of all segments
 };
 

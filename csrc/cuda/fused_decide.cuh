@@ -11,6 +11,7 @@
 #include "assignments.cuh"
 #include "fused_block.cuh"
 #include "fused_exchange.cuh"
+#include "fused_sort.cuh"
 #include "fused_weight.cuh"
 #include "reroute.cuh"
 
@@ -112,11 +113,6 @@ __device__ inline void find_shifts(const FusedBlock& b, const Capacity& capacity
   __syncthreads();
 }
 
-__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry) {
-  return level_of(entry.bucket(), b.at<int>(b.args.desk.shift)[entry.expert()], entry.text(), b.p.protect_text,
-                  b.p.bucket_bits);
-}
-
 // Where the bounds over[first] ... cut their levels, up to kCutsAtOnce of them in one pass over the group.
 __device__ inline void cut_some(const FusedBlock& b, int first) {
   const ClipThresholdParams& t = b.args.threshold;
@@ -176,10 +172,16 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
+  if (sorted(b)) {
+    cut_sorted(b);
+  } else if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
     cut_some(b, 0);
   } else if (!cut_shared(b)) {
     return false;
+  }
+  if (t.reroute == Reroute::kNone) {
+    for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = 0;
+    return true;
   }
   const int pools = t.reroute == Reroute::kLocal ? t.num_ranks : 1, pool_size = b.args.bounds / pools;
   for (int pool = b.warp; pool < pools; pool += kFusedWarps) {

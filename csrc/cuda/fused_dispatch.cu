@@ -11,6 +11,8 @@
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a
 //              multiprocessor.
 // Determinism: all decisions are integers; a row's place depends on (source, token, slot) alone.
+#include <algorithm>
+
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
 #include "fused_exchange.cuh"
@@ -115,7 +117,11 @@ __device__ inline bool cut_rows(const FusedBlock& b, const Capacity& capacity) {
   find_shifts(b, capacity);
   if (!find_cuts(b)) return false;
   b.stamp(8);
-  clip_own(b);
+  if (sorted(b)) {
+    clip_sorted(b);
+  } else {
+    clip_own(b);
+  }
   b.stamp(9);
   if (!reroute_own<kKeys>(b)) return false;
   b.stamp(10);
@@ -239,17 +245,19 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   if (ok && threadIdx.x == 0) *round = b.patience.round;
 }
 
-int level_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * 2 * 2 * num_buckets(p.bucket_bits); }
+int64_t level_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * 2 * 2 * num_buckets(p.bucket_bits); }
 
-FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_tokens, bool keeps_group, int& bytes) {
+FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
   int at = 0;
   const auto take = [&](int64_t size) {
     const int mine = at;
     at += static_cast<int>((size + 31) / 32 * 32);
     return mine;
   };
+  const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counts = 6 * experts;
+  const int64_t counts = 6 * experts, counters = 2 * 4 * kFusedWarps * num_bounds;
+  const int64_t lists = args.sorts ? 4 * ranks * p.shape.max_tokens * top_k : 0;
   const FusedDesk desk = {
       .group_rows = take(4 * experts),
       .group_units = take(4 * experts),
@@ -262,11 +270,13 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
       .taken = take(4 * num_bounds),
       .over = take(4 * num_bounds),
       .place = take(4 * num_bounds),
-      .counted = take(4 * kFusedWarps * num_bounds),
-      .running = take(4 * kFusedWarps * num_bounds),
-      .levels = take(level_bytes(p) > 4 * counts ? level_bytes(p) : 4 * counts),
+      .stay = take(4 * num_bounds),
+      .lists = take(0),
+      .counted = take(counters / 2),
+      .running = take(counters / 2),
+      .levels = take(std::max({level_bytes(p), 4 * counts, lists - counters})),
       .current = take(2 * p.shape.max_tokens * top_k),
-      .entries = take(4 * p.shape.max_tokens * top_k * (keeps_group ? p.shape.num_ranks : 1)),
+      .entries = take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
       .entropies = take(4 * p.shape.max_tokens),
       .ids = take(4 * block_tokens * top_k),
       .gates = take(4 * block_tokens * top_k),
@@ -308,7 +318,8 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   int tables = 0;
   args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;
   args.keeps_limbs = p.num_segments <= level_bytes(p) / (8 * kLimbs);
-  args.desk = make_desk(p, args.bounds, block_tokens, args.keeps_group, tables);
+  args.sorts = args.keeps_group && p.scope == Scope::kExpert;
+  args.desk = make_desk(p, args, block_tokens, tables);
   args.row_stride = RowBytes(p.shape).all();
   const int fit = (max_shared_bytes() - tables) / args.row_stride;
   args.staged_rows = fit < block_tokens ? fit : block_tokens;

@@ -20,19 +20,23 @@ __device__ inline void count_own(const FusedBlock& b) {
   __syncthreads();
 }
 
-// One thread: what every rank sends to an expert.
-__device__ inline bool hear_counts(const FusedBlock& b, int expert) {
+// One thread: what every rank sends to an expert, `own` this one.
+__device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own) {
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const int* const tokens = b.at<int>(b.args.desk.tokens);
   const uint64_t* const letters = b.own<uint64_t>(b.p.layout.counts) + expert;
-  uint32_t rows = 0;
+  uint32_t rows = own;
   for (int base = 0; base < ranks; base += kInFlight) {
     uint64_t held[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) held[i] = base + i < ranks ? load_relaxed_sys(letters + (base + i) * experts) : 0;
+    for (int i = 0; i < kInFlight; ++i) {
+      const bool awaited = base + i < ranks && base + i != b.me.rank;
+      held[i] = awaited ? load_relaxed_sys(letters + (base + i) * experts) : 0;
+    }
     for (int i = 0; i < kInFlight && base + i < ranks; ++i) {
       const int source = base + i;
+      if (source == b.me.rank) continue;
       uint64_t letter = held[i];
       if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
       const uint32_t count = value_of(letter);
@@ -43,23 +47,23 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert) {
       rows += count + (source < b.me.rank ? count << 16 : 0u);
     }
   }
-  const uint32_t before = b.at<uint32_t>(b.args.desk.own_rows)[expert] & 0xffff0000u;
-  b.at<uint32_t>(b.args.desk.group_rows)[expert] = rows + before;
+  b.at<uint32_t>(b.args.desk.group_rows)[expert] = rows;
   return true;
 }
 
-// After a cut only a rank itself knows what it sends: it tells all. `group_rows` are then the rows after the plan.
+// After a cut only a rank itself knows what it sends: it tells the others. `group_rows` are then the rows after the plan.
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
+    if (peer == b.me.rank) continue;
     const int64_t row = b.p.layout.counts + 8LL * b.me.rank * experts;
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
       b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
     }
   }
   bool ok = true;
-  for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= hear_counts(b, j);
+  for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= hear_counts(b, j, own[j]);
   return __syncthreads_and(ok) != 0;
 }
 

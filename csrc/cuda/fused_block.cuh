@@ -65,7 +65,7 @@ struct FusedDesk {
 struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of letters to be heard, by exchange
-  int verdict;                       // kMayExceed, kNoRoom
+  int verdict;                       // kFaulty, kMayExceed, kNoRoom
   int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
@@ -73,6 +73,7 @@ struct FusedScalars {
 // What is known of the group's rows as they are before any cut.
 constexpr int kMayExceed = 1;  // a bound may be exceeded, whatever the weights
 constexpr int kNoRoom = 2;     // more rows of an expert than its rank's buffer holds
+constexpr int kFaulty = 4;     // this rank has a fault on record
 
 // What has been decided.
 struct Decision {

@@ -25,7 +25,7 @@ namespace macs::cuda {
 namespace {
 
 // Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which tell.
-__device__ __forceinline__ void clear_tables(const FusedBlock& b) {
+__device__ __forceinline__ void clear_tables(const FusedBlock& b, bool faulty) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
   for (int j = thread; j < experts; j += kFusedThreads) {
     b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
@@ -36,7 +36,10 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
   const int limbs = b.p.needs_entropy && b.args.keeps_limbs ? b.p.num_segments * kLimbs : 0;
   for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
-  if (thread == 0) b.scalars() = {};
+  if (thread == 0) {
+    b.scalars() = {};
+    b.scalars().verdict = faulty ? kFaulty : 0;
+  }
 }
 
 // The logits of this block's tokens are sent for, in case that one of them has to look for another expert.
@@ -73,11 +76,10 @@ class RowReader {
       if (keep && token < end_) stage(share_, b.p.shape.format, feature_bytes, b.staged(token - begin_));
       next_ += kRowGroups;
       ask(b);
-      if (!score_) continue;
-      __syncthreads();
-      if (token >= end_ || share_.first != 0) continue;
-      const float entropy = visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f;
-      b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
+      if (score_) {
+        __syncthreads();
+        if (token < end_ && share_.first == 0) tell_entropy(b, token, visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f);
+      }
     }
   }
 
@@ -85,6 +87,10 @@ class RowReader {
   __device__ __forceinline__ void ask(const FusedBlock& b) {
     visual_ = next_ < end_ && score_ && __ldg(b.me.segment + next_) >= 0;
     if (next_ < end_) share_.load(static_cast<const uint4*>(b.me.hidden_states) + static_cast<int64_t>(next_) * share_.num_vectors);
+  }
+
+  __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
+    b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
   }
 
   const int begin_, end_;
@@ -132,7 +138,7 @@ __device__ inline bool cut_rows(const FusedBlock& b, const Capacity& capacity) {
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline Decision decide(const FusedBlock& b) {
-  const bool heard = hear_assignments(b);
+  const bool heard = hear_assignments(b) && b.scalars().verdict != kFaulty;
   if (__syncthreads_and(heard) == 0) return {};
   b.stamp(3);
   Decision decision = {true, false, false};
@@ -206,7 +212,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   const int kept = min(b.first + args.staged_rows, b.end);
   RowReader<kVectors, kExact> rows(b, b.first, kept, score);
   OwnSlots slots(b);
-  clear_tables(b);
+  clear_tables(b, faulty);
   __syncthreads();
   if (!faulty) {
     tell_tokens(b);
@@ -221,7 +227,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
     RowReader<kVectors, kExact>(b, kept, b.end, true).read(b, false);
   }
   b.stamp(2);
-  const Decision decision = faulty ? Decision{} : decide<kKeys>(b);
+  const Decision decision = decide<kKeys>(b);
   if (decision.ok) {
     send<kVectors, kExact>(b);
     write_tokens(b, decision);

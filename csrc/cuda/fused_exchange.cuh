@@ -53,6 +53,7 @@ class OwnSlots {
   static __device__ __forceinline__ void send(const FusedBlock& b, int64_t letters, int slot, const Entry& entry) {
     const int64_t offset = letters + 8LL * (b.me.rank * b.most_slots() + slot);
     const uint64_t letter = make_letter(entry.bits, b.patience.round);
+#pragma unroll 1  // a row waits in registers
     for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, letter);
   }
 

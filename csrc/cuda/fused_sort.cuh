@@ -48,6 +48,7 @@ struct List {
   template <class Units>
   __device__ __forceinline__ int sum(Units units) const {
     int sum = 0;
+#pragma unroll 2
     for (int i = lane; i < count; i += kCutLanes) sum += units(items[i]);
 #pragma unroll
     for (int offset = kCutLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
@@ -75,6 +76,7 @@ __device__ inline void sort_group(const FusedBlock& b) {
   const int* const place = b.at<int>(b.args.desk.place);
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+#pragma unroll 2
     for (int slot = threadIdx.x; slot < slots; slot += kFusedThreads) {
       const Entry entry = {b.entries_of(source)[slot]};
       if (!entry.present() || place[entry.expert()] < 0) continue;
@@ -89,6 +91,7 @@ __device__ inline void sort_group(const FusedBlock& b) {
 template <class Holds>
 __device__ __forceinline__ int greatest(int top, Holds holds) {
   int x = 0;
+#pragma unroll 1
   for (int bit = top; bit > 0; bit /= 2) {
     if (holds(x | bit)) x |= bit;
   }

@@ -76,11 +76,16 @@ def fused_table() -> str:
         for row in found["rows"]:
             case = row["case"]
             size = tuple(case[name] for name in ("R", "T", "H", "dtype"))
-            sizes.setdefault(size, {})[row["op"], case["clipped"]] = row
+            # DeepEP's rows have no importance: they stand beside every one. Runs before version 4 knew only one.
+            importance = case.get("importance", None if row["op"].startswith("deepep") else "entropy_gate")
+            sizes.setdefault(size, {}).setdefault(importance, {})[row["op"], case["clipped"]] = row
         rows = [
-            [*size, *(fused_cell(timed, *column) for column in FUSED_COLUMNS.values())] for size, timed in sizes.items()
+            [*size, importance, *(fused_cell(of.get(None, {}) | timed, *column) for column in FUSED_COLUMNS.values())]
+            for size, of in sizes.items()
+            for importance, timed in of.items()
+            if importance is not None
         ]
-        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", *FUSED_COLUMNS], rows))
+        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", "importance", *FUSED_COLUMNS], rows))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 

@@ -358,6 +358,8 @@ class RegionLayout(NamedTuple):
     flags: int
     tokens: int
     entries: int
+    weighed: int
+    weights: int
     counts: int
     rows: int
     scales: int

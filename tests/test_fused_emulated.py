@@ -64,6 +64,35 @@ CASES = {
     "patient": FusedConfig(replace(PLAN, rounds=60, gamma=0.6), (12, 12, 12, 12)),
     "no_rounds": FusedConfig(replace(PLAN, rounds=0, gamma=0.6), (12, 12, 12, 12)),
 }
+FREE = replace(PLAN, gamma=4.0)  # rows tell that nothing is exceeded, whatever the weights
+UNCUT = {
+    "free": FusedConfig(FREE, (12, 7, 12, 1)),
+    "free_one_rank": FusedConfig(replace(FREE, R=1, scope="expert", gamma=16.0, reroute="none"), (12,), blocks=14),
+    "free_own_rows": masked(FusedConfig(FREE, (12, 0, 12, 5), format="fp8")),
+    "free_idle": FusedConfig(FREE, (0, 0, 0, 0)),
+    "free_by_effective_load": FusedConfig(replace(FREE, load="effective"), (12, 7, 12, 1)),
+    "free_empty_slots": FusedConfig(replace(FREE, empty=0.3, ids_i64=False), (12, 7, 12, 1), row_experts=True),
+    "free_many_images": FusedConfig(replace(FREE, num_segments=5, shuffled=True), (12, 12, 3, 12)),
+    "free_more_images_than_limbs": FusedConfig(replace(FREE, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
+    "free_gate": FusedConfig(replace(FREE, importance="gate", delta=0.0), (12, 12, 3, 12), needs_entropy=False),
+    "free_rows_read_twice": FusedConfig(replace(FREE, T=40, R=2, H=7168), (40, 33), blocks=1, alignment=1),
+}
+# Rows alone do not tell: experts lean on the visual share, or weights count. Nothing is exceeded all the same.
+TOLD_AGAIN = {
+    "mix": FusedConfig(replace(PLAN, scope="expert", rho=1.9, gamma=5.0, hot=0.0), (12, 7, 12, 1)),
+    "effective": FusedConfig(replace(PLAN, load="effective", hot=0.0, gamma=0.9, visual=1.0), (12, 7, 12, 1), blocks=2),
+}
+SORTED = replace(PLAN, E=64, K=8, R=2, scope="expert", gamma=0.6, hot=0.5)
+CUT = {
+    "sorted": FusedConfig(SORTED, (12, 9), blocks=3),
+    "sorted_one_rank": FusedConfig(replace(SORTED, R=1, reroute="none", bucket_bits=4), (12,), blocks=3),
+    "sorted_effective": FusedConfig(replace(SORTED, load="effective", gamma=0.4, reroute="local"), (12, 9)),
+    "sorted_ties": FusedConfig(replace(SORTED, importance="entropy", delta=0.0, gamma=0.4), (12, 11)),
+    "sorted_gate": FusedConfig(replace(SORTED, importance="gate", delta=0.0, grid=0.5), (12, 0), needs_entropy=False),
+    "cut_by_a_block_each": FusedConfig(replace(SORTED, T=600, R=1, K=16, E=32), (12,), blocks=3, max_rows=2000, alignment=8),
+    "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
+}
+CASES |= UNCUT | TOLD_AGAIN | CUT
 POLICIES = list(
     itertools.product(
         ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate"), ("none", "local", "global")
@@ -78,6 +107,24 @@ def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
         kernels.machine.configure(seed)
         play(group, seed)
     assert all(group.round(rank) == 3 for rank in group.ranks)
+
+
+def told_again(group: Group, rank: int) -> bool:
+    """Whether this round's assignments were told with their weights: a letter of any of its slots says so."""
+    f = group.config.plan
+    rounds = group.part(rank, "weighed", torch.int32, f.R, f.T * f.K, 2)[rank, :, 1]
+    return bool((rounds == group.round(rank)).any())
+
+
+@pytest.mark.parametrize(("name", "again"), [*((n, False) for n in UNCUT), *((n, True) for n in TOLD_AGAIN)])
+def test_entropies_are_awaited_only_where_they_may_decide(kernels: Kernels, name: str, again: bool) -> None:
+    group = Group(kernels, CASES[name], "cpu")
+    for seed in range(3):
+        kernels.machine.configure(seed + 10)
+        play(group, seed)
+        for rank in group.ranks:
+            assert told_again(group, rank) == (again and group.config.tokens[rank] > 0)
+            assert (output(group, rank, "cut")[:, 0] == -1).all(), "a bound was cut: the case shows nothing"
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids="-".join)

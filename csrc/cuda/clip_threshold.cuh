@@ -112,6 +112,13 @@ struct Capacity {
     const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
     return scaled > p.c_min ? scaled : p.c_min;
   }
+  // The least that of_expert can be, whatever the visual share: every rounding in it is monotone.
+  __device__ __forceinline__ double least_of_expert(const ClipThresholdParams& p, int modality) const {
+    if (isinf(p.gamma)) return p.gamma;
+    const double lean = __dmul_rn(__dmul_rn(p.rho, fabs(static_cast<double>(modality))), -0.5);
+    const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
+    return scaled > p.c_min ? scaled : p.c_min;
+  }
   __device__ __forceinline__ int of_rank(const ClipThresholdParams& p) const {
     return bound_of(p.gamma, divide(__dmul_rn(p.gamma, all), p.num_ranks), units);
   }

@@ -34,9 +34,9 @@ constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 
 // Offsets into a block's shared memory, in bytes.
 struct FusedDesk {
-  int group_rows;   // [E] u32: rows of all sources, and << 16 those of lower sources
+  int group_rows;   // [E] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
   int group_units;  // [E] i32, where they are not the rows
-  int own_rows;     // [E] u32: final rows of this rank, and << 16 those before this block's tokens
+  int own_rows;     // [E] u32, behind a cut: rows of this rank, and << 16 those before this block's tokens
   int shift;        // [E]
   int bound_of;     // [E]
   int starts;       // [E] first row of each expert in its rank's buffer
@@ -45,15 +45,16 @@ struct FusedDesk {
   int taken;        // [NB]
   int over;         // [NB] the bounds that are exceeded
   int place;        // [NB] where each stands among them, -1: nowhere
+  int stay;         // [NB] at the cut own slots stay up to this one (fused_sort.cuh)
+  int lists;        // the group's assignments by expert, over the three that follow
   int counted;      // [warps, NB]
   int running;      // [warps, NB]
-  int levels;       // [kCutsAtOnce, 2, 2B]; counts [3, E, 2] at the end
+  int levels;       // [kCutsAtOnce, 2, 2B]; before: limbs [segments, kLimbs] u64; at the end: counts [3, E, 2]
   int current;      // [max_tokens * K] i16
   int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's
   int entropies;    // [max_tokens] f32
   int ids;          // [block tokens * K] as given
   int gates;        // [block tokens * K]
-  int dest;         // [block tokens * K] i32 row at the peer, -1: none
   int weight;       // [block tokens] f32
   int parts;        // [2, kRowGroups, kRowWarps] Part
   int tokens;       // [R]
@@ -62,9 +63,23 @@ struct FusedDesk {
 };
 
 struct FusedScalars {
-  unsigned long long limbs[kLimbs];
   int sums[kNumSums];
+  int claims[2];                     // of letters to be heard, by exchange
+  int verdict;                       // kFaulty, kMayExceed, kNoRoom
   int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
+  int visual_weight;                 // of the rank's visual tokens, fixed-point
+};
+
+// What is known of the group's rows as they are before any cut.
+constexpr int kMayExceed = 1;  // a bound may be exceeded, whatever the weights
+constexpr int kNoRoom = 2;     // more rows of an expert than its rank's buffer holds
+constexpr int kFaulty = 4;     // this rank has a fault on record
+
+// What has been decided.
+struct Decision {
+  bool ok;       // else this rank sends nothing
+  bool cut;      // a bound was exceeded
+  bool weighed;  // the weights of this block's tokens, and the group's sums, are known
 };
 
 struct FusedArgs {
@@ -76,6 +91,8 @@ struct FusedArgs {
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
   bool keeps_group;  // shared memory holds everybody's assignments
+  bool sorts;        // and may sort them by expert
+  bool keeps_limbs;  // `levels` has room for the limbs of all segments
 };
 
 struct FusedBlock {
@@ -109,14 +126,16 @@ struct FusedBlock {
   }
   __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
   __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
-  // As they came, and as shared memory keeps them.
-  __device__ __forceinline__ const uint64_t* letters_of(int source) const {
-    return own<uint64_t>(p.layout.entries) + static_cast<int64_t>(source) * most_slots();
+  // Letters of a source's assignments; shared memory keeps what they say.
+  __device__ __forceinline__ const uint64_t* letters_of(int64_t letters, int source) const {
+    return own<uint64_t>(letters) + static_cast<int64_t>(source) * most_slots();
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
     return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(me.rank)[slot]}; }
+  // Where assignments are told that hold all that decides.
+  __device__ __forceinline__ int64_t whole_letters() const { return p.needs_entropy ? p.layout.weighed : p.layout.entries; }
 
   // What the clock says at a stage, for whoever looks for microseconds.
   __device__ __forceinline__ void stamp(int stage) const {

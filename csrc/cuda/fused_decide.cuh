@@ -1,7 +1,8 @@
 // What the fused dispatch decides: docs/method.md 4 and 5, from the assignments of the whole group.
 //
 // Every block of every rank derives the same totals, cuts and clipped slots for itself, so that nothing has to be sent
-// back. Only proposals, each of which reads a token's logits, are shared out over the blocks of a rank.
+// back. Only proposals, each of which reads a token's logits, are shared out over the blocks of a rank. Most of the time
+// no bound is exceeded, which rows per expert alone show.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,107 +10,58 @@
 
 #include "assignments.cuh"
 #include "fused_block.cuh"
+#include "fused_exchange.cuh"
+#include "fused_sort.cuh"
+#include "fused_weight.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
 
-constexpr int kInFlight = 8;  // loads of a thread before it uses the first
-
-// look(source, slot) and then use(word, source, slot) for every slot of the group, spread over the block's threads:
-// several looks go out together, at the sources or, where those are few, at several slots of each.
-template <class Look, class Use>
-__device__ __forceinline__ void for_each_of_group(const FusedBlock& b, Look look, Use use) {
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
-  const int top_k = b.p.shape.top_k, ranks = b.p.shape.num_ranks;
-  int longest = 0;
-  for (int source = 0; source < ranks; ++source) longest = max(longest, tokens[source] * top_k);
-  const int bits = ranks >= kInFlight ? 3 : (ranks > 2 ? 2 : ranks - 1), sources = 1 << bits;
-  for (int first = threadIdx.x; first < longest; first += kFusedThreads * kInFlight / sources) {
-    for (int base = 0; base < ranks; base += sources) {
-      decltype(look(0, 0)) words[kInFlight];
-      bool inside[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int source = base + (i & (sources - 1)), slot = first + (i >> bits) * kFusedThreads;
-        inside[i] = source < ranks && slot < tokens[min(source, ranks - 1)] * top_k;
-        words[i] = inside[i] ? look(source, slot) : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int source = base + (i & (sources - 1)), slot = first + (i >> bits) * kFusedThreads;
-        if (inside[i]) use(words[i], source, slot);
-      }
-    }
-  }
-}
-
-// The same behind the first time, when all have come: body(entry, source) for every assignment.
-template <class Body>
-__device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
-  const auto look = [&](int source, int slot) {
-    return b.args.keeps_group ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(b.letters_of(source) + slot));
-  };
-  for_each_of_group(b, look, [&](uint32_t bits, int source, int) {
-    const Entry entry = {bits};
-    if (entry.present() && entry.expert() < b.p.shape.num_experts) body(entry, source);
-  });
-}
-
-// How many tokens every rank has. False: a rank did not say, or more than there may be.
-__device__ inline bool hear_tokens(const FusedBlock& b) {
-  bool ok = true;
-  for (int source = threadIdx.x; source < b.p.shape.num_ranks; source += kFusedThreads) {
-    const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + source;
-    uint64_t letter = load_relaxed_sys(address);
-    ok = await_letter(address, letter, b.patience, Fault::kAssignments, source);
-    const int tokens = static_cast<int>(value_of(letter));
-    b.at<int>(b.args.desk.tokens)[source] = tokens;
-    if (!ok || (tokens >= 0 && tokens <= b.p.shape.max_tokens)) continue;
-    ok = false;
-    report(b.patience, Fault::kBadTokens, source, -1, tokens, b.p.shape.max_tokens);
-  }
-  return __syncthreads_and(ok) != 0;
-}
-
-// Everybody's assignments as they come: kept, and counted as rows and units per expert and in the four sums. False: a rank
-// did not send them, or they are not to be believed.
-__device__ inline bool hear_assignments(const FusedBlock& b) {
-  if (!hear_tokens(b)) return false;
-  uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
-  int* const units = b.at<int>(b.args.desk.group_units);
-  const bool in_rows = b.p.load == Load::kRows;
-  int sums[kNumSums] = {0, 0, 0, 0};
-  bool ok = true;
-  const auto look = [&](int source, int slot) { return load_relaxed_sys(b.letters_of(source) + slot); };
-  for_each_of_group(b, look, [&](uint64_t letter, int source, int slot) {
-    ok = ok && await_letter(b.letters_of(source) + slot, letter, b.patience, Fault::kAssignments, source);
-    const Entry entry = {ok ? value_of(letter) : 0};
-    if (b.args.keeps_group || source == b.me.rank) b.entries_of(source)[slot] = entry.bits;
-    if (!entry.present()) return;
-    const int expert = entry.expert();
-    if (expert >= b.p.shape.num_experts) {
-      ok = false;
-      report(b.patience, Fault::kBadExpert, source, -1, expert, b.p.shape.num_experts - 1);
-      return;
-    }
-    atomicAdd(rows + expert, 1u + (source < b.me.rank ? 1u << 16 : 0u));
-    if (!in_rows) atomicAdd(units + expert, entry.fixed());
-    sums[0] += 1;
-    sums[1] += entry.text() ? 0 : 1;
-    sums[2] += entry.leads() && !entry.text() ? entry.fixed() : 0;
-    sums[3] += entry.leads() ? entry.fixed() : 0;
-  });
-#pragma unroll
-  for (int i = 0; i < kNumSums; ++i) {
-    const int sum = __reduce_add_sync(kFullMask, sums[i]);
-    if (b.lane == 0 && sum != 0) atomicAdd(&b.scalars().sums[i], sum);
-  }
-  return __syncthreads_and(ok) != 0;
-}
-
 __device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert) {
   return b.p.load == Load::kRows ? static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu)
                                  : b.at<int>(b.args.desk.group_units)[expert];
+}
+
+// The most that an expert's units can be: exact, or where weights are not known yet as if all were 1.
+__device__ __forceinline__ int most_units_of_expert(const FusedBlock& b, int expert) {
+  if (!b.p.needs_entropy || b.p.load == Load::kRows) return units_of_expert(b, expert);
+  return static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu) * kWeightOne;
+}
+
+__device__ __forceinline__ Capacity capacity_of(const FusedBlock& b) {
+  const int* const sums = b.scalars().sums;
+  return Capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
+}
+
+__device__ __forceinline__ int bound_of_expert(const FusedBlock& b, const Capacity& capacity, int expert) {
+  const ClipThresholdParams& t = b.args.threshold;
+  return Capacity::bound_of(t.gamma, capacity.of_expert(t, __ldg(t.modality + expert)), capacity.units);
+}
+
+// One warp: the units of a rank's experts, or the most they can be.
+template <class Units>
+__device__ __forceinline__ int warp_units_of_rank(const FusedBlock& b, int rank, Units units) {
+  int sum = 0;
+  for (int j = b.lane; j < b.args.per_rank; j += kWarp) sum += units(b, rank * b.args.per_rank + j);
+  return __reduce_add_sync(kFullMask, sum);
+}
+
+// Whether any bound that this thread looks at may be exceeded, whatever the weights and the mix of the group turn out to be.
+// Never wrongly no; never wrongly yes either for rows, but where rho tells experts apart. The same on all ranks.
+__device__ inline bool may_exceed(const FusedBlock& b) {
+  const ClipThresholdParams& t = b.args.threshold;
+  const Capacity capacity = capacity_of(b);
+  bool over = false;
+  if (t.scope == Scope::kRank) {
+    const int bound = capacity.of_rank(t);
+    for (int n = b.warp; n < t.num_ranks; n += kFusedWarps) over |= warp_units_of_rank(b, n, most_units_of_expert) > bound;
+  } else {
+    for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
+      const double least = capacity.least_of_expert(t, __ldg(t.modality + j));
+      over |= most_units_of_expert(b, j) > Capacity::bound_of(t.gamma, least, capacity.units);
+    }
+  }
+  return over;
 }
 
 constexpr int kExceeded = -1;  // as room: the cut is yet to be found
@@ -135,15 +87,12 @@ __device__ inline bool find_exceeded(const FusedBlock& b, const Capacity& capaci
   if (t.scope == Scope::kRank) {
     const int bound = capacity.of_rank(t);
     for (int n = b.warp; n < t.num_ranks; n += kFusedWarps) {
-      int units = 0;
-      for (int j = b.lane; j < b.args.per_rank; j += kWarp) units += units_of_expert(b, n * b.args.per_rank + j);
-      units = __reduce_add_sync(kFullMask, units);
+      const int units = warp_units_of_rank(b, n, units_of_expert);
       if (b.lane == 0) set_bound(b, n, units, bound);
     }
   } else {
     for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-      const double rows = capacity.of_expert(t, __ldg(t.modality + j));
-      set_bound(b, j, units_of_expert(b, j), Capacity::bound_of(t.gamma, rows, capacity.units));
+      set_bound(b, j, units_of_expert(b, j), bound_of_expert(b, capacity, j));
     }
   }
   __syncthreads();
@@ -162,11 +111,6 @@ __device__ inline void find_shifts(const FusedBlock& b, const Capacity& capacity
     shift[j] = pressure_shift(rows, capacity.of_expert(t, __ldg(t.modality + j)), t.alpha, t.bucket_bits);
   }
   __syncthreads();
-}
-
-__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry) {
-  return level_of(entry.bucket(), b.at<int>(b.args.desk.shift)[entry.expert()], entry.text(), b.p.protect_text,
-                  b.p.bucket_bits);
 }
 
 // Where the bounds over[first] ... cut their levels, up to kCutsAtOnce of them in one pass over the group.
@@ -228,10 +172,16 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
+  if (sorted(b)) {
+    cut_sorted(b);
+  } else if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
     cut_some(b, 0);
   } else if (!cut_shared(b)) {
     return false;
+  }
+  if (t.reroute == Reroute::kNone) {
+    for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = 0;
+    return true;
   }
   const int pools = t.reroute == Reroute::kLocal ? t.num_ranks : 1, pool_size = b.args.bounds / pools;
   for (int pool = b.warp; pool < pools; pool += kFusedWarps) {
@@ -265,15 +215,6 @@ __device__ __forceinline__ void start_running(const FusedBlock& b) {
 __device__ __forceinline__ void clear_counted(const FusedBlock& b) {
   for (int n = b.lane; n < b.args.bounds; n += kWarp) b.counted(b.warp)[n] = 0;
   __syncwarp();
-}
-
-// `current` as the router left it, where no bound is exceeded.
-__device__ inline void keep_all(const FusedBlock& b) {
-  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
-    const Entry entry = b.own_entry(i);
-    b.current()[i] = static_cast<int16_t>(entry.present() ? entry.expert() : kEmptySlot);
-  }
-  __syncthreads();
 }
 
 // The own assignments against the cuts; those at a cut in order, up to the quota.

@@ -2,16 +2,21 @@
 //
 // Problem:     R ranks of one NVLink domain with up to 1023 tokens each; [T, H] bf16 in, rows packed by expert out. Bound by
 //              latency at small T, by reading a row and writing its copies at large T.
-// Algorithm:   a block reads its tokens' rows once and keeps them, cast, in shared memory. It scores them, tells every
-//              rank what its assignments are (a letter each), and waits for everybody else's. From these all blocks
-//              derive the same cuts; what re-routing changes is agreed upon within the rank, and then between ranks as
-//              rows per expert. Every row's place at its receiver is then a prefix sum, so that rows are written once, to
-//              where the experts read them. docs/fused_dispatch.md draws it.
+// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (a letter
+//              each). Rows are read once, scored, cast and kept in shared memory. Rows per expert, which all blocks count
+//              from everybody's letters, mostly show that no bound is exceeded. Where one may be, assignments are told
+//              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
+//              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
+//              prefix sum, so that rows are written once, to where the experts read them. docs/fused_dispatch.md draws it.
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a
 //              multiprocessor.
 // Determinism: all decisions are integers; a row's place depends on (source, token, slot) alone.
+#include <algorithm>
+
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
+#include "fused_exchange.cuh"
+#include "fused_report.cuh"
 #include "fused_send.cuh"
 #include "fused_weight.cuh"
 #include "macs/cuda.h"
@@ -19,9 +24,9 @@
 namespace macs::cuda {
 namespace {
 
-// Before anything else: tables that start from zero, or are known. By the last threads: the first ones read rows.
-__device__ __forceinline__ void clear_tables(const FusedBlock& b) {
-  const int experts = b.p.shape.num_experts, thread = kFusedThreads - 1 - threadIdx.x;
+// Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which tell.
+__device__ __forceinline__ void clear_tables(const FusedBlock& b, bool faulty) {
+  const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
   for (int j = thread; j < experts; j += kFusedThreads) {
     b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
     b.at<int>(b.args.desk.group_units)[j] = 0;
@@ -29,180 +34,209 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
     b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : j / b.args.per_rank;
   }
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
-  if (thread == 0) b.scalars() = {};
+  const int limbs = b.p.needs_entropy && b.args.keeps_limbs ? b.p.num_segments * kLimbs : 0;
+  for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
+  if (thread == 0) {
+    b.scalars() = {};
+    b.scalars().verdict = faulty ? kFaulty : 0;
+  }
 }
 
-// This block's slots into shared memory, by its last threads: the first ones wait for rows. Behind a barrier they are there.
-// The logits are sent for, in case that one of the slots has to look for another expert.
-__device__ __forceinline__ void load_slots(const FusedBlock& b) {
-  const FusedShape& s = b.p.shape;
-  Assignments in = {};
-  in.topk_ids = b.me.topk_ids, in.ids_are_i64 = b.p.ids_are_i64;
-  const int first = b.first * s.top_k, here = (b.end - b.first) * s.top_k, thread = kFusedThreads - 1 - threadIdx.x;
-  for (int i = thread; i < here; i += kFusedThreads) {
-    b.at<int>(b.args.desk.ids)[i] = load_id(in, first + i);
-    b.at<float>(b.args.desk.gates)[i] = __ldg(b.me.topk_weights + first + i);
-  }
+// The logits of this block's tokens are sent for, in case that one of them has to look for another expert.
+__device__ __forceinline__ void prefetch_logits(const FusedBlock& b) {
   if (b.p.reroute == Reroute::kNone || b.me.router_logits == nullptr) return;
   constexpr int kLine = 32;  // logits
-  const float* const logits = b.me.router_logits + static_cast<int64_t>(b.first) * s.num_experts;
-  for (int i = thread * kLine; i < (b.end - b.first) * s.num_experts; i += kFusedThreads * kLine) prefetch_l2(logits + i);
+  const int experts = b.p.shape.num_experts;
+  const float* const logits = b.me.router_logits + static_cast<int64_t>(b.first) * experts;
+  for (int i = threadIdx.x * kLine; i < (b.end - b.first) * experts; i += kFusedThreads * kLine) prefetch_l2(logits + i);
 }
 
-// Reads the rows of tokens [begin, end). `score`: their entropies into the region; `keep`: the rows, cast, into shared
-// memory.
+// The rows of tokens [begin, end), four warps a row: sent for, then scored (the entropy into the region), then cast into
+// shared memory. One is on its way while the one before is worked on.
 template <int kVectors, bool kExact>
-__device__ __forceinline__ void read_rows(const FusedBlock& b, int begin, int end, bool score, bool keep) {
-  const FusedShape& s = b.p.shape;
-  const int group = b.warp / kRowWarps, thread = threadIdx.x % kRowThreads, vectors = s.hidden_size / 8;
-  const int feature_bytes = RowBytes(s).features;
-  const uint4* const hidden = static_cast<const uint4*>(b.me.hidden_states);
-  int side = 0;  // of the parts, so that one barrier a row is enough
-  if (begin > b.first) __syncthreads();
-  for (int base = begin; base < end; base += kRowGroups, side ^= 1) {
-    const int token = base + group;
-    Part* const parts = b.at<Part>(b.args.desk.parts) + (side * kRowGroups + group) * kRowWarps;
-    const bool inside = token < end, visual = inside && score && __ldg(b.me.segment + token) >= 0;
-    if (inside) {
-      Share<__nv_bfloat16, kVectors, kExact> share{thread, kRowThreads, vectors};
-      share.load(hidden + static_cast<int64_t>(token) * vectors);
+class RowReader {
+ public:
+  __device__ __forceinline__ RowReader(const FusedBlock& b, int begin, int end, bool score)
+      : begin_(begin), end_(end), score_(score), next_(begin + b.warp / kRowWarps),
+        share_{static_cast<int>(threadIdx.x) % kRowThreads, kRowThreads, b.p.shape.hidden_size / 8} {
+    ask(b);
+  }
+
+  __device__ __forceinline__ void read(const FusedBlock& b, bool keep) {
+    const int group = b.warp / kRowWarps, feature_bytes = RowBytes(b.p.shape).features;
+    int side = 0;  // of the parts, so that one barrier a row is enough
+    for (int base = begin_; base < end_; base += kRowGroups, side ^= 1) {
+      Part* const parts = b.at<Part>(b.args.desk.parts) + (side * kRowGroups + group) * kRowWarps;
+      const int token = next_;
+      const bool visual = visual_;
       if (visual) {
-        const Part part = share.score();
+        const Part part = share_.score();
         if (b.lane == 0) parts[b.warp % kRowWarps] = part;
       }
-      if (keep) stage(share, s.format, feature_bytes, b.staged(token - begin));
+      if (keep && token < end_) stage(share_, b.p.shape.format, feature_bytes, b.staged(token - begin_));
+      next_ += kRowGroups;
+      ask(b);
+      if (score_) {
+        __syncthreads();
+        if (token < end_ && share_.first == 0) tell_entropy(b, token, visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f);
+      }
     }
-    __syncthreads();
-    if (!inside || !score || thread != 0) continue;
-    const float entropy = visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f;
+  }
+
+ private:
+  __device__ __forceinline__ void ask(const FusedBlock& b) {
+    visual_ = next_ < end_ && score_ && __ldg(b.me.segment + next_) >= 0;
+    if (next_ < end_) share_.load(static_cast<const uint4*>(b.me.hidden_states) + static_cast<int64_t>(next_) * share_.num_vectors);
+  }
+
+  __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
     b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
   }
+
+  const int begin_, end_;
+  const bool score_;
+  int next_;
+  bool visual_;
+  Share<__nv_bfloat16, kVectors, kExact> share_;
+};
+
+// Behind the first exchange: whether weights have to be known, and whether rows fit if nothing is cut.
+__device__ inline int judge(const FusedBlock& b) {
+  const int verdict = (may_exceed(b) ? kMayExceed : 0) | (place_experts(b) ? 0 : kNoRoom);
+  if (verdict != 0) atomicOr(&b.scalars().verdict, verdict);
+  __syncthreads();
+  return b.scalars().verdict;
 }
 
-// One own assignment as the group needs to know it. `here`: which of this block's slots.
-__device__ __forceinline__ Entry make_entry(const FusedBlock& b, const Assignments& in, int here) {
-  const int* const ids = b.at<int>(b.args.desk.ids);
-  const int token = here / in.top_k, expert = ids[here];
-  if (expert < 0) return {0};
-  if (expert >= in.num_experts) {
-    report(b.patience, Fault::kBadExpert, b.me.rank, b.block, expert, in.num_experts - 1);
-    return {0};
-  }
-  bool leads = true;
-  for (int other = token * in.top_k; other < here; ++other) leads &= ids[other] < 0;
-  const Slot slot = {b.first + token, expert, __ldg(b.me.segment + b.first + token),
-                     b.at<float>(b.args.desk.gates)[here], b.at<float>(b.args.desk.weight)[token], true};
-  return Entry::of(expert, bucket_of_slot(in, slot), slot.text(), leads, fixed_weight(slot.weight));
+// The weights of all assignments of the group. False: somebody did not tell.
+__device__ inline bool exchange_weights(const FusedBlock& b) {
+  if (!weigh_tokens(b)) return false;
+  b.stamp(5);
+  tell_weighed(b);
+  b.stamp(6);
+  return hear_weighed(b);
 }
 
-// This block's assignments to every rank.
-__device__ inline void tell_assignments(const FusedBlock& b) {
-  const FusedShape& s = b.p.shape;
-  Assignments in = {};
-  in.top_k = s.top_k, in.num_experts = s.num_experts, in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
-  const int first = b.first * s.top_k, here = (b.end - b.first) * s.top_k;
-  const int64_t row = b.p.layout.entries + 8LL * (b.me.rank * b.most_slots() + first);
-  for (int i = threadIdx.x; i < here; i += kFusedThreads) {
-    const uint64_t letter = make_letter(make_entry(b, in, i).bits, b.patience.round);
-    for (int peer = 0; peer < s.num_ranks; ++peer) b.peers.send(peer, row + 8LL * i, letter);
+// What is given up of exceeded bounds and where it goes; then rows per expert anew. False: somebody did not take part.
+template <int kKeys>
+__device__ inline bool cut_rows(const FusedBlock& b, const Capacity& capacity) {
+  find_shifts(b, capacity);
+  if (!find_cuts(b)) return false;
+  b.stamp(8);
+  if (sorted(b)) {
+    clip_sorted(b);
+  } else {
+    clip_own(b);
   }
-  if (b.block != 0) return;
-  for (int peer = threadIdx.x; peer < s.num_ranks; peer += kFusedThreads) {
-    b.peers.send(peer, b.p.layout.tokens + 8LL * b.me.rank, make_letter(b.me.num_tokens, b.patience.round));
-  }
+  b.stamp(9);
+  if (!reroute_own<kKeys>(b)) return false;
+  b.stamp(10);
+  count_own(b);
+  return exchange_counts(b);
 }
 
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
-__device__ inline bool decide(const FusedBlock& b) {
-  if (!hear_assignments(b)) return false;
-  b.stamp(5);
-  const int* const sums = b.scalars().sums;
-  const Capacity capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
-  const bool cuts = find_exceeded(b, capacity);
-  if (cuts) {
-    find_shifts(b, capacity);
-    if (!find_cuts(b)) return false;
-    b.stamp(6);
-    clip_own(b);
+__device__ inline Decision decide(const FusedBlock& b) {
+  const bool heard = hear_assignments(b) && b.scalars().verdict != kFaulty;
+  if (__syncthreads_and(heard) == 0) return {};
+  b.stamp(3);
+  Decision decision = {true, false, false};
+  const int verdict = judge(b);
+  bool fits = (verdict & kNoRoom) == 0;
+  b.stamp(4);
+  if ((verdict & kMayExceed) != 0) {
+    if (b.p.needs_entropy && !exchange_weights(b)) return {};
+    decision.weighed = b.p.needs_entropy;
     b.stamp(7);
-    if (!reroute_own<kKeys>(b)) return false;
-  } else {
-    keep_all(b);
-  }
-  b.stamp(8);
-  count_own(b);
-  if (cuts && !exchange_counts(b)) return false;
-  b.stamp(9);
-  return place_experts(b);
-}
-
-// A rank that gave up sends nothing and says so.
-__device__ inline void drop_tokens(const FusedBlock& b) {
-  const int end = b.end * b.p.shape.top_k;
-  for (int slot = b.first * b.p.shape.top_k + threadIdx.x; slot < end; slot += kFusedThreads) {
-    b.own<int32_t>(b.p.layout.positions)[slot] = -1;
-    b.me.new_weights[slot] = 0.0f;
-    if (b.p.ids_are_i64) {
-      static_cast<int64_t*>(b.me.new_ids)[slot] = -1;
-    } else {
-      static_cast<int32_t*>(b.me.new_ids)[slot] = -1;
+    const Capacity capacity = capacity_of(b);
+    decision.cut = find_exceeded(b, capacity);
+    if (decision.cut) {
+      if (!cut_rows<kKeys>(b, capacity)) return {};
+      b.stamp(11);
+      fits = __syncthreads_and(place_experts(b)) != 0;
     }
   }
+  b.stamp(12);
+  if (!fits) report_no_room(b);
+  decision.ok = fits;
+  return decision;
 }
 
 // All tokens of the block, as many at a time as shared memory holds; the first of them lie there already.
 template <int kVectors, bool kExact>
 __device__ __forceinline__ void send(const FusedBlock& b) {
-  b.stamp(10);
-  find_destinations(b);
-  b.stamp(11);
   for (int begin = b.first; begin < b.end; begin += b.args.staged_rows) {
     const int end = min(begin + b.args.staged_rows, b.end);
-    if (begin > b.first) read_rows<kVectors, kExact>(b, begin, end, false, true);
+    if (begin > b.first) {
+      __syncthreads();  // the rows before have left
+      RowReader<kVectors, kExact>(b, begin, end, false).read(b, true);
+      __syncthreads();
+    }
     put_rows(b, begin, end);
   }
+  b.stamp(13);
   b.signal_all(Flags::kRows);
-  b.stamp(12);
+  b.stamp(14);
+}
+
+// What is only looked at, by the first block: it never has more tokens than another.
+__device__ inline void report_rank(const FusedBlock& b, const Decision& decision) {
+  if (b.p.needs_entropy && !decision.weighed && !report_weights(b)) return;
+  b.stamp(16);
+  write_counts(b, decision.cut);
+  b.stamp(17);
+}
+
+// What comes to this rank, by the last block. `ok`: else it gets nothing. Only a good round ends: others may not have begun
+// it yet, and a rank with a fault on record sends nothing more.
+__device__ inline void receive(const FusedBlock& b, bool ok) {
+  write_received(b, ok);
+  if (b.p.phase == Phase::kSend) return;
+  if (ok && !b.await_all(Flags::kRows, Fault::kRows)) {
+    ok = false;
+    write_received(b, false);
+  }
+  b.stamp(18);
+  if (ok && threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.round) = b.patience.round;
 }
 
 template <int kVectors, bool kExact, int kKeys>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const __grid_constant__ FusedArgs args) {
   const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
   FusedBlock b(args, me, dynamic_shared());
-  uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
-  b.patience.round = __ldcg(round) + 1;
+  b.patience.round = __ldcg(b.own<uint32_t>(args.p.layout.round)) + 1;
+  const bool faulty = has_fault(b.patience);
   b.stamp(0);
-  clear_tables(b);
-  load_slots(b);
   const bool score = args.p.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);
-  read_rows<kVectors, kExact>(b, b.first, kept, score, true);
-  // More rows than shared memory holds are scored now and read again when they are sent.
-  if (score && kept < b.end) read_rows<kVectors, kExact>(b, kept, b.end, true, false);
-  __syncthreads();  // tables are cleared, slots loaded
-  b.stamp(1);
-  bool ok = weigh_tokens(b);
-  b.stamp(2);
-  if (ok) {
-    tell_assignments(b);
-    b.stamp(3);
-    ok = decide<kKeys>(b);
+  RowReader<kVectors, kExact> rows(b, b.first, kept, score);
+  OwnSlots slots(b);
+  clear_tables(b, faulty);
+  __syncthreads();
+  if (!faulty) {
+    tell_tokens(b);
+    slots.tell(b);
   }
-  if (ok) {
+  b.stamp(1);
+  prefetch_logits(b);
+  rows.read(b, true);
+  // More rows than shared memory holds are scored now and read again when they are sent.
+  if (score && kept < b.end) {
+    __syncthreads();
+    RowReader<kVectors, kExact>(b, kept, b.end, true).read(b, false);
+  }
+  b.stamp(2);
+  const Decision decision = decide<kKeys>(b);
+  if (decision.ok) {
     send<kVectors, kExact>(b);
-    write_tokens(b);
+    write_tokens(b, decision);
   } else {
     drop_tokens(b);
   }
-  if (ok && b.block == b.num_blocks - 1) write_counts(b);
-  if (b.block != 0) return;
-  write_received(b, ok);
-  b.stamp(13);
-  if (args.p.phase == Phase::kSend) return;
-  if (ok && !b.await_all(Flags::kRows, Fault::kRows)) write_received(b, false);
-  b.stamp(14);
-  if (threadIdx.x == 0) *round = b.patience.round;  // every block has read it: their rows are here
+  b.stamp(15);
+  if (b.block == 0 && decision.ok) report_rank(b, decision);
+  if (b.block == b.num_blocks - 1) receive(b, decision.ok);
 }
 
 // The second phase: until everybody's rows are here.
@@ -211,20 +245,25 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   FusedBlock b(args, me, dynamic_shared());
   uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
   b.patience.round = __ldcg(round) + 1;
-  if (!b.await_all(Flags::kRows, Fault::kRows)) write_received(b, false);
+  const bool ok = b.await_all(Flags::kRows, Fault::kRows);
+  if (!ok) write_received(b, false);
   __syncthreads();
-  if (threadIdx.x == 0) *round = b.patience.round;
+  if (ok && threadIdx.x == 0) *round = b.patience.round;
 }
 
-FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_tokens, bool keeps_group, int& bytes) {
+int64_t level_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * 2 * 2 * num_buckets(p.bucket_bits); }
+
+FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
   int at = 0;
   const auto take = [&](int64_t size) {
     const int mine = at;
     at += static_cast<int>((size + 31) / 32 * 32);
     return mine;
   };
-  const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k, buckets = num_buckets(p.bucket_bits);
-  const int64_t levels = kCutsAtOnce * 2 * 2 * buckets, counts = 6 * experts;
+  const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
+  const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
+  const int64_t counts = 6 * experts, counters = 2 * 4 * kFusedWarps * num_bounds;
+  const int64_t lists = args.sorts ? 4 * ranks * p.shape.max_tokens * top_k : 0;
   const FusedDesk desk = {
       .group_rows = take(4 * experts),
       .group_units = take(4 * experts),
@@ -237,15 +276,16 @@ FusedDesk make_desk(const FusedDispatchParams& p, int num_bounds, int block_toke
       .taken = take(4 * num_bounds),
       .over = take(4 * num_bounds),
       .place = take(4 * num_bounds),
-      .counted = take(4 * kFusedWarps * num_bounds),
-      .running = take(4 * kFusedWarps * num_bounds),
-      .levels = take(4 * (levels > counts ? levels : counts)),
+      .stay = take(4 * num_bounds),
+      .lists = take(0),
+      .counted = take(counters / 2),
+      .running = take(counters / 2),
+      .levels = take(std::max({level_bytes(p), 4 * counts, lists - counters})),
       .current = take(2 * p.shape.max_tokens * top_k),
-      .entries = take(4 * p.shape.max_tokens * top_k * (keeps_group ? p.shape.num_ranks : 1)),
+      .entries = take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
       .entropies = take(4 * p.shape.max_tokens),
       .ids = take(4 * block_tokens * top_k),
       .gates = take(4 * block_tokens * top_k),
-      .dest = take(4 * block_tokens * top_k),
       .weight = take(4 * block_tokens),
       .parts = take(2 * kRowGroups * kRowWarps * sizeof(Part)),
       .tokens = take(4 * p.shape.num_ranks),
@@ -283,7 +323,9 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;
   int tables = 0;
   args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;
-  args.desk = make_desk(p, args.bounds, block_tokens, args.keeps_group, tables);
+  args.keeps_limbs = p.num_segments <= level_bytes(p) / (8 * kLimbs);
+  args.sorts = args.keeps_group && p.scope == Scope::kExpert;
+  args.desk = make_desk(p, args, block_tokens, tables);
   args.row_stride = RowBytes(p.shape).all();
   const int fit = (max_shared_bytes() - tables) / args.row_stride;
   args.staged_rows = fit < block_tokens ? fit : block_tokens;

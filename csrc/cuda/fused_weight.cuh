@@ -1,4 +1,4 @@
-// The entropy weights of a block's tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
+// The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
 //
 // The moments of a segment are those of segment_sums.cuh to the bit: integers, however they are added up. Here they are
 // added in limbs that a warp sums with one instruction each.
@@ -48,24 +48,35 @@ __device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) 
           static_cast<unsigned long long>(square >> 32)};
 }
 
-// The rank's entropies into shared memory; those of its only segment, where it has one, are added up as they come.
+// The limbs of a segment, while `levels` holds no levels yet.
+__device__ __forceinline__ unsigned long long* limbs_of(const FusedBlock& b, int segment) {
+  return b.at<unsigned long long>(b.args.desk.levels) + segment * kLimbs;
+}
+
+// The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.
 __device__ inline bool hear_entropies(const FusedBlock& b) {
   const uint64_t* const letters = b.own<uint64_t>(b.p.layout.entropy);
   float* const entropies = b.at<float>(b.args.desk.entropies);
   bool ok = true;
   for (int first = b.warp * kWarp; first < b.me.num_tokens; first += kFusedThreads) {
     const int token = first + b.lane;
-    const bool inside = token < b.me.num_tokens, visual = inside && __ldg(b.me.segment + token) >= 0;
+    const bool inside = token < b.me.num_tokens;
+    const int segment = inside ? min(__ldg(b.me.segment + token), b.p.num_segments - 1) : -1;
     uint64_t letter = inside ? load_relaxed_sys(letters + token) : make_letter(0, b.patience.round);
     ok = ok && await_letter(letters + token, letter, b.patience, Fault::kEntropies, b.me.rank);
     const float entropy = __uint_as_float(value_of(letter));
     if (inside) entropies[token] = entropy;
-    if (b.p.num_segments == 1) add_to_limbs(b.scalars().limbs, visual && ok, entropy);
+    if (!b.args.keeps_limbs) continue;
+    for (unsigned left = __ballot_sync(kFullMask, segment >= 0 && ok); left != 0;) {
+      const int one = __shfl_sync(kFullMask, segment, __ffs(left) - 1);
+      add_to_limbs(limbs_of(b, one), segment == one && ok, entropy);
+      left &= ~__ballot_sync(kFullMask, segment == one);
+    }
   }
   return __syncthreads_and(ok) != 0;
 }
 
-// One warp: the sums of one of several segments.
+// One warp: the sums of a segment, token by token.
 __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, int segment) {
   SegmentSums sums = {0, 0, 0, 0};
   for (int token = b.lane; token < b.me.num_tokens; token += kWarp) {
@@ -81,20 +92,57 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   return sums;
 }
 
-// The weight of each of this block's tokens, a token a warp. False: a block of this rank never scored its own.
-__device__ inline bool weigh_tokens(const FusedBlock& b) {
-  if (b.p.needs_entropy && !hear_entropies(b)) return false;
-  for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
+// body(token, weight) for tokens [begin, end), behind hear_entropies: a thread a token, or a warp where the sums of its
+// segment are yet to be made.
+template <class Body>
+__device__ __forceinline__ void for_each_weight(const FusedBlock& b, int begin, int end, Body body) {
+  const int together = b.args.keeps_limbs ? 1 : kWarp;
+  for (int token = begin + threadIdx.x / together; token < end; token += kFusedThreads / together) {
     const int segment = __ldg(b.me.segment + token);
-    float weight = segment < 0 ? 1.0f : 0.5f;
-    if (segment >= 0 && b.p.needs_entropy) {
-      const SegmentSums sums = b.p.num_segments == 1 ? sums_of(b.scalars().limbs) : warp_segment_sums(b, segment);
+    float weight = 1.0f;
+    if (segment >= 0) {
+      const SegmentSums sums = b.args.keeps_limbs ? sums_of(limbs_of(b, min(segment, b.p.num_segments - 1)))
+                                                  : warp_segment_sums(b, segment);
       weight = weight_of(b.at<float>(b.args.desk.entropies)[token], moments_of(sums), b.p.delta);
     }
-    if (b.lane == 0) b.at<float>(b.args.desk.weight)[token - b.first] = weight;
+    if (together == 1 || b.lane == 0) body(token, weight);
   }
+}
+
+// The weights of this block's tokens. False: a block of this rank never scored its own.
+__device__ inline bool weigh_tokens(const FusedBlock& b) {
+  if (!hear_entropies(b)) return false;
+  float* const weights = b.at<float>(b.args.desk.weight);
+  for_each_weight(b, b.first, b.end, [&](int token, float weight) { weights[token - b.first] = weight; });
   __syncthreads();
   return true;
+}
+
+// By one of the rank's blocks, where the weights decide nothing and are only reported: those of all of the rank's tokens,
+// and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the letters alternate.
+__device__ inline bool report_weights(const FusedBlock& b) {
+  if (!hear_entropies(b)) return false;
+  for_each_weight(b, 0, b.me.num_tokens, [&](int token, float weight) {
+    b.me.weight[token] = weight;
+    bool counts = false;
+    for (int slot = token * b.p.shape.top_k; slot < (token + 1) * b.p.shape.top_k; ++slot) {
+      counts |= b.own_entry(slot).present() && !b.own_entry(slot).text();
+    }
+    if (counts) atomicAdd(&b.scalars().visual_weight, fixed_weight(weight));
+  });
+  __syncthreads();
+  const int64_t letters = b.p.layout.weights + 8LL * (b.patience.round & 1) * b.p.shape.num_ranks;
+  bool ok = true;
+  if (static_cast<int>(threadIdx.x) < b.p.shape.num_ranks) {
+    const int peer = threadIdx.x;
+    b.peers.send(peer, letters + 8LL * b.me.rank, make_letter(b.scalars().visual_weight, b.patience.round));
+    const uint64_t* const address = b.own<uint64_t>(letters) + peer;
+    uint64_t letter = load_relaxed_sys(address);
+    ok = await_letter(address, letter, b.patience, Fault::kEntropies, peer);
+    atomicAdd(&b.scalars().sums[2], static_cast<int>(value_of(letter)));
+    atomicAdd(&b.scalars().sums[3], static_cast<int>(value_of(letter)));
+  }
+  return __syncthreads_and(ok) != 0;
 }
 
 }  // namespace macs::cuda

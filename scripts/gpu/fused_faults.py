@@ -30,7 +30,8 @@ class Scenario:
     seen: int | None = None
     peer: int = 1
     gamma: float = 1.0
-    decided: bool = False  # the plan stands, only the rows are missing
+    decided: bool = False  # the plan stands
+    delivered: bool = False  # and all rows are here: only what is reported of the group is missing
 
 
 def letters(group: Group, name: str, *shape: int) -> torch.Tensor:
@@ -40,11 +41,34 @@ def letters(group: Group, name: str, *shape: int) -> torch.Tensor:
     return found[..., 0]
 
 
-def forge_assignments(group: Group, tokens: int = 12, experts: tuple[int, ...] = (0, 1, 2, 3)) -> None:
-    """What rank 1 would have told rank 0: visual tokens of one weight and one importance."""
+EXPERTS = (0, 1, 2, 3)
+
+
+def forge_assignments(
+    group: Group, tokens: int = 12, experts: tuple[int, ...] = EXPERTS, weighed: tuple[int, ...] | None = EXPERTS
+) -> None:
+    """What rank 1 would have told rank 0: visual tokens of one weight and one importance. weighed: the experts of what it
+    tells once more, with the weights; None: it does not.
+    """
     letters(group, "tokens").fill_(tokens)
-    words = [1 << 31 | expert | 64 << 10 | (slot == 0) << 19 | 128 << 20 for slot, expert in enumerate(experts)]
+    words = [1 << 31 | expert | (slot == 0) << 19 for slot, expert in enumerate(experts)]
     letters(group, "entries", 12, 4).copy_(torch.tensor(words).to(torch.int32))
+    if weighed is not None:
+        words = [1 << 31 | expert | 64 << 10 | (slot == 0) << 19 | 128 << 20 for slot, expert in enumerate(weighed)]
+        letters(group, "weighed", 12, 4).copy_(torch.tensor(words).to(torch.int32))
+
+
+def forge_weight(group: Group) -> None:
+    """What all of rank 1's tokens weigh."""
+    now = group.round(0) + 1
+    weights = group.part(0, "weights", torch.int32, 2, 2, 2)[now & 1, 1]
+    weights.copy_(torch.tensor([12 * 128, now]))
+
+
+def forge_rows(group: Group) -> None:
+    """Rank 1's signal that its rows are here (they are the poison)."""
+    flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks, 2)
+    flags[0, 1, :, 0] = group.round(0) + 1
 
 
 def _alone(group: Group) -> None:
@@ -57,6 +81,18 @@ def _assigned(**forged) -> Callable[[Group], None]:
         group.dispatch(only=0)
 
     return inject
+
+
+def _weighed(group: Group) -> None:
+    forge_assignments(group)
+    forge_weight(group)
+    group.dispatch(only=0)
+
+
+def _sent(group: Group) -> None:
+    forge_assignments(group)
+    forge_rows(group)
+    group.dispatch(only=0)
 
 
 def _counted(count: int) -> Callable[[Group], None]:
@@ -78,10 +114,13 @@ def _own_expert(group: Group) -> None:
 I32_MAX = 2**31 - 1
 SCENARIOS = {
     "dead rank": Scenario("assignments", _alone),
+    "dead before its weights": Scenario("assignments", _assigned(weighed=None)),
     "dead before its counts": Scenario("counts", _assigned()),
-    "dead before its rows": Scenario("rows", _assigned(), gamma=float("inf"), decided=True),
+    "dead before its rows": Scenario("rows", _weighed, gamma=float("inf"), decided=True),
+    "dead before its weight": Scenario("entropies", _sent, gamma=float("inf"), decided=True, delivered=True),
     **{f"{n} tokens": Scenario("bad tokens", _assigned(tokens=n), seen=n) for n in (-1, 13, I32_MAX)},
     **{f"expert {e}": Scenario("bad expert", _assigned(experts=(0, 1, e, 3)), seen=e) for e in (16, 1023)},
+    "expert 16, told again": Scenario("bad expert", _assigned(weighed=(0, 1, 16, 3)), seen=16),
     **{f"{n} rows of an expert": Scenario("bad count", _counted(n), seen=n) for n in (-1, 13, I32_MAX)},
     "own expert 16": Scenario("bad expert", _own_expert, seen=16, peer=0),
 }
@@ -108,7 +147,8 @@ def expect_fault(group: Group, scenario: Scenario) -> None:
     status = group.status(0)
     named = fc.FAULTS[status.fault] == scenario.fault and status.peer == scenario.peer and status.round == 3
     require(named and scenario.seen in (None, status.seen), group, f"expected {scenario}")
-    require(not group.part(0, "received", torch.int32, group.config.local).any(), group, "rows are delivered")
+    received = group.part(0, "received", torch.int32, group.config.local).any()
+    require(bool(received) == scenario.delivered, group, "rows are delivered, or are not")
     if not scenario.decided:
         require((group.part(0, "positions", torch.int32, 12, 4) == -1).all(), group, "positions are delivered")
         ids, weights = (group.tensors[0].outputs[name] for name in ("new_ids", "new_weights"))

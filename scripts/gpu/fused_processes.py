@@ -26,6 +26,7 @@ from kernel_case import POISON, Config
 from low_latency import most_tokens
 from mps import shared_gpu
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
+from time_phases import time_composed
 
 HANDLE_BYTES = 64
 
@@ -150,12 +151,27 @@ def run_rank(kernels, options) -> None:
     every = cases(ranks, blocks)
     timed = [
         timed_config(ranks, tokens, hidden_size, format, blocks * ranks)
-        for tokens in (128, most_tokens(ranks))
+        for tokens in ((128,) if options.mps else (128, most_tokens(ranks)))
         for hidden_size in (2048, 7168)
         for format in ("bfloat16", "fp8")
     ]
     size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
     regions = SharedRegions(kernels.library, size)
+    if not options.time_only:
+        check_all(kernels, regions, every, options, blocks)
+    if not options.check_only:
+        table = Table()
+        for config in timed:
+            time_config(kernels, regions, table, config, options)
+            if me == 0:
+                options.keep(table)  # a run that is cut off has shown something
+        if me == 0:
+            table.show()
+    at_rest()
+    dist.destroy_process_group()
+
+
+def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options, blocks: int) -> None:
     checked = 0
     for config in every:
         group = regions.group(kernels, config)
@@ -163,17 +179,19 @@ def run_rank(kernels, options) -> None:
             play(group, options.seed + seed, in_two_phases if seed % 2 else Group.dispatch)
             checked += 1
     dead_rank(kernels, regions, blocks)
-    if me == 0:
+    if dist.get_rank() == 0:
+        ranks = dist.get_world_size()
         print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)
-    if not options.check_only:
-        table = Table()
-        for config in timed:
-            layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
-            time_layer(Slowest(table), layer, not options.mps and has_deepep(), at_rest)
-        if me == 0:
-            options.finish(table)
-    at_rest()
-    dist.destroy_process_group()
+
+
+def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConfig, options) -> None:
+    """Rows of one size; on a shared GPU beside DeepEP in phases."""
+    layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
+    slowest = Slowest(table)
+    time_layer(slowest, layer, not options.mps and has_deepep(), at_rest)
+    if options.mps and has_deepep():
+        time_composed(slowest, layer, at_rest)
+    torch.cuda.empty_cache()
 
 
 def multiprocessors(options) -> int:

@@ -1,6 +1,7 @@
 """Where the fused dispatch spends its cycles: the clock at its stages, from a build that writes it down.
 
     python3 scripts/gpu/profile_fused.py [--ranks R] [--tokens T] [--hidden H] [--format bfloat16|fp8]
+                                         [--importance gate|entropy_gate] [--clipped SHARE ...]
 
 For every stage the median over launches of the median over blocks, and of the last block, in cycles since the block's
 start. Stages that a launch does not reach (nothing to cut) are left out.
@@ -12,12 +13,14 @@ import argparse
 
 import kernels_c as c
 import torch
-from time_fused import CLIPPED, Layer, timed_config
+from time_fused import CLIPPED, GATE, SCORED, Layer, timed_config
 
+# By the number of the stamp (csrc/cuda/fused_dispatch.cu).
 STAGES = (
-    "start", "rows read and scored", "weights", "assignments told", "", "assignments heard", "cuts found", "clipped",
-    "re-routed", "rows per expert exchanged", "experts placed", "rows placed", "rows sent", "outputs written",
-    "all rows here", "",
+    "start", "assignments told", "rows read, scored, cast", "assignments heard and counted",
+    "held against the bounds", "weights", "assignments told again", "and heard", "cuts found", "clipped", "re-routed",
+    "rows per expert exchanged", "experts placed", "rows put", "rows signalled", "tokens written", "weights reported",
+    "counts written", "all rows here", "", "", "", "", "",
 )  # fmt: skip
 LAUNCHES = 40
 
@@ -55,14 +58,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--format", default="fp8")
+    parser.add_argument("--importance", default=GATE, choices=(GATE, SCORED))
+    parser.add_argument("--clipped", type=float, nargs="+", default=[0.0, CLIPPED])
     options = parser.parse_args()
     kernels = c.Kernels(("MACS_STAMPS=1",))
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    config = timed_config(options.ranks, options.tokens, options.hidden, options.format, multiprocessors)
+    sizes = (options.ranks, options.tokens, options.hidden, options.format, multiprocessors)
+    config = timed_config(*sizes, options.importance)
     layer = Layer(kernels, config)
-    for share in (0.0, CLIPPED):
+    for share in options.clipped:
         layer.clip(share)
-        show(f"{share:.0%} clipped", stamps(layer))
+        show(f"{options.importance}, {share:.0%} clipped", stamps(layer))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,23 @@ from time_kernels import copy_bandwidth, graph_us
 COLD_BYTES = 200_000_000
 SETS = 48  # of inputs, at most
 CLIPPED = 0.2
-FREE_GAMMA = 100.0  # everything is scored, exchanged and held against the bounds, and nothing is over them
+FREE_GAMMA = 100.0  # everything is exchanged and held against the bounds, and nothing is over them
+# What is given up last: the presets' gate, for which no token is scored, or what takes its entropies.
+GATE, SCORED = "gate", "entropy_gate"
 
 
-def timed_config(ranks: int, tokens: int, hidden_size: int, format: str, multiprocessors: int) -> FusedConfig:
+def timed_config(
+    ranks: int, tokens: int, hidden_size: int, format: str, multiprocessors: int, importance: str = SCORED
+) -> FusedConfig:
     """One layer of 128 experts, top-8; with one rank every expert is bounded, with more every rank."""
     scope = {"scope": "expert"} if ranks == 1 else {}
     plan = Config(T=tokens, H=hidden_size, R=ranks, hot=2.0, visual=0.9, reroute="none", rho=0.0, gamma=FREE_GAMMA)
-    return masked(FusedConfig(replace(plan, **scope), (tokens,) * ranks, multiprocessors // ranks, format))
+    config = masked(FusedConfig(replace(plan, **scope), (tokens,) * ranks, multiprocessors // ranks, format))
+    return of_importance(config, importance)
+
+
+def of_importance(config: FusedConfig, importance: str) -> FusedConfig:
+    return replace(config, plan=replace(config.plan, importance=importance), needs_entropy=importance != GATE)
 
 
 def gamma_for(config: FusedConfig, ranks: list[Inputs], share: float) -> float:
@@ -61,6 +70,12 @@ class Layer:
         """From now on `share` of the first set's assignments is clipped; 0: none."""
         for group in self.groups:
             group.config = replace(group.config, plan=replace(group.config.plan, gamma=self.gamma(share)))
+
+    def decide_by(self, importance: str) -> None:
+        """From now on."""
+        self.config = of_importance(self.config, importance)
+        for group in self.groups:
+            group.config = of_importance(group.config, importance)
 
     def gamma(self, share: float) -> float:
         return gamma_for(self.config, self.inputs[0], share) if share else FREE_GAMMA
@@ -179,30 +194,36 @@ class DeepEP:
 
 def time_layer(table: Table, layer: Layer, with_deepep: bool, at_rest: Callable[[], None] = lambda: None) -> None:
     """All rows of one size. at_rest: before every row, where ranks have to start together."""
-    timed: dict[tuple[str, float], dict] = {}
+    timed: dict[tuple[str, str, float], dict] = {}
 
-    def add(op: str, passes: list, size: Callable[[], int], clipped: float) -> dict:
+    def add(op: str, passes: list, size: Callable[[], int], **case: object) -> dict:
         at_rest()
-        times = graph_us(passes)
-        timed[op, clipped] = table.add(op, layer.config, times, size(), clipped=clipped)
-        return timed[op, clipped]
+        return table.add(op, layer.config, graph_us(passes), size(), **case)
 
-    for clipped in (0.0, CLIPPED):
-        layer.clip(clipped)
-        add("fused_dispatch", layer.dispatch(), layer.dispatch_bytes, clipped)
-        add("fused_combine", layer.combine(), layer.combine_bytes, clipped)
-        both = add(
-            "fused_dispatch_combine", layer.both(), lambda: layer.dispatch_bytes() + layer.combine_bytes(), clipped
-        )
-    table.compare(both, timed["fused_dispatch_combine", 0.0])
+    for importance in (GATE, SCORED):
+        layer.decide_by(importance)
+        for clipped in (0.0, CLIPPED):
+            layer.clip(clipped)
+            case = {"clipped": clipped, "importance": importance}
+            operations = [("fused_dispatch", layer.dispatch(), layer.dispatch_bytes)]
+            if importance == SCORED:
+                operations.append(("fused_combine", layer.combine(), layer.combine_bytes))
+            operations.append(("fused_dispatch_combine", layer.both(), layer.bytes))
+            for op, passes, size in operations:
+                timed[op, importance, clipped] = add(op, passes, size, **case)
+        whole = [timed["fused_dispatch_combine", importance, clipped] for clipped in (CLIPPED, 0.0)]
+        table.compare(*whole)
     if with_deepep:
         deepep = DeepEP(layer)
         for op, passes in deepep.passes().items():
-            ours = timed[op.replace("deepep", "fused"), 0.0]
-            table.compare(ours, add(op, passes, lambda ours=ours: ours["bytes"], 0.0))
+            ours = {key: row for key, row in timed.items() if key[0] == op.replace("deepep", "fused") and not key[2]}
+            row = add(op, passes, lambda ours=ours: next(iter(ours.values()))["bytes"], clipped=0.0)
+            for mine in ours.values():
+                table.compare(mine, row)
         for clipped in (0.0, CLIPPED):
-            gamma, ours = layer.gamma(clipped), timed["fused_dispatch", clipped]
-            row = add("plan_deepep_dispatch", deepep.planned(gamma), lambda ours=ours: ours["bytes"], clipped)
+            gamma, ours = layer.gamma(clipped), timed["fused_dispatch", SCORED, clipped]
+            case = {"clipped": clipped, "importance": SCORED}
+            row = add("plan_deepep_dispatch", deepep.planned(gamma), lambda ours=ours: ours["bytes"], **case)
             row["with_plan"] = round(ours["median_us"] / row["median_us"], 3)  # fused / composed
         deepep.buffer.destroy()
 

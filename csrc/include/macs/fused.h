@@ -17,7 +17,7 @@ constexpr int kMaxFusedTokens = 1023;  // of a rank
 constexpr int kMaxFusedTopK = 16;
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
-constexpr int kStamps = 16;
+constexpr int kStamps = 24;
 constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
@@ -31,7 +31,7 @@ enum class Phase : int32_t { kBoth = 0, kSend = 1, kReceive = 2 };
 // Where a wait gave up, or what was found wrong.
 enum class Fault : int32_t {
   kNone = 0,
-  kEntropies,    // a block of this rank never scored its tokens
+  kEntropies,    // a block of this rank never scored its tokens, or a peer never told what its tokens weigh
   kAssignments,  // a peer never sent its assignments
   kCuts,         // a block of this rank never told its cuts
   kProposals,    // a block of this rank never proposed
@@ -66,11 +66,14 @@ struct FusedShape {
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
 // A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
-// Peers write: flags, tokens, entries, counts, rows, scales. Peers read: outputs. The rest is the rank's own.
+// Peers write: flags, tokens, entries, weighed, weights, counts, rows, scales. Peers read: outputs. The rest is the rank's
+// own.
 struct FusedLayout {
   int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
   int64_t tokens;     // [R] letters: tokens of each source
   int64_t entries;    // [R, max_tokens * K] letters: packed assignments (csrc/cuda/fused_entry.cuh)
+  int64_t weighed;    // the same with what follows from the entropies, where that decides
+  int64_t weights;    // [2, R] letters by the round's parity: the weight of each source's visual tokens, where only sums ask
   int64_t counts;     // [R, E] letters: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
@@ -109,6 +112,8 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.flags = take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
   layout.tokens = take(8LL * s.num_ranks);
   layout.entries = take(8LL * s.num_ranks * slots);
+  layout.weighed = take(8LL * s.num_ranks * slots);
+  layout.weights = take(2 * 8LL * s.num_ranks);
   layout.counts = take(8LL * s.num_ranks * s.num_experts);
   layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
   layout.scales = take(rows * scale_words(s) * 4);

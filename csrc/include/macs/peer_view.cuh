@@ -48,6 +48,11 @@ __device__ inline void report(const Patience& patience, Fault fault, int peer, i
   atomicExch(&status->fault, static_cast<int32_t>(fault));
 }
 
+// Whether this rank has one on record.
+__device__ __forceinline__ bool has_fault(const Patience& patience) {
+  return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) != 0;
+}
+
 __device__ __forceinline__ bool reached(uint32_t seen, uint32_t expected) {
   return static_cast<int32_t>(seen - expected) >= 0;
 }
@@ -66,7 +71,7 @@ class Wait {
       report(patience, fault, peer, block, seen, expected);
       return false;
     }
-    return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) == 0;
+    return !has_fault(patience);
   }
 
  private:
@@ -93,10 +98,10 @@ __device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedL
   return layout.flags + (row * s.num_blocks + block) * kFlagBytes;
 }
 
-// A whole block: until every block of every rank has signalled in `region`, this rank's own.
+// A whole block: until every block of every rank has signalled in `region`, this rank's own. False at once behind a fault.
 __device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
                                    const Patience& patience, Fault fault) {
-  bool ok = true;
+  bool ok = threadIdx.x != 0 || !has_fault(patience);
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     const int source = i / s.num_blocks, block = i % s.num_blocks;
     const char* const flag = region + flag_offset(s, layout, kind, source, block);
@@ -109,9 +114,8 @@ __device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) 
   return static_cast<uint64_t>(round) << 32 | value;
 }
 __device__ __forceinline__ uint32_t value_of(uint64_t letter) { return static_cast<uint32_t>(letter); }
-__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) {
-  return reached(static_cast<uint32_t>(letter >> 32), round);
-}
+// Of this round exactly: a letter that nobody wrote for half of all rounds must not pass for a new one.
+__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) { return static_cast<uint32_t>(letter >> 32) == round; }
 
 // One thread: looks at `address` until `letter`, what it saw there last, is of this round.
 __device__ inline bool await_letter(const uint64_t* address, uint64_t& letter, const Patience& patience, Fault fault,

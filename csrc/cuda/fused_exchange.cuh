@@ -1,0 +1,260 @@
+// How the ranks of a group tell each other of their assignments.
+//
+// Twice at most. The first time goes out before the rows have been read: an assignment's expert, which is all that the
+// rows per expert take, and, where no entropy is asked for, everything else. Only where a bound may be exceeded, and
+// what is given up depends on entropies, are assignments told again with what the entropies say.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "assignments.cuh"
+#include "fused_block.cuh"
+
+namespace macs::cuda {
+
+__device__ __forceinline__ Assignments options_of(const FusedBlock& b) {
+  Assignments in = {};
+  in.topk_ids = b.me.topk_ids, in.topk_weights = b.me.topk_weights, in.segment = b.me.segment;
+  in.ids_are_i64 = b.p.ids_are_i64;
+  in.top_k = b.p.shape.top_k, in.num_experts = b.p.shape.num_experts;
+  in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
+  return in;
+}
+
+// The weight of a token where no entropy is asked for.
+__device__ __forceinline__ float plain_weight(int segment) { return segment < 0 ? 1.0f : 0.5f; }
+
+// The slots of this block's tokens, as many whole tokens a warp as its lanes hold. The last warps come first: the first
+// ones wait for rows.
+class OwnSlots {
+ public:
+  // Sends for the first of them.
+  __device__ __forceinline__ explicit OwnSlots(const FusedBlock& b)
+      : in_(options_of(b)), step_(in_.top_k), base_(b.first + (kFusedWarps - 1 - b.warp) * step_.tokens) {
+    load(b);
+  }
+
+  // Every slot into shared memory, and as a letter to every rank.
+  __device__ __forceinline__ void tell(const FusedBlock& b) {
+    for (; base_ < b.end; base_ += kFusedWarps * step_.tokens, load(b)) {
+      const bool present = slot_.expert >= 0;
+      const unsigned others = __ballot_sync(kFullMask, present) & step_.token_mask(in_.top_k);
+      if (!slot_.inside) continue;
+      const int at = static_cast<int>(slot_.token) * in_.top_k + step_.slot, here = at - b.first * in_.top_k;
+      b.at<int>(b.args.desk.ids)[here] = slot_.expert;
+      b.at<float>(b.args.desk.gates)[here] = slot_.gate;
+      b.current()[at] = static_cast<int16_t>(present ? slot_.expert : kEmptySlot);
+      const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry{0};
+      send(b, b.p.layout.entries, at, entry);
+    }
+  }
+
+  static __device__ __forceinline__ void send(const FusedBlock& b, int64_t letters, int slot, const Entry& entry) {
+    const int64_t offset = letters + 8LL * (b.me.rank * b.most_slots() + slot);
+    const uint64_t letter = make_letter(entry.bits, b.patience.round);
+#pragma unroll 1  // a row waits in registers
+    for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, letter);
+  }
+
+ private:
+  __device__ __forceinline__ void load(const FusedBlock& b) {
+    slot_ = b.p.ids_are_i64 ? load_slot<int64_t, false>(in_, step_, base_, b.end)
+                            : load_slot<int32_t, false>(in_, step_, base_, b.end);
+  }
+
+  // An expert that does not exist is told as it is, so that every block of every rank gives up.
+  __device__ __forceinline__ Entry entry_of(const FusedBlock& b, bool leads) {
+    const int expert = min(slot_.expert, kMostNamed);
+    if (slot_.expert >= in_.num_experts) {
+      report(b.patience, Fault::kBadExpert, b.me.rank, b.block, slot_.expert, in_.num_experts - 1);
+      return Entry::of(expert, 0, slot_.text(), leads, 0);
+    }
+    slot_.weight = plain_weight(slot_.segment);
+    if (!b.p.needs_entropy) return Entry::of(expert, bucket_of_slot(in_, slot_), slot_.text(), leads, fixed_weight(slot_.weight));
+    return Entry::of(expert, 0, slot_.text(), leads, slot_.text() ? kWeightOne : 0);
+  }
+
+  static constexpr int kMostNamed = 0x3ff;  // an entry has ten bits for an expert
+
+  Assignments in_;
+  Step step_;
+  int base_;
+  Slot slot_;
+};
+
+// How many tokens this rank has, to the others.
+__device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
+  if (b.block != 0) return;
+  for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.me.rank, make_letter(b.me.num_tokens, b.patience.round));
+  }
+}
+
+// This block's assignments again, with what the entropies say. Behind a barrier: nobody has heard them yet.
+__device__ inline void tell_weighed(const FusedBlock& b) {
+  const Assignments in = options_of(b);
+  const int first = b.first * in.top_k, here = (b.end - b.first) * in.top_k;
+  for (int i = threadIdx.x; i < here; i += kFusedThreads) {
+    const Entry told = b.own_entry(first + i);
+    const int token = i / in.top_k;
+    const Slot slot = {b.first + token, told.expert(), told.text() ? -1 : 0, b.at<float>(b.args.desk.gates)[i],
+                       b.at<float>(b.args.desk.weight)[token], true};
+    const Entry whole =
+        Entry::of(told.expert(), bucket_of_slot(in, slot), told.text(), told.leads(), fixed_weight(slot.weight));
+    OwnSlots::send(b, b.p.layout.weighed, first + i, told.present() ? whole : Entry{0});
+  }
+  __syncthreads();
+}
+
+// One warp: how many tokens rank `lane` has. -1: it did not say, or more than there may be.
+__device__ inline int hear_tokens(const FusedBlock& b) {
+  int tokens = b.lane == b.me.rank ? b.me.num_tokens : 0;
+  if (b.lane < b.p.shape.num_ranks && b.lane != b.me.rank) {
+    const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + b.lane;
+    uint64_t letter = load_relaxed_sys(address);
+    if (!await_letter(address, letter, b.patience, Fault::kAssignments, b.lane)) return -1;
+    tokens = static_cast<int>(value_of(letter));
+    if (tokens < 0 || tokens > b.p.shape.max_tokens) {
+      report(b.patience, Fault::kBadTokens, b.lane, -1, tokens, b.p.shape.max_tokens);
+      return -1;
+    }
+  }
+  if (b.warp == 0 && b.lane < b.p.shape.num_ranks) b.at<int>(b.args.desk.tokens)[b.lane] = tokens;
+  return tokens;
+}
+
+constexpr int kClaim = 4;  // letters of a lane that it waits for together
+
+// One lane: the letters at `address`, a warp apart, `count` of them.
+__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int count, int source,
+                                              uint64_t (&letters)[kClaim]) {
+  for (Wait wait;;) {
+    uint64_t missing = make_letter(0, b.patience.round);
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) {
+      if (i < count && !is_of(letters[i], b.patience.round)) missing = letters[i];
+    }
+    if (is_of(missing, b.patience.round)) return true;
+    const uint32_t seen = static_cast<uint32_t>(missing >> 32);
+    if (!wait.go_on(b.patience, Fault::kAssignments, source, -1, seen, b.patience.round)) return false;
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) {
+      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * kWarp);
+    }
+  }
+}
+
+// Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
+// claim what they wait for, so that those that are busy with rows are not waited for. tokens: of rank `lane`. False: a rank
+// did not send them, or they are not to be believed. A warp at a time: a barrier of the block has to follow.
+template <class Use>
+__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int64_t letters, int exchange, int tokens, Use use) {
+  const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
+  if (__any_sync(kFullMask, tokens < 0)) return false;
+  const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
+  for (;;) {
+    int claim = b.lane == 0 ? atomicAdd(&b.scalars().claims[exchange], 1) : 0;
+    claim = __shfl_sync(kFullMask, claim, 0);
+    const int chunk = claim / ranks, source = claim - chunk * ranks, first = chunk * kClaim * kWarp + b.lane;
+    if (chunk * kClaim * kWarp >= longest) return true;
+    const int slots = __shfl_sync(kFullMask, tokens, source) * top_k;
+    const int count = min(kClaim, (slots - first + kWarp - 1) / kWarp);
+    const uint64_t* const address = b.letters_of(letters, source) + first;
+    uint64_t words[kClaim];
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
+    bool ok = await_letters(b, address, count, source, words);
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) {
+      if (i >= count || !ok) continue;
+      const Entry entry = {value_of(words[i])};
+      const int slot = first + i * kWarp;
+      if (b.args.keeps_group || source == b.me.rank) b.entries_of(source)[slot] = entry.bits;
+      if (!entry.present()) continue;
+      if (entry.expert() < b.p.shape.num_experts) {
+        use(entry, source, slot);
+      } else {
+        ok = false;
+        report(b.patience, Fault::kBadExpert, source, -1, entry.expert(), b.p.shape.num_experts - 1);
+      }
+    }
+    if (!__all_sync(kFullMask, ok)) return false;
+  }
+}
+
+// A warp's part of the group's sums.
+__device__ __forceinline__ void add_sums(const FusedBlock& b, const int (&sums)[kNumSums]) {
+#pragma unroll
+  for (int i = 0; i < kNumSums; ++i) {
+    const int sum = __reduce_add_sync(kFullMask, sums[i]);
+    if (b.lane == 0 && sum != 0) atomicAdd(&b.scalars().sums[i], sum);
+  }
+}
+
+// The first exchange: rows per expert, and units and all four sums where nothing is missing. Else visual tokens weigh
+// nothing yet. Behind: a barrier has to follow.
+__device__ inline bool hear_assignments(const FusedBlock& b) {
+  uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
+  int* const units = b.at<int>(b.args.desk.group_units);
+  const int before = b.first * b.p.shape.top_k;
+  const bool in_units = b.p.load != Load::kRows && !b.p.needs_entropy;
+  int sums[kNumSums] = {0, 0, 0, 0};
+  const bool ok = hear_letters(b, b.p.layout.entries, 0, hear_tokens(b), [&](const Entry& entry, int source, int slot) {
+    const bool ahead = source < b.me.rank || (source == b.me.rank && slot < before);
+    atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
+    if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
+    const int fixed = entry.leads() ? entry.fixed() : 0;
+    sums[0] += 1;
+    sums[1] += entry.text() ? 0 : 1;
+    sums[2] += entry.text() ? 0 : fixed;
+    sums[3] += fixed;
+  });
+  add_sums(b, sums);
+  return ok;
+}
+
+// The second: units, and what was missing of the sums.
+__device__ inline bool hear_weighed(const FusedBlock& b) {
+  int* const units = b.at<int>(b.args.desk.group_units);
+  const bool in_units = b.p.load != Load::kRows;
+  const int tokens = b.lane < b.p.shape.num_ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0;
+  int visual = 0;
+  const bool ok = hear_letters(b, b.p.layout.weighed, 1, tokens, [&](const Entry& entry, int, int) {
+    if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
+    visual += entry.leads() && !entry.text() ? entry.fixed() : 0;
+  });
+  add_sums(b, {0, 0, visual, visual});
+  return __syncthreads_and(ok) != 0;
+}
+
+// Behind the first time, when all have come: body(entry, source) for every assignment.
+template <class Body>
+__device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
+  constexpr int kTogether = 4;  // loads of a thread before it uses the first
+  const int* const tokens = b.at<int>(b.args.desk.tokens);
+  for (int source = 0; source < b.p.shape.num_ranks; ++source) {
+    const int slots = tokens[source] * b.p.shape.top_k;
+    const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+    for (int first = threadIdx.x; first < slots; first += kTogether * kFusedThreads) {
+      Entry entries[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int slot = first + i * kFusedThreads;
+        if (slot >= slots) {
+          entries[i] = {0};
+        } else if (b.args.keeps_group) {
+          entries[i] = {b.entries_of(source)[slot]};
+        } else {
+          entries[i] = {value_of(load_relaxed_sys(letters + slot))};
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (entries[i].present() && entries[i].expert() < b.p.shape.num_experts) body(entries[i], source);
+      }
+    }
+  }
+}
+
+}  // namespace macs::cuda

@@ -1,0 +1,105 @@
+// What the fused dispatch leaves for others: the tokens' ids and gates, the rows that have come, and what the counters count.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "fused_block.cuh"
+#include "fused_decide.cuh"
+#include "fused_weight.cuh"
+
+namespace macs::cuda {
+
+// Ids and gates of this block's tokens, a token a warp. The gate of a re-routed expert follows the token's best one.
+__device__ inline void write_tokens(const FusedBlock& b, const Decision& decision) {
+  const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
+  for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
+    const int slot = token * top_k + b.lane;
+    const bool inside = b.lane < top_k;
+    const Entry entry = inside ? b.own_entry(slot) : Entry{0};
+    const int original = entry.present() ? entry.expert() : -1, current = inside ? b.current()[slot] : kEmptySlot;
+    const int here = slot - b.first * top_k;
+    const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
+    const Reference reference = reference_of(original, gate, 0, top_k);
+    if (b.lane == 0 && !b.p.needs_entropy) b.me.weight[token] = plain_weight(__ldg(b.me.segment + token));
+    if (b.lane == 0 && decision.weighed) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
+    if (!inside) continue;
+    int id = current;
+    float weight = gate;
+    if (current == kEmptySlot) {
+      id = b.at<int>(b.args.desk.ids)[here];
+    } else if (current < 0) {
+      weight = 0.0f;
+    } else if (current != original) {
+      const float* const logits = b.me.router_logits + static_cast<int64_t>(token) * experts;
+      weight = rerouted_weight(b.p.scoring, reference.gate, __ldg(logits + current), __ldg(logits + reference.expert));
+    }
+    b.me.new_weights[slot] = weight;
+    if (b.p.ids_are_i64) {
+      static_cast<int64_t*>(b.me.new_ids)[slot] = id;
+    } else {
+      static_cast<int32_t*>(b.me.new_ids)[slot] = id;
+    }
+  }
+}
+
+// A rank that gave up sends nothing and says so.
+__device__ inline void drop_tokens(const FusedBlock& b) {
+  const int end = b.end * b.p.shape.top_k;
+  for (int slot = b.first * b.p.shape.top_k + threadIdx.x; slot < end; slot += kFusedThreads) {
+    b.own<int32_t>(b.p.layout.positions)[slot] = -1;
+    b.me.new_weights[slot] = 0.0f;
+    if (b.p.ids_are_i64) {
+      static_cast<int64_t*>(b.me.new_ids)[slot] = -1;
+    } else {
+      static_cast<int32_t*>(b.me.new_ids)[slot] = -1;
+    }
+  }
+}
+
+// What the counters want to know, by one of the rank's blocks, once its rows are on their way. The group's sums are complete.
+__device__ inline void write_counts(const FusedBlock& b, bool cut) {
+  const int experts = b.p.shape.num_experts;
+  int* const counts = b.at<int>(b.args.desk.levels);  // no longer needed as levels
+  for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) counts[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
+    const Entry entry = b.own_entry(i);
+    if (!entry.present()) continue;
+    const int original = entry.expert(), current = cut ? b.current()[i] : original, text = entry.text() ? 1 : 0;
+    atomicAdd(counts + ((current == original ? 0 : experts) + original) * 2 + text, 1);
+    if (current != original && current >= 0) atomicAdd(counts + (2 * experts + current) * 2 + text, 1);
+  }
+  const Capacity capacity = capacity_of(b);
+  const bool by_rank = b.p.scope == Scope::kRank;
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
+    const int bound = by_rank ? capacity.of_rank(b.args.threshold) : bound_of_expert(b, capacity, n);
+    const int4 uncut = make_int4(-1, 0, 0, bound);  // nobody needs room
+    reinterpret_cast<int4*>(b.me.cut)[n] = cut ? b.at<RawCut>(b.args.desk.raw)[n].cut : uncut;
+  }
+  if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) b.me.counts[i] = counts[i];
+}
+
+// What this rank's experts get, by one of its blocks. `ok`: else they get nothing.
+__device__ inline void write_received(const FusedBlock& b, bool ok) {
+  const FusedShape& s = b.p.shape;
+  const int local = b.args.per_rank, base = b.me.rank * local;
+  int32_t* const received = b.own<int32_t>(b.p.layout.received);
+  int32_t* const starts = b.own<int32_t>(b.p.layout.starts);
+  for (int j = threadIdx.x; j < local; j += kFusedThreads) {
+    received[j] = ok ? static_cast<int32_t>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu) : 0;
+    starts[j] = ok ? b.at<int>(b.args.desk.starts)[base + j] : 0;
+  }
+  if (b.me.row_experts == nullptr) return;
+  for (int row = threadIdx.x; row < s.max_rows; row += kFusedThreads) b.me.row_experts[row] = -1;
+  __syncthreads();
+  for (int j = b.warp; ok && j < local; j += kFusedWarps) {
+    const int start = b.at<int>(b.args.desk.starts)[base + j];
+    const int rows = static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu);
+    for (int i = b.lane; i < rows; i += kWarp) b.me.row_experts[start + i] = j;
+  }
+}
+
+}  // namespace macs::cuda

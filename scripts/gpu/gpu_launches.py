@@ -24,6 +24,7 @@ COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--random-seed", "1", "--skip-server-warmup"),
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+    "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
 SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
 LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
@@ -78,8 +79,6 @@ class Launch:
             parallel += ["--dp", n, "--enable-dp-attention"]
         else:  # one rank has nothing to balance: its experts are bounded
             parallel += ["--macs-scope", "expert"]
-        if self.one_gpu:
-            parallel += ["--disable-custom-all-reduce"]  # it copies between different GPUs
         return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
 
     def environment(self) -> dict[str, str]:

@@ -26,7 +26,10 @@ COMMON = [
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
+SMALL = (
+    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512"),
+    "--sleep-on-idle",  # else every rank of every waiting server keeps a core busy, and the others start slower
+)
 LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],

@@ -82,6 +82,8 @@ class Launch:
             parallel += ["--dp", n, "--enable-dp-attention"]
         else:  # one rank has nothing to balance: its experts are bounded
             parallel += ["--macs-scope", "expert"]
+        if self.one_gpu:  # pictures would go through memory of a process that is no rank
+            parallel += ["--mm-feature-transport", "cpu"]
         return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
 
     def environment(self) -> dict[str, str]:
@@ -111,7 +113,6 @@ def _one_gpu_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
         "NCCL_MULTI_RANK_GPU_ENABLE": "1",
-        "MACS_DUMP_SECONDS": "60",  # nothing but a hang takes so long
         "NCCL_NVLS_ENABLE": "0",
     } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
 

@@ -431,6 +431,7 @@ std::tuple<Tensor, Tensor> allocate_shared(int64_t bytes) {
 // Address of another process's memory as the current device sees it.
 int64_t open_shared(const Tensor& handle) {
   check_like(handle, "handle", at::kByte, {static_cast<int64_t>(cuda::kShareHandleBytes)}, handle);
+  TORCH_CHECK_VALUE(handle.is_cpu(), "handle: got one on ", handle.device(), ", expected it on the host");
   void* memory = nullptr;
   check_launch(cuda::open_shared(handle.const_data_ptr(), &memory), "open_shared");
   return reinterpret_cast<int64_t>(memory);

@@ -98,10 +98,10 @@ __device__ __forceinline__ double divide(double x, int n) {
 struct Capacity {
   double all, base, visual_share, units;  // base, bound: rows; units: per row
 
-  // sums: N, N_visual, W_visual, W of the group.
-  __device__ __forceinline__ Capacity(const ClipThresholdParams& p, const int4& sums) {
+  // sums: N, N_visual, W_visual, W of the group. `mix`: the last two are asked for.
+  __device__ __forceinline__ Capacity(const ClipThresholdParams& p, const int4& sums, bool mix = true) {
     all = sums.x;
-    visual_share = sums.w == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
+    visual_share = !mix || p.rho == 0.0 || sums.w == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
     base = divide(__dmul_rn(p.gamma, all), p.num_experts);
     units = static_cast<double>(units_per_row(p.load));
   }
@@ -109,13 +109,6 @@ struct Capacity {
     if (isinf(p.gamma)) return p.gamma;
     const double towards = __dmul_rn(p.rho, static_cast<double>(modality));
     const double lean = __dmul_rn(towards, __dsub_rn(visual_share, 0.5));
-    const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
-    return scaled > p.c_min ? scaled : p.c_min;
-  }
-  // The least that of_expert can be, whatever the visual share: every rounding in it is monotone.
-  __device__ __forceinline__ double least_of_expert(const ClipThresholdParams& p, int modality) const {
-    if (isinf(p.gamma)) return p.gamma;
-    const double lean = __dmul_rn(__dmul_rn(p.rho, fabs(static_cast<double>(modality))), -0.5);
     const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
     return scaled > p.c_min ? scaled : p.c_min;
   }

@@ -45,11 +45,11 @@ struct FusedDesk {
   int taken;        // [NB]
   int over;         // [NB] the bounds that are exceeded
   int place;        // [NB] where each stands among them, -1: nowhere
-  int stay;         // [NB] at the cut own slots stay up to this one (fused_sort.cuh)
   int lists;        // the group's assignments by expert, over the three that follow
   int counted;      // [warps, NB]
   int running;      // [warps, NB]
-  int levels;       // [kCutsAtOnce, 2, 2B]; before: limbs [segments, kLimbs] u64; at the end: counts [3, E, 2]
+  int levels;       // [kCutsAtOnce, 2, 2B]; or limbs [segments, kLimbs] u64, which are not needed where levels are
+  int counts;       // [3, E, 2]
   int current;      // [max_tokens * K] i16
   int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's
   int entropies;    // [max_tokens] f32
@@ -65,21 +65,28 @@ struct FusedDesk {
 struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of letters to be heard, by exchange
-  int verdict;                       // kFaulty, kMayExceed, kNoRoom
+  bool faulty;                       // this rank has a fault on record
   int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
-
-// What is known of the group's rows as they are before any cut.
-constexpr int kMayExceed = 1;  // a bound may be exceeded, whatever the weights
-constexpr int kNoRoom = 2;     // more rows of an expert than its rank's buffer holds
-constexpr int kFaulty = 4;     // this rank has a fault on record
 
 // What has been decided.
 struct Decision {
   bool ok;       // else this rank sends nothing
   bool cut;      // a bound was exceeded
-  bool weighed;  // the weights of this block's tokens, and the group's sums, are known
+  bool weighed;  // by weights that are known, with the group's sums
+};
+
+// Divides numbers below 2^16 by one below 2^16, which the host knows: one multiplication instead of twenty instructions.
+struct Divisor {
+  uint32_t magic;  // 2^32 over the divisor, rounded up; 0: by one
+
+  static Divisor of(int divisor) {
+    return {divisor == 1 ? 0u : static_cast<uint32_t>((0xffffffffull + divisor) / divisor)};
+  }
+  __device__ __forceinline__ int divide(int x) const {
+    return magic == 0 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic));
+  }
 };
 
 struct FusedArgs {
@@ -88,6 +95,7 @@ struct FusedArgs {
   FusedDesk desk;
   int bounds;       // NB
   int per_rank;     // experts
+  Divisor by_per_rank, by_ranks, by_top_k;
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
   bool keeps_group;  // shared memory holds everybody's assignments

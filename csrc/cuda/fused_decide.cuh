@@ -22,46 +22,14 @@ __device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert) 
                                  : b.at<int>(b.args.desk.group_units)[expert];
 }
 
-// The most that an expert's units can be: exact, or where weights are not known yet as if all were 1.
-__device__ __forceinline__ int most_units_of_expert(const FusedBlock& b, int expert) {
-  if (!b.p.needs_entropy || b.p.load == Load::kRows) return units_of_expert(b, expert);
-  return static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu) * kWeightOne;
-}
-
-__device__ __forceinline__ Capacity capacity_of(const FusedBlock& b) {
+__device__ __forceinline__ Capacity capacity_of(const FusedBlock& b, bool mix = true) {
   const int* const sums = b.scalars().sums;
-  return Capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]));
+  return Capacity(b.args.threshold, make_int4(sums[0], sums[1], sums[2], sums[3]), mix);
 }
 
 __device__ __forceinline__ int bound_of_expert(const FusedBlock& b, const Capacity& capacity, int expert) {
   const ClipThresholdParams& t = b.args.threshold;
   return Capacity::bound_of(t.gamma, capacity.of_expert(t, __ldg(t.modality + expert)), capacity.units);
-}
-
-// One warp: the units of a rank's experts, or the most they can be.
-template <class Units>
-__device__ __forceinline__ int warp_units_of_rank(const FusedBlock& b, int rank, Units units) {
-  int sum = 0;
-  for (int j = b.lane; j < b.args.per_rank; j += kWarp) sum += units(b, rank * b.args.per_rank + j);
-  return __reduce_add_sync(kFullMask, sum);
-}
-
-// Whether any bound that this thread looks at may be exceeded, whatever the weights and the mix of the group turn out to be.
-// Never wrongly no; never wrongly yes either for rows, but where rho tells experts apart. The same on all ranks.
-__device__ inline bool may_exceed(const FusedBlock& b) {
-  const ClipThresholdParams& t = b.args.threshold;
-  const Capacity capacity = capacity_of(b);
-  bool over = false;
-  if (t.scope == Scope::kRank) {
-    const int bound = capacity.of_rank(t);
-    for (int n = b.warp; n < t.num_ranks; n += kFusedWarps) over |= warp_units_of_rank(b, n, most_units_of_expert) > bound;
-  } else {
-    for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-      const double least = capacity.least_of_expert(t, __ldg(t.modality + j));
-      over |= most_units_of_expert(b, j) > Capacity::bound_of(t.gamma, least, capacity.units);
-    }
-  }
-  return over;
 }
 
 constexpr int kExceeded = -1;  // as room: the cut is yet to be found
@@ -73,40 +41,60 @@ __device__ __forceinline__ RawCut load_cut(const RawCut* from) {
   return cut;
 }
 
-__device__ __forceinline__ void set_bound(const FusedBlock& b, int n, int units, int bound) {
+// A bound and its units. Returns whether it is exceeded.
+__device__ __forceinline__ bool set_bound(const FusedBlock& b, int n, int units, int bound) {
   const bool over = units > bound;
-  b.at<RawCut>(b.args.desk.raw)[n] = {make_int4(-1, 0, over ? kExceeded : bound - units, bound), {0, 0}};
+  b.at<RawCut>(b.args.desk.raw)[n].cut = make_int4(-1, 0, over ? kExceeded : bound - units, bound);
   const int place = over ? atomicAdd(&b.scalars().num_over, 1) : -1;
   b.at<int>(b.args.desk.place)[n] = place;
   if (over) b.at<int>(b.args.desk.over)[place] = n;
+  return over;
 }
 
-// Every bound against its units. Returns whether any is exceeded.
-__device__ inline bool find_exceeded(const FusedBlock& b, const Capacity& capacity) {
+// Every bound against its units; whether any is exceeded. `known`: the weights are. Else every row weighs the most it can, and
+// the group's mix is the worst: a no is certain, and with rows a yes as well, but where rho tells experts apart. It is the
+// same on all ranks.
+__device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   const ClipThresholdParams& t = b.args.threshold;
+  Capacity capacity = capacity_of(b, known && t.scope == Scope::kExpert);
+  const int most = known || t.load == Load::kRows ? 1 : kWeightOne;
+  const bool in_rows = t.load == Load::kRows || !known;
+  const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
+  const int* const units = b.at<int>(b.args.desk.group_units);
+  const auto units_of = [&](int j) { return in_rows ? static_cast<int>(rows[j] & 0xffffu) * most : units[j]; };
+  bool over = false;
   if (t.scope == Scope::kRank) {
     const int bound = capacity.of_rank(t);
+#pragma unroll 1
     for (int n = b.warp; n < t.num_ranks; n += kFusedWarps) {
-      const int units = warp_units_of_rank(b, n, units_of_expert);
-      if (b.lane == 0) set_bound(b, n, units, bound);
+      int sum = 0;
+#pragma unroll 1
+      for (int j = b.lane; j < b.args.per_rank; j += kWarp) sum += units_of(n * b.args.per_rank + j);
+      sum = __reduce_add_sync(kFullMask, sum);
+      if (b.lane == 0) over |= set_bound(b, n, sum, bound);
     }
   } else {
+#pragma unroll 1
     for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-      set_bound(b, j, units_of_expert(b, j), bound_of_expert(b, capacity, j));
+      const int modality = __ldg(t.modality + j);
+      if (!known) capacity.visual_share = modality < 0 ? 1.0 : 0.0;  // the least: every rounding behind it is monotone
+      over |= set_bound(b, j, units_of(j), Capacity::bound_of(t.gamma, capacity.of_expert(t, modality), capacity.units));
     }
   }
-  __syncthreads();
-  if (threadIdx.x == 0) b.scalars().any_over = b.scalars().num_over;
-  return b.scalars().num_over > 0;
+  return __syncthreads_or(over) != 0;
 }
 
 // How far every expert's buckets move down.
-__device__ inline void find_shifts(const FusedBlock& b, const Capacity& capacity) {
+__device__ inline void find_shifts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
+  const bool pressed = t.scope == Scope::kRank && t.alpha > 0.0;
+  const Capacity capacity = capacity_of(b, pressed);
   int* const shift = b.at<int>(b.args.desk.shift);
+  if (threadIdx.x == 0) b.scalars().any_over = b.scalars().num_over;
+#pragma unroll 1
   for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
     shift[j] = 0;
-    if (t.scope != Scope::kRank || !(t.alpha > 0.0)) continue;
+    if (!pressed) continue;
     const double rows = static_cast<double>(units_of_expert(b, j)) * (t.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);
     shift[j] = pressure_shift(rows, capacity.of_expert(t, __ldg(t.modality + j)), t.alpha, t.bucket_bits);
   }

@@ -25,20 +25,23 @@ namespace macs::cuda {
 namespace {
 
 // Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which tell.
-__device__ __forceinline__ void clear_tables(const FusedBlock& b, bool faulty) {
+__device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
+#pragma unroll 1
   for (int j = thread; j < experts; j += kFusedThreads) {
     b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
     b.at<int>(b.args.desk.group_units)[j] = 0;
     b.at<uint32_t>(b.args.desk.own_rows)[j] = 0;
-    b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : j / b.args.per_rank;
+    b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : b.args.by_per_rank.divide(j);
   }
+#pragma unroll 1
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
   const int limbs = b.p.needs_entropy && b.args.keeps_limbs ? b.p.num_segments * kLimbs : 0;
+#pragma unroll 1
   for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
   if (thread == 0) {
     b.scalars() = {};
-    b.scalars().verdict = faulty ? kFaulty : 0;
+    b.scalars().faulty = has_fault(b.patience);
   }
 }
 
@@ -48,6 +51,7 @@ __device__ __forceinline__ void prefetch_logits(const FusedBlock& b) {
   constexpr int kLine = 32;  // logits
   const int experts = b.p.shape.num_experts;
   const float* const logits = b.me.router_logits + static_cast<int64_t>(b.first) * experts;
+#pragma unroll 1
   for (int i = threadIdx.x * kLine; i < (b.end - b.first) * experts; i += kFusedThreads * kLine) prefetch_l2(logits + i);
 }
 
@@ -58,13 +62,18 @@ class RowReader {
  public:
   __device__ __forceinline__ RowReader(const FusedBlock& b, int begin, int end, bool score)
       : begin_(begin), end_(end), score_(score), next_(begin + b.warp / kRowWarps),
-        share_{static_cast<int>(threadIdx.x) % kRowThreads, kRowThreads, b.p.shape.hidden_size / 8} {
-    ask(b);
+        share_{static_cast<int>(threadIdx.x) % kRowThreads, kRowThreads, b.p.shape.hidden_size / 8} {}
+
+  __device__ __forceinline__ void ask(const FusedBlock& b) {
+    visual_ = next_ < end_ && score_ && __ldg(b.me.segment + next_) >= 0;
+    if (next_ < end_) share_.load(static_cast<const uint4*>(b.me.hidden_states) + static_cast<int64_t>(next_) * share_.num_vectors);
   }
 
+  // Behind `ask`.
   __device__ __forceinline__ void read(const FusedBlock& b, bool keep) {
     const int group = b.warp / kRowWarps, feature_bytes = RowBytes(b.p.shape).features;
     int side = 0;  // of the parts, so that one barrier a row is enough
+#pragma unroll 1
     for (int base = begin_; base < end_; base += kRowGroups, side ^= 1) {
       Part* const parts = b.at<Part>(b.args.desk.parts) + (side * kRowGroups + group) * kRowWarps;
       const int token = next_;
@@ -84,11 +93,6 @@ class RowReader {
   }
 
  private:
-  __device__ __forceinline__ void ask(const FusedBlock& b) {
-    visual_ = next_ < end_ && score_ && __ldg(b.me.segment + next_) >= 0;
-    if (next_ < end_) share_.load(static_cast<const uint4*>(b.me.hidden_states) + static_cast<int64_t>(next_) * share_.num_vectors);
-  }
-
   __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
     b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
   }
@@ -100,37 +104,31 @@ class RowReader {
   Share<__nv_bfloat16, kVectors, kExact> share_;
 };
 
-// Behind the first exchange: whether weights have to be known, and whether rows fit if nothing is cut.
-__device__ inline int judge(const FusedBlock& b) {
-  const int verdict = (may_exceed(b) ? kMayExceed : 0) | (place_experts(b) ? 0 : kNoRoom);
-  if (verdict != 0) atomicOr(&b.scalars().verdict, verdict);
-  __syncthreads();
-  return b.scalars().verdict;
-}
-
-// The weights of all assignments of the group. False: somebody did not tell.
-__device__ inline bool exchange_weights(const FusedBlock& b) {
+// Behind the first exchange, if weights may decide: every block's weights, told with its assignments. False: somebody did not
+// score.
+__device__ inline bool tell_weights(const FusedBlock& b) {
+  if (threadIdx.x == 0) b.scalars().num_over = 0;
   if (!weigh_tokens(b)) return false;
   b.stamp(5);
   tell_weighed(b);
   b.stamp(6);
-  return hear_weighed(b);
+  return true;
 }
 
 // What is given up of exceeded bounds and where it goes; then rows per expert anew. False: somebody did not take part.
 template <int kKeys>
-__device__ inline bool cut_rows(const FusedBlock& b, const Capacity& capacity) {
-  find_shifts(b, capacity);
+__device__ inline bool cut_rows(const FusedBlock& b) {
+  find_shifts(b);
   if (!find_cuts(b)) return false;
-  b.stamp(8);
+  b.stamp(9);
   if (sorted(b)) {
     clip_sorted(b);
   } else {
     clip_own(b);
   }
-  b.stamp(9);
-  if (!reroute_own<kKeys>(b)) return false;
   b.stamp(10);
+  if (!reroute_own<kKeys>(b)) return false;
+  b.stamp(11);
   count_own(b);
   return exchange_counts(b);
 }
@@ -138,54 +136,56 @@ __device__ inline bool cut_rows(const FusedBlock& b, const Capacity& capacity) {
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline Decision decide(const FusedBlock& b) {
-  const bool heard = hear_assignments(b) && b.scalars().verdict != kFaulty;
-  if (__syncthreads_and(heard) == 0) return {};
-  b.stamp(3);
-  Decision decision = {true, false, false};
-  const int verdict = judge(b);
-  bool fits = (verdict & kNoRoom) == 0;
-  b.stamp(4);
-  if ((verdict & kMayExceed) != 0) {
-    if (b.p.needs_entropy && !exchange_weights(b)) return {};
-    decision.weighed = b.p.needs_entropy;
-    b.stamp(7);
-    const Capacity capacity = capacity_of(b);
-    decision.cut = find_exceeded(b, capacity);
-    if (decision.cut) {
-      if (!cut_rows<kKeys>(b, capacity)) return {};
-      b.stamp(11);
-      fits = __syncthreads_and(place_experts(b)) != 0;
-    }
+  Decision decision = {false, false, !b.p.needs_entropy};
+#pragma unroll 1  // the second time is the same code
+  for (int exchange = 0;; ++exchange) {
+    const bool heard = hear_assignments(b, exchange) && !b.scalars().faulty;
+    b.stamp(exchange == 0 ? 3 : 7);
+    if (__syncthreads_and(heard) == 0) return {};
+    b.stamp(exchange == 0 ? 4 : 8);
+    decision.cut = find_exceeded(b, decision.weighed);
+    if (!decision.cut || decision.weighed) break;
+    decision.weighed = true;
+    if (!tell_weights(b)) return {};
   }
   b.stamp(12);
-  if (!fits) report_no_room(b);
-  decision.ok = fits;
+  if (decision.cut && !cut_rows<kKeys>(b)) return {};
+  b.stamp(13);
+  decision.ok = __syncthreads_and(place_experts(b)) != 0;
+  b.stamp(14);
+  if (!decision.ok) report_no_room(b);
   return decision;
 }
 
 // All tokens of the block, as many at a time as shared memory holds; the first of them lie there already.
 template <int kVectors, bool kExact>
 __device__ __forceinline__ void send(const FusedBlock& b) {
+#pragma unroll 1
   for (int begin = b.first; begin < b.end; begin += b.args.staged_rows) {
     const int end = min(begin + b.args.staged_rows, b.end);
     if (begin > b.first) {
       __syncthreads();  // the rows before have left
-      RowReader<kVectors, kExact>(b, begin, end, false).read(b, true);
+      RowReader<kVectors, kExact> rows(b, begin, end, false);
+      rows.ask(b);
+      rows.read(b, true);
       __syncthreads();
     }
     put_rows(b, begin, end);
   }
-  b.stamp(13);
+  b.stamp(15);
   b.signal_all(Flags::kRows);
-  b.stamp(14);
+  b.stamp(16);
 }
 
-// What is only looked at, by the first block: it never has more tokens than another.
+// What is only looked at: weights, sums and cuts by the first block, which never has more tokens than another; counts by the
+// next.
 __device__ inline void report_rank(const FusedBlock& b, const Decision& decision) {
-  if (b.p.needs_entropy && !decision.weighed && !report_weights(b)) return;
-  b.stamp(16);
-  write_counts(b, decision.cut);
-  b.stamp(17);
+  if (b.block == min(1, b.num_blocks - 1)) write_counts(b, decision.cut);
+  b.stamp(18);
+  if (b.block != 0) return;
+  if (!decision.weighed && !report_weights(b)) return;
+  write_cuts(b, decision.cut);
+  b.stamp(19);
 }
 
 // What comes to this rank, by the last block. `ok`: else it gets nothing. Only a good round ends: others may not have begun
@@ -197,7 +197,7 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
     ok = false;
     write_received(b, false);
   }
-  b.stamp(18);
+  b.stamp(20);
   if (ok && threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.round) = b.patience.round;
 }
 
@@ -206,15 +206,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
   FusedBlock b(args, me, dynamic_shared());
   b.patience.round = __ldcg(b.own<uint32_t>(args.p.layout.round)) + 1;
-  const bool faulty = has_fault(b.patience);
   b.stamp(0);
   const bool score = args.p.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);
   RowReader<kVectors, kExact> rows(b, b.first, kept, score);
+  rows.ask(b);
   OwnSlots slots(b);
-  clear_tables(b, faulty);
+  clear_tables(b);
   __syncthreads();
-  if (!faulty) {
+  if (!b.scalars().faulty) {
     tell_tokens(b);
     slots.tell(b);
   }
@@ -224,19 +224,21 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   // More rows than shared memory holds are scored now and read again when they are sent.
   if (score && kept < b.end) {
     __syncthreads();
-    RowReader<kVectors, kExact>(b, kept, b.end, true).read(b, false);
+    RowReader<kVectors, kExact> rest(b, kept, b.end, true);
+    rest.ask(b);
+    rest.read(b, false);
   }
   b.stamp(2);
   const Decision decision = decide<kKeys>(b);
-  if (decision.ok) {
-    send<kVectors, kExact>(b);
-    write_tokens(b, decision);
-  } else {
-    drop_tokens(b);
-  }
-  b.stamp(15);
-  if (b.block == 0 && decision.ok) report_rank(b, decision);
+  if (decision.ok) send<kVectors, kExact>(b);
   if (b.block == b.num_blocks - 1) receive(b, decision.ok);
+  if (!decision.ok) {
+    drop_tokens(b);
+  } else {
+    if (decision.cut || args.p.needs_entropy && decision.weighed) write_tokens(b);
+    b.stamp(17);
+    report_rank(b, decision);
+  }
 }
 
 // The second phase: until everybody's rows are here.
@@ -262,7 +264,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   };
   const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counts = 6 * experts, counters = 2 * 4 * kFusedWarps * num_bounds;
+  const int64_t counters = 2 * 4 * kFusedWarps * num_bounds;
   const int64_t lists = args.sorts ? 4 * ranks * p.shape.max_tokens * top_k : 0;
   const FusedDesk desk = {
       .group_rows = take(4 * experts),
@@ -276,11 +278,11 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .taken = take(4 * num_bounds),
       .over = take(4 * num_bounds),
       .place = take(4 * num_bounds),
-      .stay = take(4 * num_bounds),
       .lists = take(0),
       .counted = take(counters / 2),
       .running = take(counters / 2),
-      .levels = take(std::max({level_bytes(p), 4 * counts, lists - counters})),
+      .levels = take(std::max(level_bytes(p), lists - counters)),
+      .counts = take(4 * 6 * experts),
       .current = take(2 * p.shape.max_tokens * top_k),
       .entries = take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
       .entropies = take(4 * p.shape.max_tokens),
@@ -316,6 +318,8 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   args.p = p;
   args.bounds = num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks);
   args.per_rank = p.shape.num_experts / p.shape.num_ranks;
+  args.by_per_rank = Divisor::of(args.per_rank), args.by_ranks = Divisor::of(p.shape.num_ranks);
+  args.by_top_k = Divisor::of(p.shape.top_k);
   ClipThresholdParams& t = args.threshold;
   t.modality = p.modality, t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
   t.bucket_bits = p.bucket_bits, t.scope = p.scope, t.load = p.load, t.reroute = p.reroute;

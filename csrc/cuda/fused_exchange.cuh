@@ -35,8 +35,9 @@ class OwnSlots {
     load(b);
   }
 
-  // Every slot into shared memory, and as a letter to every rank.
+  // Every slot into shared memory, as a letter to every rank, and as what comes out if nothing is cut.
   __device__ __forceinline__ void tell(const FusedBlock& b) {
+#pragma unroll 1
     for (; base_ < b.end; base_ += kFusedWarps * step_.tokens, load(b)) {
       const bool present = slot_.expert >= 0;
       const unsigned others = __ballot_sync(kFullMask, present) & step_.token_mask(in_.top_k);
@@ -47,6 +48,7 @@ class OwnSlots {
       b.current()[at] = static_cast<int16_t>(present ? slot_.expert : kEmptySlot);
       const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry{0};
       send(b, b.p.layout.entries, at, entry);
+      write(b, at);
     }
   }
 
@@ -58,6 +60,16 @@ class OwnSlots {
   }
 
  private:
+  __device__ __forceinline__ void write(const FusedBlock& b, int at) const {
+    b.me.new_weights[at] = slot_.gate;
+    if (b.p.ids_are_i64) {
+      static_cast<int64_t*>(b.me.new_ids)[at] = slot_.expert;
+    } else {
+      static_cast<int32_t*>(b.me.new_ids)[at] = slot_.expert;
+    }
+    if (step_.slot == 0 && !b.p.needs_entropy) b.me.weight[slot_.token] = plain_weight(slot_.segment);
+  }
+
   __device__ __forceinline__ void load(const FusedBlock& b) {
     slot_ = b.p.ids_are_i64 ? load_slot<int64_t, false>(in_, step_, base_, b.end)
                             : load_slot<int32_t, false>(in_, step_, base_, b.end);
@@ -86,6 +98,7 @@ class OwnSlots {
 // How many tokens this rank has, to the others.
 __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
+#pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
     b.peers.send(peer, b.p.layout.tokens + 8LL * b.me.rank, make_letter(b.me.num_tokens, b.patience.round));
   }
@@ -97,7 +110,7 @@ __device__ inline void tell_weighed(const FusedBlock& b) {
   const int first = b.first * in.top_k, here = (b.end - b.first) * in.top_k;
   for (int i = threadIdx.x; i < here; i += kFusedThreads) {
     const Entry told = b.own_entry(first + i);
-    const int token = i / in.top_k;
+    const int token = b.args.by_top_k.divide(i);
     const Slot slot = {b.first + token, told.expert(), told.text() ? -1 : 0, b.at<float>(b.args.desk.gates)[i],
                        b.at<float>(b.args.desk.weight)[token], true};
     const Entry whole =
@@ -146,17 +159,20 @@ __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_
 }
 
 // Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
-// claim what they wait for, so that those that are busy with rows are not waited for. tokens: of rank `lane`. False: a rank
-// did not send them, or they are not to be believed. A warp at a time: a barrier of the block has to follow.
+// claim what they wait for, so that those that are busy with rows are not waited for. False: a rank did not send them, or
+// they are not to be believed. A warp at a time: a barrier of the block has to follow.
 template <class Use>
-__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int64_t letters, int exchange, int tokens, Use use) {
+__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
+  const int64_t letters = exchange == 0 ? b.p.layout.entries : b.p.layout.weighed;
+  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
+#pragma unroll 1
   for (;;) {
     int claim = b.lane == 0 ? atomicAdd(&b.scalars().claims[exchange], 1) : 0;
     claim = __shfl_sync(kFullMask, claim, 0);
-    const int chunk = claim / ranks, source = claim - chunk * ranks, first = chunk * kClaim * kWarp + b.lane;
+    const int chunk = b.args.by_ranks.divide(claim), source = claim - chunk * ranks, first = chunk * kClaim * kWarp + b.lane;
     if (chunk * kClaim * kWarp >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, source) * top_k;
     const int count = min(kClaim, (slots - first + kWarp - 1) / kWarp);
@@ -183,49 +199,33 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int64_t letter
   }
 }
 
-// A warp's part of the group's sums.
-__device__ __forceinline__ void add_sums(const FusedBlock& b, const int (&sums)[kNumSums]) {
-#pragma unroll
-  for (int i = 0; i < kNumSums; ++i) {
-    const int sum = __reduce_add_sync(kFullMask, sums[i]);
-    if (b.lane == 0 && sum != 0) atomicAdd(&b.scalars().sums[i], sum);
-  }
+// A warp's part of one of the group's sums.
+__device__ __forceinline__ void add_sum(const FusedBlock& b, int i, int part) {
+  const int sum = __reduce_add_sync(kFullMask, part);
+  if (b.lane == 0 && sum != 0) atomicAdd(&b.scalars().sums[i], sum);
 }
 
-// The first exchange: rows per expert, and units and all four sums where nothing is missing. Else visual tokens weigh
-// nothing yet. Behind: a barrier has to follow.
-__device__ inline bool hear_assignments(const FusedBlock& b) {
+// Rows per expert from the first exchange; units and sums from whichever tells weights. Where that is the second, visual
+// tokens weigh nothing in the first. Behind: a barrier has to follow.
+__device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
   int* const units = b.at<int>(b.args.desk.group_units);
   const int before = b.first * b.p.shape.top_k;
-  const bool in_units = b.p.load != Load::kRows && !b.p.needs_entropy;
-  int sums[kNumSums] = {0, 0, 0, 0};
-  const bool ok = hear_letters(b, b.p.layout.entries, 0, hear_tokens(b), [&](const Entry& entry, int source, int slot) {
+  const bool again = exchange != 0, in_units = b.p.load != Load::kRows && again == b.p.needs_entropy;
+  int number = 0, visual = 0, visual_weight = 0, text_weight = 0;
+  const bool ok = hear_letters(b, exchange, [&](const Entry& entry, int source, int slot) {
     const bool ahead = source < b.me.rank || (source == b.me.rank && slot < before);
-    atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
+    if (!again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
     if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
     const int fixed = entry.leads() ? entry.fixed() : 0;
-    sums[0] += 1;
-    sums[1] += entry.text() ? 0 : 1;
-    sums[2] += entry.text() ? 0 : fixed;
-    sums[3] += fixed;
+    number += 1, visual += entry.text() ? 0 : 1;
+    visual_weight += entry.text() ? 0 : fixed, text_weight += entry.text() ? fixed : 0;
   });
-  add_sums(b, sums);
+  add_sum(b, 0, again ? 0 : number);
+  add_sum(b, 1, again ? 0 : visual);
+  add_sum(b, 2, visual_weight);
+  add_sum(b, 3, visual_weight + (again ? 0 : text_weight));
   return ok;
-}
-
-// The second: units, and what was missing of the sums.
-__device__ inline bool hear_weighed(const FusedBlock& b) {
-  int* const units = b.at<int>(b.args.desk.group_units);
-  const bool in_units = b.p.load != Load::kRows;
-  const int tokens = b.lane < b.p.shape.num_ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0;
-  int visual = 0;
-  const bool ok = hear_letters(b, b.p.layout.weighed, 1, tokens, [&](const Entry& entry, int, int) {
-    if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
-    visual += entry.leads() && !entry.text() ? entry.fixed() : 0;
-  });
-  add_sums(b, {0, 0, visual, visual});
-  return __syncthreads_and(ok) != 0;
 }
 
 // Behind the first time, when all have come: body(entry, source) for every assignment.

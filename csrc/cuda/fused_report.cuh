@@ -10,8 +10,9 @@
 
 namespace macs::cuda {
 
-// Ids and gates of this block's tokens, a token a warp. The gate of a re-routed expert follows the token's best one.
-__device__ inline void write_tokens(const FusedBlock& b, const Decision& decision) {
+// Ids, gates and weights of this block's tokens where they are not those that came, a token a warp. The gate of a re-routed
+// expert follows the token's best one.
+__device__ inline void write_tokens(const FusedBlock& b) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
@@ -21,8 +22,7 @@ __device__ inline void write_tokens(const FusedBlock& b, const Decision& decisio
     const int here = slot - b.first * top_k;
     const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
-    if (b.lane == 0 && !b.p.needs_entropy) b.me.weight[token] = plain_weight(__ldg(b.me.segment + token));
-    if (b.lane == 0 && decision.weighed) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
+    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
     if (!inside) continue;
     int id = current;
     float weight = gate;
@@ -57,12 +57,14 @@ __device__ inline void drop_tokens(const FusedBlock& b) {
   }
 }
 
-// What the counters want to know, by one of the rank's blocks, once its rows are on their way. The group's sums are complete.
+// What became of the assignments, by one of the rank's blocks, once its rows are on their way.
 __device__ inline void write_counts(const FusedBlock& b, bool cut) {
   const int experts = b.p.shape.num_experts;
-  int* const counts = b.at<int>(b.args.desk.levels);  // no longer needed as levels
+  int* const counts = b.at<int>(b.args.desk.counts);
+#pragma unroll 1
   for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) counts[i] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
     const Entry entry = b.own_entry(i);
     if (!entry.present()) continue;
@@ -70,16 +72,22 @@ __device__ inline void write_counts(const FusedBlock& b, bool cut) {
     atomicAdd(counts + ((current == original ? 0 : experts) + original) * 2 + text, 1);
     if (current != original && current >= 0) atomicAdd(counts + (2 * experts + current) * 2 + text, 1);
   }
-  const Capacity capacity = capacity_of(b);
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) b.me.counts[i] = counts[i];
+}
+
+// The group's sums, which are complete, and the cuts.
+__device__ inline void write_cuts(const FusedBlock& b, bool cut) {
   const bool by_rank = b.p.scope == Scope::kRank;
+  const Capacity capacity = capacity_of(b, !by_rank);
+#pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     const int bound = by_rank ? capacity.of_rank(b.args.threshold) : bound_of_expert(b, capacity, n);
     const int4 uncut = make_int4(-1, 0, 0, bound);  // nobody needs room
     reinterpret_cast<int4*>(b.me.cut)[n] = cut ? b.at<RawCut>(b.args.desk.raw)[n].cut : uncut;
   }
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) b.me.counts[i] = counts[i];
 }
 
 // What this rank's experts get, by one of its blocks. `ok`: else they get nothing.
@@ -88,16 +96,19 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
   const int local = b.args.per_rank, base = b.me.rank * local;
   int32_t* const received = b.own<int32_t>(b.p.layout.received);
   int32_t* const starts = b.own<int32_t>(b.p.layout.starts);
+#pragma unroll 1
   for (int j = threadIdx.x; j < local; j += kFusedThreads) {
     received[j] = ok ? static_cast<int32_t>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu) : 0;
     starts[j] = ok ? b.at<int>(b.args.desk.starts)[base + j] : 0;
   }
   if (b.me.row_experts == nullptr) return;
+#pragma unroll 1
   for (int row = threadIdx.x; row < s.max_rows; row += kFusedThreads) b.me.row_experts[row] = -1;
   __syncthreads();
   for (int j = b.warp; ok && j < local; j += kFusedWarps) {
     const int start = b.at<int>(b.args.desk.starts)[base + j];
     const int rows = static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu);
+#pragma unroll 1
     for (int i = b.lane; i < rows; i += kWarp) b.me.row_experts[start + i] = j;
   }
 }

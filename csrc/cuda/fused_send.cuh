@@ -13,6 +13,7 @@ namespace macs::cuda {
 __device__ inline void count_own(const FusedBlock& b) {
   uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
   const int before = b.first * b.p.shape.top_k;
+#pragma unroll 1
   for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
     const int expert = b.current()[i];
     if (expert >= 0) atomicAdd(own + expert, 1u + (i < before ? 1u << 16 : 0u));
@@ -27,16 +28,18 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
   const int* const tokens = b.at<int>(b.args.desk.tokens);
   const uint64_t* const letters = b.own<uint64_t>(b.p.layout.counts) + expert;
   uint32_t rows = own;
-  for (int base = 0; base < ranks; base += kInFlight) {
+#pragma unroll 1
+  for (int base = 0; base < ranks && ranks > 1; base += kInFlight) {
     uint64_t held[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const bool awaited = base + i < ranks && base + i != b.me.rank;
       held[i] = awaited ? load_relaxed_sys(letters + (base + i) * experts) : 0;
     }
-    for (int i = 0; i < kInFlight && base + i < ranks; ++i) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
       const int source = base + i;
-      if (source == b.me.rank) continue;
+      if (source >= ranks || source == b.me.rank) continue;
       uint64_t letter = held[i];
       if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
       const uint32_t count = value_of(letter);
@@ -58,11 +61,13 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
     if (peer == b.me.rank) continue;
     const int64_t row = b.p.layout.counts + 8LL * b.me.rank * experts;
+#pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
       b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
     }
   }
   bool ok = true;
+#pragma unroll 1
   for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= hear_counts(b, j, own[j]);
   return __syncthreads_and(ok) != 0;
 }
@@ -74,6 +79,7 @@ __device__ inline bool pack_experts(const FusedBlock& b, int rank) {
   int* const starts = b.at<int>(b.args.desk.starts) + rank * per_rank;
   bool fits = true;
   int next = 0;
+#pragma unroll 1
   for (int base = 0; base < per_rank; base += kWarp) {
     const int j = base + b.lane, count = j < per_rank ? static_cast<int>(rows[j] & 0xffffu) : 0;
     const int room = (count + alignment - 1) / alignment * alignment, upto = next + warp_inclusive_sum(room);
@@ -89,11 +95,13 @@ __device__ inline bool place_experts(const FusedBlock& b) {
   bool fits = true;
   if (s.expert_rows > 0) {
     const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
+#pragma unroll 1
     for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
-      b.at<int>(b.args.desk.starts)[j] = j % b.args.per_rank * s.expert_rows;
+      b.at<int>(b.args.desk.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
       fits &= static_cast<int>(rows[j] & 0xffffu) <= s.expert_rows;
     }
   } else {
+#pragma unroll 1
     for (int rank = b.warp; rank < s.num_ranks; rank += kFusedWarps) fits &= pack_experts(b, rank);
   }
   return fits;
@@ -102,6 +110,7 @@ __device__ inline bool place_experts(const FusedBlock& b) {
 // Behind place_experts and a barrier: names an expert that does not fit.
 __device__ inline void report_no_room(const FusedBlock& b) {
   const FusedShape& s = b.p.shape;
+#pragma unroll 1
   for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
     const int count = static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[j] & 0xffffu);
     const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.desk.starts)[j];
@@ -116,6 +125,7 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
   const int expert = current[i];
   if (expert < 0) return -1;
   int row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] >> 16);
+#pragma unroll 1
   for (int base = 0; base < i; base += kWarp) {
     const int j = base + b.lane;
     row += __popc(__ballot_sync(kFullMask, j < i && current[j] == expert));
@@ -130,6 +140,7 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
   const int64_t stride = s.expert_rows > 0 ? s.expert_rows : s.max_rows;
   const int64_t base = s.expert_rows > 0 ? local * (words - 1) * stride : 0;  // row = local * stride + the row within
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(staged + RowBytes(s).features);
+#pragma unroll 1
   for (int w = b.lane; w < words; w += kWarp) {
     b.peers.write(peer, b.p.layout.scales + 4 * (base + w * stride + row), from[w]);
   }
@@ -139,21 +150,23 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
 __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
   const FusedShape& s = b.p.shape;
   const int assignments = (end - begin) * s.top_k, vectors = RowBytes(s).features / 16;
-  const int parts = max(1, min(kFusedWarps / max(assignments, 1), vectors / kWarp));
-  for (int item = b.warp; item < assignments * parts; item += kFusedWarps) {
-    const int i = item / parts, part = item - i * parts, slot = begin * s.top_k + i;
+  // A row in 2^split parts: as many as there are warps, of 32 vectors or more.
+  const int split = max(0, min(__clz(max(assignments - 1, 0)) - __clz(kFusedWarps / 2), __clz(1) - __clz(vectors / kWarp)));
+#pragma unroll 1
+  for (int item = b.warp; item < assignments << split; item += kFusedWarps) {
+    const int i = item >> split, part = item - (i << split), slot = begin * s.top_k + i;
     const int row = row_of(b, slot - b.first * s.top_k);
     if (part == 0 && b.lane == 0) b.own<int32_t>(b.p.layout.positions)[slot] = row;
     if (row < 0) continue;
-    const int expert = b.current()[slot], peer = expert / b.args.per_rank;
-    const unsigned char* const staged = b.staged(i / s.top_k);
-    const int from = vectors * part / parts, upto = vectors * (part + 1) / parts;
+    const int expert = b.current()[slot], peer = b.args.by_per_rank.divide(expert), token = b.args.by_top_k.divide(i);
+    const unsigned char* const staged = b.staged(token);
+    const int from = vectors * part >> split, upto = vectors * (part + 1) >> split;
     const int64_t offset = b.p.layout.rows + (static_cast<int64_t>(row) * vectors + from) * 16;
     b.peers.put(peer, offset, reinterpret_cast<const uint4*>(staged) + from, upto - from, b.lane);
     if (part != 0) continue;
     if (is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
     if (b.lane == 0) {
-      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.me.rank << 16 | (begin + i / s.top_k));
+      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.me.rank << 16 | (begin + token));
     }
   }
 }

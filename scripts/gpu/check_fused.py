@@ -149,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=24, help="random cases")
     parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
     parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--blocks", type=int, help="multiprocessors that each of the --processes fills")
     parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

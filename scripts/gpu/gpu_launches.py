@@ -24,8 +24,12 @@ COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--random-seed", "1", "--skip-server-warmup"),
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+    "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
+SMALL = (
+    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512"),
+    "--sleep-on-idle",  # else every rank of every waiting server keeps a core busy, and the others start slower
+)
 LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
@@ -78,8 +82,8 @@ class Launch:
             parallel += ["--dp", n, "--enable-dp-attention"]
         else:  # one rank has nothing to balance: its experts are bounded
             parallel += ["--macs-scope", "expert"]
-        if self.one_gpu:
-            parallel += ["--disable-custom-all-reduce"]  # it copies between different GPUs
+        if self.one_gpu:  # pictures would go through memory of a process that is no rank
+            parallel += ["--mm-feature-transport", "cpu"]
         return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
 
     def environment(self) -> dict[str, str]:
@@ -109,7 +113,6 @@ def _one_gpu_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
         "NCCL_MULTI_RANK_GPU_ENABLE": "1",
-        "MACS_DUMP_SECONDS": "60",  # nothing but a hang takes so long
         "NCCL_NVLS_ENABLE": "0",
     } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
 

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
     """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients.
 
-    The daemon has the first GPU that is visible here, and its clients count from there.
+    The daemon has the first GPU that is visible here, and its clients count from there. Some multiprocessors are left
+    over: shares that need all of them may overlap.
     """
     with tempfile.TemporaryDirectory() as folder:
         mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
         subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps, **first}, check=True)
         try:
-            share = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // processes)}
+            share = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(96 // processes)}
             yield mps | share | {"CUDA_VISIBLE_DEVICES": "0"}
         finally:
             command = ["nvidia-cuda-mps-control"]

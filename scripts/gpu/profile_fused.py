@@ -17,11 +17,12 @@ from time_fused import CLIPPED, GATE, SCORED, Layer, timed_config
 
 # By the number of the stamp (csrc/cuda/fused_dispatch.cu).
 STAGES = (
-    "start", "assignments told", "rows read, scored, cast", "assignments heard and counted",
-    "held against the bounds", "weights", "assignments told again", "and heard", "cuts found", "clipped", "re-routed",
-    "rows per expert exchanged", "experts placed", "rows put", "rows signalled", "tokens written", "weights reported",
-    "counts written", "all rows here", "", "", "", "", "",
+    "start", "assignments told", "rows read, scored, cast", "assignments heard (a warp)", "heard and counted",
+    "weights", "assignments told again", "and heard (a warp)", "and counted", "cuts found", "clipped", "re-routed",
+    "held against the bounds", "rows per expert counted", "experts placed", "rows put", "rows signalled", "tokens written",
+    "counts written", "sums and cuts written", "all rows here", "assignments sorted", "cuts searched", "",
 )  # fmt: skip
+ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 12, 21, 22, 9, 10, 11, 13, 14, 15, 16, 20, 17, 18, 19)  # as they are reached
 LAUNCHES = 40
 
 
@@ -41,14 +42,14 @@ def show(title: str, found: torch.Tensor) -> None:
     since = (found - found[..., :1]).double()
     print(f"{title}: cycles since the block's start, median block and last block")
     before = 0.0
-    for i, name in enumerate(STAGES):
+    for i in ORDER:
         reached = (found[..., i] > 0).any(dim=0).cpu()
-        if not bool(reached.any()) or i == 0:
+        if not bool(reached.any()):
             continue
         of_blocks = since[:, reached, i]
         middle = float(of_blocks.median(dim=1).values.median())
         last = float(of_blocks.max(dim=1).values.median())
-        print(f"  {name:28s} {middle:8.0f} (+{middle - before:6.0f})   last {last:8.0f}")
+        print(f"  {STAGES[i]:28s} {middle:8.0f} (+{middle - before:6.0f})   last {last:8.0f}")
         before = middle
 
 

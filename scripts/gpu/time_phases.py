@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from kernel_case import Run
-from time_fused import CLIPPED, DeepEP, Layer, Table
+from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
 
 SETS, ROUNDS = 4, 200  # of inputs; timed in all
 IDLE_CYCLES = 100_000  # that the device sleeps before a graph: the host's launching is not timed
@@ -102,5 +102,6 @@ def time_composed(table: Table, layer: Layer, meet: Callable[[], None]) -> None:
         plans = [Run(layer.kernels, config, ranks[deepep.rank]) for ranks, _ in sets]
         phased = [Phases(deepep, x, plan, meet) for plan, (_, x) in zip(plans, sets, strict=True)]
         times = measure(phased, meet)["dispatch"]
-        table.add("phased_plan_deepep_dispatch", layer.config, times, layer.bytes(), clipped=clipped)
+        case = {"clipped": clipped, "importance": SCORED}
+        table.add("phased_plan_deepep_dispatch", layer.config, times, layer.bytes(), **case)
     deepep.buffer.destroy()

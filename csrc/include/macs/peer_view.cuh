@@ -36,16 +36,21 @@ struct Patience {
   bool same_device;
 };
 
-// The first fault of a rank stands; later ones follow from it.
-__device__ inline void report(const Patience& patience, Fault fault, int peer, int block, int64_t seen,
-                              int64_t expected) {
+// Not inlined: code that does not run is fetched all the same.
+static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, Fault fault, int peer, int block,
+                                           int64_t seen, int64_t expected) {
   constexpr int kClaimed = -1;
-  FusedStatus* const status = patience.status;
   if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
-  status->peer = peer, status->block = block, status->round = patience.round;
+  status->peer = peer, status->block = block, status->round = round;
   status->seen = seen, status->expected = expected;
   __threadfence_system();
   atomicExch(&status->fault, static_cast<int32_t>(fault));
+}
+
+// The first fault of a rank stands; later ones follow from it.
+__device__ __forceinline__ void report(const Patience& patience, Fault fault, int peer, int block, int64_t seen,
+                                       int64_t expected) {
+  record(patience.status, patience.round, fault, peer, block, seen, expected);
 }
 
 // Whether this rank has one on record.

@@ -8,15 +8,11 @@ Can go when: SGLang takes a device list with repetitions.
 Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs of their own all ranks run; on one GPU a
 peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
 host between sending and receiving, as scripts/gpu/straggler.py does.
-
-Hangs. With MACS_DUMP_SECONDS every process writes where its threads are, that often.
 """
 
 import contextlib
-import faulthandler
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 from functools import wraps
 
@@ -84,5 +80,3 @@ class _Patch(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, _Patch({CUDA: _use_first_device, DEEPEP: _meet_before_receiving}))
-if seconds := float(os.environ.get("MACS_DUMP_SECONDS", "0")):
-    faulthandler.dump_traceback_later(seconds, repeat=True)

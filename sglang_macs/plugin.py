@@ -306,8 +306,8 @@ def _plan_before_deepep(dispatcher, planner, fused=()):
 
 
 def _routed_nowhere(topk_output, rows: int):
-    """With two-batch overlap SGLang pads the rows of an idle rank in decode, and hands over a top-k of none: DeepEP dies
-    on that. As many rows that go nowhere instead.
+    """The top-k, or as many rows of none: with two-batch overlap, SGLang pads an idle rank's rows in decode and hands
+    over a top-k of no rows, on which DeepEP dies.
     """
     if not topk_output.topk_ids.shape[0] < rows:
         return topk_output

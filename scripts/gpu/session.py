@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +64,16 @@ class Step:
     after: tuple[str, ...] = ()
 
 
-def steps(out: Path, commit: str) -> list[Step]:
+def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step]:
     def script(name: str, *arguments: str, result: str = "") -> list[str]:
         place = ["--out", str(out / result), "--commit", commit] if result else []
         return [PYTHON, f"scripts/gpu/{name}.py", *arguments, *place]
 
     def fused(processes: str, *arguments: str, result: str = "") -> list[str]:
         return script("check_fused", "--processes", processes, *arguments, result=result)
+
+    def overhead2(*arguments: str, result: str) -> list[str]:
+        return script("overhead", "--ranks", "2", *arguments, result=result)
 
     def tests() -> list[str]:
         return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
@@ -78,7 +82,7 @@ def steps(out: Path, commit: str) -> list[Step]:
         check = script("check_kernels", "--check-only", "--small", "16", "--seed", "11", "--jobs", "2")
         return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *check]
 
-    serve = script("serve_check", "--launch", *CHECKED, result="serve.json")
+    serve = script("serve_check", "--at-once", "6", "--launch", *checked, result="serve.json")
     one_gpu = script("serve_check", "--launch", "2 ranks, one GPU", result="serve_one_gpu.json")
     bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
     check = script("check_kernels", "--check-only", "--large", "--jobs", "8")
@@ -94,7 +98,8 @@ def steps(out: Path, commit: str) -> list[Step]:
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
-        Step("overhead-2", script("overhead", "--ranks", "2", result="overhead_2.json"), 240, 2, True, extension),
+        Step("overhead-2", overhead2(result="overhead_2.json"), 240, 2, True, extension),
+        Step("overhead-2-normal", overhead2("--normal-only", result="overhead_2_normal.json"), 120, 2, True, extension),
         Step("fused-2", fused("2", "--time-only", result="fused_2.json"), 240, 2, True, both),
         Step("fused-mps-8-times", fused("8", "--mps", "--time-only", result="fused_mps_8.json"), 200, 1, True, both),
         Step("fused-mps-2-times", fused("2", "--mps", "--time-only", result="fused_mps_2.json"), 200, 1, True, both),
@@ -251,9 +256,9 @@ class Session:
         """The table; 1 if anything failed."""
         for run in self.runs:
             lines = (self.out / f"{run.step.name}.log").read_text(errors="replace").strip().splitlines() or [""]
-            print(f"{run.step.name:16s} {run.result:9s} {run.seconds:5.0f} s  {lines[-1][:110]}")
+            print(f"{run.step.name:17s} {run.result:9s} {run.seconds:5.0f} s  {lines[-1][:110]}")
         for name, reason in self.left_out.items():
-            print(f"{name:16s} left out         {reason}")
+            print(f"{name:17s} left out         {reason}")
         return 1 if any(run.result != "ok" for run in self.runs) else 0
 
 
@@ -275,15 +280,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the two archives")
     parser.add_argument("--commit", default="unknown", help="of the sources, for the result files")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps (what they need counts as done)")
+    parser.add_argument("--launch", nargs="+", default=CHECKED, metavar="LAUNCH", help="those that `serve` checks")
     parser.add_argument("--seconds", type=float, default=580, help="for all steps together")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--jit", type=Path, help="jit.tar.gz of an earlier session")
     parser.add_argument("--list", action="store_true", help="name the steps and end")
     options = parser.parse_args()
     folder = ROOT / "build" / "session"
-    every = steps(folder, options.commit)
+    every = steps(folder, options.commit, options.launch)
     if options.list:
-        print("\n".join(f"{step.name:16s} {' '.join(step.command)}" for step in every))
+        print("\n".join(f"{step.name:17s} {' '.join(step.command)}" for step in every))
         return 0
     if options.out is None:
         parser.error("--out is needed")

@@ -17,10 +17,12 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from sglang_macs import cpu_compat, tiny_models
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "serving"
 BENCH_SITE = Path(__file__).resolve().parent / "bench_site"
+FORKS = Path(__file__).resolve().parent / "bench_forks.py"
 # Two servers share this machine: one that has nothing to do must not spin.
 MACS = [*EP2_ARGS, "--sleep-on-idle", "--moe-a2a-backend", "macs", "--macs-preset"]
 ONE = ["--tp", "1", *CPU_ARGS, "--sleep-on-idle"]
@@ -130,13 +133,13 @@ class Workload:
     concurrency: int = 4
 
 
-def bench_command(url: str, model: str, workload: Workload, out: Path, seed: int) -> list[str]:
+def bench_arguments(url: str, model: str, workload: Workload, out: Path, seed: int) -> list[str]:
     """One run of the image workload; results are appended to `out` as one line of JSON."""
     return [
-        sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang-oai-chat", "--base-url", url,
-        "--model", model, "--dataset-name", "image", "--image-count", str(workload.images),
-        "--image-resolution", workload.resolution, "--num-prompts", str(workload.prompts),
-        "--max-concurrency", str(workload.concurrency), "--random-input-len", "32", "--random-output-len", "8",
+        "--backend", "sglang-oai-chat", "--base-url", url, "--model", model, "--dataset-name", "image",
+        "--image-count", str(workload.images), "--image-resolution", workload.resolution,
+        "--num-prompts", str(workload.prompts), "--max-concurrency", str(workload.concurrency),
+        "--random-input-len", "32", "--random-output-len", "8",
         "--random-range-ratio", "1.0", "--warmup-requests", "1", "--flush-cache", "--disable-tqdm",
         "--seed", str(seed), "--output-file", str(out),
     ]  # fmt: skip
@@ -152,26 +155,49 @@ def bench_environment() -> dict[str, str]:
     return env
 
 
-def bench(url: str, model: str, workload: Workload, seed: int) -> dict:
-    """The result of one run. Raises ServerError with the output's end if it failed or requests were lost."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    out = OUT / f"bench-{url.rpartition(':')[2]}.jsonl"
-    out.unlink(missing_ok=True)
-    command = bench_command(url, model, workload, out, seed)
-    done = subprocess.run(command, env=bench_environment(), capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode or not out.exists():
-        raise ServerError(f"bench_serving ended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
-    result = json.loads(out.read_text().splitlines()[-1])
-    if result["completed"] != workload.prompts:
-        raise ServerError(f"bench_serving: {result['completed']} of {workload.prompts} requests answered")
-    return result
+class Bench:
+    """SGLang's bench_serving, imported once (scripts/bench_forks.py); a context manager. Runs follow one another."""
+
+    def __enter__(self) -> "Bench":
+        OUT.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(FORKS)],
+            env=bench_environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # a run that is under way, too
+        self.process.communicate()
+
+    def __call__(self, url: str, model: str, workload: Workload, seed: int) -> dict:
+        """The result of one run. Raises ServerError with the output's end if it failed or requests were lost."""
+        out = OUT / f"bench-{url.rpartition(':')[2]}.jsonl"
+        out.unlink(missing_ok=True)
+        print(json.dumps(bench_arguments(url, model, workload, out, seed)), file=self.process.stdin, flush=True)
+        status, said = json.loads(self.process.stdout.readline() or '[-1, "it died"]')
+        if status or not out.exists():
+            raise ServerError(f"bench_serving ended with {status}:\n{said}")
+        result = json.loads(out.read_text().splitlines()[-1])
+        if result["completed"] != workload.prompts:
+            raise ServerError(f"bench_serving: {result['completed']} of {workload.prompts} requests answered")
+        return result
 
 
-def measure_bench(urls: list[str], model: str, rounds: int, workload: Workload) -> dict[str, list[tuple[float, float]]]:
+Pairs = dict[str, list[tuple[float, float]]]
+
+
+def measure_bench(
+    bench: Bench, urls: list[str], model: str, rounds: int, workload: Workload, keep: Callable[[Pairs], None] = id
+) -> Pairs:
     """(first, second) of every round, by metric. Runs A B, B A, ...; each round has prompts of its own, the same for
-    both servers.
+    both servers. keep: gets what there is after every round.
     """
-    pairs: dict[str, list[tuple[float, float]]] = {metric: [] for metric in METRICS}
+    pairs: Pairs = {metric: [] for metric in METRICS}
     for i in range(rounds):
         results: list[dict] = [{}, {}]
         for side in (0, 1) if i % 2 == 0 else (1, 0):
@@ -180,6 +206,7 @@ def measure_bench(urls: list[str], model: str, rounds: int, workload: Workload) 
             pairs[metric].append((results[0][metric], results[1][metric]))
         ratios = (f"{metric} {results[1][metric] / results[0][metric]:.3f}" for metric in METRICS)
         print(f"round {i + 1} of {rounds}: " + ", ".join(ratios), flush=True)
+        keep(pairs)
     return pairs
 
 
@@ -207,8 +234,10 @@ def run(options: argparse.Namespace, urls: list[str], model: str) -> int:
     names = options.compare if not options.urls else options.urls
     if options.measure == "bench":
         workload = Workload(options.prompts, options.resolution, options.images, options.concurrency)
-        for metric, pairs in measure_bench(urls, model, options.rounds, workload).items():
-            print(f"{metric:<20} {names[1]} / {names[0]}: {ratio_interval(pairs)}")
+        with Bench() as bench:
+            pairs = measure_bench(bench, urls, model, options.rounds, workload)
+        for metric, of_metric in pairs.items():
+            print(f"{metric:<20} {names[1]} / {names[0]}: {ratio_interval(of_metric)}")
         return 0
     found = measure_requests(urls, model, options.pairs)
     print(f"latency of a request, {names[1]} / {names[0]}: {found}")

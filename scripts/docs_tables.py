@@ -25,6 +25,12 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def only(pattern: str) -> str:
+    """The one file of docs/results of that name, whichever GPU it names."""
+    (path,) = (ROOT / "docs" / "results").glob(f"{pattern}.json")
+    return path.stem
+
+
 def source(found: dict) -> str:
     """Where figures come from, in one line."""
     return f"{found['gpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
@@ -56,15 +62,44 @@ def straggler_table() -> str:
 
 
 def overhead_table() -> str:
-    """The plan in front of DeepEP's low-latency dispatch and combine."""
-    found, rows = results("overhead_h100"), []
-    for row in found["rows"]:
-        case = row["case"]
-        times = [f"{row[f'{name}_us']:.1f}" for name in ("deepep", "planned", "plan", "overhead")]
-        share = f"{row['overhead_percent']:.0f} %"
-        rows.append([case["H"], case["dtype"], f"{row['clipped_share']:.0%}", *times, share])
-    header = ["H", "dispatch", "clipped", "DeepEP, us", "plan + DeepEP, us", "plan alone, us", "overhead, us", ""]
-    return source(found) + "\n\n" + markdown(header, rows)
+    """The plan in front of DeepEP's low-latency dispatch and combine, on one GPU."""
+    found = results("overhead_h100")
+    return source(found) + "\n\n" + overhead_rows(found["rows"])
+
+
+def overhead2_table() -> str:
+    """The same on two GPUs, with the exchange; then normal mode, as a share of the whole layer."""
+    found = results(only("overhead_*x2"))
+    parts = [overhead_rows([row for row in found["rows"] if row["case"]["mode"] == mode]) for mode in MODES]
+    return "\n\n".join([source(found), *parts])
+
+
+MODES = ("low latency", "normal")
+OVERHEAD = {
+    "T": lambda row: row["case"]["T"],
+    "H": lambda row: row["case"]["H"],
+    "dispatch": lambda row: row["case"]["dtype"],
+    "clipped": lambda row: f"{row['clipped_share']:.0%}",
+    "DeepEP, us": lambda row: f"{row['deepep_us']:.1f}",
+    "plan + DeepEP, us": lambda row: f"{row['planned_us']:.1f}",
+    "plan alone, us": lambda row: f"{row['plan_us']:.1f}",
+    "exchange alone, us": lambda row: f"{row['exchange_us']:.1f}",
+    "experts, us": lambda row: f"{row['experts_us']:.0f}",
+    "overhead, us": lambda row: f"{row['overhead_us']:.1f}",
+    "of DeepEP": lambda row: f"{row['overhead_percent']:.0f} %",
+    "of the layer": lambda row: f"{row['overhead_percent_of_layer']:.1f} %",
+}
+ONLY_IN = {
+    "exchange alone, us": "exchange_us",
+    "experts, us": "experts_us",
+    "of the layer": "overhead_percent_of_layer",
+}
+
+
+def overhead_rows(rows: list[dict]) -> str:
+    """A table with the columns that these rows have."""
+    there = {name: cell for name, cell in OVERHEAD.items() if ONLY_IN.get(name, "deepep_us") in rows[0]}
+    return markdown(there, [[cell(row) for cell in there.values()] for row in rows])
 
 
 def fused_table() -> str:
@@ -77,15 +112,17 @@ def fused_table() -> str:
             case = row["case"]
             size = tuple(case[name] for name in ("R", "T", "H", "dtype"))
             # DeepEP's rows have no importance: they stand beside every one. Runs before version 4 knew only one.
-            importance = case.get("importance", None if row["op"].startswith("deepep") else "entropy_gate")
+            importance = case.get("importance", None if "deepep" in row["op"] else "entropy_gate")
             sizes.setdefault(size, {}).setdefault(importance, {})[row["op"], case["clipped"]] = row
+        ops = {row["op"] for row in found["rows"]}
+        there = {name: column for name, column in FUSED_COLUMNS.items() if column[0] in ops}
         rows = [
-            [*size, importance, *(fused_cell(of.get(None, {}) | timed, *column) for column in FUSED_COLUMNS.values())]
+            [*size, importance, *(fused_cell(of.get(None, {}) | timed, *column) for column in there.values())]
             for size, of in sizes.items()
             for importance, timed in of.items()
             if importance is not None
         ]
-        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", "importance", *FUSED_COLUMNS], rows))
+        parts.append(source(found) + "\n\n" + markdown(["R", "T", "H", "rows", "importance", *there], rows))
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
@@ -102,6 +139,10 @@ FUSED_COLUMNS = {
     "both": ("fused_dispatch_combine", 0.0),
     "20 % clipped  ": ("fused_dispatch_combine", 0.2),
     "DeepEP  ": ("deepep_dispatch_combine", 0.0),
+    # Ranks that share a GPU: sending and receiving added up (scripts/gpu/time_phases.py).
+    "DeepEP in phases": ("phased_deepep_dispatch", 0.0),
+    "plan + DeepEP in phases": ("phased_plan_deepep_dispatch", 0.0),
+    "DeepEP's combine in phases": ("phased_deepep_combine", 0.0),
 }
 
 
@@ -138,22 +179,57 @@ def variants_table() -> str:
 
 
 def serve_table() -> str:
-    """What the servers counted, and whether their tokens were equal."""
-    found = results("serve_h200x2")
-    runs: dict[str, dict[str, dict]] = {}
+    """What the servers counted, and whether their tokens were equal; a table for every run in docs/results."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("serve_*.json")):
+        found, runs = results(path.stem), {}
+        for row in found["rows"]:
+            runs.setdefault(row["case"]["launch"], {})[row["case"]["gamma"]] = row
+        parts.append(source(found) + "\n\n" + markdown(SERVE, [serve_row(*launch) for launch in runs.items()]))
+    return "\n\n".join(parts)
+
+
+SERVE = ["launch", "tokens, off and infinite gamma", "planned", "of these fused", "checks", "violations"]
+SERVE += ["clipped at 1.0", "of these re-routed", "start, s"]
+
+
+def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
+    if failed := [gamma for gamma, run in by_gamma.items() if "error" in run]:
+        return [launch, f"no answer ({', '.join(failed)})", *[""] * (len(SERVE) - 2)]
+
+    def total(name: str, *gammas: str) -> int:
+        values = (state.get(name, 0) for gamma in gammas for state in by_gamma[gamma]["states"])
+        return sum(sum(value.values()) if isinstance(value, dict) else value for value in values)
+
+    kind = (
+        "visual"
+        if total("own", "1.0") and any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"])
+        else "text"
+    )
+    own = [sum(s["own"][f"{name}_{kind}"] for s in by_gamma["1.0"]["states"]) for name in ("clipped", "rerouted")]
+    equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
+    counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "checks", "violations")]
+    return [launch, equal, *counts, *own, f"{max(run['start_s'] for run in by_gamma.values()):.0f}"]
+
+
+def bench_table() -> str:
+    """SGLang's image benchmark on two GPUs, MACS off and at gamma 1.0 in alternation."""
+    found, rows = results(only("bench_*x2")), []
     for row in found["rows"]:
-        runs.setdefault(row["case"]["launch"], {})[row["case"]["gamma"]] = row
-    rows = []
-    for launch, by_gamma in runs.items():
-        equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
-        states = by_gamma["1.0"]["states"]
-        checks = sum(sum(state["checks"].values()) for name in ("inf", "1.0") for state in by_gamma[name]["states"])
-        broken = sum(sum(state["violations"].values()) for name in ("inf", "1.0") for state in by_gamma[name]["states"])
-        own = [sum(state["own"][name] for state in states) for name in ("clipped_visual", "rerouted_visual")]
-        rows.append([launch, equal, checks, broken, *own])
-    header = ["launch", "tokens, off and infinite gamma", "checks", "violations"]
-    header += ["clipped at 1.0", "of these re-routed"]
+        if "off" not in row:
+            continue
+        medians = [f"{statistics.median(row[side]):.2f}" for side in ("off", "on")]
+        bounds = "[{:.3f}, {:.3f}]".format(*row["ci95"]) if row["ci95"] else "too few rounds"
+        rows.append([row["case"]["metric"], len(row["off"]), *medians, f"{row['ratio']:.3f}", bounds])
+    header = ["", "rounds", "off", "gamma 1.0", "ratio", "95 % interval"]
     return source(found) + "\n\n" + markdown(header, rows)
+
+
+def newcomer_table() -> str:
+    """Seconds from pip install to the first answer."""
+    found = results(only("newcomer_*"))
+    rows = [[row["case"]["step"], f"{row['seconds']:.0f}"] for row in found["rows"]]
+    return source(found) + "\n\n" + markdown(["step", "s"], [*rows, ["in all", f"{found['total_seconds']:.0f}"]])
 
 
 def cost_table() -> str:
@@ -212,7 +288,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics.table,
     "straggler": straggler_table,
     "overhead": overhead_table,
+    "overhead2": overhead2_table,
     "serve": serve_table,
+    "bench": bench_table,
+    "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,
     "compat": compat_table,

@@ -45,8 +45,9 @@ def share(size: int, group: dist.ProcessGroup) -> PeerMemory:
     rank = dist.get_rank(group)
     own, handle = ops.allocate_shared(size)
     handles = everyone(handle.tolist(), group)
+    # On the host, said aloud: SGLang loads models with the GPU as torch's default device.
     addresses = [
-        own.data_ptr() if peer == rank else ops.open_shared(torch.tensor(of_peer, dtype=torch.uint8))
+        own.data_ptr() if peer == rank else ops.open_shared(torch.tensor(of_peer, dtype=torch.uint8, device="cpu"))
         for peer, of_peer in enumerate(handles)
     ]
     dist.barrier(group)  # nobody writes before everybody has mapped

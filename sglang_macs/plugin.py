@@ -275,6 +275,7 @@ def _plan_before_deepep(dispatcher, planner, fused=()):
     half = None  # which half of the batch is dispatched, under two-batch overlap
 
     def plan_first(dispatch_a, inner, fused, hidden_states, topk_output):
+        topk_output = _routed_nowhere(topk_output, hidden_states.shape[0])
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
         takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
         planned = planner(hidden_states, ids, weights, _logits(topk_output), half, fused.plan if takes else None)
@@ -302,6 +303,17 @@ def _plan_before_deepep(dispatcher, planner, fused=()):
         inner.dispatch_b = partial(hint_rows, inner.dispatch_b)
     dispatcher._execute = partial(execute, dispatcher._execute)
     return dispatcher
+
+
+def _routed_nowhere(topk_output, rows: int):
+    """The top-k, or as many rows of none: with two-batch overlap, SGLang pads an idle rank's rows in decode and hands
+    over a top-k of no rows, on which DeepEP dies.
+    """
+    if not topk_output.topk_ids.shape[0] < rows:
+        return topk_output
+    top_k = topk_output.topk_ids.shape[1]
+    nowhere = topk_output.topk_ids.new_full((rows, top_k), -1)
+    return topk_output._replace(topk_ids=nowhere, topk_weights=topk_output.topk_weights.new_zeros((rows, top_k)))
 
 
 def _scoring(routing_method_type) -> str:

@@ -21,6 +21,7 @@ import json
 import math
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def build_qwen3_moe(
         tie_word_embeddings=False,
     )
     config.dtype = torch.bfloat16
-    model = _initialise(Qwen3MoeForCausalLM(config), _words(tokenizer, SPECIAL), seed, visual=False)
+    model = _initialise(_empty(Qwen3MoeForCausalLM, config), _words(tokenizer, SPECIAL), seed, visual=False)
     model.save_pretrained(out)
     if fp8:
         _quantise_experts(out)
@@ -140,7 +141,8 @@ def build_qwen3_vl_moe(
     )
     config.dtype = torch.bfloat16
     words = _words(tokenizer, SPECIAL + VISION_SPECIAL)
-    model = _initialise(Qwen3VLMoeForConditionalGeneration(config), words, seed, visual=True, pull=visual_pull)
+    model = _empty(Qwen3VLMoeForConditionalGeneration, config)
+    model = _initialise(model, words, seed, visual=True, pull=visual_pull)
     model.save_pretrained(twin)
     shutil.copytree(twin, out, dirs_exist_ok=True)
     _transpose_experts(out / "model.safetensors")
@@ -273,11 +275,21 @@ def _vision_config(hidden: int) -> dict:
     }
 
 
+def _empty(kind, config):
+    """A model without values: `_initialise` sets every parameter, and transformers would draw them all before."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return kind(config)
+
+
 def _initialise(model, words: range, seed: int, *, visual: bool, pull: float = 0.0):
     """Set every parameter of `model`; `words` are the ids it may generate; returns it in bf16."""
     parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.data = _draw(name, parameter, seed)
+    with ThreadPoolExecutor() as pool:  # a generator draws on one thread; every parameter has its own
+        values = pool.map(lambda item: _draw(*item, seed), parameters.items())
+        for parameter, value in zip(parameters.values(), values, strict=True):
+            parameter.data = value
     embed = _one(parameters, "embed_tokens.weight")
     if visual:
         _pull_visual_tokens(parameters, embed, pull, seed)
@@ -307,7 +319,7 @@ def _draw(name: str, parameter: torch.Tensor, seed: int) -> torch.Tensor:
         return value
     # Expert tensors are [E, out, in]; the patch convolution is [out, ...in]; all others [out, in].
     fan_in = math.prod(parameter.shape[1:]) if "patch_embed" in name else parameter.shape[-1]
-    return value * (_gain(name) / math.sqrt(fan_in))
+    return value.mul_(_gain(name) / math.sqrt(fan_in))
 
 
 def _gain(name: str) -> float:

@@ -120,3 +120,15 @@ def test_a_skipped_batch_passes_untouched(planned, skip):
     with batch.forward(batch.Batch(skip=skip)):
         output = dispatcher.dispatch(hidden_states=hidden, topk_output=topk)
     assert output == (topk.topk_ids, 999) and counters.skipped == {skip: 1} and not counters.planned
+
+
+def test_padded_rows_of_an_idle_rank_go_nowhere(planned):
+    """SGLang 0.5.21, two-batch overlap: rows in decode, and a top-k of none."""
+    dispatcher, _ = planned
+    empty = TopK(torch.empty(0, TOP_K), torch.empty((0, TOP_K), dtype=torch.int64), torch.empty(0, TOP_K))
+    with batch.forward(batch.Batch(skip="decode")):
+        dispatcher.dispatch_a(hidden_states=torch.zeros(3, 16), topk_output=empty)
+        assert dispatcher.dispatch_b().topk_ids.tolist() == [[-1] * TOP_K] * 3
+        assert dispatcher._inners[0].sent.topk_weights.tolist() == [[0.0] * TOP_K] * 3
+        dispatcher.dispatch_a(hidden_states=torch.zeros(0, 16), topk_output=empty)
+        assert dispatcher.dispatch_b().topk_ids.shape == (0, TOP_K)

@@ -189,6 +189,19 @@ def test_peers_have_to_be_reachable(monkeypatch, seat, words):
     assert words in found and bool(found) == bool(words)
 
 
+def test_handles_stay_on_the_host_while_a_model_is_loaded(monkeypatch):
+    """SGLang loads with `torch.device("cuda")`; "meta" shows as well where a tensor is made."""
+    opened = []
+    monkeypatch.setattr(ops, "allocate_shared", lambda size: (torch.zeros(size, device="cpu"),) * 2)
+    monkeypatch.setattr(ops, "open_shared", lambda handle: opened.append(handle.device.type) or 7)
+    monkeypatch.setattr(peer_memory, "everyone", lambda value, group: [[0] * 64] * 3)
+    monkeypatch.setattr(peer_memory.dist, "get_rank", lambda group: 1)
+    monkeypatch.setattr(peer_memory.dist, "barrier", lambda group: None)
+    with torch.device("meta"):
+        shared = peer_memory.share(8, group=None)
+    assert opened == ["cpu", "cpu"] and shared.addresses[0] == shared.addresses[2] == 7
+
+
 # ---- SGLang's four steps ---------------------------------------------------------------------------------------------
 
 

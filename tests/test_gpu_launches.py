@@ -47,3 +47,17 @@ def test_only_ranks_on_one_gpu_are_told_which(monkeypatch):
     shared = LAUNCHES["2 ranks, one GPU"].environment()
     assert shared["CUDA_VISIBLE_DEVICES"] == "1" and shared["SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"] == "1"
     assert shared["PYTHONPATH"].split(os.pathsep)[0] == str(gpu_launches.ONE_GPU_SITE)
+
+
+MEET = """
+from sglang.srt.layers.moe.token_dispatcher.deepep import _DeepEPDispatcherImplLowLatency as LowLatency
+print(*(hasattr(getattr(LowLatency, name), "__wrapped__") for name in ("dispatch_b", "combine_b", "dispatch_a")))
+"""
+
+
+def test_ranks_on_one_gpu_meet_before_they_receive():
+    env = {**os.environ, **environment(1)}
+    for folders, expected in (([], "False False False"), ([str(ONE_GPU_SITE)], "True True False")):
+        env["PYTHONPATH"] = os.pathsep.join([environment(1)["PYTHONPATH"], *folders])
+        done = subprocess.run([sys.executable, "-c", MEET], env=env, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == expected, done.stderr

@@ -86,6 +86,22 @@ def test_limits_end_a_step_and_a_session(tmp_path):
     assert one.report() == 1
 
 
+def test_what_is_ended_takes_along_what_it_started(tmp_path):
+    child = tmp_path / "child"
+    program = "import subprocess, sys, time\n"
+    program += "p = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"  # as a server is
+    program += "open(sys.argv[1], 'w').write(str(p.pid)); time.sleep(60)"
+    run(tmp_path, [Step("server", [sys.executable, "-c", program, str(child)], 1)])
+    stat = Path(f"/proc/{child.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_step_after_another_waits_for_its_end_however_it_ends(tmp_path):
+    _, results = run(tmp_path, [step(tmp_path, "first", status=1), step(tmp_path, "second", after=("first", "other"))])
+    assert results == {"first": "exit 1", "second": "ok"}
+    assert span(tmp_path, "first")[1] < span(tmp_path, "second")[0]
+
+
 def test_what_waits_for_go_gets_it_when_all_others_have_ended(tmp_path):
     program = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n" + PROGRAM
     command = [
@@ -102,7 +118,7 @@ def test_what_waits_for_go_gets_it_when_all_others_have_ended(tmp_path):
 def test_every_step_names_a_step_before_it_and_a_program(tmp_path):
     names = []
     for one in session.steps(tmp_path, "abc"):
-        assert set(one.needs) <= set(names)
+        assert set(one.needs) | set(one.after) <= set(names)
         names.append(one.name)
     assert len(set(names)) == len(names)
 

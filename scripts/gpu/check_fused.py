@@ -33,7 +33,7 @@ from kernel_case import Config
 
 GRAPH_ROUNDS = 1000
 FAULT_TIMEOUT_NS = 5_000_000
-PROCESS_SECONDS = 150
+PROCESS_SECONDS = 220
 
 
 def check_cases(kernels: c.Kernels, configs: list[FusedConfig], seed: int, rounds: int) -> int:
@@ -127,11 +127,16 @@ def on_one_gpu(options: argparse.Namespace) -> int:
 
 
 def finish(options: argparse.Namespace, table: time_fused.Table) -> None:
+    keep(options, table)
+    table.show()
+
+
+def keep(options: argparse.Namespace, table: time_fused.Table) -> None:
+    """Writes what there is."""
     gpus = 1 if options.mps else options.processes or 1
     if options.out:
         rate = round(table.bandwidth)
         result_file.write(options.out, table.rows, commit=options.commit, gpus=gpus, copy_bytes_per_us=rate)
-    table.show()
 
 
 def parse() -> argparse.Namespace:
@@ -144,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=24, help="random cases")
     parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
     parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--blocks", type=int, help="multiprocessors that each of the --processes fills")
     parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -154,7 +160,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.rank is not None:
-        options.finish = lambda table: finish(options, table)
+        options.keep = lambda table: keep(options, table)
         fused_processes.run_rank(c.Kernels(), options)
         return 0
     if options.processes:

@@ -26,6 +26,7 @@ from kernel_case import POISON, Config
 from low_latency import most_tokens
 from mps import shared_gpu
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
+from time_phases import time_composed
 
 HANDLE_BYTES = 64
 
@@ -110,13 +111,14 @@ def play(group: Group, seed: int, dispatch: Callable[[Group], None]) -> None:
     at_rest()
 
 
-def cases(ranks: int, blocks: int) -> list[FusedConfig]:
+def cases(ranks: int, blocks: int, largest: int) -> list[FusedConfig]:
+    """largest: hidden size; every rank makes what all ranks' experts put out, and on one GPU that is a square."""
     plan = Config(T=128, R=ranks, hot=1.5, visual=0.8)
     ragged = tuple((128, 1, 0, 127)[rank % 4] for rank in range(ranks))
     return [
         FusedConfig(plan, (128,) * ranks, blocks),
         masked(FusedConfig(plan, ragged, blocks, "fp8_ue8m0", row_experts=True, copies_outputs=True)),
-        FusedConfig(Config(T=511, R=ranks, hot=60.0, H=7168), (511,) * ranks, blocks, "fp8"),
+        FusedConfig(Config(T=511, R=ranks, hot=60.0, H=largest), (511,) * ranks, blocks, "fp8"),
     ]
 
 
@@ -147,15 +149,30 @@ def run_rank(kernels, options) -> None:
     backend = "gloo" if options.mps else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{options.init}", rank=me, world_size=ranks)
     blocks = min(everyone(multiprocessors(options)))
-    every = cases(ranks, blocks)
+    every = cases(ranks, blocks, 2048 if options.mps and ranks > 2 else 7168)
     timed = [
         timed_config(ranks, tokens, hidden_size, format, blocks * ranks)
-        for tokens in (128, most_tokens(ranks))
+        for tokens in ((128,) if options.mps else (128, most_tokens(ranks)))
         for hidden_size in (2048, 7168)
         for format in ("bfloat16", "fp8")
     ]
     size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
     regions = SharedRegions(kernels.library, size)
+    if not options.time_only:
+        check_all(kernels, regions, every, options, blocks)
+    if not options.check_only:
+        table = Table()
+        for config in timed:
+            time_config(kernels, regions, table, config, options)
+            if me == 0:
+                options.keep(table)  # a run that is cut off has shown something
+        if me == 0:
+            table.show()
+    at_rest()
+    dist.destroy_process_group()
+
+
+def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options, blocks: int) -> None:
     checked = 0
     for config in every:
         group = regions.group(kernels, config)
@@ -163,23 +180,32 @@ def run_rank(kernels, options) -> None:
             play(group, options.seed + seed, in_two_phases if seed % 2 else Group.dispatch)
             checked += 1
     dead_rank(kernels, regions, blocks)
-    if me == 0:
+    if dist.get_rank() == 0:
+        ranks = dist.get_world_size()
         print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)
-    if not options.check_only:
-        table = Table()
-        for config in timed:
-            layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
-            time_layer(Slowest(table), layer, not options.mps and has_deepep(), at_rest)
-        if me == 0:
-            options.finish(table)
-    at_rest()
-    dist.destroy_process_group()
+
+
+def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConfig, options) -> None:
+    """Rows of one size; on a shared GPU beside DeepEP in phases."""
+    layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
+    slowest = Slowest(table)
+    time_layer(slowest, layer, not options.mps and has_deepep(), at_rest)
+    if options.mps and has_deepep():
+        time_composed(slowest, layer, at_rest)
+    torch.cuda.empty_cache()
 
 
 def multiprocessors(options) -> int:
-    """That a rank's blocks may fill: under MPS its share of the device."""
+    """That a rank's blocks may fill: under MPS its share of the device, less a tenth.
+
+    All blocks of all ranks have to run at once. Shares that add up to the whole device need not lie side by side: on an
+    H100 two ranks of 66 blocks each waited for one another's last blocks, which never started; eight of 16 did not.
+    """
     count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    return min(count, 132 // options.processes) if options.mps else count
+    share = 132 // options.processes
+    usable = min(count, share - share // 10) if options.mps else count
+    print(f"rank {options.rank}: {count} multiprocessors reported", flush=True)
+    return options.blocks or usable
 
 
 class Slowest(Table):

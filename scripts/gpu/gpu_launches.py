@@ -24,8 +24,12 @@ COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--random-seed", "1", "--skip-server-warmup"),
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+    "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
+SMALL = (
+    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512"),
+    "--sleep-on-idle",  # else every rank of every waiting server keeps a core busy, and the others start slower
+)
 LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
@@ -41,14 +45,16 @@ ENVIRONMENT = {
     # Servers that start side by side take memory from one another.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
+START_SECONDS = 180  # a server that needs longer hangs: it shall not cost the others their time
 
 
 @dataclass(frozen=True)
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, fp8: of the model; flags: beside the common ones; one_gpu: every rank on the first GPU
-    (under MPS); observed: with metrics and trace.
+    kind, experts, top_k, layers, intermediate, fp8: of the model; flags: beside the common ones; fused: with
+    --macs-dispatch fused where MACS is on; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and
+    trace.
     """
 
     ranks: int
@@ -56,15 +62,13 @@ class Launch:
     kind: str = "qwen3_vl_moe"
     experts: int = 32
     top_k: int = 4
-    layers: int = 4
+    layers: int = 3
+    intermediate: int = 256
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
+    fused: bool = False
     one_gpu: bool = False
     observed: bool = False
-
-    @property
-    def fused(self) -> bool:
-        return "--macs-dispatch" in self.flags
 
     @property
     def gpus(self) -> int:
@@ -78,8 +82,8 @@ class Launch:
             parallel += ["--dp", n, "--enable-dp-attention"]
         else:  # one rank has nothing to balance: its experts are bounded
             parallel += ["--macs-scope", "expert"]
-        if self.one_gpu:
-            parallel += ["--disable-custom-all-reduce"]  # it copies between different GPUs
+        if self.one_gpu:  # pictures would go through memory of a process that is no rank
+            parallel += ["--mm-feature-transport", "cpu"]
         return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
 
     def environment(self) -> dict[str, str]:
@@ -88,14 +92,17 @@ class Launch:
         one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
         return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
 
+    def model_path(self) -> Path:
+        """Where the checkpoint lies; launches that differ elsewhere share one."""
+        return ROOT / "build" / "models" / f"gpu-{self.kind}-{self.experts}{'-fp8' if self.fp8 else ''}"
+
     def model(self) -> Path:
         """The checkpoint, built if it is not there."""
-        name = f"gpu-{self.kind}-{self.experts}{'-fp8' if self.fp8 else ''}"
         size = {"hidden": 2048, "layers": self.layers, "num_experts": self.experts, "top_k": self.top_k}
-        size["intermediate"] = 768
+        size["intermediate"] = self.intermediate
         if self.kind == "qwen3_moe":
             size |= {"fp8": self.fp8, "head_dim": 64}
-        return tiny_models.ensure(ROOT / "build" / "models" / name, self.kind, **size)
+        return tiny_models.ensure(self.model_path(), self.kind, **size)
 
 
 def _one_gpu_environment() -> dict[str, str]:
@@ -110,27 +117,26 @@ def _one_gpu_environment() -> dict[str, str]:
     } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
 
 
-FUSED = ("--macs-dispatch", "fused")
+# Of Qwen3-VL-30B-A3B's experts as many, and as large.
+REAL = {"experts": 128, "top_k": 8, "intermediate": 768}
+FP8 = {"kind": "qwen3_moe", "fp8": True, "flags": (*SMALL, "--moe-runner-backend", "macs")}
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
-    "2 ranks, 128 experts": Launch(2, "low_latency", experts=128, top_k=8, layers=3),
+    "2 ranks, 128 experts": Launch(2, "low_latency", observed=True, **REAL),
     "1 rank, low latency": Launch(1, "low_latency"),
-    "2 ranks, FP8 blocks": Launch(
-        2, "low_latency", kind="qwen3_moe", fp8=True, flags=(*SMALL, "--moe-runner-backend", "macs")
-    ),
+    "2 ranks, FP8 blocks": Launch(2, "low_latency", **FP8),
     "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=(*SMALL, "--enable-two-batch-overlap")),
     "2 ranks, one GPU": Launch(2, "low_latency", one_gpu=True),
-    "2 ranks, fused": Launch(2, "low_latency", flags=(*SMALL, *FUSED)),
-    "2 ranks, fused, FP8 blocks": Launch(
-        2, "low_latency", kind="qwen3_moe", fp8=True, flags=(*SMALL, *FUSED, "--moe-runner-backend", "macs")
-    ),
-    "1 rank, fused": Launch(1, "low_latency", flags=(*SMALL, *FUSED)),
+    "2 ranks, fused": Launch(2, "low_latency", fused=True),
+    "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
+    "1 rank, fused": Launch(1, "low_latency", fused=True),
 }
-BENCH = Launch(2, "normal", experts=128, top_k=8, layers=3, flags=LARGE)
+BENCH = Launch(2, "normal", flags=LARGE, **REAL)
 
 
 def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:
     """A server of `launch` with the flags of a run; a context manager."""
     env = launch.environment() | (environment or {})
-    return Server(launch.model(), [*launch.arguments, *run], env=env, log=log, timeout=400)
+    carrier = ["--macs-dispatch", "fused"] if launch.fused and "off" not in run else []
+    return Server(launch.model(), [*launch.arguments, *run, *carrier], env=env, log=log, timeout=START_SECONDS)

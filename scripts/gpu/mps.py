@@ -11,12 +11,18 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
-    """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients."""
+    """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients.
+
+    The daemon has the first GPU that is visible here, and its clients count from there. Some multiprocessors are left
+    over: shares that need all of them may overlap.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps}, check=True)
+        first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps, **first}, check=True)
         try:
-            yield mps | {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // processes)}
+            share = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(96 // processes)}
+            yield mps | share | {"CUDA_VISIBLE_DEVICES": "0"}
         finally:
             command = ["nvidia-cuda-mps-control"]
             subprocess.run(command, input="quit -t 1\n", text=True, env={**os.environ, **mps}, check=False, timeout=30)

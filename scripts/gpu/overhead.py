@@ -6,7 +6,8 @@ Low latency: each row is a CUDA graph of several rounds: DeepEP's dispatch and c
 and the plan alone. With one rank the plan bounds eight (E = 128, top-8), as on a cluster, and there is no exchange;
 with more, it bounds those and its all-reduce over NCCL is part of it. `10 % clipped`: gamma where a tenth of the
 assignments is over a bound, nothing re-routed, so rows get fewer. Normal mode (N > 1): 4096 tokens a rank, with the
-experts' grouped GEMMs, launched from the host. Times are the slowest rank's medians.
+experts' grouped GEMMs, launched from the host, onto a device that is busy before (as behind attention) and an idle one.
+Times are the slowest rank's medians.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from sglang_macs.plan import Plan  # noqa: E402
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
 NORMAL_TOKENS = 4096  # a rank
+AHEAD_CYCLES = 4_000_000  # about 2 ms
+BUSY = ("idle before", "busy before")
 ROUNDS, REPLAYS = 8, 60  # rounds in a graph, over as many batches; replays of each graph, in turn
 
 
@@ -223,14 +226,20 @@ class Normal(Layer):
         return counts
 
 
-def host_us(one_round, batches: list[dict], repeats: int = 15) -> float:
-    """Median microseconds of rounds launched from the host, all ranks together."""
+def host_us(one_round, batches: list[dict], busy: bool, repeats: int = 15) -> float:
+    """Median microseconds of rounds launched from the host, all ranks together.
+
+    busy: the device has work before the round, as a server's has (attention), and the host launches ahead of it; else
+    every launch is waited for.
+    """
     samples = []
     for turn in range(repeats + 3):
         for batch in batches:
             torch.cuda.synchronize()
             dist.barrier()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if busy:
+                torch.cuda._sleep(AHEAD_CYCLES)
             start.record()
             one_round(batch)
             end.record()
@@ -240,7 +249,7 @@ def host_us(one_round, batches: list[dict], repeats: int = 15) -> float:
     return sorted(samples)[len(samples) // 2]
 
 
-def measure_normal(hidden_size: int, clipped: float) -> dict:
+def measure_normal(hidden_size: int, clipped: float, busy: bool) -> dict:
     """One row at 4096 tokens a rank: DeepEP alone and behind the plan, and the plan's share of the MoE layer."""
     layer = Normal(hidden_size)
     gamma = layer.gamma_for(clipped) if clipped else 3.0
@@ -252,9 +261,9 @@ def measure_normal(hidden_size: int, clipped: float) -> dict:
         "plan": lambda b: layer.plan(plan, b),
         "experts": lambda b: run_experts(),
     }
-    times = slowest({name: host_us(one_round, layer.batches) for name, one_round in rounds.items()})
+    times = slowest({name: host_us(one_round, layer.batches, busy) for name, one_round in rounds.items()})
     row = {
-        "case": {"mode": "normal", "T": NORMAL_TOKENS, "H": hidden_size, "dtype": "bf16"},
+        "case": {"mode": "normal", "T": NORMAL_TOKENS, "H": hidden_size, "dtype": "bf16", "device": BUSY[busy]},
         "gamma": gamma,
         "clipped_share": layer.clipped_share(gamma) if clipped else 0.0,
         **compare(times),
@@ -264,7 +273,7 @@ def measure_normal(hidden_size: int, clipped: float) -> dict:
     return row
 
 
-def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
+def run_rank(rank: int, ranks: int, out: str, commit: str, normal_only: bool) -> None:
     """All rows of one rank; rank 0 prints and writes them."""
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if ranks > 1 else "gloo", rank=rank, world_size=ranks)
@@ -276,8 +285,11 @@ def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
     jobs = [
         (measure_low_latency, (*size, fp8, share)) for size in sizes for fp8 in (False, True) for share in (0.0, 0.1)
     ]
+    if normal_only:
+        jobs = []
     if ranks > 1:
-        jobs += [(measure_normal, (hidden, share)) for hidden in (2048, 7168) for share in (0.0, 0.1)]
+        every = [(hidden, share, busy) for hidden in (2048, 7168) for share in (0.0, 0.1) for busy in (True, False)]
+        jobs += [(measure_normal, arguments) for arguments in every]
     rows = []
     for measure, arguments in jobs:
         rows.append(measure(*arguments))
@@ -290,7 +302,8 @@ def run_rank(rank: int, ranks: int, out: str, commit: str) -> None:
 def show(row: dict) -> None:
     case, layer = row["case"], row.get("overhead_percent_of_layer")
     print(
-        f"{case['mode']:11s} T {case['T']:4d} H {case['H']:4d} {case['dtype']:4s} clipped {row['clipped_share']:5.1%}  "
+        f"{case.get('device', case['mode']):11s} T {case['T']:4d} H {case['H']:4d} {case['dtype']:4s} "
+        f"clipped {row['clipped_share']:5.1%}  "
         f"DeepEP {row['deepep_us']:7.1f}  planned {row['planned_us']:7.1f}  plan {row['plan_us']:6.1f}  "
         f"over {row['overhead_us']:6.1f} us {row['overhead_percent']:5.1f} %"
         + (f"  exchange {row['exchange_us']:5.1f}" if "exchange_us" in row else "")
@@ -303,11 +316,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--normal-only", action="store_true")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29671 + options.ranks), "NCCL_NVLS_ENABLE": "0"}
     if options.rank is not None:
-        run_rank(options.rank, options.ranks, options.out, options.commit)
+        run_rank(options.rank, options.ranks, options.out, options.commit, options.normal_only)
         return 0
     command = [sys.executable, *sys.argv]
     ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(options.ranks)]

@@ -5,15 +5,19 @@
 Three servers of one launch (gpu_launches.BENCH: 128 experts, top-8, DeepEP normal): off and 1.0, which are timed, and
 1.0 with the proof on, which gets the same requests once and counts violations. The first runs only warm up. The images'
 tokens prefer rank 0's experts. With --go, timing begins when that file exists: whatever else the GPUs did has ended.
+FILE is written after every round; the bounds come last.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +25,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
 
 import result_file  # noqa: E402
-from check_serving import Workload, bench, measure_bench, ratio_interval  # noqa: E402
+from check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval  # noqa: E402
 from gpu_launches import BENCH, start  # noqa: E402
 from serving import Server  # noqa: E402
 
@@ -70,27 +74,38 @@ def wait_for(go: Path | None) -> None:
         time.sleep(0.5)
 
 
-def measure(servers: dict[str, Server], rounds: int) -> list[dict]:
-    """Rows of the result file."""
-    model = str(BENCH.model())
+CASE = {"launch": "2 ranks, normal, 128 experts", **vars(WORKLOAD)}
 
-    def warm_up(server: Server) -> None:
-        for turn in range(WARM_UPS):
-            bench(server.url, model, WORKLOAD, seed=1000 + turn)
 
-    with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(warm_up, servers.values()))
-    pairs = measure_bench([servers["off"].url, servers["1.0"].url], model, rounds, WORKLOAD)
-    bench(servers["proved"].url, model, WORKLOAD, seed=0)
-    case = {"launch": "2 ranks, normal, 128 experts", **vars(WORKLOAD)}
+def rows_of(pairs: Pairs) -> list[dict]:
+    """Rows of the result file, of the rounds so far."""
     rows = []
     for metric, samples in pairs.items():
         found = ratio_interval(samples)
         off, on = (list(side) for side in zip(*samples, strict=True))
-        row = {"op": "e2e", "case": {**case, "metric": metric}, "off": off, "on": on, "against": "off"}
-        rows.append({**row, "ratio": found.median, "ci95": [found.low, found.high]})
-        print(f"{metric:<20} 1.0 / off: {found}", flush=True)
-    return [*rows, {"op": "e2e", "case": {**case, "metric": "bounds"}, **proof(servers["proved"])}]
+        row = {"op": "e2e", "case": {**CASE, "metric": metric}, "off": off, "on": on, "against": "off"}
+        # With too few rounds nothing bounds the median from above, and JSON has no infinity.
+        bounds = [found.low, found.high] if math.isfinite(found.high) else None
+        rows.append({**row, "ratio": found.median, "ci95": bounds})
+    return rows
+
+
+def measure(servers: dict[str, Server], rounds: int, keep: Callable[[list[dict]], None]) -> dict:
+    """Rows go to `keep`, after every round all there are; returns the last, the bounds."""
+    model, last = str(BENCH.model()), []
+    with Bench() as bench:
+        for turn in range(WARM_UPS):
+            for server in servers.values():
+                bench(server.url, model, WORKLOAD, seed=1000 + turn)
+        print("serve_bench: warm", flush=True)
+        urls = [servers["off"].url, servers["1.0"].url]
+        last = rows_of(measure_bench(bench, urls, model, rounds, WORKLOAD, lambda pairs: keep(rows_of(pairs))))
+        bench(servers["proved"].url, model, WORKLOAD, seed=0)
+    bounds = {"op": "e2e", "case": {**CASE, "metric": "bounds"}, **proof(servers["proved"])}
+    keep([*last, bounds])
+    for row in last:
+        print(f"{row['case']['metric']:<20} 1.0 / off: {row['ratio']:.4f} {row['ci95']}", flush=True)
+    return bounds
 
 
 def main() -> int:
@@ -103,9 +118,8 @@ def main() -> int:
     with running() as servers:
         print("serve_bench: servers up", flush=True)
         wait_for(options.go)
-        rows = measure(servers, options.rounds)
-    result_file.write(options.out, rows, commit=options.commit, gpus=BENCH.gpus)
-    bounds = rows[-1]
+        write = partial(result_file.write, options.out, commit=options.commit, gpus=BENCH.gpus)
+        bounds = measure(servers, options.rounds, write)
     print(f"serve_bench: {bounds['checks']} checks, {bounds['violations']} violations, {bounds['clipped']} clipped")
     return 1 if bounds["violations"] or not bounds["checks"] else 0
 

@@ -2,15 +2,19 @@
 
     python3 scripts/gpu/serve_check.py --out FILE [--launch "2 ranks, low latency" ...]
 
-A launch (gpu_launches.py) is a model, a number of ranks and a DeepEP mode; its three servers (off, infinite gamma,
-gamma 1.0) run at the same time. Exit 0 only if greedy tokens are equal with MACS off and at infinite gamma, every bound
-held on every rank, and metrics and trace, where a launch asks for them, tell what the counters tell.
+A launch (gpu_launches.py) is a model, a number of ranks and a DeepEP mode; it has three servers (off, infinite gamma,
+gamma 1.0). Exit 0 only if greedy tokens are equal with MACS off and at infinite gamma, every bound held on every rank,
+the kernels that carry planned batches are those asked for, and metrics and trace, where a launch asks for them, tell
+what the counters tell. FILE is written again after every launch.
 """
 
 import argparse
 import contextlib
+import re
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,10 +73,18 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
             observed = observe(server, traced, states) if flags else None
+            carrier = said_to_carry(server.log_text())
     except Exception as error:  # the other servers go on, and this one's failure is a result
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
     found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
+    found |= {"carrier": carrier} if carrier else {}
     return found if observed is None else found | {"observed": observed}
+
+
+def said_to_carry(log: str) -> str:
+    """The server's own line about what carries its planned batches; "" if it has none."""
+    line = re.search(r"^sglang-macs: (.* carries .*)$", log, re.MULTILINE)
+    return line.group(1) if line else ""
 
 
 def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
@@ -86,10 +98,12 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
-            if launch.fused and state["fused"] != state["planned"]:
-                wrong.append(f"gamma {run}: rank {state['rank']}: DeepEP carried a planned batch")
+            if state["fused"] != (state["planned"] if launch.fused else 0):
+                wrong.append(f"gamma {run}: rank {state['rank']}: {state['fused']} of {state['planned']} were fused")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
+        if launch.fused and not runs[run].get("carrier", "").startswith("the fused dispatch"):
+            wrong.append(f"gamma {run}: the log does not say that the fused dispatch carries")
     wrong += [f"gamma 1.0: {what}" for what in runs["1.0"].get("observed", [])]
     clipped = "clipped_visual" if launch.kind == "qwen3_vl_moe" else "clipped_text"
     if not sum(state["own"][clipped] for state in runs["1.0"]["states"]):
@@ -106,42 +120,54 @@ def summary(run: dict) -> dict:
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 
-def run_all(names: list[str]) -> dict[tuple[str, str], dict]:
-    """Results by (launch, run); all servers at the same time."""
+def run_all(names: list[str], at_once: int) -> Iterator[tuple[str, dict[str, dict]]]:
+    """(launch, results by run) as they come, in order; at most `at_once` servers live at a time."""
     sharing = [name for name in names if LAUNCHES[name].one_gpu]
-    clients = sum(LAUNCHES[name].ranks for name in sharing) * len(RUNS)
+    clients = min(at_once, len(RUNS) * len(sharing)) * max((LAUNCHES[name].ranks for name in sharing), default=0)
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(mps.shared_gpu(clients)) if sharing else {}
-        pool = stack.enter_context(ThreadPoolExecutor(len(RUNS) * len(names)))
+        pool = stack.enter_context(ThreadPoolExecutor(at_once))
         jobs = {
-            (name, run): pool.submit(serve, name, LAUNCHES[name], run, client if name in sharing else {})
+            name: {
+                run: pool.submit(serve, name, LAUNCHES[name], run, client if name in sharing else {}) for run in RUNS
+            }
             for name in names
-            for run in RUNS
         }
-        return {job: future.result() for job, future in jobs.items()}
+        for name, of_launch in jobs.items():
+            yield name, {run: future.result() for run, future in of_launch.items()}
+
+
+def build_models(names: list[str]) -> int:
+    """A process for every model; 0 if all succeeded."""
+    models = {LAUNCHES[name].model_path(): name for name in names}
+    command = [sys.executable, __file__, "--build-only", "--launch"]
+    builders = [subprocess.Popen([*command, name]) for name in models.values()]
+    return max(abs(builder.wait()) for builder in builders)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser, required=False)
     parser.add_argument("--launch", nargs="+", default=list(LAUNCHES), choices=list(LAUNCHES))
+    parser.add_argument("--at-once", type=int, default=4, help="servers that live at the same time")
     parser.add_argument("--build-only", action="store_true", help="build the models of the launches and end")
     options = parser.parse_args()
-    for name in options.launch:
-        LAUNCHES[name].model()  # before the threads: two must not build one model
+    if options.build_only and len(options.launch) == 1:
+        LAUNCHES[options.launch[0]].model()
+        return 0
+    if failed := build_models(options.launch):  # before the threads: two must not build one model
+        return failed
     if options.build_only:
         return 0
     if options.out is None:
         parser.error("--out is needed")
-    found = run_all(options.launch)
     wrong, rows = [], []
-    for name in options.launch:
-        runs = {run: found[name, run] for run in RUNS}
+    gpus = max(LAUNCHES[name].gpus for name in options.launch)
+    for name, runs in run_all(options.launch, options.at_once):
         wrong += [f"{name}: {what}" for what in judge(LAUNCHES[name], runs)]
         rows += [{"op": "serve", "case": {"launch": name, "gamma": run}, **summary(runs[run])} for run in RUNS]
+        result_file.write(options.out, rows, commit=options.commit, gpus=gpus, wrong=wrong)
         print(f"{name}:", ", ".join(f"{run} {runs[run].get('start_s', 0):.0f} s" for run in RUNS), flush=True)
-    gpus = max(LAUNCHES[name].gpus for name in options.launch)
-    result_file.write(options.out, rows, commit=options.commit, gpus=gpus, wrong=wrong)
     print("\n".join(wrong) or "serve_check OK: equal tokens at infinite gamma, every bound held")
     return 1 if wrong else 0
 

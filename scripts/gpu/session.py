@@ -12,20 +12,33 @@ anything failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PYTHON = sys.executable
-JIT = Path("/tmp/sglang-jit")  # all caches of compiled kernels: SGLang puts those of others below its own
-CHECKED = ("2 ranks, 128 experts", "2 ranks, FP8 blocks", "2 ranks, two batches")
+JIT = Path("/tmp/sglang-jit")  # all caches of compiled kernels
+CACHES = {
+    "SGLANG_CACHE_DIR": str(JIT),  # those of Triton, FlashInfer and DeepGEMM lie below it
+    "SGLANG_JIT_CACHE_DIR": str(JIT / "sglang"),
+    "TVM_FFI_CACHE_DIR": str(JIT / "tvm-ffi"),
+}
+CHECKED = (
+    "2 ranks, 128 experts",
+    "2 ranks, fused",
+    "2 ranks, FP8 blocks",
+    "2 ranks, two batches",
+    "2 ranks, fused, FP8 blocks",
+)
 # The entry point that SGLang looks for, and the operators, unless a build of them lies there that loads.
 LOADS = f"{PYTHON} -c 'from sglang_macs import ops; assert ops.cuda_backend() == \"cuda\"'"
 BUILD = f"{PYTHON} setup.py -q egg_info && ({LOADS} || {PYTHON} setup.py -q build_ext --inplace) && {LOADS}"
@@ -37,7 +50,7 @@ class Step:
 
     seconds: after which it is ended; gpus: how many it needs; alone: nothing else may run on them; needs: steps that
     have to succeed before; at_go: after its start it holds no GPU, and waits for the file `go`, which comes when all
-    other steps have ended.
+    other steps have ended; after: steps that have to have ended before, well or not.
     """
 
     name: str
@@ -48,12 +61,19 @@ class Step:
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     at_go: bool = False
+    after: tuple[str, ...] = ()
 
 
-def steps(out: Path, commit: str) -> list[Step]:
+def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step]:
     def script(name: str, *arguments: str, result: str = "") -> list[str]:
         place = ["--out", str(out / result), "--commit", commit] if result else []
         return [PYTHON, f"scripts/gpu/{name}.py", *arguments, *place]
+
+    def fused(processes: str, *arguments: str, result: str = "") -> list[str]:
+        return script("check_fused", "--processes", processes, *arguments, result=result)
+
+    def overhead2(*arguments: str, result: str) -> list[str]:
+        return script("overhead", "--ranks", "2", *arguments, result=result)
 
     def tests() -> list[str]:
         return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
@@ -62,7 +82,7 @@ def steps(out: Path, commit: str) -> list[Step]:
         check = script("check_kernels", "--check-only", "--small", "16", "--seed", "11", "--jobs", "2")
         return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *check]
 
-    serve = script("serve_check", "--launch", *CHECKED, result="serve.json")
+    serve = script("serve_check", "--at-once", "6", "--launch", *checked, result="serve.json")
     one_gpu = script("serve_check", "--launch", "2 ranks, one GPU", result="serve_one_gpu.json")
     bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
     check = script("check_kernels", "--check-only", "--large", "--jobs", "8")
@@ -78,17 +98,25 @@ def steps(out: Path, commit: str) -> list[Step]:
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
-        Step("overhead-2", script("overhead", "--ranks", "2", result="overhead_2.json"), 240, 2, True, extension),
-        Step("fused-2", script("check_fused", "--processes", "2", result="fused_2.json"), 240, 2, True, both),
+        Step("overhead-2", overhead2(result="overhead_2.json"), 240, 2, True, extension),
+        Step("overhead-2-normal", overhead2("--normal-only", result="overhead_2_normal.json"), 120, 2, True, extension),
+        Step("fused-2", fused("2", "--time-only", result="fused_2.json"), 240, 2, True, both),
+        Step("fused-mps-8-times", fused("8", "--mps", "--time-only", result="fused_mps_8.json"), 200, 1, True, both),
+        Step("fused-mps-2-times", fused("2", "--mps", "--time-only", result="fused_mps_2.json"), 200, 1, True, both),
+        # Only right or wrong, but a wait of theirs ends after milliseconds.
+        Step("fused-mps-2", fused("2", "--mps", "--check-only"), 120, 1, True, kernels),
+        Step("fused-mps-8", fused("8", "--mps", "--check-only"), 120, 1, True, kernels),
+        Step("fused-check-2", fused("2", "--check-only"), 120, 2, True, kernels),
         # What is only right or wrong, all at once.
-        Step("bench", bench, 560, 2, False, models, at_go=True),
         Step("serve", serve, 420, 2, False, models),
-        Step("serve-one-gpu", one_gpu, 420, 1, False, models),
+        Step("serve-one-gpu", one_gpu, 240, 1, False, models),
         Step("check-kernels", check, 300, 1, False, kernels),
         Step("tests-cuda", tests(), 240, 1, False, extension, cuda),
         Step("tests-triton", tests(), 240, 1, False, extension, triton),
         Step("memcheck", sanitizer("memcheck"), 300, 1, False, kernels),
         Step("racecheck", sanitizer("racecheck"), 300, 1, False, kernels),
+        # Its servers start when fewer others do.
+        Step("bench", bench, 560, 2, False, models, at_go=True, after=("serve-one-gpu",)),
     ]
 
 
@@ -116,13 +144,31 @@ class Run:
             self.stop("too long")
 
     def stop(self, result: str) -> None:
+        """Ends it and all it has started: servers are process groups of their own, and would hold their GPU."""
+        family = descendants(self.process.pid)
         os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        for pid in [self.process.pid, *family]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
         self.result = result
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, from /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found, ahead = [], [pid]
+    while ahead:
+        own = children.get(ahead.pop(), [])
+        found += own
+        ahead += own
+    return found
 
 
 class Session:
@@ -169,7 +215,10 @@ class Session:
         """Whether what it needs has succeeded; what was not asked for counts as done before."""
         asked = {run.step.name for run in self.runs} | {other.name for other in self.waiting}
         done = {run.step.name for run in self.runs if run.result == "ok"}
-        return all(name in done for name in step.needs if name in asked)
+        ended = {run.step.name for run in self.runs if run.result}
+        return all(name in done for name in step.needs if name in asked) and all(
+            name in ended for name in step.after if name in asked
+        )
 
     def _place(self, step: Step) -> list[int] | None:
         """The GPUs for a step, the least busy first; None while there are too few."""
@@ -180,7 +229,7 @@ class Session:
         return free[: step.gpus] if len(free) >= step.gpus else None
 
     def _start(self, step: Step, gpus: list[int]) -> Run:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "SGLANG_CACHE_DIR": str(JIT), **step.environment}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **CACHES, **step.environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         if step.gpus and len(gpus) < self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
@@ -207,9 +256,9 @@ class Session:
         """The table; 1 if anything failed."""
         for run in self.runs:
             lines = (self.out / f"{run.step.name}.log").read_text(errors="replace").strip().splitlines() or [""]
-            print(f"{run.step.name:16s} {run.result:9s} {run.seconds:5.0f} s  {lines[-1][:110]}")
+            print(f"{run.step.name:17s} {run.result:9s} {run.seconds:5.0f} s  {lines[-1][:110]}")
         for name, reason in self.left_out.items():
-            print(f"{name:16s} left out         {reason}")
+            print(f"{name:17s} left out         {reason}")
         return 1 if any(run.result != "ok" for run in self.runs) else 0
 
 
@@ -231,15 +280,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the two archives")
     parser.add_argument("--commit", default="unknown", help="of the sources, for the result files")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps (what they need counts as done)")
+    parser.add_argument("--launch", nargs="+", default=CHECKED, metavar="LAUNCH", help="those that `serve` checks")
     parser.add_argument("--seconds", type=float, default=580, help="for all steps together")
     parser.add_argument("--gpus", type=int, help="how many to use (default: all)")
     parser.add_argument("--jit", type=Path, help="jit.tar.gz of an earlier session")
     parser.add_argument("--list", action="store_true", help="name the steps and end")
     options = parser.parse_args()
     folder = ROOT / "build" / "session"
-    every = steps(folder, options.commit)
+    every = steps(folder, options.commit, options.launch)
     if options.list:
-        print("\n".join(f"{step.name:16s} {' '.join(step.command)}" for step in every))
+        print("\n".join(f"{step.name:17s} {' '.join(step.command)}" for step in every))
         return 0
     if options.out is None:
         parser.error("--out is needed")

@@ -1,17 +1,23 @@
 """Runs at the start of every Python process that has this folder on PYTHONPATH: SGLang puts every rank on one GPU.
 
-Why: SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS gives each scheduler the n-th device of CUDA_VISIBLE_DEVICES as its device 0.
-With one GPU there is no second one to give: every scheduler gets the first. The choice is made in the launcher or, with
-dp-attention, in the data-parallel controller, where SGLang 0.5.21 loads no plugins; hence this file.
+Device. SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS gives each scheduler the n-th device of CUDA_VISIBLE_DEVICES as its device
+0. With one GPU there is no second one to give: every scheduler gets the first. The choice is made in the launcher or,
+with dp-attention, in the data-parallel controller, where SGLang 0.5.21 loads no plugins; hence this file.
 Can go when: SGLang takes a device list with repetitions.
+
+Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs of their own all ranks run; on one GPU a
+peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
+host between sending and receiving, as scripts/gpu/straggler.py does.
 """
 
 import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
+from functools import wraps
 
-TARGET = "sglang.srt.platforms.cuda"
+CUDA = "sglang.srt.platforms.cuda"
+DEEPEP = "sglang.srt.layers.moe.token_dispatcher.deepep"
 
 
 @contextlib.contextmanager
@@ -19,27 +25,58 @@ def _first_device(self, device_id):
     yield 0
 
 
+def _use_first_device(module):
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == CUDA]
+    owners = [kind for kind in own if "reindex_device_id" in vars(kind)]
+    if not owners:
+        raise ImportError(f"{CUDA}: reindex_device_id is gone; ranks cannot share a GPU this way any more")
+    for owner in owners:
+        owner.reindex_device_id = _first_device
+
+
+def _meet():
+    """Every rank has sent: its stream is done, and it is here."""
+    import torch
+    from sglang.srt.runtime_context import get_parallel
+
+    torch.cuda.current_stream().synchronize()
+    torch.distributed.barrier(group=get_parallel().tp_group.cpu_group)
+
+
+def _met(receive):
+    @wraps(receive)
+    def met(*args, **kwargs):
+        _meet()
+        return receive(*args, **kwargs)
+
+    return met
+
+
+def _meet_before_receiving(module):
+    owner = module._DeepEPDispatcherImplLowLatency
+    for name in ("dispatch_b", "combine_b"):
+        setattr(owner, name, _met(getattr(owner, name)))
+
+
 class _Patch(importlib.abc.MetaPathFinder):
-    """Finds TARGET as everybody does, and changes it when it has been executed."""
+    """Finds `targets` as everybody does, and changes each when it has been executed."""
+
+    def __init__(self, targets):
+        self.targets = dict(targets)
 
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
+        change = self.targets.pop(name, None)
+        if change is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == TARGET]
-            owners = [kind for kind in own if "reindex_device_id" in vars(kind)]
-            if not owners:
-                raise ImportError(f"{TARGET}: reindex_device_id is gone; ranks cannot share a GPU this way any more")
-            for owner in owners:
-                owner.reindex_device_id = _first_device
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-sys.meta_path.insert(0, _Patch())
+sys.meta_path.insert(0, _Patch({CUDA: _use_first_device, DEEPEP: _meet_before_receiving}))

@@ -1,0 +1,95 @@
+"""What scripts/gpu makes of servers' answers, on made-up ones. Needs no GPU."""
+
+import copy
+import json
+import math
+import zipfile
+
+import check_serving
+import pytest
+from gpu import newcomer, serve_bench, serve_check
+from gpu.gpu_launches import LAUNCHES, RUNS, start
+
+LINE = "the fused dispatch carries planned low-latency batches: 12 MB a rank"
+
+
+def state(rank: int, fused: int) -> dict:
+    own = {"clipped_visual": 5, "clipped_text": 5}
+    counted = {"planned": 8, "fused": fused, "checks": {"bound": 8}, "misaligned": 0, "violations": {"bound": 0}}
+    return {"rank": rank, "own": own, **counted}
+
+
+def runs(fused: int = 8, carrier: str = LINE) -> dict[str, dict]:
+    found = {"tokens": [[1, 2]], "carrier": carrier, "states": [state(rank, fused) for rank in range(2)]}
+    return {run: copy.deepcopy(found) for run in RUNS}
+
+
+def test_a_fused_launch_has_to_say_and_count_that_it_is():
+    fused, plain = LAUNCHES["2 ranks, fused"], LAUNCHES["2 ranks, normal"]
+    assert serve_check.judge(fused, runs()) == []
+    assert serve_check.judge(plain, runs(fused=0, carrier="")) == []
+    assert "gamma inf: rank 1: 7 of 8 were fused" in serve_check.judge(fused, runs(fused=7))
+    assert "gamma 1.0: rank 0: 1 of 8 were fused" in serve_check.judge(plain, runs(fused=1))
+    silent = serve_check.judge(fused, runs(carrier="DeepEP carries every batch, behind the plan: MACS is off"))
+    assert silent == [f"gamma {run}: the log does not say that the fused dispatch carries" for run in ("inf", "1.0")]
+
+
+def test_other_tokens_violations_and_failures_are_told():
+    found = runs()
+    found["inf"]["tokens"] = [[1, 3]]
+    found["1.0"]["states"][1]["violations"]["bound"] = 2
+    wrong = serve_check.judge(LAUNCHES["2 ranks, fused"], found)
+    assert [words.split(" violated")[0] for words in wrong] == [
+        "greedy tokens differ between off and infinite gamma",
+        "gamma 1.0: rank 1",
+    ]
+    found["off"] = {"error": "it died"}
+    assert serve_check.judge(LAUNCHES["2 ranks, fused"], found) == ["gamma off: it died"]
+
+
+def test_the_log_says_what_carries():
+    assert serve_check.said_to_carry(f"loading\nsglang-macs: {LINE}\nready") == LINE
+    assert serve_check.said_to_carry("sglang-macs: active on 3 MoE layers\n") == ""
+
+
+def test_a_server_without_macs_is_not_asked_for_the_fused_dispatch():
+    def flags(name: str, run: str) -> str:
+        launch = LAUNCHES[name]
+        launch_model = type(launch).model
+        type(launch).model = type(launch).model_path
+        try:
+            return " ".join(start(launch, RUNS[run], "log").args)
+        finally:
+            type(launch).model = launch_model
+
+    assert "--macs-dispatch fused" in flags("2 ranks, fused", "inf")
+    assert "--macs-dispatch" not in flags("2 ranks, fused", "off") + flags("2 ranks, normal", "inf")
+
+
+def test_few_rounds_of_the_benchmark_give_ratios_without_an_interval():
+    pairs = {metric: [(10.0, 8.0), (10.0, 9.0)] for metric in check_serving.METRICS}
+    rows = serve_bench.rows_of(pairs)
+    assert [row["case"]["metric"] for row in rows] == list(check_serving.METRICS)
+    assert rows[0]["ratio"] == pytest.approx(0.85) and rows[0]["ci95"] is None
+    assert math.inf not in json.loads(json.dumps(rows))
+    six = serve_bench.rows_of({metric: [(10.0, 8.0 + i / 10) for i in range(6)] for metric in check_serving.METRICS})
+    assert six[0]["ci95"] == pytest.approx([0.8, 0.85])
+
+
+def test_every_round_of_the_benchmark_is_kept(monkeypatch):
+    kept = []
+
+    def bench(url, model, workload, seed):
+        return dict.fromkeys(check_serving.METRICS, 1.0 + seed + (url == "b"))
+
+    check_serving.measure_bench(bench, ["a", "b"], "", 3, check_serving.Workload(), lambda p: kept.append(str(p)))
+    assert len(kept) == 3 and kept[0] == str({metric: [(1.0, 2.0)] for metric in check_serving.METRICS})
+
+
+def test_a_wheel_under_another_name_gets_its_own_back(tmp_path):
+    wheel = tmp_path / "kernel-trimmed.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_kernel-0.4.dist-info/METADATA", "")
+    assert newcomer.named(wheel, tmp_path).name == "some_kernel-0.4-py3-none-any.whl"
+    proper = tmp_path / "torch-2.13.0-cp312-cp312-manylinux_2_28_x86_64.whl"
+    assert newcomer.named(proper, tmp_path) == proper

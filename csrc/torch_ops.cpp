@@ -324,26 +324,43 @@ struct Collect {
   const One& of() const { return std::get<One>(kept); }
 };
 
-std::tuple<Tensor, Tensor, Tensor> score_histogram(const Tensor& hidden_states, const Tensor& topk_ids,
+// The weights where nothing is scored, and what tells the launcher so.
+template <class Sink>
+Tensor equal_weights_to(Sink&& sink, const Tensor& segment) {
+  TORCH_CHECK_VALUE(segment.dim() == 1, "segment: got shape ", segment.sizes(), ", expected [T]");
+  check_like(segment, "segment", at::kInt, segment.sizes(), segment);
+  Tensor weight = at::empty(segment.sizes(), segment.options().dtype(at::kFloat));
+  const auto* const of = segment.const_data_ptr<int32_t>();
+  sink(EntropyScoreParams{nullptr, of, nullptr, segment.size(0), 0, DType::kBFloat16}, segment);
+  sink(EntropyWeightParams{nullptr, of, weight.mutable_data_ptr<float>(), segment.size(0), 0, 0.0f}, segment);
+  return weight;
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_histogram(const OptionalTensor& hidden_states, const Tensor& topk_ids,
                                                    const Tensor& topk_weights, const Tensor& segment,
                                                    int64_t num_segments, double delta, int64_t num_experts,
                                                    int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
                                                    int64_t importance) {
-  const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous(), gates = topk_weights.contiguous(),
-               seg = segment.contiguous();
+  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), seg = segment.contiguous();
   check_ranks(num_experts, num_ranks);
-  const c10::cuda::CUDAGuard guard(x.device());
+  const c10::cuda::CUDAGuard guard(ids.device());
   Collect<EntropyScoreParams, EntropyWeightParams, LoadHistogramParams> all;
-  const Tensor entropy = entropy_score_to(all, x, seg);
-  const Tensor weight = entropy_weight_to(all, entropy, seg, num_segments, delta);
+  Tensor x, entropy, weight;
+  if (hidden_states.has_value()) {
+    x = hidden_states->contiguous();
+    entropy = entropy_score_to(all, x, seg);
+    weight = entropy_weight_to(all, entropy, seg, num_segments, delta);
+  } else {
+    weight = equal_weights_to(all, seg);
+  }
   const Tensor histogram = load_histogram_to(all, ids, gates, weight, seg, num_experts, buckets, load, importance);
   ClipApplyParams apply{};
   apply.in = all.of<LoadHistogramParams>().in;
   apply.num_ranks = static_cast<int32_t>(num_ranks);
   apply.scope = checked_enum<Scope>(scope, 2, "scope");
-  const Tensor workspace = workspace_on(x, cuda::plan_workspace_bytes(all.of<EntropyWeightParams>(), apply));
+  const Tensor workspace = workspace_on(ids, cuda::plan_workspace_bytes(all.of<EntropyWeightParams>(), apply));
   check_launch(cuda::launch_score_histogram(all.of<EntropyScoreParams>(), all.of<EntropyWeightParams>(),
-                                            all.of<LoadHistogramParams>(), workspace.data_ptr(), stream_of(x)),
+                                            all.of<LoadHistogramParams>(), workspace.data_ptr(), stream_of(ids)),
                "score_histogram");
   return {weight, histogram, workspace};
 }
@@ -646,7 +663,7 @@ TORCH_LIBRARY(sglang_macs, m) {
       "Tensor shift, Tensor cut, int num_ranks, int buckets, int scope, int load, int importance, int reroute, "
       "bool protect_text, int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "score_histogram(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
+      "score_histogram(Tensor? hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
       "float delta, int num_experts, int num_ranks, int buckets, int scope, int load, int importance) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(

@@ -237,7 +237,7 @@ def clip_apply(
 
 
 def score_histogram(
-    hidden_states: Tensor,
+    hidden_states: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor,
     segment: Tensor,
@@ -254,7 +254,8 @@ def score_histogram(
     """`entropy_score`, `entropy_weight` and `load_histogram` in one chain of overlapping launches: the plan before its
     exchange, the same bits as the three operators. Only where `is_fused`.
 
-    Args: theirs; num_ranks and scope only size the workspace.
+    Args: theirs; hidden_states None where nothing depends on entropies: visual tokens weigh 0.5, text 1. num_ranks and
+        scope only size the workspace.
     Returns:
         weight [T] f32; the histogram; and a workspace for `threshold_apply`.
     """

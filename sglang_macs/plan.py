@@ -174,12 +174,12 @@ class Plan:
     def _before_exchange(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weight, histogram, workspace): fused where it can be and entropies are needed, else without a workspace."""
-        if not (self._needs_entropy and num_segments > 0 and ops.is_fused(hidden_states)):
+        """(weight, histogram, workspace): fused where it can be, else without a workspace."""
+        if not ops.is_fused(hidden_states):
             weight = self.weight(hidden_states, segment, num_segments)
             return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
         return ops.score_histogram(
-            hidden_states,
+            hidden_states if self._needs_entropy and num_segments > 0 else None,
             topk_ids,
             topk_weights,
             segment,

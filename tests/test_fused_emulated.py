@@ -89,7 +89,9 @@ CUT = {
     "sorted_effective": FusedConfig(replace(SORTED, load="effective", gamma=0.4, reroute="local"), (12, 9)),
     "sorted_ties": FusedConfig(replace(SORTED, importance="entropy", delta=0.0, gamma=0.4), (12, 11)),
     "sorted_gate": FusedConfig(replace(SORTED, importance="gate", delta=0.0, grid=0.5), (12, 0), needs_entropy=False),
-    "cut_by_a_block_each": FusedConfig(replace(SORTED, T=600, R=1, K=16, E=32), (12,), blocks=3, max_rows=2000, alignment=8),
+    "cut_by_a_block_each": FusedConfig(
+        replace(SORTED, T=600, R=1, K=16, E=32), (12,), blocks=3, max_rows=2000, alignment=8
+    ),
     "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
 }
 CASES |= UNCUT | TOLD_AGAIN | CUT

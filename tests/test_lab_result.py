@@ -33,6 +33,20 @@ def test_rows_are_relative_to_the_unclipped_model_and_leave_out_what_it_has_not_
     ]
 
 
+def test_a_header_names_no_folder_of_whoever_ran_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--reduced", "--out", "here/q.json", "--seeds", "2"])
+    assert lab_result.header("cpu")["command"] == "python3 scripts/lab/evaluate.py --reduced --seeds 2"
+
+
+def test_the_reduced_study_takes_less_than_20_minutes_and_agrees():
+    """The divergence of the default is below that of every other rule, as in the full one."""
+    result = json.loads((ROOT / "docs" / "results" / "quality_reduced.json").read_text())
+    assert result["device"] == "cpu" and result["seconds"] < 1200
+    kl = {row["method"]: row["kl"] for row in result["main"]["rows"] if row["bound"] == 1.05}
+    for other in ("cai", "cai device", "cai image-first", "visual top-k", "entropy_gate", "paper", "random"):
+        assert kl[MacsConfig.from_preset("rank").importance] < kl[other]
+
+
 def test_the_committed_study_bears_the_default_out():
     result = json.loads((ROOT / "docs" / "results" / "quality.json").read_text())
     assert {"gpu", "commit", "command", "date"} <= result.keys()

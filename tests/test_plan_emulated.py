@@ -83,8 +83,8 @@ class Launchers:
         scratch.check()
         return tuple(o.check() for o in outputs)
 
-    def plan(self, group: cases.Group, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """All of it by the two fused launchers, without an exchange."""
+    def plan(self, group: cases.Group, options: dict[str, Any], scored: bool = True) -> dict[str, torch.Tensor]:
+        """All of it by the two fused launchers, without an exchange; not `scored`: as where entropies do not matter."""
         b, experts = group.batches[0], group.num_experts
         tokens, bounds = len(b.segment), experts if options["scope"] == "expert" else group.num_ranks
         shapes = {"entropy": (tokens,), "weight": (tokens,), "histogram": (experts * 2 * options["buckets"] + 4,)}
@@ -94,6 +94,8 @@ class Launchers:
         buffers["ids"] = Buffer(b.topk_ids.shape, b.topk_ids.dtype)
         out = {name: buffer.tensor for name, buffer in buffers.items()}
         score = score_params(b.hidden_states, b.segment, out["entropy"])
+        if not scored:
+            score.hidden_states = score.entropy = None
         weight = weight_params(out["entropy"], b.segment, out["weight"], b.num_segments, 1.0)
         routing = b.topk_ids, b.topk_weights, out["weight"], b.segment
         histogram = c.LoadHistogramParams(assignments(*routing, experts, options), address(out["histogram"]))
@@ -276,3 +278,30 @@ def test_fused_launchers_give_the_operators_bits(
         for name, tensor in got.items():
             assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
     assert want["counts"][1].sum() > 0, "something has to move"
+
+
+@pytest.mark.parametrize("scope", FUSED_CASES)
+@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 3), ("with_clusters", 2)])
+def test_fused_launchers_without_scores(request, path: str, num_launches: int, scope: str) -> None:
+    """Where only gates matter no hidden vector is read: visual tokens weigh 0.5, else the bits are the operators'."""
+    b = cases.batch(cases.generator(6), **(cases.NAMED["imbalanced"] | {"num_tokens": 24}))
+    group = cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
+    options = USUAL | FUSED_CASES[scope] | {"importance": "gate"}
+    weight = torch.where(b.segment < 0, 1.0, 0.5)
+    routing = b.topk_ids, b.topk_weights, weight, b.segment
+    own = ops.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=16))
+    shift, cut = ops.clip_threshold(own, own, group.modality, **pick(options, THRESHOLD, num_ranks=4))
+    applied = pick(options, APPLY, num_ranks=4, scoring=group.scoring)
+    ids, weights, counts = ops.clip_apply(*routing, b.router_logits, shift, cut, **applied)
+    want = {"weight": weight, "histogram": own, "shift": shift, "cut": cut, "counts": counts, "ids": ids}
+    fused = request.getfixturevalue(path)
+    for seed in range(2):
+        fused.library.configure(seed)
+        before = fused.library.launches
+        got = fused.plan(group, options | {"num_ranks": 4, "scoring": group.scoring}, scored=False)
+        assert fused.library.launches - before == num_launches
+        torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
+        for name, expected in want.items():
+            assert torch.equal(got[name], expected), name
+        assert (got["entropy"].view(torch.uint8) == POISON).all()
+    assert counts[1].sum() > 0 and (b.segment < 0).any() and (b.segment >= 0).any()

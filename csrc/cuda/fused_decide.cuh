@@ -109,6 +109,7 @@ __device__ inline void cut_some(const FusedBlock& b, int first) {
   const int *over = b.at<int>(b.args.desk.over), *place = b.at<int>(b.args.desk.place);
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   const int now = min(num_over - first, kCutsAtOnce);
+#pragma unroll 1
   for (int i = threadIdx.x; i < now * 2 * num_levels; i += kFusedThreads) levels[i] = 0;
   __syncthreads();
   for_each_entry(b, [&](const Entry& entry, int source) {
@@ -123,21 +124,22 @@ __device__ inline void cut_some(const FusedBlock& b, int first) {
   if (b.warp < now) {
     int* const group = levels + b.warp * 2 * num_levels;
     const int n = over[first + b.warp], bound = raw[n].cut.w;
-    const Cut cut = warp_find_cut<16>({group, group + num_levels}, num_levels, bound);
+    const Levels found = {group, group + num_levels};
+    const Cut cut = num_levels <= 8 * kWarp ? warp_find_cut<8>(found, num_levels, bound)
+                                            : warp_find_cut<16>(found, num_levels, bound);
     __syncwarp();  // all lanes have read the bound
     if (b.lane == 0) raw[n] = RawCut::of(cut, bound);
   }
   __syncthreads();
 }
 
-// Of many bounds a block finds the cuts of its own share, and the rank's blocks tell each other. False: one did not.
-__device__ inline bool cut_shared(const FusedBlock& b) {
+// Of many bounds a block finds the cuts of its own share: the others are not exceeded for now.
+__device__ inline void take_share(const FusedBlock& b) {
   int* const place = b.at<int>(b.args.desk.place);
   int* const over = b.at<int>(b.args.desk.over);
-  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
-  RawCut* const cuts = b.own<RawCut>(b.p.layout.cuts);
   if (threadIdx.x == 0) b.scalars().num_over = 0;
   __syncthreads();
+#pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     if (place[n] < 0) continue;
     const bool mine = n % b.num_blocks == b.block;
@@ -145,9 +147,17 @@ __device__ inline bool cut_shared(const FusedBlock& b) {
     if (mine) over[place[n]] = n;
   }
   __syncthreads();
-  for (int first = 0; first < b.scalars().num_over; first += kCutsAtOnce) cut_some(b, first);
+}
+
+// The rank's blocks tell each other the cuts of their shares. False: one did not.
+__device__ inline bool exchange_cuts(const FusedBlock& b) {
+  const int* const over = b.at<int>(b.args.desk.over);
+  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
+  RawCut* const cuts = b.own<RawCut>(b.p.layout.cuts);
+#pragma unroll 1
   for (int i = threadIdx.x; i < b.scalars().num_over; i += kFusedThreads) cuts[over[i]] = raw[over[i]];
   if (!b.barrier(1, Fault::kCuts)) return false;
+#pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     if (raw[n].cut.z == kExceeded) raw[n] = load_cut(cuts + n);
   }
@@ -162,20 +172,25 @@ __device__ inline bool find_cuts(const FusedBlock& b) {
   int* const room = b.at<int>(b.args.desk.room);
   if (sorted(b)) {
     cut_sorted(b);
-  } else if (b.scalars().any_over <= kCutsAtOnce) {  // not num_over: cut_shared begins to count anew while others still look
-    cut_some(b, 0);
-  } else if (!cut_shared(b)) {
-    return false;
+  } else {
+    const bool many = b.scalars().any_over > kCutsAtOnce;  // not num_over: take_share begins to count anew while others look
+    if (many) take_share(b);
+#pragma unroll 1
+    for (int first = 0; first < b.scalars().num_over; first += kCutsAtOnce) cut_some(b, first);
+    if (many && !exchange_cuts(b)) return false;
   }
   if (t.reroute == Reroute::kNone) {
+#pragma unroll 1
     for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = 0;
     return true;
   }
   const int pools = t.reroute == Reroute::kLocal ? t.num_ranks : 1, pool_size = b.args.bounds / pools;
+#pragma unroll 1
   for (int pool = b.warp; pool < pools; pool += kFusedWarps) {
     warp_share_rooms(t, raw, pool * pool_size, (pool + 1) * pool_size, room);
   }
   __syncthreads();
+#pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = room[n];
   return true;
 }
@@ -191,6 +206,7 @@ struct Span {
 
 // Behind a barrier of the block: where the warps before this one leave off.
 __device__ __forceinline__ void start_running(const FusedBlock& b) {
+#pragma unroll 1
   for (int n = b.lane; n < b.args.bounds; n += kWarp) {
     int sum = 0;
 #pragma unroll
@@ -201,6 +217,7 @@ __device__ __forceinline__ void start_running(const FusedBlock& b) {
 }
 
 __device__ __forceinline__ void clear_counted(const FusedBlock& b) {
+#pragma unroll 1
   for (int n = b.lane; n < b.args.bounds; n += kWarp) b.counted(b.warp)[n] = 0;
   __syncwarp();
 }
@@ -211,6 +228,7 @@ __device__ inline void clip_own(const FusedBlock& b) {
   const Span span(b);
   clear_counted(b);
   bool any = false;
+#pragma unroll 1
   for (int i = span.begin + b.lane; i < span.end; i += kWarp) {
     const Entry entry = b.own_entry(i);
     int current = kEmptySlot;
@@ -225,6 +243,7 @@ __device__ inline void clip_own(const FusedBlock& b) {
   __syncthreads();
   if (any) {
     start_running(b);
+#pragma unroll 1
     for (int first = span.begin; first < span.end; first += kWarp) {
       const int i = first + b.lane, held = i < span.end ? b.current()[i] : kEmptySlot;
       const bool pending = held >= kAtCut;
@@ -242,6 +261,7 @@ __device__ inline void clip_own(const FusedBlock& b) {
 __device__ __forceinline__ void count_homeless(const FusedBlock& b) {
   const Span span(b);
   int number = 0;
+#pragma unroll 1
   for (int i = span.begin + b.lane; i < span.end; i += kWarp) number += b.current()[i] == kHomeless ? 1 : 0;
   number = __reduce_add_sync(kFullMask, number);
   if (b.lane == 0 && number != 0) atomicAdd(&b.scalars().homeless, number);
@@ -252,6 +272,7 @@ template <int kKeys>
 __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
   const Rooms<kKeys> rooms(experts, b.at<int>(b.args.desk.room), b.bound_of());
+#pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
     const int current = b.lane < top_k ? b.current()[slot] : kEmptySlot;
@@ -279,6 +300,7 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
   int* const taken = b.at<int>(b.args.desk.taken);
   clear_counted(b);
   bool any = false, turned_away = false;
+#pragma unroll 1
   for (int i = span.begin + b.lane; i < span.end; i += kWarp) {
     const int expert = b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
     if (expert < 0) continue;
@@ -289,6 +311,7 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
   __syncthreads();
   if (any) {
     start_running(b);
+#pragma unroll 1
     for (int first = span.begin; first < span.end; first += kWarp) {
       const int i = first + b.lane;
       const int expert = i < span.end && b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
@@ -302,6 +325,7 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
     }
   }
   turned_away = __syncthreads_or(turned_away) != 0;
+#pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     room[n] -= taken[n];
     taken[n] = 0;
@@ -317,6 +341,7 @@ __device__ inline bool reroute_own(const FusedBlock& b) {
   count_homeless(b);
   __syncthreads();
   if (b.scalars().homeless == 0) return true;
+#pragma unroll 1
   for (int round = 0; round < b.p.reroute_rounds; ++round) {
     int32_t* const wanted = b.own<int32_t>(b.p.layout.wanted) + (round & 1) * b.p.shape.max_tokens * b.p.shape.top_k;
     propose<kKeys>(b, wanted);

@@ -181,19 +181,25 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
     bool ok = await_letters(b, address, count, source, words);
+    const int heard = ok ? count : 0;
+    uint32_t* const kept = b.args.keeps_group || source == b.me.rank ? b.entries_of(source) + first : nullptr;
+    int unknown = -1;  // an expert that does not exist
+#pragma unroll 1  // the same code for each, over one register
+    for (int i = 0; i < heard; ++i) {
+      const Entry entry = {value_of(words[0])};
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) {
-      if (i >= count || !ok) continue;
-      const Entry entry = {value_of(words[i])};
-      const int slot = first + i * kWarp;
-      if (b.args.keeps_group || source == b.me.rank) b.entries_of(source)[slot] = entry.bits;
+      for (int j = 1; j < kClaim; ++j) words[j - 1] = words[j];
+      if (kept != nullptr) kept[i * kWarp] = entry.bits;
       if (!entry.present()) continue;
       if (entry.expert() < b.p.shape.num_experts) {
-        use(entry, source, slot);
+        use(entry, source, first + i * kWarp);
       } else {
-        ok = false;
-        report(b.patience, Fault::kBadExpert, source, -1, entry.expert(), b.p.shape.num_experts - 1);
+        unknown = entry.expert();
       }
+    }
+    if (unknown >= 0) {
+      ok = false;
+      report(b.patience, Fault::kBadExpert, source, -1, unknown, b.p.shape.num_experts - 1);
     }
     if (!__all_sync(kFullMask, ok)) return false;
   }
@@ -212,19 +218,19 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   int* const units = b.at<int>(b.args.desk.group_units);
   const int before = b.first * b.p.shape.top_k;
   const bool again = exchange != 0, in_units = b.p.load != Load::kRows && again == b.p.needs_entropy;
-  int number = 0, visual = 0, visual_weight = 0, text_weight = 0;
+  int number = 0, visual = 0, weight = 0, visual_weight = 0;
   const bool ok = hear_letters(b, exchange, [&](const Entry& entry, int source, int slot) {
     const bool ahead = source < b.me.rank || (source == b.me.rank && slot < before);
     if (!again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
     if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
     const int fixed = entry.leads() ? entry.fixed() : 0;
-    number += 1, visual += entry.text() ? 0 : 1;
-    visual_weight += entry.text() ? 0 : fixed, text_weight += entry.text() ? fixed : 0;
+    number += 1, weight += fixed;
+    if (!entry.text()) visual += 1, visual_weight += fixed;
   });
   add_sum(b, 0, again ? 0 : number);
   add_sum(b, 1, again ? 0 : visual);
   add_sum(b, 2, visual_weight);
-  add_sum(b, 3, visual_weight + (again ? 0 : text_weight));
+  add_sum(b, 3, again ? visual_weight : weight);
   return ok;
 }
 

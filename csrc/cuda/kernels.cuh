@@ -31,7 +31,8 @@ struct EntropyScoreArgs {
 };
 cudaError_t enqueue_entropy_score(const EntropyScoreArgs& args, bool overlap, cudaStream_t stream);
 
-// The histogram, with the weights taken from `p.in.weight`, or computed from the sums where `layout.sums` is given.
+// The histogram, with the weights computed from the sums where `layout.sums` is given, or 0.5 and written to `weight.weight`
+// where that is, or else taken from `p.in.weight`.
 struct LoadHistogramArgs {
   LoadHistogramParams p;
   EntropyWeightParams weight;

@@ -3,7 +3,7 @@
 // Problem:     T * K assignments into E * 2 * B integer cells (32768 at E = B = 128).
 // Algorithm:   one assignment per lane, one reduction into L2 each: the cells are many and evenly hit, and no block has
 //              to clear or merge a private copy of 128 KB. Fused with the weights (launch_score_histogram) a lane first
-//              finishes its token's weight from the segment sums.
+//              finishes its token's weight from the segment sums, or takes 0.5 where nothing was scored.
 // Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
 // Determinism: integer additions only.
 #include "assignments.cuh"
@@ -19,8 +19,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-template <class Id, bool kFromEntropy>
+// Where a token's weight comes from: it is an input; from its entropy; or it is 0.5, and 1 for text.
+enum class Weights { kGiven, kFromEntropy, kEqual };
+
+template <class Id, Weights kWeights>
 __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_constant__ LoadHistogramArgs args) {
+  constexpr bool kGiven = kWeights == Weights::kGiven, kFromEntropy = kWeights == Weights::kFromEntropy;
   start_dependents();
   __shared__ SegmentMoments table[kFromEntropy ? kFewSegments : 1];
   const Assignments& in = args.p.in;
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps * step.tokens;
   int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * step.tokens;
   // The weight is an input older than this chain unless it is made here: the first loads need not wait.
-  Slot slot = load_slot<Id, !kFromEntropy>(in, step, first, in.num_tokens);
+  Slot slot = load_slot<Id, kGiven>(in, step, first, in.num_tokens);
   wait_for_previous();
   if (kFromEntropy && args.layout.copies > 1) {
     for (int s = threadIdx.x / kWarp; s < args.weight.num_segments; s += kWarps) {
@@ -39,11 +43,11 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
   }
   Sums sums;
   for (; first < in.num_tokens; first += stride) {
-    const Slot next = load_slot<Id, !kFromEntropy>(in, step, first + stride, in.num_tokens);
+    const Slot next = load_slot<Id, kGiven>(in, step, first + stride, in.num_tokens);
     const bool leader = slot.inside && step.slot == 0;
-    if (kFromEntropy && slot.inside) {
-      slot.weight = 1.0f;
-      if (!slot.text()) {
+    if (!kGiven && slot.inside) {
+      slot.weight = slot.text() ? 1.0f : 0.5f;
+      if (kFromEntropy && !slot.text()) {
         const bool few = args.layout.copies > 1;
         const SegmentMoments moments = few ? table[slot.segment] : moments_of(args.layout.sums[slot.segment]);
         slot.weight = weight_of(args.weight.entropy[slot.token], moments, args.weight.delta);
@@ -60,6 +64,13 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
 
 }  // namespace
 
+template <Weights kWeights>
+static cudaError_t enqueue_for_ids(const LoadHistogramArgs& args, const Shape& shape, cudaStream_t stream) {
+  const bool wide = args.p.in.ids_are_i64;
+  const auto kernel = wide ? load_histogram_kernel<int64_t, kWeights> : load_histogram_kernel<int32_t, kWeights>;
+  return launch(kernel, shape, args, stream);
+}
+
 cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream) {
   const Assignments& in = args.p.in;
   if (in.num_tokens == 0) return cudaSuccess;
@@ -68,12 +79,9 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
   const int64_t blocks = (in.num_tokens + tokens_per_block - 1) / tokens_per_block;
   const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
   const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = true};
-  if (args.layout.sums != nullptr) {
-    const auto kernel = in.ids_are_i64 ? load_histogram_kernel<int64_t, true> : load_histogram_kernel<int32_t, true>;
-    return launch(kernel, shape, args, stream);
-  }
-  const auto kernel = in.ids_are_i64 ? load_histogram_kernel<int64_t, false> : load_histogram_kernel<int32_t, false>;
-  return launch(kernel, shape, args, stream);
+  if (args.layout.sums != nullptr) return enqueue_for_ids<Weights::kFromEntropy>(args, shape, stream);
+  if (args.weight.weight != nullptr) return enqueue_for_ids<Weights::kEqual>(args, shape, stream);
+  return enqueue_for_ids<Weights::kGiven>(args, shape, stream);
 }
 
 static int64_t histogram_bytes(const Assignments& in) {
@@ -93,6 +101,10 @@ cudaError_t launch_score_histogram(const EntropyScoreParams& score, const Entrop
       score, weight, histogram, {histogram.histogram, state, histogram_bytes(histogram.in), sizeof(GridState)}, small,
       stream);
   if (small || error != cudaSuccess) return error;
+  if (score.hidden_states == nullptr) {
+    error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), sizeof(GridState)}, stream);
+    return error == cudaSuccess ? enqueue_load_histogram({.p = histogram, .weight = weight, .layout = {}}, stream) : error;
+  }
   const SumsLayout layout = SumsLayout::of(state + 1, weight.num_segments);
   const int64_t state_bytes = static_cast<int64_t>(sizeof(GridState)) + layout.bytes();
   error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), state_bytes}, stream);

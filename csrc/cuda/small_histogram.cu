@@ -1,4 +1,5 @@
-// score_histogram for small batches: entropies, weights and histogram in one cluster, one launch.
+// score_histogram for small batches: entropies, weights and histogram in one cluster, one launch. Where nothing depends on
+// entropies, no hidden vector is read and a visual token weighs 0.5.
 //
 // Problem:     as entropy_score.cu, entropy_weight.cu and load_histogram.cu, for up to 256 tokens: three short kernels
 //              one after the other, and a fourth that clears, cost more in handing over than in work.
@@ -82,7 +83,7 @@ __device__ __forceinline__ void add_sums(const Slot& slot, int* block_sums) {
   if (lane < kNumSums && !(only_visual && slot.text())) atomicAdd(block_sums + lane, both);
 }
 
-template <class Element, int kVectors, bool kExact, int kThreads>
+template <class Element, int kVectors, bool kExact, int kThreads, bool kScored>
 __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __grid_constant__ SmallHistogramArgs args) {
   constexpr int kTeams = kThreads / (kRowWarps * kWarp), kMaxRows = kRowsAhead * kTeams;
   __shared__ Batch batch;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
     const int token = block + (team + i * kTeams) * num_blocks;
     shares[i].first = threadIdx.x % (kRowWarps * kWarp), shares[i].stride = kRowWarps * kWarp;
     shares[i].num_vectors = num_vectors;
-    if (token < num_tokens) {
+    if (kScored && token < num_tokens) {
       shares[i].load(static_cast<const uint4*>(score.hidden_states) + static_cast<int64_t>(token) * num_vectors);
     }
   }
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   }
   const int own_segment = threadIdx.x < num_tokens ? __ldg(score.segment + threadIdx.x) : -1;
   zero_all(args.zero);
-  if (threadIdx.x == 0) {
+  if (kScored && threadIdx.x == 0) {
     inbox.init();
     inbox.expect(num_tokens * static_cast<int>(sizeof(float)));
   }
@@ -129,6 +130,9 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   double inverse_count = 0.0;
   if (has_token) {
     slot.segment = batch.segment[slot.token];
+    slot.weight = slot.text() ? 1.0f : 0.5f;
+  }
+  if (kScored && has_token) {
     members = members_of(batch, num_tokens, slot.segment);
     count = __reduce_add_sync(kFullMask, __popc(members));
     inverse_count = 1.0 / static_cast<double>(count);
@@ -136,13 +140,13 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
 #pragma unroll
   for (int i = 0; i < kRowsAhead; ++i) {
     const int row = team + i * kTeams;
-    if (block + row * num_blocks >= num_tokens) continue;
+    if (!kScored || block + row * num_blocks >= num_tokens) continue;
     const Part part = shares[i].score();
     if (lane == 0) parts[row][warp % kRowWarps] = part;
   }
   __syncthreads();
   cluster_wait();
-  if (has_token) {
+  if (kScored && has_token) {
     const float entropy = slot.text() ? 0.0f : entropy_of_parts<kRowWarps>(parts[warp]);
     if (lane < num_blocks) inbox.send(lane, batch.entropy + slot.token, __float_as_uint(entropy));
     if (lane == 0) score.entropy[slot.token] = entropy;
@@ -151,11 +155,13 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
       const SegmentMoments moments = moments_of(sums_of(batch, num_tokens, members, count), inverse_count);
       slot.weight = weight_of(entropy, moments, args.weight.delta);
     }
+  }
+  if (has_token) {
     add_to_cell(args.histogram, slot);
     if (lane == 0) args.weight.weight[slot.token] = slot.weight;
     add_sums(slot, block_sums);
   }
-  inbox.wait(0);  // nobody leaves while mail is on its way to it
+  if (kScored) inbox.wait(0);  // nobody leaves while mail is on its way to it
   __syncthreads();
   if (threadIdx.x < kNumSums) {
     const int cells = in.num_experts * 2 * num_buckets(in.bucket_bits);
@@ -163,11 +169,11 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   }
 }
 
-template <class Element, int kVectors, bool kExact, int kThreads>
+template <class Element, int kVectors, bool kExact, int kThreads, bool kScored>
 cudaError_t enqueue(const SmallHistogramArgs& args, bool& taken, cudaStream_t stream) {
   static int cached[kMaxDevices] = {};
   constexpr int kMaxRows = kRowsAhead * kThreads / (kRowWarps * kWarp);
-  const auto kernel = small_histogram_kernel<Element, kVectors, kExact, kThreads>;
+  const auto kernel = small_histogram_kernel<Element, kVectors, kExact, kThreads, kScored>;
   const int cluster = largest_cluster(kernel, kThreads, cached);
   taken = cluster >= kMinCluster && args.score.num_tokens <= cluster * kMaxRows;
   if (!taken) return cudaSuccess;
@@ -180,7 +186,7 @@ cudaError_t enqueue(const SmallHistogramArgs& args, bool& taken, cudaStream_t st
   const bool aligned = reinterpret_cast<uintptr_t>(args.score.hidden_states) % sizeof(uint4) == 0;
   const bool whole = aligned && args.score.hidden_size % Vector<Element>::kSize == 0;
   constexpr int kPerVector = kRowWarps * kWarp;
-  if (whole && vectors == 2 * kPerVector) return enqueue<Element, 2, true, 1024>(args, taken, stream);
+  if (whole && vectors == 2 * kPerVector) return enqueue<Element, 2, true, 1024, true>(args, taken, stream);
   return cudaSuccess;
 }
 
@@ -193,6 +199,7 @@ cudaError_t enqueue_small_histogram(const EntropyScoreParams& score, const Entro
   const Assignments& in = histogram.in;
   if (score.num_tokens < 1 || score.num_tokens > kMaxTokens || in.top_k < 1 || in.top_k > kWarp) return cudaSuccess;
   const SmallHistogramArgs args = {score, weight, histogram, zero};
+  if (score.hidden_states == nullptr) return enqueue<__nv_bfloat16, 2, true, 1024, false>(args, taken, stream);
   switch (score.dtype) {
     case DType::kFloat32: return enqueue<float>(args, taken, stream);
     case DType::kFloat16: return enqueue<__half>(args, taken, stream);

@@ -36,8 +36,8 @@ class FusedShape(ctypes.Structure):
 class FusedLayout(ctypes.Structure):
     _fields_ = _fields(
         _i64,
-        "flags tokens entries weighed weights counts rows scales outputs sources barrier entropy cuts wanted positions received starts"
-        " round stamps status bytes",
+        "flags tokens entries weighed weights counts rows scales outputs sources barrier entropy cuts wanted positions"
+        " received starts round stamps status bytes",
     )
 
 

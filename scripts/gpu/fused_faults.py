@@ -47,8 +47,9 @@ EXPERTS = (0, 1, 2, 3)
 def forge_assignments(
     group: Group, tokens: int = 12, experts: tuple[int, ...] = EXPERTS, weighed: tuple[int, ...] | None = EXPERTS
 ) -> None:
-    """What rank 1 would have told rank 0: visual tokens of one weight and one importance. weighed: the experts of what it
-    tells once more, with the weights; None: it does not.
+    """What rank 1 would have told rank 0: visual tokens of one weight and one importance.
+
+    weighed: the experts of what it tells once more, with the weights; None: it does not.
     """
     letters(group, "tokens").fill_(tokens)
     words = [1 << 31 | expert | (slot == 0) << 19 for slot, expert in enumerate(experts)]

@@ -8,6 +8,7 @@ plan: the difference of two rows is what the added step costs in place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import kernels_c as c
@@ -118,6 +119,16 @@ class Report:
         for step in ("weigh", "histogram", "threshold", "apply", "threshold_apply"):
             self.add(f"alone_{step}", config, [getattr(run, step) for run in runs], 0, "nothing")
 
+    def plan_without_scores(self, config: Config) -> None:
+        """The preset `rank`: importance by gate, no hidden vector is read."""
+        runs = self.sets(replace(config, importance="gate"))
+        for run in runs:
+            run.score_params.hidden_states = run.score_params.entropy = None
+            run.fused()
+        size = plan_bytes(config, runs[0]) - config.T * config.H * runs[0].hidden.element_size()
+        self.add("plan_without_scores", config, [run.fused for run in runs], size, "byte floor")
+        self.add("upto_histogram_without_scores", config, [run.score_histogram for run in runs], 0, "nothing")
+
     def rounds(self, config: Config) -> None:
         """clip_apply by number of rounds: what a round costs."""
         for rounds in (0, 1, 2, 4):
@@ -147,6 +158,8 @@ def report(kernels: c.Kernels, out: Path, commit: str) -> None:
         every.score(config)
     for tokens in (1, 32, 128, 256, 512, 1024, 8192, 65536):
         every.plan(Config(T=tokens, hot=HOT))
+    for tokens in (128, 256, 512, 1024, 8192, 65536):
+        every.plan_without_scores(Config(T=tokens, hot=HOT))
     every.plan(Config(T=128, H=7168, hot=HOT))
     every.plan(Config(T=128, hot=HOT, scope="expert", load="effective", reroute="local"))
     every.plan(Config(T=8192, hot=1.0))

@@ -1,10 +1,11 @@
 """What clipping costs: the lab's model under every method, at equal rows of the fullest rank.
 
-    python scripts/lab/evaluate.py [--reduced]        # reduced: some 20 minutes on two CPU cores
+    python scripts/lab/evaluate.py [--reduced]        # reduced: 15 minutes on two CPU cores
 
 Batches of mixed requests, their tokens on R = 8 virtual source ranks, go through the model; at every MoE layer the
 product's operators (or a baseline) decide what is dispatched. All methods get the same requests, so they are paired.
-Writes docs/results/quality.json, which scripts/lab/plot.py turns into pictures and tables.
+Writes docs/results/quality.json (reduced: quality_reduced.json), which scripts/lab/plot.py turns into pictures and
+tables.
 """
 
 import argparse
@@ -526,7 +527,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=lab_checkpoint.CHECKPOINT)
     parser.add_argument("--material", type=Path, help="of lab_material.py, where scikit-learn is missing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=lab_checkpoint.ROOT / "docs" / "results" / "quality.json")
+    parser.add_argument("--out", type=Path, help="default: docs/results/quality.json or quality_reduced.json")
     parser.add_argument("--reduced", action="store_true", help="fewer batches, bounds 1.0, 1.05 and 1.2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
@@ -538,6 +539,8 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard", help="I/N: only every N-th case from the I-th on, findings kept beside --out")
     parser.add_argument("--merge", action="store_true", help="only put together what workers have left beside --out")
     options = parser.parse_args(arguments)
+    name = "quality_reduced.json" if options.reduced else "quality.json"
+    options.out = options.out or lab_checkpoint.ROOT / "docs" / "results" / name
     options.workers = options.workers or (6 if options.device.startswith("cuda") else os.cpu_count())
     options.bounds = options.bounds or ((1.0, 1.05, 1.2) if options.reduced else BOUNDS)
     options.batches = options.batches or (1 if options.reduced else 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def header(device: str) -> dict[str, str]:
     """What ran, on what and when; the commit only where git is at hand."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    arguments = [word for word in sys.argv[1:] if not word.startswith("/")]
+    places = ("--out", "--checkpoint", "--material")  # of whoever ran it
+    arguments = [w for before, w in pairwise(sys.argv) if w not in places and before not in places]
     return {
         "gpu": device,
         "commit": git.stdout.strip() or "unknown",

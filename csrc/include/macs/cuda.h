@@ -25,7 +25,8 @@ cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStr
 // Both get the same `workspace`: the first call prepares in it what the second needs; the second leaves it prepared.
 // Routing inputs (ids, gates, segment, router logits) are complete before the first call: the second reads them before
 // it waits for the exchange.
-// Before the exchange: score.entropy is weight.entropy, weight.weight is histogram.in.weight.
+// Before the exchange: score.entropy is weight.entropy, weight.weight is histogram.in.weight. score.hidden_states may be
+// nullptr where nothing depends on entropies: they are not written, and every visual token weighs 0.5.
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream);
 // Behind it: threshold.shift and .cut are apply.shift and .cut; without an exchange threshold.own is threshold.group.

@@ -80,6 +80,7 @@ OVERHEAD = {
     "H": lambda row: row["case"]["H"],
     "dispatch": lambda row: row["case"]["dtype"],
     "clipped": lambda row: f"{row['clipped_share']:.0%}",
+    "the device": lambda row: row["case"]["device"],
     "DeepEP, us": lambda row: f"{row['deepep_us']:.1f}",
     "plan + DeepEP, us": lambda row: f"{row['planned_us']:.1f}",
     "plan alone, us": lambda row: f"{row['plan_us']:.1f}",
@@ -90,6 +91,7 @@ OVERHEAD = {
     "of the layer": lambda row: f"{row['overhead_percent_of_layer']:.1f} %",
 }
 ONLY_IN = {
+    "the device": "device",
     "exchange alone, us": "exchange_us",
     "experts, us": "experts_us",
     "of the layer": "overhead_percent_of_layer",
@@ -98,7 +100,8 @@ ONLY_IN = {
 
 def overhead_rows(rows: list[dict]) -> str:
     """A table with the columns that these rows have."""
-    there = {name: cell for name, cell in OVERHEAD.items() if ONLY_IN.get(name, "deepep_us") in rows[0]}
+    keys = {*rows[0], *rows[0]["case"]}
+    there = {name: cell for name, cell in OVERHEAD.items() if ONLY_IN.get(name, "deepep_us") in keys}
     return markdown(there, [[cell(row) for cell in there.values()] for row in rows])
 
 

@@ -51,13 +51,18 @@ def test_only_ranks_on_one_gpu_are_told_which(monkeypatch):
 
 MEET = """
 from sglang.srt.layers.moe.token_dispatcher.deepep import _DeepEPDispatcherImplLowLatency as LowLatency
-print(*(hasattr(getattr(LowLatency, name), "__wrapped__") for name in ("dispatch_b", "combine_b", "dispatch_a")))
+from sglang.srt.utils.common import is_jpeg_with_cuda
+met = (hasattr(getattr(LowLatency, name), "__wrapped__") for name in ("dispatch_b", "combine_b", "dispatch_a"))
+print(*met, is_jpeg_with_cuda.__name__)
 """
 
 
-def test_ranks_on_one_gpu_meet_before_they_receive():
+def test_ranks_on_one_gpu_meet_before_they_receive_and_leave_pictures_to_the_cpu():
     env = {**os.environ, **environment(1)}
-    for folders, expected in (([], "False False False"), ([str(ONE_GPU_SITE)], "True True False")):
+    for folders, expected in (
+        ([], "False False False is_jpeg_with_cuda"),
+        ([str(ONE_GPU_SITE)], "True True False <lambda>"),
+    ):
         env["PYTHONPATH"] = os.pathsep.join([environment(1)["PYTHONPATH"], *folders])
         done = subprocess.run([sys.executable, "-c", MEET], env=env, capture_output=True, text=True, check=False)
         assert done.stdout.strip() == expected, done.stderr

@@ -8,6 +8,9 @@ Can go when: SGLang takes a device list with repetitions.
 Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs of their own all ranks run; on one GPU a
 peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
 host between sending and receiving, as scripts/gpu/straggler.py does.
+
+Pictures. SGLang's tokenizer process decodes JPEG on the GPU, and so becomes a client of MPS, too: the last that was seen
+of three servers was each one's first picture on its way there. Here the CPU decodes. (Not tried since.)
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import sys
 from functools import wraps
 
 CUDA = "sglang.srt.platforms.cuda"
+COMMON = "sglang.srt.utils.common"
 DEEPEP = "sglang.srt.layers.moe.token_dispatcher.deepep"
 
 
@@ -58,6 +62,12 @@ def _meet_before_receiving(module):
         setattr(owner, name, _met(getattr(owner, name)))
 
 
+def _decode_on_cpu(module):
+    if not hasattr(module, "is_jpeg_with_cuda"):
+        raise ImportError(f"{COMMON}: is_jpeg_with_cuda is gone; pictures are decoded on the GPU again")
+    module.is_jpeg_with_cuda = lambda *args, **kwargs: False
+
+
 class _Patch(importlib.abc.MetaPathFinder):
     """Finds `targets` as everybody does, and changes each when it has been executed."""
 
@@ -79,4 +89,4 @@ class _Patch(importlib.abc.MetaPathFinder):
         return spec
 
 
-sys.meta_path.insert(0, _Patch({CUDA: _use_first_device, DEEPEP: _meet_before_receiving}))
+sys.meta_path.insert(0, _Patch({CUDA: _use_first_device, DEEPEP: _meet_before_receiving, COMMON: _decode_on_cpu}))

@@ -15,8 +15,9 @@ import pytest
 import torch
 from fused_case import FusedConfig, Group, make_group, masked
 from fused_checks import check_guards, describe, output, play
-from fused_faults import PAIR, SCENARIOS, check_fault
+from fused_faults import PAIR, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
 from kernel_case import POISON, Config
+from kernel_reference import fixed
 
 SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
@@ -169,6 +170,22 @@ def test_other_ways_to_launch(kernels: Kernels, dispatch: Callable[[Group], None
     group = Group(kernels, CASES["plain"], "cpu")
     for seed in range(4):
         play(group, seed, dispatch)
+
+
+def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> None:
+    """What its tokens weigh is heard late: its next letter must not lie in the same place."""
+    config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), timeout_ns=SOON_NS)
+    group = Group(kernels, config, "cpu")
+    group.load(ranks := make_group(config, 7))
+    group.poison()
+    for forge in (forge_assignments, forge_weight, forge_rows):
+        forge(group)
+    ahead = group.round(0) + 2
+    group.part(0, "weights", torch.int32, 2, 2, 2)[ahead & 1, 1] = torch.tensor([7, ahead])
+    group.dispatch(only=0)
+    assert not group.status(0).fault, describe(group.status(0))
+    own = fixed(output(group, 0, "weight"))[ranks[0].segment >= 0].sum()
+    assert output(group, 0, "sums")[2] == own + 12 * 128
 
 
 # ---- What goes wrong ------------------------------------------------------------------------------------------------

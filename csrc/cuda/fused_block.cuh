@@ -103,6 +103,10 @@ struct FusedArgs {
   bool keeps_limbs;  // `levels` has room for the limbs of all segments
 };
 
+__device__ __forceinline__ bool has_step(uint32_t seen, uint32_t expected) {
+  return seen / kStepsPerRound == expected / kStepsPerRound && seen >= expected;
+}
+
 struct FusedBlock {
   const FusedArgs& args;
   const FusedDispatchParams& p;
@@ -162,7 +166,8 @@ struct FusedBlock {
   __device__ __forceinline__ bool await_all(Flags kind, Fault fault) const {
     return await_flags(own<char>(0), p.shape, p.layout, kind, patience, fault);
   }
-  // A barrier of the rank's own blocks.
+  // A barrier of the rank's own blocks. Most rounds have none, so that a flag may be of a round long ago: only one of this
+  // very round counts (of its lower 26 bits, so that one in 2^26 old flags would, too).
   __device__ __forceinline__ bool barrier(int step, Fault fault) const {
     const uint32_t now = patience.round * kStepsPerRound + step;
     uint32_t* const flags = own<uint32_t>(p.layout.barrier);
@@ -170,7 +175,7 @@ struct FusedBlock {
     if (threadIdx.x == 0) store_release_gpu(flags + block, now);
     bool ok = true;
     for (int i = threadIdx.x; i < num_blocks && ok; i += kFusedThreads) {
-      ok = wait_until(flags + i, now, patience, fault, me.rank, i);
+      ok = wait_until(flags + i, now, has_step, patience, fault, me.rank, i);
     }
     return __syncthreads_and(ok) != 0;
   }

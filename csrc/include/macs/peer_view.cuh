@@ -58,7 +58,7 @@ __device__ __forceinline__ bool has_fault(const Patience& patience) {
   return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) != 0;
 }
 
-__device__ __forceinline__ bool reached(uint32_t seen, uint32_t expected) {
+__device__ __forceinline__ bool is_as_late(uint32_t seen, uint32_t expected) {
   return static_cast<int32_t>(seen - expected) >= 0;
 }
 
@@ -84,9 +84,10 @@ class Wait {
   uint64_t start_ = 0;
 };
 
-// One thread: until `flag` has reached `expected`.
-__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, const Patience& patience, Fault fault,
-                                  int peer, int block) {
+// One thread: until reached(what `flag` holds, expected).
+template <class Reached>
+__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, Reached reached, const Patience& patience,
+                                  Fault fault, int peer, int block) {
   for (Wait wait;;) {
     const uint32_t seen = patience.same_device ? load_acquire_gpu(flag) : load_acquire_sys(flag);
     if (reached(seen, expected)) return true;
@@ -110,7 +111,7 @@ __device__ inline bool await_flags(const char* region, const FusedShape& s, cons
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     const int source = i / s.num_blocks, block = i % s.num_blocks;
     const char* const flag = region + flag_offset(s, layout, kind, source, block);
-    ok = wait_until(reinterpret_cast<const uint32_t*>(flag), patience.round, patience, fault, source, block);
+    ok = wait_until(reinterpret_cast<const uint32_t*>(flag), patience.round, is_as_late, patience, fault, source, block);
   }
   return __syncthreads_and(ok) != 0;
 }

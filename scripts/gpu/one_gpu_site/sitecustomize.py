@@ -9,8 +9,8 @@ Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs 
 peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
 host between sending and receiving, as scripts/gpu/straggler.py does.
 
-Pictures. SGLang's tokenizer process decodes JPEG on the GPU, and so becomes a client of MPS, too: the last
-that was seen of three servers was each one's first picture on its way there. Here the CPU decodes. (Not tried since.)
+Pictures. SGLang's tokenizer process decodes JPEG on the GPU, and so becomes a client of MPS, too: the last that was
+seen of three servers was each one's first picture on its way there. Here the CPU decodes. (Not tried since.)
 """
 
 import contextlib

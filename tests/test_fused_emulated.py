@@ -188,6 +188,17 @@ def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> 
     assert output(group, 0, "sums")[2] == own + 12 * 128
 
 
+def test_barrier_flags_of_long_ago_do_not_count(kernels: Kernels) -> None:
+    """After half of all rounds without a barrier its old flags look as if they were of later rounds."""
+    group = Group(kernels, FusedConfig(replace(PLAN, gamma=0.8), (12, 7, 0, 12), blocks=3), "cpu")
+    for seed in range(4):
+        kernels.machine.configure(seed)
+        ahead = (group.round(0) + 1) * 64 + 2**30
+        for rank in group.ranks:
+            group.part(rank, "barrier", torch.int32, group.config.shape.num_blocks).fill_(ahead)
+        play(group, seed)
+
+
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
 
 

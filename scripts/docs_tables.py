@@ -204,11 +204,7 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
         values = (state.get(name, 0) for gamma in gammas for state in by_gamma[gamma]["states"])
         return sum(sum(value.values()) if isinstance(value, dict) else value for value in values)
 
-    kind = (
-        "visual"
-        if total("own", "1.0") and any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"])
-        else "text"
-    )
+    kind = "visual" if any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"]) else "text"
     own = [sum(s["own"][f"{name}_{kind}"] for s in by_gamma["1.0"]["states"]) for name in ("clipped", "rerouted")]
     equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
     counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "checks", "violations")]

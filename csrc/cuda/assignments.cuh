@@ -23,6 +23,9 @@ struct Slot {
   __device__ __forceinline__ bool text() const { return segment < 0; }
 };
 
+// The weight of a token where no entropy is asked for.
+__device__ __forceinline__ float plain_weight(int segment) { return segment < 0 ? 1.0f : 0.5f; }
+
 struct Step {
   int tokens;       // per step
   int token_lane;   // which token of the step this lane belongs to

@@ -149,6 +149,16 @@ struct FusedBlock {
   // Where assignments are told that hold all that decides.
   __device__ __forceinline__ int64_t whole_letters() const { return p.needs_entropy ? p.layout.weighed : p.layout.entries; }
 
+  // What comes out of an own slot.
+  __device__ __forceinline__ void write_slot(int slot, int id, float weight) const {
+    me.new_weights[slot] = weight;
+    if (p.ids_are_i64) {
+      static_cast<int64_t*>(me.new_ids)[slot] = id;
+    } else {
+      static_cast<int32_t*>(me.new_ids)[slot] = id;
+    }
+  }
+
   // What the clock says at a stage, for whoever looks for microseconds.
   __device__ __forceinline__ void stamp(int stage) const {
 #ifdef MACS_STAMPS

@@ -22,9 +22,6 @@ __device__ __forceinline__ Assignments options_of(const FusedBlock& b) {
   return in;
 }
 
-// The weight of a token where no entropy is asked for.
-__device__ __forceinline__ float plain_weight(int segment) { return segment < 0 ? 1.0f : 0.5f; }
-
 // The slots of this block's tokens, as many whole tokens a warp as its lanes hold. The last warps come first: the first
 // ones wait for rows.
 class OwnSlots {
@@ -61,12 +58,7 @@ class OwnSlots {
 
  private:
   __device__ __forceinline__ void write(const FusedBlock& b, int at) const {
-    b.me.new_weights[at] = slot_.gate;
-    if (b.p.ids_are_i64) {
-      static_cast<int64_t*>(b.me.new_ids)[at] = slot_.expert;
-    } else {
-      static_cast<int32_t*>(b.me.new_ids)[at] = slot_.expert;
-    }
+    b.write_slot(at, slot_.expert, slot_.gate);
     if (step_.slot == 0 && !b.p.needs_entropy) b.me.weight[slot_.token] = plain_weight(slot_.segment);
   }
 

@@ -34,12 +34,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
       const float* const logits = b.me.router_logits + static_cast<int64_t>(token) * experts;
       weight = rerouted_weight(b.p.scoring, reference.gate, __ldg(logits + current), __ldg(logits + reference.expert));
     }
-    b.me.new_weights[slot] = weight;
-    if (b.p.ids_are_i64) {
-      static_cast<int64_t*>(b.me.new_ids)[slot] = id;
-    } else {
-      static_cast<int32_t*>(b.me.new_ids)[slot] = id;
-    }
+    b.write_slot(slot, id, weight);
   }
 }
 
@@ -48,12 +43,7 @@ __device__ inline void drop_tokens(const FusedBlock& b) {
   const int end = b.end * b.p.shape.top_k;
   for (int slot = b.first * b.p.shape.top_k + threadIdx.x; slot < end; slot += kFusedThreads) {
     b.own<int32_t>(b.p.layout.positions)[slot] = -1;
-    b.me.new_weights[slot] = 0.0f;
-    if (b.p.ids_are_i64) {
-      static_cast<int64_t*>(b.me.new_ids)[slot] = -1;
-    } else {
-      static_cast<int32_t*>(b.me.new_ids)[slot] = -1;
-    }
+    b.write_slot(slot, -1, 0.0f);
   }
 }
 

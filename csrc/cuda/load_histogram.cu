@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) load_histogram_kernel(const __grid_c
     const Slot next = load_slot<Id, kGiven>(in, step, first + stride, in.num_tokens);
     const bool leader = slot.inside && step.slot == 0;
     if (!kGiven && slot.inside) {
-      slot.weight = slot.text() ? 1.0f : 0.5f;
+      slot.weight = plain_weight(slot.segment);
       if (kFromEntropy && !slot.text()) {
         const bool few = args.layout.copies > 1;
         const SegmentMoments moments = few ? table[slot.segment] : moments_of(args.layout.sums[slot.segment]);

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   double inverse_count = 0.0;
   if (has_token) {
     slot.segment = batch.segment[slot.token];
-    slot.weight = slot.text() ? 1.0f : 0.5f;
+    slot.weight = plain_weight(slot.segment);
   }
   if (kScored && has_token) {
     members = members_of(batch, num_tokens, slot.segment);

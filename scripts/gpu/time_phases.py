@@ -42,8 +42,7 @@ class Phases:
     def _send(self) -> None:
         ids, f = self.inputs["topk_ids"], self.deepep.plan
         if self.plan is not None:
-            self.plan.score_histogram()
-            self.plan.threshold_apply()
+            self.plan.fused()
             ids = self.plan.out["ids"]
         received, counts, self.handle, _, self.hook = self.deepep.buffer.low_latency_dispatch(
             self.inputs["hidden_states"], ids, f.T, f.E, use_fp8=self.deepep.fp8, return_recv_hook=True

@@ -395,7 +395,10 @@ class Part:
     records_attention: bool = False
 
 
-def work_of(course: Course, parts: dict[str, Part]) -> list[tuple[str, tuple[int, int, int]]]:
+Work = list[tuple[str, tuple[int, int, int]]]  # (part, case)
+
+
+def work_of(course: Course, parts: dict[str, Part]) -> Work:
     """(part, case) in an order in which all parts progress alike: a run that is cut off has some of each."""
     work = []
     for name, part in parts.items():
@@ -404,9 +407,7 @@ def work_of(course: Course, parts: dict[str, Part]) -> list[tuple[str, tuple[int
     return [(name, spec) for _, name, spec in sorted(work, key=lambda x: x[0])]
 
 
-def share_of(
-    work: list[tuple[str, tuple[int, int, int]]], index: int, of: int
-) -> list[tuple[str, tuple[int, int, int]]]:
+def share_of(work: Work, index: int, of: int) -> Work:
     """One worker's share: cases of each part by turns, since parts cost differently; the next part begins at the next
     worker, since so do mixes.
     """
@@ -421,7 +422,7 @@ def share_of(
 
 
 @torch.no_grad()
-def run_work(course: Course, parts: dict[str, Part], work: list, keep: Callable[[dict], None]) -> dict[str, Findings]:
+def run_work(course: Course, parts: dict[str, Part], work: Work, keep: Callable[[dict], None]) -> dict[str, Findings]:
     """Every plan of the part, and the unclipped model, on every case; `keep` gets what is known after each."""
     found, start = {name: Findings() for name in parts}, time.perf_counter()
     for done, (name, spec) in enumerate(work):

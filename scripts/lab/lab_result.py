@@ -5,21 +5,23 @@ from __future__ import annotations
 import subprocess
 import sys
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts" / "gpu"))
+
+import result_file  # noqa: E402
+
+PLACE_OPTIONS = ("--out", "--checkpoint", "--material")  # of whoever ran it
 
 
 def header(device: str) -> dict[str, str]:
     """What ran, on what and when; the commit only where git is at hand."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    places = ("--out", "--checkpoint", "--material")  # of whoever ran it
-    arguments = [w for before, w in pairwise(sys.argv) if w not in places and before not in places]
     return {
         "gpu": device,
         "commit": git.stdout.strip() or "unknown",
-        "command": " ".join(["python3 scripts/lab/evaluate.py", *arguments]),
+        "command": result_file.command_line(sys.argv, "lab", PLACE_OPTIONS),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

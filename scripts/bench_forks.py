@@ -3,14 +3,37 @@
     python scripts/bench_forks.py < LINES
 
 Every line of standard input is a list of arguments as JSON, and is run in a forked child; its answer is a line of JSON:
-exit status, and the end of what the child printed. check_serving.py starts this.
+exit status, and the end of what the child printed. check_serving.py starts this. Requests that were made once, which
+takes longer than to answer them, are kept in a folder for the next run that asks for the same.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import sys
 import tempfile
 import traceback
+from pathlib import Path
+
+# What does not change the requests.
+ELSEWHERE = ("base_url", "host", "port", "output_file", "max_concurrency", "warmup_requests", "flush_cache")
+
+
+def keep_requests(folder: Path) -> None:
+    """From now on `sglang.bench_serving` makes every set of requests once."""
+    from sglang.benchmark import serving
+
+    make = serving.get_dataset
+
+    def kept(args, tokenizer, *others, **options):
+        asked = {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+        path = folder / hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make(args, tokenizer, *others, **options)))
+        return pickle.loads(path.read_bytes())
+
+    serving.get_dataset = kept
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -47,8 +70,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever prints on the way: answers are the only lines
     import sglang.bench_serving  # noqa: F401
 
-    for line in sys.stdin:
-        os.write(answers, (json.dumps(run(json.loads(line))) + "\n").encode())
+    with tempfile.TemporaryDirectory() as folder:
+        keep_requests(Path(folder))
+        for line in sys.stdin:
+            os.write(answers, (json.dumps(run(json.loads(line))) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -125,12 +125,20 @@ def measure_requests(urls: list[str], model: str, pairs: int) -> Interval:
 
 @dataclass(frozen=True)
 class Workload:
-    """One run of bench_serving: requests of `images` pictures each, at most `concurrency` at once."""
+    """One run of bench_serving: requests of `images` pictures each, at most `concurrency` at once.
+
+    repeated: every run sends the same requests, to servers that keep what they made of a picture's pixels but no
+    prefix (REPEATED_FLAGS): what is timed is the model, not the preparation of pictures.
+    """
 
     prompts: int = 16
     resolution: str = "320x320"
     images: int = 1
     concurrency: int = 4
+    repeated: bool = False
+
+
+REPEATED_FLAGS = ["--disable-radix-cache", "--mm-preprocess-cache-size-mb", "4096"]
 
 
 def bench_arguments(url: str, model: str, workload: Workload, out: Path, seed: int) -> list[str]:
@@ -140,8 +148,9 @@ def bench_arguments(url: str, model: str, workload: Workload, out: Path, seed: i
         "--image-count", str(workload.images), "--image-resolution", workload.resolution,
         "--num-prompts", str(workload.prompts), "--max-concurrency", str(workload.concurrency),
         "--random-input-len", "32", "--random-output-len", "8",
-        "--random-range-ratio", "1.0", "--warmup-requests", "1", "--flush-cache", "--disable-tqdm",
-        "--seed", str(seed), "--output-file", str(out),
+        "--random-range-ratio", "1.0", "--warmup-requests", "1", "--disable-tqdm",
+        "--seed", "0" if workload.repeated else str(seed), "--output-file", str(out),
+        *([] if workload.repeated else ["--flush-cache"]),
     ]  # fmt: skip
 
 

@@ -115,10 +115,12 @@ def build_qwen3_vl_moe(
     intermediate: int = 64,
     seed: int = SEED,
     visual_pull: float = VISUAL_PULL,
+    copies: int = 0,
 ) -> Path:
     """Write a Qwen3-VL-MoE checkpoint with tokenizer and processor to `out`, its twin to `out`-hfref; returns `out`.
 
     At least 3 layers: SGLang 0.5.21 adds deepstack features after layers 0, 1 and 2, whatever the config says.
+    copies: so many more layers, with the last one's weights: for measurements, a deep model in little time. No twin.
     """
     allow_torchvision()
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
@@ -146,6 +148,9 @@ def build_qwen3_vl_moe(
     model.save_pretrained(twin)
     shutil.copytree(twin, out, dirs_exist_ok=True)
     _transpose_experts(out / "model.safetensors")
+    if copies:
+        _copy_last_layer(out, layers, copies)
+        shutil.rmtree(twin)
     return out
 
 
@@ -382,6 +387,27 @@ def _transpose_experts(file: Path) -> None:
     weights = load_file(file)
     turned = {n: w.transpose(1, 2).contiguous() if n.endswith(fused) else w for n, w in weights.items()}
     save_file(turned, file, metadata={"format": "pt"})
+
+
+def _copy_last_layer(out: Path, layers: int, copies: int) -> None:
+    """Append `copies` layers with the last one's weights to the checkpoint of `layers` at `out`, a file each."""
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    last = {name: weight for name, weight in weights.items() if f".layers.{layers - 1}." in name}
+    places = dict.fromkeys(weights, "model.safetensors")
+
+    def write(layer: int) -> dict[str, str]:
+        copy = {name.replace(f".layers.{layers - 1}.", f".layers.{layer}."): weight for name, weight in last.items()}
+        save_file(copy, out / f"layer-{layer}.safetensors", metadata={"format": "pt"})
+        return dict.fromkeys(copy, f"layer-{layer}.safetensors")
+
+    with ThreadPoolExecutor() as pool:
+        for placed in pool.map(write, range(layers, layers + copies)):
+            places |= placed
+    config["text_config"]["num_hidden_layers"] = layers + copies
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _quantise_experts(out: Path) -> None:

@@ -1,11 +1,15 @@
 """The comparison of two servers: its statistics on numbers, its plumbing on one real server compared with itself."""
 
+import argparse
 import math
 import os
 import random
 import subprocess
 import sys
+import types
+from pathlib import Path
 
+import bench_forks
 import check_serving
 import pytest
 from check_serving import Interval, interval, verdict
@@ -66,6 +70,24 @@ def test_without_macs_a_scheduler_process_has_no_hook_at_all():
         [sys.executable, "-c", SCHEDULER_WITHOUT_MACS], env=env, capture_output=True, text=True, check=True
     )
     assert "hooks: [] []" in done.stdout
+
+
+def test_requests_are_made_once_for_all_servers(tmp_path, monkeypatch):
+    made = []
+    serving = types.ModuleType("sglang.benchmark.serving")
+    serving.get_dataset = lambda args, tokenizer: made.append(args.seed) or [args.seed, len(made)]
+    monkeypatch.setitem(sys.modules, "sglang.benchmark", types.SimpleNamespace(serving=serving))
+    bench_forks.keep_requests(tmp_path)
+    ask = [argparse.Namespace(seed=seed, base_url=url, output_file=url) for seed in (1, 2) for url in "ab"]
+    assert [serving.get_dataset(args, None) for args in ask] == [[1, 1], [1, 1], [2, 2], [2, 2]]
+
+
+def test_repeated_requests_are_the_same_in_every_run_and_no_prefix_is_dropped():
+    def arguments(seed: int, **options) -> list[str]:
+        return check_serving.bench_arguments("u", "m", check_serving.Workload(**options), Path("o"), seed)
+
+    assert arguments(3, repeated=True) == arguments(4, repeated=True) and "--flush-cache" in arguments(3)
+    assert arguments(3) != arguments(4) and "--flush-cache" not in arguments(3, repeated=True)
 
 
 @pytest.mark.server

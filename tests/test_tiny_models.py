@@ -63,6 +63,17 @@ def test_fp8_blocks_hold_the_same_experts_to_an_eighth_bit(tmp_path):
     assert all(torch.equal(plain[name], blocks[name]) for name in plain.keys() - set(quantised))
 
 
+def test_copies_of_the_last_layer_are_found_under_their_own_names(tmp_path):
+    out = tiny_models.build_qwen3_vl_moe(tmp_path / "deep", copies=2)
+    places = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    read = {name: load_file(out / place)[name] for name, place in places.items()}
+    assert json.loads((out / "config.json").read_text())["text_config"]["num_hidden_layers"] == 5
+    last = [name for name in read if ".layers.2." in name]
+    assert len(last) > 8 and not any(".layers.5." in name for name in read)
+    assert all(torch.equal(read[name], read[name.replace(".2.", f".{i}.")]) for name in last for i in (3, 4))
+    assert read.keys() >= load_file(out / "model.safetensors").keys() and tiny_models.reference_path(out) == out
+
+
 def test_ensure_builds_once_and_again_for_other_options(tmp_path):
     out = tiny_models.ensure(tmp_path / "m", "qwen3_moe", layers=1)
     weights = out / "model.safetensors"

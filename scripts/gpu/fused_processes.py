@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fused_c as fc
@@ -26,7 +27,8 @@ from kernel_case import POISON, Config
 from low_latency import most_tokens
 from mps import shared_gpu
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
-from time_phases import time_composed
+from time_kernels import graph_us
+from time_phases import time_composed, together_us
 
 HANDLE_BYTES = 64
 
@@ -189,7 +191,8 @@ def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConf
     """Rows of one size; on a shared GPU beside DeepEP in phases."""
     layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
     slowest = Slowest(table)
-    time_layer(slowest, layer, not options.mps and has_deepep(), at_rest)
+    time_us = partial(together_us, meet=at_rest) if options.mps else graph_us
+    time_layer(slowest, layer, not options.mps and has_deepep(), at_rest, time_us)
     if options.mps and has_deepep():
         time_composed(slowest, layer, at_rest)
     torch.cuda.empty_cache()

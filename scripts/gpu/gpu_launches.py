@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from check_serving import REPEATED_FLAGS  # noqa: E402
 from serving import Server  # noqa: E402
 
 from sglang_macs import tiny_models  # noqa: E402
@@ -52,7 +53,7 @@ START_SECONDS = 180  # a server that needs longer hangs: it shall not cost the o
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, intermediate, fp8: of the model; flags: beside the common ones; fused: with
+    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused: with
     --macs-dispatch fused where MACS is on; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and
     trace.
     """
@@ -63,6 +64,7 @@ class Launch:
     experts: int = 32
     top_k: int = 4
     layers: int = 3
+    copies: int = 0
     intermediate: int = 256
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
@@ -94,12 +96,15 @@ class Launch:
 
     def model_path(self) -> Path:
         """Where the checkpoint lies; launches that differ elsewhere share one."""
-        return ROOT / "build" / "models" / f"gpu-{self.kind}-{self.experts}{'-fp8' if self.fp8 else ''}"
+        layers = f"-{self.layers + self.copies}" if self.copies else ""
+        return ROOT / "build" / "models" / f"gpu-{self.kind}-{self.experts}{layers}{'-fp8' if self.fp8 else ''}"
 
     def model(self) -> Path:
         """The checkpoint, built if it is not there."""
         size = {"hidden": 2048, "layers": self.layers, "num_experts": self.experts, "top_k": self.top_k}
         size["intermediate"] = self.intermediate
+        if self.copies:
+            size |= {"copies": self.copies}
         if self.kind == "qwen3_moe":
             size |= {"fp8": self.fp8, "head_dim": 64}
         return tiny_models.ensure(self.model_path(), self.kind, **size)
@@ -132,7 +137,8 @@ LAUNCHES = {
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
 }
-BENCH = Launch(2, "normal", flags=LARGE, **REAL)
+# Half as deep as that model, so that three servers fit beside one another.
+BENCH = Launch(2, "normal", flags=(*LARGE, *REPEATED_FLAGS), copies=21, **REAL)
 
 
 def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:

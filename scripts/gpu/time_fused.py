@@ -193,13 +193,19 @@ class DeepEP:
         return [lambda run=run, x=x: one(run, x) for run, x in zip(runs, self.sets, strict=True)]
 
 
-def time_layer(table: Table, layer: Layer, with_deepep: bool, at_rest: Callable[[], None] = lambda: None) -> None:
-    """All rows of one size. at_rest: before every row, where ranks have to start together."""
+def time_layer(
+    table: Table,
+    layer: Layer,
+    with_deepep: bool,
+    at_rest: Callable[[], None] = lambda: None,
+    time_us: Callable[[list], tuple[float, float]] = graph_us,
+) -> None:
+    """All rows of one size. at_rest: before every row, where ranks have to start together; time_us: of one pass."""
     timed: dict[tuple[str, str, float], dict] = {}
 
     def add(op: str, passes: list, size: Callable[[], int], **case: object) -> dict:
         at_rest()
-        times = graph_us(passes)
+        times = time_us(passes)
         check_no_fault(layer.groups[0])  # a rank that has given up is fast
         return table.add(op, layer.config, times, size(), **case)
 

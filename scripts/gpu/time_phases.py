@@ -1,9 +1,11 @@
-"""DeepEP and the composed path (plan, then DeepEP) where ranks share a GPU: in phases, with a host barrier in between.
+"""Times where ranks share a GPU.
+
+DeepEP and the composed path (plan, then DeepEP) run in phases, with a host barrier in between.
 
 DeepEP's receiving kernels spin until every peer has sent, and on a shared GPU a peer's sending kernel may wait for the
 multiprocessors that they hold. So all ranks send, meet on the host, and receive; times are those of the kernels alone,
 sending plus receiving, without any waiting for each other. The plan's exchange is left out: the composed path can only
-be slower than what is said here.
+be slower than what is said here. The fused kernels, which wait for each other as they run, are timed in short graphs.
 """
 
 from __future__ import annotations
@@ -17,8 +19,36 @@ from kernel_case import Run
 from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
 
 SETS, ROUNDS = 4, 200  # of inputs; timed in all
+PASSES = 8  # in a graph of fused kernels: of 48, one rank of eight stood still at its 33rd, and the others waited
 IDLE_CYCLES = 100_000  # that the device sleeps before a graph: the host's launching is not timed
 PHASES = ("send", "receive", "combine_send", "combine_receive")
+
+
+def together_us(passes: list[Callable[[], None]], meet: Callable[[], None]) -> tuple[float, float]:
+    """(median, p99) microseconds of a pass of kernels in which all ranks wait for one another. Ranks meet before every
+    graph, and the first pass, to which they come at different times, is not timed. Collective.
+    """
+    stream, first, graphs = torch.cuda.Stream(), passes[:1], []
+    for some in (first, passes[1 : PASSES + 1]):
+        with torch.cuda.stream(stream):
+            for one in some:
+                one()
+        meet()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=stream):
+            for one in some:
+                one()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        meet()
+        graphs[0].replay()
+        start.record()
+        graphs[1].replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(passes[1 : PASSES + 1]))
+    return float(np.median(times)), float(np.percentile(times, 99))
 
 
 class Phases:

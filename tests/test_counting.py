@@ -117,6 +117,16 @@ def test_sums_are_those_of_dispatches_counted_one_by_one(name, dispatches):
     assert want.violations["bound"] > 0, "a case in which nothing is violated proves little"
 
 
+def test_sums_may_be_beyond_32_bits():
+    counters, most = Stats(), torch.tensor(2**31 - 1, dtype=torch.int32)
+    result = PlanResult(*[None] * 4, group=most.expand(4), cut=None, counts=most.expand(3, EXPERTS, 2))
+    for _ in range(3):
+        counters.add_plan(0, result, by_expert=True)
+    got = counters.snapshot()
+    assert got["own"]["clipped_text"] == 3 * EXPERTS * (2**31 - 1) and got["visual_share_sum"] == 3
+    assert got["expert_rows"][0][0] == [6 * (2**31 - 1)] * 2
+
+
 def test_only_so_many_dispatches_are_kept():
     counters, kept = Stats(), []
     one, (hidden, ids, weights, logits, segment) = planner(CONFIGS["rank"], counters), routed(0)

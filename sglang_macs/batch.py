@@ -6,7 +6,7 @@ from what every rank of the EP group knows alike, because the plan's exchange is
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,21 @@ class Batch:
     skip: str = "outside"
     group_tokens: int = 0
     halves: tuple[tuple[int, int], ...] = ()
+    _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def segment_of_rows(
+        self, rows: int, half: int | None, attn_tp: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, bool]:
+        """What `align` makes of this batch, or of one half, and whether the rows can be this batch's. If not, all are
+        text: a rank must take part in the plan's exchange whatever it knows. The first layer that asks makes it for
+        all the others of the pass.
+        """
+        key = (rows, half, attn_tp, device)
+        if key not in self._of_rows:
+            segment = align(self.segment_of(half), rows, *attn_tp, device)
+            fits = segment is not None
+            self._of_rows[key] = (segment if fits else align(None, rows, *attn_tp, device), fits)
+        return self._of_rows[key]
 
     def segment_of(self, half: int | None) -> Tensor | None:
         """The segment of one half, or of the whole batch where `half` is None."""

@@ -159,9 +159,7 @@ class LayerPlanner:
         plan = plan or partial(self.plan, all_reduce=self.all_reduce)
         result = plan(hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments)
         self.counters.plan_seconds += time.perf_counter() - start
-        self.counters.add_plan(result)
-        if math.isinf(self.plan.config.gamma):
-            self.counters.add_expert_rows(self.layer_id, result)
+        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
         if self.recorder is not None:
             self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result)
@@ -179,9 +177,8 @@ class LayerPlanner:
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
         if planned.segment is not None:
-            self.counters.add_rows(self.layer_id, group, self.plan.num_ranks, planned.result)
-        if planned.result is not None:
-            self.counters.add_proof(self.plan.config, planned.result, own, group)
+            cut = planned.result.cut if planned.result else None
+            self.counters.add_recount(self.plan.config, self.layer_id, self.plan.num_ranks, own, group, cut)
 
     def expected_rows(self, top_k: int) -> int | None:
         """Rows that an expert has to expect of the batch that is running: the group's mean, never more than gamma times
@@ -193,10 +190,8 @@ class LayerPlanner:
         return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
 
     def _segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
-        segment = batch.align(now.segment_of(half), topk_ids.shape[0], *self.attn_tp, device=topk_ids.device)
-        if segment is None:  # still take part in the exchange, with every row as text: it is collective
-            self.counters.misaligned += 1
-            return torch.full((topk_ids.shape[0],), -1, dtype=torch.int32, device=topk_ids.device)
+        segment, fits = now.segment_of_rows(topk_ids.shape[0], half, self.attn_tp, topk_ids.device)
+        self.counters.misaligned += not fits
         return segment
 
 

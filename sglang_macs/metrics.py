@@ -130,21 +130,18 @@ class Exporter:
         self._publish(Stats())  # every series is there from the start, violations at 0 among them
 
     def tick(self, stats: Stats, *, idle: bool = False) -> None:
-        """Publishes if it is time to. Call it after each forward pass, on the stream of these, and when idle."""
+        """Publishes if it is time to. Call it after each forward pass, and when idle, on whatever stream."""
         since = time.monotonic() - self._last
         if stats.dispatches != self._seen and since >= (IDLE_SECONDS if idle else BUSY_SECONDS):
             self._seen, self._last = stats.dispatches, time.monotonic()
-            self._start_copy(stats, idle)
+            self._start_copy(stats)
         if self._copy is not None and (self._arrived is None or self._arrived.query()):
             self._publish(self._copy)
             self._copy = None
 
-    def _start_copy(self, stats: Stats, idle: bool) -> None:
-        on_gpu = torch.cuda.is_initialized()
-        if on_gpu and idle:  # another stream than that of the passes, all of which are over
-            torch.cuda.synchronize()
+    def _start_copy(self, stats: Stats) -> None:
         self._copy = stats.to_host()
-        if on_gpu:
+        if torch.cuda.is_initialized():
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 

@@ -19,6 +19,8 @@ class PlanResult:
 
     topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
     room, bound per bound. counts [3, E, 2] i32: kept, clipped, re-routed in, by (expert, visual | text).
+
+    New memory in every plan, of every backend, which nobody writes to afterwards: counters and trace keep parts of it.
     """
 
     topk_ids: Tensor

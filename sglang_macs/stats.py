@@ -3,14 +3,19 @@
 The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP group,
 and held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and must
 stay 0. Sums stay on the plan's device, so that counting never makes the host wait; only a snapshot reads them.
+Dispatches are counted many at a time (`Backlog`): what is left is counted before anything is read.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backlog import Backlog, SumsByLayer, to_host
 from .config import MacsConfig
 from .ops import NUM_SUMS, WEIGHT_ONE
 from .plan import PlanResult
@@ -21,10 +26,12 @@ MODALITIES = ("visual", "text")
 
 
 def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
-    """[E] i64: assignments of each expert, or their summed integer `weight` (same shape as ids); -1 counts nowhere."""
-    cells = (ids.reshape(-1).long() + 1).clamp(min=0)  # cell 0 takes what counts nowhere
-    weight = torch.ones_like(cells) if weight is None else weight.reshape(-1).long()
-    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, cells, weight)[1:]
+    """[..., E] i64: assignments of each expert in ids [..., T, K], or their summed integer `weight` (same shape); -1
+    counts nowhere.
+    """
+    cells = (ids.flatten(-2).long() + 1).clamp_(min=0)  # cell 0 takes what counts nowhere
+    weight = torch.ones_like(cells) if weight is None else weight.flatten(-2).long()
+    return cells.new_zeros(*cells.shape[:-1], num_experts + 1).scatter_add_(-1, cells, weight)[..., 1:].contiguous()
 
 
 def recount(
@@ -35,17 +42,14 @@ def recount(
     Returns [2, E] i64, before and after; with `verify` [5, E], what the claims on text and on effective load need, too.
     weight [T] is the plan's, None without a plan; segment [T] is None for a batch whose claims are not tested.
     """
-    counts = [rows_of(ids, num_experts), rows_of(sent, num_experts)]
-    if config.verify and segment is not None:
-        text = (segment < 0).unsqueeze(1)
-        weight = torch.ones_like(segment, dtype=torch.float32) if weight is None else weight
-        units = (weight * WEIGHT_ONE).round().clamp(min=1).long().unsqueeze(1).expand_as(ids)
-        counts += [
-            rows_of(ids.masked_fill(text | (sent != ids), -1), num_experts),
-            rows_of(ids.masked_fill(~text | (sent == ids), -1), num_experts),
-            rows_of(sent, num_experts, units),
-        ]
-    return torch.stack(counts)
+    if not (config.verify and segment is not None):
+        return rows_of(torch.stack([ids, sent]), num_experts)
+    clipped, text = sent != ids, (segment < 0).unsqueeze(1)
+    kept_visual, clipped_text = ids.masked_fill(clipped | text, -1), ids.masked_fill(~(clipped & text), -1)
+    counted = torch.stack([ids, sent, kept_visual, clipped_text, sent])
+    each = torch.ones_like(counted)
+    each[UNITS] = WEIGHT_ONE if weight is None else (weight * WEIGHT_ONE).round_().clamp_(min=1).unsqueeze(1)
+    return rows_of(counted, num_experts, each)
 
 
 def rows_per_bound(rows: Tensor, num_bounds: int) -> Tensor:
@@ -54,32 +58,32 @@ def rows_per_bound(rows: Tensor, num_bounds: int) -> Tensor:
 
 
 def imbalance(rows: Tensor) -> Tensor:
-    """[] f64: maximum over mean of [R] rows; 1 where there are none."""
-    total = rows.sum()
-    return torch.where(total > 0, rows.max() * rows.numel() / total.clamp(min=1).double(), 1.0)
+    """[...] f64: maximum over mean of [..., R] rows; 1 where there are none."""
+    total = rows.sum(dim=-1)
+    return torch.where(total > 0, rows.amax(dim=-1) * rows.shape[-1] / total.clamp(min=1).double(), 1.0)
 
 
-@dataclass
-class LayerStats:
-    """Sums over the dispatches of one MoE layer that MACS planned or, where it is off, would have planned.
+class _Plan(NamedTuple):
+    """What is counted of a plan by its own account: counts [3, E, 2] and the group's sums [NUM_SUMS], both i32.
 
-    Rows [R] are the EP group's; max_over_mean is summed over dispatches.
+    by_expert: also for a calibration.
     """
 
-    dispatches: int = 0
-    cut: Tensor | int = 0
-    rows_before: Tensor | int = 0
-    rows_after: Tensor | int = 0
-    max_over_mean_before: Tensor | float = 0.0
-    max_over_mean_after: Tensor | float = 0.0
+    layer_id: int
+    by_expert: bool
+    counts: Tensor
+    sums: Tensor
 
-    def add(self, before: Tensor, after: Tensor, was_cut: Tensor | int) -> None:
-        self.dispatches += 1
-        self.cut = self.cut + was_cut
-        self.rows_before = self.rows_before + before
-        self.rows_after = self.rows_after + after
-        self.max_over_mean_before = self.max_over_mean_before + imbalance(before)
-        self.max_over_mean_after = self.max_over_mean_after + imbalance(after)
+
+class _Recount(NamedTuple):
+    """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group, cut [NB, 4] of the plan."""
+
+    config: MacsConfig
+    layer_id: int
+    num_ranks: int
+    own: Tensor
+    group: Tensor
+    cut: Tensor | None
 
 
 @dataclass
@@ -88,7 +92,11 @@ class Stats:
 
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
-    expert_rows: [E, 2] by layer, kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
+    measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
+    [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after.
+    expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
+
+    What the backlogs hold is not in it: read it by `to_host` or `snapshot`.
     """
 
     dispatches: int = 0
@@ -103,60 +111,104 @@ class Stats:
     visual_share_sum: Tensor | float = 0.0
     fate: Tensor | int = 0
     checks: Counter = field(default_factory=Counter)
-    violations: dict[str, Tensor] = field(default_factory=dict)
-    layers: dict[int, LayerStats] = field(default_factory=dict)
-    expert_rows: dict[int, Tensor | int] = field(default_factory=dict)
+    violations: Counter = field(default_factory=Counter)  # of tensors
+    measured: Counter = field(default_factory=Counter)
+    cut: SumsByLayer = field(default_factory=SumsByLayer)
+    rows: SumsByLayer = field(default_factory=SumsByLayer)
+    max_over_mean: SumsByLayer = field(default_factory=SumsByLayer)
+    expert_rows: dict[int, SumsByLayer] = field(default_factory=dict)
 
-    def add_expert_rows(self, layer_id: int, result: PlanResult) -> None:
-        """This rank's own assignments [E, 2] of one plan, before clipping: what a calibration is made from."""
-        self.expert_rows[layer_id] = self.expert_rows.get(layer_id, 0) + result.counts[:2].sum(0, dtype=torch.int64)
+    def __post_init__(self) -> None:
+        self._plans = Backlog(self._count_plans)
+        self._recounts = Backlog(self._count_recounts)
 
-    def add_rows(self, layer_id: int, group: Tensor, num_ranks: int, result: PlanResult | None) -> None:
-        """One dispatch of a batch that MACS acts on. group: [S, E] recount summed over the EP group."""
-        was_cut = 0 if result is None else (result.cut[:, 0] >= 0).any().long()
-        layer = self.layers.setdefault(layer_id, LayerStats())
-        layer.add(rows_per_bound(group[BEFORE], num_ranks), rows_per_bound(group[AFTER], num_ranks), was_cut)
-
-    def add_plan(self, result: PlanResult) -> None:
-        """One plan, by its own account."""
+    def add_plan(self, layer_id: int, result: PlanResult, *, by_expert: bool) -> None:
+        """One plan, by its own account. by_expert: also what a calibration is made from."""
         self.planned += 1
-        visual, total = result.group[-NUM_SUMS + 2 :].double()
-        self.visual_share_sum = self.visual_share_sum + torch.where(total > 0, visual / total.clamp(min=1), 0.5)
-        self.fate = self.fate + result.counts.sum(dim=1, dtype=torch.int64)
+        sums = result.group[-NUM_SUMS:]
+        if not sums.is_cuda:  # the whole histogram is kept with them: on a CPU that costs more, in caches, than a copy
+            sums = sums.clone()
+        plan = _Plan(layer_id, by_expert, result.counts, sums)
+        self._plans.add(plan, sums.device, (by_expert, plan.counts.shape))
 
-    def add_proof(self, config: MacsConfig, result: PlanResult, own: Tensor, group: Tensor) -> None:
-        """Holds [S, E] recounts of this rank and of the EP group against the plan's bounds."""
+    def _count_plans(self, plans: Sequence[_Plan]) -> None:
+        counts = torch.stack([plan.counts for plan in plans])
+        visual, total = torch.stack([plan.sums for plan in plans])[:, 2:].double().unbind(dim=1)
+        self.visual_share_sum += torch.where(total > 0, visual / total.clamp(min=1), 0.5).sum()
+        self.fate += counts.sum(dim=(0, 2), dtype=torch.int64)
+        if plans[0].by_expert:  # this rank's own assignments, before clipping
+            rows = self.expert_rows.setdefault(counts.shape[2], SumsByLayer())
+            rows.add([plan.layer_id for plan in plans], counts[:, :2].sum(dim=1, dtype=torch.int64))
+
+    def add_recount(
+        self, config: MacsConfig, layer_id: int, num_ranks: int, own: Tensor, group: Tensor, cut: Tensor | None
+    ) -> None:
+        """The rows of one dispatch of a batch that MACS acts on: [S, E] recounts of this rank and summed over the EP
+        group. They are held against the bounds of the plan's cut; None without a plan.
+        """
+        self.measured[layer_id] += 1
+        alike = (config, num_ranks, group.shape, None if cut is None else cut.shape)
+        self._recounts.add(_Recount(config, layer_id, num_ranks, own, group, cut), group.device, alike)
+
+    def _count_recounts(self, recounts: Sequence[_Recount]) -> None:
+        config, layer_ids = recounts[0].config, [one.layer_id for one in recounts]
+        group = torch.stack([one.group for one in recounts])
+        rows = rows_per_bound(group[:, : AFTER + 1], recounts[0].num_ranks)
+        self.rows.add(layer_ids, rows)
+        self.max_over_mean.add(layer_ids, imbalance(rows))
+        if recounts[0].cut is None:
+            self.cut.add(layer_ids, rows.new_zeros(len(recounts)))
+            return
+        cut = torch.stack([one.cut for one in recounts])
+        self.cut.add(layer_ids, (cut[:, :, 0] >= 0).any(dim=1).long())
         # With exchange=local a rank promises its own share only.
-        per_bound = rows_per_bound(group if config.exchange == "group" else own, result.cut.shape[0])
-        bound = result.cut[:, 3]
+        promised = group if config.exchange == "group" else torch.stack([one.own for one in recounts])
+        self._prove(config, rows_per_bound(promised, cut.shape[1]), cut[:, :, 3])
+
+    def _prove(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
+        """Holds N recounts [N, S, NB] against their bounds [N, NB]."""
         if config.load == "rows":
-            self._check("bound", (per_bound[AFTER] > bound).any())
+            self._check("bound", per_bound[:, AFTER] > bound)
         elif config.verify:
-            self._check("bound", (per_bound[UNITS] > bound).any())
+            self._check("bound", per_bound[:, UNITS] > bound)
         if config.verify and config.protect_text:
-            self._check("text_last", ((per_bound[CLIPPED_TEXT] > 0) & (per_bound[KEPT_VISUAL] > 0)).any())
+            self._check("text_last", (per_bound[:, CLIPPED_TEXT] > 0) & (per_bound[:, KEPT_VISUAL] > 0))
 
     def _check(self, claim: str, violated: Tensor) -> None:
-        self.checks[claim] += 1
-        self.violations[claim] = self.violations.get(claim, 0) + violated.long()
+        self.checks[claim] += violated.shape[0]
+        self.violations[claim] += violated.any(dim=1).sum()
 
     def to_host(self) -> "Stats":
         """A copy on the host, made without waiting: on a GPU its figures are there when the current stream is."""
-        return Stats(**{name: _to_host(value) for name, value in vars(self).items()})
+        with self._settled():
+            return Stats(**{name: _to_host(value) for name, value in self._values().items()})
 
     def snapshot(self) -> dict[str, object]:
-        """Every counter as JSON values; layer ids become strings, `fate` becomes `own`."""
-        raw = {name: _plain(value) for name, value in vars(self).items() if name != "fate"}
-        raw["own"] = _fates(self.fate)
-        raw["layers"] = {str(layer_id): _plain(vars(layer)) for layer_id, layer in self.layers.items()}
+        """Every counter as JSON values; `fate` becomes `own`, and what is by layer `layers`, whose ids are strings."""
+        by_layer = ("measured", "cut", "rows", "max_over_mean")
+        with self._settled():
+            raw = {name: _plain(value) for name, value in self._values().items()}
+        raw["own"] = _fates(raw.pop("fate"))
+        measured, cut, rows, max_over_mean = (raw.pop(name) for name in by_layer)
+        raw["layers"] = {str(i): _layer(measured[i], cut[i], rows[i], max_over_mean[i]) for i in measured}
+        raw["expert_rows"] = {i: rows for of_size in raw["expert_rows"].values() for i, rows in of_size.items()}
         return raw
+
+    def _values(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def _settled(self) -> ExitStack:
+        both = ExitStack()
+        both.enter_context(self._plans.settled())
+        both.enter_context(self._recounts.settled())
+        return both
 
 
 def _to_host(value: object) -> object:
     if isinstance(value, Tensor):
-        return value.to("cpu", non_blocking=True)
-    if isinstance(value, LayerStats):
-        return LayerStats(**{name: _to_host(item) for name, item in vars(value).items()})
+        return to_host(value)
+    if isinstance(value, SumsByLayer):
+        return value.to_host()
     if isinstance(value, dict):
         return type(value)({key: _to_host(item) for key, item in value.items()})
     return value
@@ -164,15 +216,27 @@ def _to_host(value: object) -> object:
 
 def _plain(value: object) -> object:
     if isinstance(value, Tensor):
-        if value.is_cuda:  # its stream is that of the forward passes, not the reader's
-            torch.cuda.synchronize(value.device)
         return value.tolist()
+    if isinstance(value, SumsByLayer):
+        return value.by_layer()
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _fates(fate: Tensor | int) -> dict[str, int]:
+def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list[float]) -> dict[str, object]:
+    """Of one layer, as it is shown."""
+    return {
+        "dispatches": dispatches,
+        "cut": cut,
+        "rows_before": rows[0],
+        "rows_after": rows[1],
+        "max_over_mean_before": max_over_mean[0],
+        "max_over_mean_after": max_over_mean[1],
+    }
+
+
+def _fates(fate: list[list[int]] | int) -> dict[str, int]:
     """{"clipped_visual": n, ...} from [3, 2] kept, clipped, re-routed by (visual, text)."""
-    kept, clipped, rerouted = _plain(fate) or [[0, 0]] * 3
+    kept, clipped, rerouted = fate or [[0, 0]] * 3
     named = {}
     for i, modality in enumerate(MODALITIES):
         named[f"assignments_{modality}"] = kept[i] + clipped[i]

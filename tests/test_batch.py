@@ -67,3 +67,19 @@ def test_scattered_rows_put_together_are_the_padded_values():
     values = torch.arange(1.0, 11.0).view(5, 2)
     shares = [batch.scattered(values, rows=3, attn_tp_rank=rank, attn_tp_size=2) for rank in range(2)]
     assert torch.cat(shares).tolist() == [*values.tolist(), [0.0, 0.0]]
+
+
+def test_the_layers_of_a_pass_share_one_segment():
+    passing, cpu = batch.Batch(torch.tensor([-1, 0, 0], dtype=torch.int32), 1, "", halves=((0, 1), (1, 3))), "cpu"
+    asked = [(4, None, (0, 1)), (2, None, (1, 2)), (2, 1, (0, 1)), (3, 1, (0, 1))]
+    first = [passing.segment_of_rows(*rows, torch.device(cpu)) for rows in asked]
+    assert [s.tolist() for s, _ in first] == [[-1, 0, 0, -1], [0, -1], [0, 0], [0, 0, -1]] and all(f for _, f in first)
+    for rows, (segment, _) in zip(asked, first, strict=True):
+        assert passing.segment_of_rows(*rows, torch.device(cpu))[0] is segment
+
+
+def test_rows_of_another_batch_are_text_in_every_layer():
+    passing = batch.Batch(torch.zeros(5, dtype=torch.int32), 1, "")
+    for _ in range(2):
+        segment, fits = passing.segment_of_rows(2, None, (0, 1), torch.device("cpu"))
+        assert segment.tolist() == [-1, -1] and not fits

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from sglang_macs import ops
+from sglang_macs.batch import Batch, forward
 from sglang_macs.config import MacsConfig
+from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.fused import FusedDispatch, Sizes
 from sglang_macs.peer_memory import PeerMemory
 from sglang_macs.plan import Plan
+from sglang_macs.stats import Stats
 
 pytestmark = pytest.mark.gpu
 EXPERTS, RANKS = 128, 8
@@ -150,6 +153,59 @@ def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():
         graph.replay()
         assert torch.equal(result.topk_ids, want)
     assert int((expected[0] < 0).sum()) > 0
+
+
+class AloneInGroup(LayerPlanner):
+    def all_reduce(self, tensor):
+        pass
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_counting_never_makes_the_host_wait_and_is_right_across_streams(verify):
+    """Passes on two streams in turn, each held up by what a pass would compute; a reader on a third."""
+    config = MacsConfig.from_preset("rank", gamma=1.0 if verify else float("inf"), verify=verify)
+    counters, batches = Stats(), [to_gpu(*batch(256, 8, seed)) for seed in range(5)]
+    planners = [AloneInGroup(i, Plan(config, EXPERTS, RANKS), None, counters) for i in range(len(batches))]
+
+    def serve(layers: int) -> list:
+        torch.cuda._sleep(10_000_000)
+        seen = []
+        for i in (layer % len(batches) for layer in range(layers)):
+            hidden, ids, weights, logits, segment = batches[i]
+            with forward(Batch(segment, 1, "", group_tokens=256)):
+                planned = planners[i](hidden, ids, weights, logits)
+                own = planners[i].recount(ids, planned)
+                planners[i].prove(planned, own, own)
+                seen = [*seen, planned.result.counts][: len(batches)]
+        for _ in range(100):  # what the passes themselves put where the plans let go
+            torch.full_like(seen[0], 1_000_000)
+        return seen
+
+    of_batch = [counts.long().sum(1).cpu() for counts in serve(70)]  # the first time also loads the modules
+    torch.cuda.set_sync_debug_mode("error")
+    streams, reader, copies = [torch.cuda.Stream() for _ in range(2)], torch.cuda.Stream(), []
+    try:
+        for turn in range(6):
+            with torch.cuda.stream(streams[turn % 2]):
+                serve(50)
+            with torch.cuda.stream(reader):
+                copies.append((counters.to_host(), torch.cuda.Event()))
+                copies[-1][1].record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = sum(of_batch) * 14
+    for turn, (copy, arrived) in enumerate(copies):
+        arrived.synchronize()
+        got, count = copy.snapshot(), 120 + 50 * turn
+        want = want + sum(of_batch) * 10
+        kept, clipped, rerouted = want.tolist()
+        assert got["planned"] == got["checks"]["bound"] == count and got["violations"]["bound"] == 0
+        assert [got["own"][f"assignments_{m}"] for m in ("visual", "text")] == [kept[i] + clipped[i] for i in (0, 1)]
+        assert [got["own"][f"rerouted_{m}"] for m in ("visual", "text")] == rerouted
+        layers = got["layers"].values()
+        assert sum(sum(layer["rows_before"]) for layer in layers) == sum(kept) + sum(clipped)
+        assert sum(layer["dispatches"] for layer in layers) == count and (sum(clipped) > 0) == verify
+    assert counters.snapshot() == {**got, "plan_seconds": counters.plan_seconds}
 
 
 @pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the fused dispatch exists in CUDA only")

@@ -10,7 +10,7 @@ import torch
 
 from sglang_macs import metrics
 from sglang_macs.config import MacsConfig
-from sglang_macs.stats import LayerStats, Stats
+from sglang_macs.stats import Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)
@@ -40,10 +40,9 @@ def counted(factor: int = 1) -> Stats:
     stats = Stats(dispatches=5 * factor, planned=2 * factor, plan_seconds=0.5 * factor, visual_share_sum=1.5 * factor)
     stats.skipped["decode"] = 3 * factor
     stats.fate = torch.tensor([[50, 20], [10, 4], [6, 1]]) * factor
-    stats.checks["bound"], stats.violations["bound"] = 2 * factor, torch.tensor(0)
-    layer = stats.layers.setdefault(0, LayerStats())
+    rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(factor):
-        layer.add(torch.tensor([30, 10]), torch.tensor([25, 15]), torch.tensor(1))
+        stats.add_recount(CONFIG, 0, 2, rows, rows, cut)
     return stats
 
 
@@ -65,6 +64,7 @@ def test_published_values_are_the_counters_also_the_second_time(exporter, clock)
     assert sample("sglang:macs_dropped_total", modality="visual") == 12
     assert sample("sglang:macs_rows_total", stage="after") == 45  # of rank 1
     assert sample("sglang:macs_max_over_mean_total", stage="before") == 4.5
+    assert sample("sglang:macs_cut_total") == sample("sglang:macs_checks_total", claim="bound") == 3
 
 
 def test_counters_are_read_seldom_and_an_idle_server_catches_up(exporter, clock, monkeypatch):

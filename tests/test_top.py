@@ -20,10 +20,9 @@ def state(rank: int) -> dict:
     counted = stats.Stats(dispatches=5, planned=2, plan_seconds=0.004, visual_share_sum=1.5)
     counted.skipped["decode"] = 3
     counted.fate = torch.tensor([[50, 20], [10, 0], [6, 0]])
-    counted.checks["bound"], counted.violations["bound"] = 2, torch.tensor(0)
-    layer = counted.layers.setdefault(0, stats.LayerStats())
+    rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(2):
-        layer.add(torch.tensor([30, 10]), torch.tensor([25, 15]), 1)
+        counted.add_recount(CONFIG, 0, 2, rows, rows, cut)
     return {"version": "0", "rank": rank, "config": CONFIG.to_json(), **counted.snapshot()}
 
 

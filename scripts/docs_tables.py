@@ -181,6 +181,19 @@ def variants_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def unscored_table() -> str:
+    """The plan with and without scores, by number of tokens."""
+    found, times = results("kernels_h100"), {}
+    for row in found["rows"]:
+        case = row["case"]
+        if (case["scope"], case["H"], case["hot"]) == ("rank", 2048, 0.5):
+            times.setdefault(case["T"], {})[row["op"]] = row["median_us"]
+    ops = ("plan_without_scores", "upto_histogram_without_scores", "plan", "upto_histogram")
+    rows = [[tokens, *(f"{of[op]:.1f}" for op in ops)] for tokens, of in times.items() if ops[0] in of]
+    header = ["T", "plan without scores, us", "of these before the exchange", "plan with scores", "before the exchange"]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
 def serve_table() -> str:
     """What the servers counted, and whether their tokens were equal; a table for every run in docs/results."""
     parts = []
@@ -293,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,
+    "unscored": unscored_table,
     "compat": compat_table,
     "cost": cost_table,
     "wire": wire_table,

@@ -238,6 +238,17 @@ def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str, 
     check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS, PAIRS[kind])
 
 
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_sending_waits_for_nobodys_rows(kernels: Kernels, pair: FusedConfig) -> None:
+    pair = replace(pair, plan=replace(pair.plan, gamma=float("inf")), timeout_ns=SOON_NS)
+    group = Group(kernels, pair, "cpu")
+    group.load(make_group(pair, 7))
+    forge_assignments(group)
+    forge_weight(group)
+    group.dispatch(fc.SEND, only=0)
+    assert not group.status(0).fault, describe(group.status(0))
+
+
 @pytest.mark.parametrize("phases", [(fc.BOTH,), (fc.SEND, fc.RECEIVE)])
 def test_signals_without_scales_are_a_fault(kernels: Kernels, phases: tuple[int, ...]) -> None:
     """Nobody sends that; nobody waits for it for ever."""

@@ -129,22 +129,21 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-// One lane: `count` letters, kApart from one another. `letters`: what it saw there last.
-template <int kApart>
-__device__ __forceinline__ bool await_letters(const uint64_t* address, int count, uint64_t (&letters)[kClaim],
-                                              const Patience& patience, Fault fault, int source) {
+// One lane: the letters at `address`, a warp apart, `count` of them.
+__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int count, int source,
+                                              uint64_t (&letters)[kClaim]) {
   for (Wait wait;;) {
-    uint64_t missing = make_letter(0, patience.round);
+    uint64_t missing = make_letter(0, b.patience.round);
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], patience.round)) missing = letters[i];
+      if (i < count && !is_of(letters[i], b.patience.round)) missing = letters[i];
     }
-    if (is_of(missing, patience.round)) return true;
+    if (is_of(missing, b.patience.round)) return true;
     const uint32_t seen = static_cast<uint32_t>(missing >> 32);
-    if (!wait.go_on(patience, fault, source, -1, seen, patience.round)) return false;
+    if (!wait.go_on(b.patience, Fault::kAssignments, source, -1, seen, b.patience.round)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], patience.round)) letters[i] = load_relaxed_sys(address + i * kApart);
+      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * kWarp);
     }
   }
 }
@@ -171,7 +170,7 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     uint64_t words[kClaim];
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
-    bool ok = await_letters<kWarp>(address, count, words, b.patience, Fault::kAssignments, source);
+    bool ok = await_letters(b, address, count, source, words);
     const int heard = ok ? count : 0;
     uint32_t* const kept = b.args.keeps_group || source == b.me.rank ? b.entries_of(source) + first : nullptr;
     int unknown = -1;  // an expert that does not exist

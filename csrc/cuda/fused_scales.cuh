@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "fused_block.cuh"
-#include "fused_exchange.cuh"
 
 namespace macs::cuda {
 
@@ -49,6 +48,29 @@ __device__ __forceinline__ void tell_scales(const FusedBlock& b, int peer, int r
   for (int w = b.lane; w < words; w += kWarp) b.peers.send(peer, offset + 8 * w, make_letter(from[w], b.patience.round));
 }
 
+// One lane: `count` letters, side by side. They lie in one sector and are written by one warp: until the last has come only that
+// one is looked at, and with pauses, since thousands of lanes may wait while rows come in through the same L2.
+__device__ __forceinline__ bool await_scales(const uint64_t* address, int count, uint64_t (&letters)[kClaim],
+                                             const Patience& patience) {
+  constexpr uint32_t kPauseNs = 300;
+  for (Wait wait;;) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) {
+      letters[i] = i < count ? load_relaxed_sys(address + i) : make_letter(0, patience.round);
+      all &= is_of(letters[i], patience.round);
+    }
+    if (all) return true;
+    uint64_t last = 0;
+    do {
+      const uint32_t seen = static_cast<uint32_t>(last >> 32);
+      if (!wait.go_on(patience, Fault::kRows, -1, -1, seen, patience.round)) return false;
+      nanosleep(kPauseNs);
+      last = load_relaxed_sys(address + count - 1);
+    } while (!is_of(last, patience.round));
+  }
+}
+
 // One warp, a row a lane: words [first, first + kClaim) of the scales of an expert's row, from the letters to their places.
 // inside: this lane has a row. False: they did not come. It waits twice as long as others: who waits for signals is to name
 // the rank that is missing.
@@ -59,9 +81,7 @@ __device__ __forceinline__ bool place_words(const FusedBlock& b, int local, int 
   Patience patience = b.patience;
   patience.timeout_ns *= 2;
   uint64_t letters[kClaim];
-#pragma unroll
-  for (int i = 0; i < kClaim; ++i) letters[i] = i < count ? load_relaxed_sys(address + i) : 0;
-  const bool ok = await_letters<1>(address, count, letters, patience, Fault::kRows, -1);
+  const bool ok = await_scales(address, count, letters, patience);
   if (!__all_sync(kFullMask, ok)) return false;
   const ScalePlace place(b, local, row);
 #pragma unroll

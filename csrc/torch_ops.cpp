@@ -441,6 +441,9 @@ void close_shared(int64_t address) {
   check_launch(cuda::close_shared(reinterpret_cast<void*>(address)), "close_shared");
 }
 
+// Every rank has a device of its own, as far as is known here: a rank may share one under MPS, where this costs little.
+bool ranks_are_apart(const FusedShape& shape) { return shape.num_ranks > 1; }
+
 // A rank's part, as far as dispatch and combine have it in common.
 FusedRank fused_rank(const Tensor& region, at::IntArrayRef peers, int64_t rank, const FusedShape& shape) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(peers.size()) == shape.num_ranks, "peers: got ", peers.size(),
@@ -497,7 +500,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
   p.num_segments = static_cast<int32_t>(num_segments);
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
-  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = p.shape.num_ranks == 1;
+  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = !ranks_are_apart(p.shape);
+  p.scales_with_rows = ranks_are_apart(p.shape);
   p.gamma = gamma, p.rho = rho, p.alpha = alpha, p.c_min = c_min, p.delta = static_cast<float>(delta);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
@@ -531,6 +535,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.layout = fused_layout(p.shape);
   p.one = fused_rank(region, peers, rank, p.shape);
   p.phase = Phase::kReceive;
+  p.scales_with_rows = ranks_are_apart(p.shape);
   p.bucket_bits = checked_bucket_bits(128);  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
@@ -560,7 +565,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.one.combined = combined.mutable_data_ptr();
   p.one.num_tokens = static_cast<int32_t>(ids.size(0));
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
-  p.same_device = p.shape.num_ranks == 1;
+  p.same_device = !ranks_are_apart(p.shape);
   p.phase = checked_enum<Phase>(phase, 3, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;

@@ -255,7 +255,8 @@ class FusedDispatch:
             return
         back = self._round - in_round
         layer = self._layers[-1 - back] if 0 <= back < len(self._layers) else "unknown"
-        where = f"rank {peer}" + (f" (block {block})" if block >= 0 else "")
+        where = f"rank {peer}" if peer >= 0 else "a rank"
+        where += f" (block {block})" if block >= 0 else ""
         what = FAULTS[fault] if 0 < fault < len(FAULTS) else f"fault {fault}"
         raise MacsError(
             "fused dispatch",

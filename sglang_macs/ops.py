@@ -363,6 +363,7 @@ class RegionLayout(NamedTuple):
     weights: int
     counts: int
     rows: int
+    row_scales: int
     scales: int
     outputs: int
     sources: int

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fused_case import FusedConfig, Group, make_group, masked
 from fused_checks import check_guards, describe, output, play
-from fused_faults import PAIR, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
+from fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
 from kernel_case import POISON, Config
 from kernel_reference import fixed
 
@@ -95,7 +95,26 @@ CUT = {
     ),
     "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
 }
-CASES |= UNCUT | TOLD_AGAIN | CUT
+WITH_ROWS = {
+    name: replace(config, scales_with_rows=True)
+    for name, config in {
+        "packed": FusedConfig(PLAN, (12, 7, 0, 1), format="fp8", alignment=8),
+        "packed_alone": FusedConfig(replace(PLAN, R=1, T=40, H=7168), (40,), blocks=7, format="fp8", alignment=1),
+        "own_rows": masked(FusedConfig(PLAN, (12, 7, 0, 1), format="fp8")),
+        "power_of_two": masked(FusedConfig(replace(PLAN, H=2560), (3, 7, 4, 1), format="fp8_power_of_two", blocks=6)),
+        "ue8m0": FusedConfig(replace(PLAN, H=2560), (12, 7, 0, 1), format="fp8_ue8m0", row_experts=True, blocks=9),
+        "ue8m0_own_rows": masked(FusedConfig(replace(PLAN, H=7168, R=2), (2, 7), format="fp8_ue8m0", blocks=3)),
+        "one_block": masked(FusedConfig(replace(PLAN, R=2), (12, 9), format="fp8", blocks=1)),
+        "two_blocks": FusedConfig(replace(PLAN, R=2), (12, 9), format="fp8", blocks=2),
+        # More than 32 rows of an expert.
+        "all_to_one_rank": FusedConfig(
+            replace(PLAN, hot=60.0, E=8, gamma=float("inf")), (12, 12, 9, 12), format="fp8", blocks=5
+        ),
+        "nobody": FusedConfig(PLAN, (0, 0, 0, 0), format="fp8"),
+        "unused_by_bfloat16": FusedConfig(PLAN, (12, 7, 0, 1)),
+    }.items()
+}
+CASES |= UNCUT | TOLD_AGAIN | CUT | {f"with_rows_{name}": config for name, config in WITH_ROWS.items()}
 POLICIES = list(
     itertools.product(
         ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate"), ("none", "local", "global")
@@ -165,9 +184,20 @@ def in_two_phases(group: Group) -> None:
     group.dispatch(fc.RECEIVE)
 
 
-@pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases])
-def test_other_ways_to_launch(kernels: Kernels, dispatch: Callable[[Group], None]) -> None:
-    group = Group(kernels, CASES["plain"], "cpu")
+def each_by_itself_in_two_phases(group: Group) -> None:
+    """A rank may receive before another has sent."""
+    with group.kernels.machine.together():
+        for rank in group.ranks:
+            group.kernels.stream = rank + 1
+            group.dispatch(fc.SEND, only=rank)
+            group.dispatch(fc.RECEIVE, only=rank)
+    group.kernels.stream = 0
+
+
+@pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases, each_by_itself_in_two_phases])
+@pytest.mark.parametrize("name", ["plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"])
+def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[Group], None]) -> None:
+    group = Group(kernels, CASES[name], "cpu")
     for seed in range(4):
         play(group, seed, dispatch)
 
@@ -202,15 +232,47 @@ def test_barrier_flags_of_long_ago_do_not_count(kernels: Kernels) -> None:
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str) -> None:
-    check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS)
+def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str, kind: str) -> None:
+    check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS, PAIRS[kind])
 
 
-def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kernels: Kernels) -> None:
-    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_sending_waits_for_nobodys_rows(kernels: Kernels, pair: FusedConfig) -> None:
+    pair = replace(pair, plan=replace(pair.plan, gamma=float("inf")), timeout_ns=SOON_NS)
+    group = Group(kernels, pair, "cpu")
+    group.load(make_group(pair, 7))
+    forge_assignments(group)
+    forge_weight(group)
+    group.dispatch(fc.SEND, only=0)
+    assert not group.status(0).fault, describe(group.status(0))
+
+
+@pytest.mark.parametrize("phases", [(fc.BOTH,), (fc.SEND, fc.RECEIVE)])
+def test_signals_without_scales_are_a_fault(kernels: Kernels, phases: tuple[int, ...]) -> None:
+    """Nobody sends that; nobody waits for it for ever."""
+    pair = PAIRS[", scales with rows"]
+    pair = replace(pair, plan=replace(pair.plan, gamma=float("inf")), timeout_ns=SOON_NS)
+    group = Group(kernels, pair, "cpu")
+    group.load(make_group(pair, 7))
+    group.poison()
+    forge_assignments(group)
+    forge_weight(group)
+    forge_rows(group, scales=False)
+    for phase in phases:
+        group.dispatch(phase, only=0)
+    assert fc.FAULTS[group.status(0).fault] == "rows" and group.status(0).peer == -1, describe(group.status(0))
+    check_guards(group)
+    group.recover()
+    play(group, 8)
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kernels: Kernels, pair: FusedConfig) -> None:
+    group = Group(kernels, replace(pair, timeout_ns=SOON_NS), "cpu")
     play(group, 0)
-    group.load(make_group(PAIR, 7))
+    group.load(make_group(pair, 7))
     group.poison()
     group.dispatch(fc.SEND)  # of both; then rank 1 neither receives nor combines
     group.dispatch(fc.RECEIVE, only=0)
@@ -223,9 +285,10 @@ def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kerne
     play(group, 8, in_two_phases)
 
 
-def test_a_rank_that_never_sends_is_named_behind_both_phases(kernels: Kernels) -> None:
-    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
-    group.load(make_group(PAIR, 7))
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_a_rank_that_never_sends_is_named_behind_both_phases(kernels: Kernels, pair: FusedConfig) -> None:
+    group = Group(kernels, replace(pair, timeout_ns=SOON_NS), "cpu")
+    group.load(make_group(pair, 7))
     group.poison()
     for phase in (fc.SEND, fc.RECEIVE):
         group.dispatch(phase, only=0)

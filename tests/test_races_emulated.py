@@ -63,6 +63,7 @@ FUSED = {
     "rank": FusedConfig(PLAN, (6, 4), blocks=2),
     "expert": FusedConfig(replace(PLAN, scope="expert", load="effective", reroute="local"), (6, 5), blocks=2),
     "fp8": FusedConfig(PLAN, (6, 4), blocks=2, format="fp8_ue8m0", row_experts=True),
+    "fp8_with_rows": FusedConfig(PLAN, (6, 4), blocks=4, format="fp8", scales_with_rows=True, alignment=1),
     "copied_outputs": FusedConfig(PLAN, (6, 0), blocks=2, copies_outputs=True),
     "nothing_exceeded": FusedConfig(replace(PLAN, gamma=float("inf")), (6, 4), blocks=2),
     "mix_decides": FusedConfig(replace(PLAN, scope="expert", rho=1.9, gamma=5.0, hot=0.0), (6, 4), blocks=2),
@@ -92,6 +93,9 @@ def in_two_phases(group: Group, rank: int) -> None:
     [
         *((name, in_one, True) for name in FUSED),
         ("rank", in_two_phases, True),
+        ("fp8_with_rows", in_two_phases, True),
+        ("fp8_with_rows", in_one, False),
+        ("fp8_with_rows", in_two_phases, False),
         ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be a round ahead
     ],
 )
@@ -111,12 +115,14 @@ def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combine
     assert all(group.status(rank).fault == 0 and group.round(rank) == ROUNDS for rank in group.ranks)
 
 
-def test_a_dead_rank() -> None:
+@pytest.mark.parametrize("dispatch", [in_one, in_two_phases])
+@pytest.mark.parametrize("name", ["rank", "fp8_with_rows"])
+def test_a_dead_rank(name: str, dispatch: Callable[[Group, int], None]) -> None:
     """The ways out of a dispatch and a combine that gave up."""
     kernels = Kernels()
-    group = Group(kernels, replace(FUSED["rank"], timeout_ns=100_000), "cpu")
+    group = Group(kernels, replace(FUSED[name], timeout_ns=100_000), "cpu")
     group.load(make_group(group.config, 1))
     with kernels.machine.together():
-        group.dispatch(only=0)
+        dispatch(group, 0)
         group.combine(only=0)
     assert group.status(0).fault != 0 and group.status(0).peer == 1

@@ -31,6 +31,12 @@ constexpr int kHomeless = -1, kEmptySlot = -2;
 constexpr int kAtCut = 0x4000;  // added to the expert: stays if the quota reaches it
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
+constexpr int kClaim = 4;  // letters of a lane that it waits for together
+
+// How many lanes take the scales of a row that came in one piece.
+MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
+  return static_cast<int>((row_scale_letters(s) + kClaim - 1) / kClaim);
+}
 
 // Offsets into a block's shared memory, in bytes.
 struct FusedDesk {
@@ -77,7 +83,8 @@ struct Decision {
   bool weighed;  // by weights that are known, with the group's sums
 };
 
-// Divides numbers below 2^16 by one below 2^16, which the host knows: one multiplication instead of twenty instructions.
+// Divides numbers by one that the host knows, where their product is below 2^32: one multiplication instead of twenty
+// instructions.
 struct Divisor {
   uint32_t magic;  // 2^32 over the divisor, rounded up; 0: by one
 
@@ -95,7 +102,7 @@ struct FusedArgs {
   FusedDesk desk;
   int bounds;       // NB
   int per_rank;     // experts
-  Divisor by_per_rank, by_ranks, by_top_k;
+  Divisor by_per_rank, by_ranks, by_top_k, by_scale_chunks;
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
   bool keeps_group;  // shared memory holds everybody's assignments

@@ -17,6 +17,7 @@
 #include "fused_decide.cuh"
 #include "fused_exchange.cuh"
 #include "fused_report.cuh"
+#include "fused_scales.cuh"
 #include "fused_send.cuh"
 #include "fused_weight.cuh"
 #include "macs/cuda.h"
@@ -188,6 +189,17 @@ __device__ inline void report_rank(const FusedBlock& b, const Decision& decision
   b.stamp(19);
 }
 
+// The scales that come with rows, by the blocks that neither report nor wait for the rows' signals; by the last one, if there
+// are so few. All of them have sent their own rows.
+__device__ inline void receive_scales(const FusedBlock& b) {
+  constexpr int kReporting = 2;
+  const int first = min(kReporting, b.num_blocks - 1), sharers = max(b.num_blocks - 1 - first, 1);
+  if (b.block < first || b.block >= first + sharers) return;
+  const int base = b.me.rank * b.args.per_rank;
+  place_scales(b, b.at<uint32_t>(b.args.desk.group_rows) + base, b.at<int>(b.args.desk.starts) + base, b.block - first, sharers);
+  b.stamp(23);
+}
+
 // What comes to this rank, by the last block. `ok`: else it gets nothing. Only a good round ends: others may not have begun
 // it yet, and a rank with a fault on record sends nothing more.
 __device__ inline void receive(const FusedBlock& b, bool ok) {
@@ -231,6 +243,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   b.stamp(2);
   const Decision decision = decide<kKeys>(b);
   if (decision.ok) send<kVectors, kExact>(b);
+  if (decision.ok && args.p.phase == Phase::kBoth && scales_with_rows(b)) receive_scales(b);
   if (b.block == b.num_blocks - 1) receive(b, decision.ok);
   if (!decision.ok) {
     drop_tokens(b);
@@ -241,10 +254,29 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   }
 }
 
-// The second phase: until everybody's rows are here.
+// Behind a dispatch that only sent: the scales that come with rows. The round is that of this block's own signal: another
+// block may have ended the rank's round before this one begins.
+__device__ inline void receive_scales_alone(FusedBlock& b, int sharers) {
+  __shared__ uint32_t rows[kMaxFusedExperts];
+  __shared__ int starts[kMaxFusedExperts];
+  const uint32_t* const received = b.own<uint32_t>(b.p.layout.received);
+#pragma unroll 1
+  for (int j = threadIdx.x; j < b.args.per_rank; j += kFusedThreads) {
+    rows[j] = load_relaxed_sys(received + j);  // the last block may be about to take them back
+    starts[j] = static_cast<int>(load_relaxed_sys(b.own<uint32_t>(b.p.layout.starts) + j));
+  }
+  b.patience.round = __ldcg(b.own<uint32_t>(flag_offset(b.p.shape, b.p.layout, Flags::kRows, b.me.rank, b.block)));
+  __syncthreads();
+  place_scales(b, rows, starts, b.block, sharers);
+}
+
+// The second phase: until everybody's rows are here, by the last block; the others put scales in their places.
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const __grid_constant__ FusedArgs args) {
   const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
   FusedBlock b(args, me, dynamic_shared());
+  const int sharers = max(b.num_blocks - 1, 1);
+  if (scales_with_rows(b) && b.block < sharers) receive_scales_alone(b, sharers);
+  if (b.block != b.num_blocks - 1) return;
   uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
   b.patience.round = __ldcg(round) + 1;
   const bool ok = b.await_all(Flags::kRows, Fault::kRows);
@@ -319,7 +351,7 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   args.bounds = num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks);
   args.per_rank = p.shape.num_experts / p.shape.num_ranks;
   args.by_per_rank = Divisor::of(args.per_rank), args.by_ranks = Divisor::of(p.shape.num_ranks);
-  args.by_top_k = Divisor::of(p.shape.top_k);
+  args.by_top_k = Divisor::of(p.shape.top_k), args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
   ClipThresholdParams& t = args.threshold;
   t.modality = p.modality, t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
   t.bucket_bits = p.bucket_bits, t.scope = p.scope, t.load = p.load, t.reroute = p.reroute;
@@ -359,7 +391,8 @@ cudaError_t launch_fused_dispatch(const FusedDispatchParams& p, cudaStream_t str
   int shared_bytes = 0;
   const FusedArgs args = make_args(p, shared_bytes);
   if (p.phase == Phase::kReceive) {
-    return launch(fused_receive_kernel, {.grid = 1, .block = kFusedThreads, .rows = p.launched}, args, stream);
+    const int blocks = p.scales_with_rows && is_fp8(p.shape.format) ? p.shape.num_blocks : 1;
+    return launch(fused_receive_kernel, {.grid = blocks, .block = kFusedThreads, .rows = p.launched}, args, stream);
   }
   if (args.staged_rows < 1) return cudaErrorInvalidValue;
   const Kernel kernel = kernel_for(p.shape);

@@ -129,8 +129,6 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-constexpr int kClaim = 4;  // letters of a lane that it waits for together
-
 // One lane: the letters at `address`, a warp apart, `count` of them.
 __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int count, int source,
                                               uint64_t (&letters)[kClaim]) {
@@ -150,48 +148,60 @@ __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_
   }
 }
 
+// What a warp waits for together: some letters of a source, kClaim a lane.
+struct Claimed {
+  int chunk, source, first;  // first: this lane's first slot
+  const uint64_t* address;
+  uint64_t words[kClaim];
+
+  // The next that nobody has claimed, sent for whether the source has as many slots or not.
+  __device__ __forceinline__ Claimed(const FusedBlock& b, int exchange) {
+    int claim = b.lane == 0 ? atomicAdd(&b.scalars().claims[exchange], 1) : 0;
+    claim = __shfl_sync(kFullMask, claim, 0);
+    chunk = b.args.by_ranks.divide(claim), source = claim - chunk * b.p.shape.num_ranks;
+    first = chunk * kClaim * kWarp + b.lane;
+    address = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) words[i] = first + i * kWarp < b.most_slots() ? load_relaxed_sys(address + i * kWarp) : 0;
+  }
+};
+
 // Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
 // claim what they wait for, so that those that are busy with rows are not waited for. False: a rank did not send them, or
-// they are not to be believed. A warp at a time: a barrier of the block has to follow.
+// they are not to be believed. A warp at a time: a barrier of the block has to follow. The first letters are sent for before it is
+// known how many there are.
 template <class Use>
 __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
-  const int64_t letters = exchange == 0 ? b.p.layout.entries : b.p.layout.weighed;
+  Claimed c(b, exchange);
   const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
 #pragma unroll 1
-  for (;;) {
-    int claim = b.lane == 0 ? atomicAdd(&b.scalars().claims[exchange], 1) : 0;
-    claim = __shfl_sync(kFullMask, claim, 0);
-    const int chunk = b.args.by_ranks.divide(claim), source = claim - chunk * ranks, first = chunk * kClaim * kWarp + b.lane;
-    if (chunk * kClaim * kWarp >= longest) return true;
-    const int slots = __shfl_sync(kFullMask, tokens, source) * top_k;
-    const int count = min(kClaim, (slots - first + kWarp - 1) / kWarp);
-    const uint64_t* const address = b.letters_of(letters, source) + first;
-    uint64_t words[kClaim];
-#pragma unroll
-    for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
-    bool ok = await_letters(b, address, count, source, words);
+  for (;; c = Claimed(b, exchange)) {
+    if (c.chunk * kClaim * kWarp >= longest) return true;
+    const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
+    const int count = min(kClaim, (slots - c.first + kWarp - 1) / kWarp);
+    bool ok = await_letters(b, c.address, count, c.source, c.words);
     const int heard = ok ? count : 0;
-    uint32_t* const kept = b.args.keeps_group || source == b.me.rank ? b.entries_of(source) + first : nullptr;
+    uint32_t* const kept = b.args.keeps_group || c.source == b.me.rank ? b.entries_of(c.source) + c.first : nullptr;
     int unknown = -1;  // an expert that does not exist
 #pragma unroll 1  // the same code for each, over one register
     for (int i = 0; i < heard; ++i) {
-      const Entry entry = {value_of(words[0])};
+      const Entry entry = {value_of(c.words[0])};
 #pragma unroll
-      for (int j = 1; j < kClaim; ++j) words[j - 1] = words[j];
+      for (int j = 1; j < kClaim; ++j) c.words[j - 1] = c.words[j];
       if (kept != nullptr) kept[i * kWarp] = entry.bits;
       if (!entry.present()) continue;
       if (entry.expert() < b.p.shape.num_experts) {
-        use(entry, source, first + i * kWarp);
+        use(entry, c.source, c.first + i * kWarp);
       } else {
         unknown = entry.expert();
       }
     }
     if (unknown >= 0) {
       ok = false;
-      report(b.patience, Fault::kBadExpert, source, -1, unknown, b.p.shape.num_experts - 1);
+      report(b.patience, Fault::kBadExpert, c.source, -1, unknown, b.p.shape.num_experts - 1);
     }
     if (!__all_sync(kFullMask, ok)) return false;
   }

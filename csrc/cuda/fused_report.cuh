@@ -80,16 +80,16 @@ __device__ inline void write_cuts(const FusedBlock& b, bool cut) {
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];
 }
 
-// What this rank's experts get, by one of its blocks. `ok`: else they get nothing.
+// What this rank's experts get, by one of its blocks, while others may be looking. `ok`: else they get nothing.
 __device__ inline void write_received(const FusedBlock& b, bool ok) {
   const FusedShape& s = b.p.shape;
   const int local = b.args.per_rank, base = b.me.rank * local;
-  int32_t* const received = b.own<int32_t>(b.p.layout.received);
-  int32_t* const starts = b.own<int32_t>(b.p.layout.starts);
+  uint32_t* const received = b.own<uint32_t>(b.p.layout.received);
+  uint32_t* const starts = b.own<uint32_t>(b.p.layout.starts);
 #pragma unroll 1
   for (int j = threadIdx.x; j < local; j += kFusedThreads) {
-    received[j] = ok ? static_cast<int32_t>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu) : 0;
-    starts[j] = ok ? b.at<int>(b.args.desk.starts)[base + j] : 0;
+    store_relaxed_sys(received + j, ok ? b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu : 0u);
+    store_relaxed_sys(starts + j, ok ? static_cast<uint32_t>(b.at<int>(b.args.desk.starts)[base + j]) : 0u);
   }
   if (b.me.row_experts == nullptr) return;
 #pragma unroll 1

@@ -6,6 +6,7 @@
 
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
+#include "fused_scales.cuh"
 
 namespace macs::cuda {
 
@@ -133,19 +134,6 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
   return row;
 }
 
-// The scales of a staged row, to where DeepGEMM looks for them: features apart, rows side by side.
-__device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int local, int row, const unsigned char* staged) {
-  const FusedShape& s = b.p.shape;
-  const int words = static_cast<int>(scale_words(s));
-  const int64_t stride = s.expert_rows > 0 ? s.expert_rows : s.max_rows;
-  const int64_t base = s.expert_rows > 0 ? local * (words - 1) * stride : 0;  // row = local * stride + the row within
-  const uint32_t* const from = reinterpret_cast<const uint32_t*>(staged + RowBytes(s).features);
-#pragma unroll 1
-  for (int w = b.lane; w < words; w += kWarp) {
-    b.peers.write(peer, b.p.layout.scales + 4 * (base + w * stride + row), from[w]);
-  }
-}
-
 // The staged rows of tokens [begin, end) to their experts, warps taking a share of an assignment's row each.
 __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
   const FusedShape& s = b.p.shape;
@@ -162,9 +150,11 @@ __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
     const unsigned char* const staged = b.staged(token);
     const int from = vectors * part >> split, upto = vectors * (part + 1) >> split;
     const int64_t offset = b.p.layout.rows + (static_cast<int64_t>(row) * vectors + from) * 16;
+    const bool tells = part == 0 && scales_with_rows(b);
+    if (tells) tell_scales(b, peer, row, staged);
     b.peers.put(peer, offset, reinterpret_cast<const uint4*>(staged) + from, upto - from, b.lane);
     if (part != 0) continue;
-    if (is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
+    if (!tells && is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
     if (b.lane == 0) {
       b.peers.write(peer, b.p.layout.sources + 4LL * row, b.me.rank << 16 | (begin + token));
     }

@@ -13,9 +13,11 @@ DeepEP is timed in the same run where it is installed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
+from dataclasses import replace
 
 import fused_cases
 import fused_faults
@@ -54,13 +56,15 @@ def check_cases(kernels: c.Kernels, configs: list[FusedConfig], seed: int, round
 
 def check_faults(kernels: c.Kernels, scenarios: dict[str, fused_faults.Scenario]) -> int:
     failed = 0
-    for name, scenario in scenarios.items():
+    pairs = fused_faults.PAIRS
+    for (kind, pair), (name, scenario) in itertools.product(pairs.items(), scenarios.items()):
         try:
-            fused_faults.check_fault(kernels, "cuda", scenario, FAULT_TIMEOUT_NS)
+            fused_faults.check_fault(kernels, "cuda", scenario, FAULT_TIMEOUT_NS, pair)
         except Mismatch as error:
-            print(f"fault '{name}': {error}", flush=True)
+            print(f"fault '{name}{kind}': {error}", flush=True)
             failed += 1
-    print(f"{len(scenarios) - failed} of {len(scenarios)} faults are named, and the next round works", flush=True)
+    total = len(pairs) * len(scenarios)
+    print(f"{total - failed} of {total} faults are named, and the next round works", flush=True)
     return failed
 
 
@@ -69,13 +73,15 @@ def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
 
     def shared(ranks: int, **options) -> FusedConfig:
         tokens = options.pop("T", 128)
+        own = {name: options.pop(name) for name in ("format", "scales_with_rows") if name in options}
         plan = Config(T=tokens, R=ranks, hot=1.0, visual=0.9, **options)
-        return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8)
+        return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8, **own)
 
     expert = {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "gamma": 0.8}
     return [
         (shared(8), GRAPH_ROUNDS),
         (shared(2, T=127, **expert), GRAPH_ROUNDS // 4),
+        (masked(shared(2, format="fp8", scales_with_rows=True)), GRAPH_ROUNDS // 4),
         (masked(shared(1, scope="expert", bucket_bits=4)), GRAPH_ROUNDS // 4),
     ]
 
@@ -96,7 +102,14 @@ def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: 
     """Number of failures of one GPU's checks."""
     if options.sanitize:
         small = FusedConfig(Config(T=9, R=2, E=16, hot=3.0, gamma=0.7), (9, 5), 4, row_experts=True)
-        configs = [small, masked(small), *fused_cases.random_configs(options.small, options.seed, 16)]
+        with_rows = replace(small, format="fp8", scales_with_rows=True)
+        configs = [
+            small,
+            masked(small),
+            with_rows,
+            masked(with_rows),
+            *fused_cases.random_configs(options.small, options.seed, 16),
+        ]
         few = {name: fused_faults.SCENARIOS[name] for name in ("dead rank", "13 tokens", "13 rows of an expert")}
         return check_cases(kernels, configs, options.seed, 1) + check_faults(kernels, few)
     configs = fused_cases.named(multiprocessors)
@@ -120,7 +133,7 @@ def on_one_gpu(options: argparse.Namespace) -> int:
     if not (options.check_only or options.sanitize):
         table = time_fused.Table()
         try:
-            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options.quick))
+            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options))
         finally:
             finish(options, table)
     return failed
@@ -146,6 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--quick", action="store_true", help="time the smallest size alone")
+    parser.add_argument("--scales-with-rows", action="store_true", help="time FP8 on one GPU as between devices")
     parser.add_argument("--small", type=int, default=24, help="random cases")
     parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
     parser.add_argument("--processes", type=int, default=0)

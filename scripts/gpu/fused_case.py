@@ -12,8 +12,9 @@ import torch
 from kernel_case import POISON, Config, Inputs, make_inputs
 
 GUARD = 256  # bytes of poison on either side of every buffer
-# Of a region, what holds nothing from one round to the next (letters hold their round): poisoned in between.
-TRANSIENT = ("rows", "scales", "outputs", "sources", "cuts", "wanted", "positions", "received", "starts")
+# Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round; those of
+# `row_scales` are looked at one by one all the same.
+TRANSIENT = ("rows", "row_scales", "scales", "outputs", "sources", "cuts", "wanted", "positions", "received", "starts")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class FusedConfig:
     tokens: tuple[int, ...]
     blocks: int = 4
     format: str = "bfloat16"
+    scales_with_rows: bool = False  # FP8: as between devices, else as on one
     expert_rows: int = 0  # 0: packed
     alignment: int = 128
     max_rows: int = 0  # 0: as many as may ever come
@@ -233,7 +235,7 @@ class Group:
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
             bucket_bits=f.bucket_bits, reroute_rounds=f.rounds, num_segments=f.num_segments, ids_are_i64=f.ids_i64,
             needs_entropy=self.config.needs_entropy, protect_text=f.protect_text, same_device=self.same_device,
-            scope=c.SCOPES.index(f.scope),
+            scales_with_rows=self.config.scales_with_rows, scope=c.SCOPES.index(f.scope),
             load=c.LOADS.index(f.load), importance=c.IMPORTANCES.index(f.importance),
             reroute=c.REROUTES.index(f.reroute), scoring=c.SCORINGS.index(f.scoring), gamma=f.gamma, rho=f.rho,
             alpha=f.alpha, c_min=f.c_min, delta=f.delta, phase=phase, timeout_ns=self.config.timeout_ns,

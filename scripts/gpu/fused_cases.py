@@ -34,6 +34,12 @@ def named(multiprocessors: int) -> list[FusedConfig]:
         *(split((tokens,) * 8) for tokens in (1, 127, 511)),
         masked(split((128,) * 8, format="fp8_ue8m0", row_experts=True)),
         masked(split((128, 0, 1, 127, 0, 64, 128, 3), H=7168, format="fp8")),
+        *(split((tokens, tokens), format="fp8", scales_with_rows=True) for tokens in (1, 127, 511)),
+        masked(split((128, 0, 1, 127, 0, 64, 128, 3), H=7168, format="fp8", scales_with_rows=True)),
+        masked(split((128,) * 8, format="fp8_ue8m0", scales_with_rows=True)),
+        split((511,), H=7168, scope="expert", reroute="none", format="fp8_ue8m0", scales_with_rows=True),
+        split((128,) * 8, hot=60.0, gamma=math.inf, format="fp8", scales_with_rows=True),
+        split((0,) * 8, format="fp8", scales_with_rows=True),
         split((128,) * 8, hot=60.0),
         split((128,) * 8, hot=60.0, gamma=math.inf, copies_outputs=True),
         split((0,) * 8),
@@ -64,7 +70,7 @@ def random_configs(count: int, seed: int, multiprocessors: int) -> list[FusedCon
         config = FusedConfig(
             plan, tokens, blocks=max(1, pick(1, 2, multiprocessors // r)), format=pick(*fc.FORMATS),
             alignment=pick(1, 8, 128), needs_entropy=delta > 0, row_experts=pick(True, False),
-            copies_outputs=pick(True, False),
+            copies_outputs=pick(True, False), scales_with_rows=pick(True, False),
         )  # fmt: skip
         configs.append(pick(config, masked(config)))
     return configs

@@ -141,7 +141,20 @@ def check_rows(group: Group, ranks: list[Inputs], placement: reference.Placement
             )
         if scales is not None:
             got = scales_by_row(group, rank, scales.shape[1])
-            expect_same(f"rank {rank} scales", group, got, torch.where(empty, poison, scales[source.clamp(min=0)]))
+            want = torch.where(empty, poison, scales[source.clamp(min=0)])
+            expect_same(f"rank {rank} scales", group, got, want)
+            check_row_scales(group, rank, want, empty)
+
+
+def check_row_scales(group: Group, rank: int, scales: Tensor, empty: Tensor) -> None:
+    """What came with rows: letters (value, round) where that is how scales come, the poison elsewhere."""
+    rows, words = scales.shape
+    got = group.part(rank, "row_scales", torch.int32, rows, -(-words // 4) * 4, 2)
+    want = torch.full_like(got, int.from_bytes(bytes([POISON]) * 4, "little"))
+    if group.config.scales_with_rows:
+        letters = torch.stack([scales, torch.full_like(scales, group.round(rank))], 2)
+        want[:, :words] = torch.where(empty.unsqueeze(2), want[:, :words], letters)
+    expect_same(f"rank {rank} row_scales", group, got, want)
 
 
 def scales_by_row(group: Group, rank: int, words: int) -> Tensor:

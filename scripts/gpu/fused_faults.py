@@ -19,6 +19,7 @@ from kernel_case import POISON, Config
 # Everything goes to rank 0, so that its bound is exceeded, whatever rank 1 says.
 PLAN = Config(T=12, H=2048, E=16, K=4, R=2, hot=60.0, visual=0.8, gamma=1.0)
 PAIR = FusedConfig(PLAN, (12, 12), blocks=2)
+PAIRS = {"": PAIR, ", scales with rows": replace(PAIR, blocks=4, format="fp8", scales_with_rows=True)}
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,12 @@ def forge_weight(group: Group) -> None:
     weights.copy_(torch.tensor([12 * 128, now]))
 
 
-def forge_rows(group: Group) -> None:
-    """Rank 1's signal that its rows are here (they are the poison)."""
+def forge_rows(group: Group, scales: bool = True) -> None:
+    """Rank 1's signal that its rows are here, and their scales (they are the poison)."""
+    if scales:
+        group.part(0, "row_scales", torch.int32, group.bytes_of(0, "row_scales").numel() // 8, 2)[:, 1] = (
+            group.round(0) + 1
+        )
     flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks, 2)
     flags[0, 1, :, 0] = group.round(0) + 1
 
@@ -127,9 +132,9 @@ SCENARIOS = {
 }
 
 
-def check_fault(kernels, device: str, scenario: Scenario, timeout_ns: int) -> None:
+def check_fault(kernels, device: str, scenario: Scenario, timeout_ns: int, pair: FusedConfig = PAIR) -> None:
     """Two good rounds, the fault, recovery, two good rounds."""
-    group = Group(kernels, replace(PAIR, timeout_ns=timeout_ns), device)
+    group = Group(kernels, replace(pair, timeout_ns=timeout_ns), device)
     for seed in range(2):
         play(group, seed)
     usual = group.config

@@ -114,13 +114,17 @@ def play(group: Group, seed: int, dispatch: Callable[[Group], None]) -> None:
 
 
 def cases(ranks: int, blocks: int, largest: int) -> list[FusedConfig]:
-    """largest: hidden size; every rank makes what all ranks' experts put out, and on one GPU that is a square."""
+    """FP8 rows with their scales, as between devices, and once without.
+
+    largest: hidden size; every rank makes what all ranks' experts put out, and on one GPU that is a square.
+    """
     plan = Config(T=128, R=ranks, hot=1.5, visual=0.8)
     ragged = tuple((128, 1, 0, 127)[rank % 4] for rank in range(ranks))
     return [
         FusedConfig(plan, (128,) * ranks, blocks),
-        masked(FusedConfig(plan, ragged, blocks, "fp8_ue8m0", row_experts=True, copies_outputs=True)),
-        FusedConfig(Config(T=511, R=ranks, hot=60.0, H=largest), (511,) * ranks, blocks, "fp8"),
+        masked(FusedConfig(plan, ragged, blocks, "fp8_ue8m0", True, row_experts=True, copies_outputs=True)),
+        FusedConfig(Config(T=511, R=ranks, hot=60.0, H=largest), (511,) * ranks, blocks, "fp8", True),
+        masked(FusedConfig(plan, (128,) * ranks, blocks, "fp8", False)),
     ]
 
 
@@ -153,7 +157,7 @@ def run_rank(kernels, options) -> None:
     blocks = min(everyone(multiprocessors(options)))
     every = cases(ranks, blocks, 2048 if options.mps and ranks > 2 else 7168)
     timed = [
-        timed_config(ranks, tokens, hidden_size, format, blocks * ranks)
+        timed_config(ranks, tokens, hidden_size, format, blocks * ranks, scales_with_rows=not options.mps)
         for tokens in ((128,) if options.mps else (128, most_tokens(ranks)))
         for hidden_size in (2048, 7168)
         for format in ("bfloat16", "fp8")

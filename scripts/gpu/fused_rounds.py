@@ -12,10 +12,24 @@ import numpy as np
 import torch
 from check_kernels import Mismatch
 from fused_case import FusedConfig, Group, make_group
+from fused_checks import scales_by_row
 from kernel_case import POISON, Run
 from torch import Tensor
 
-COMPARED = ("new_ids", "new_weights", "weight", "counts", "cut", "positions", "received", "starts", "rows", "combined")
+POISON_WORD = int.from_bytes(bytes([POISON]) * 4, "little")
+COMPARED = (
+    "new_ids",
+    "new_weights",
+    "weight",
+    "counts",
+    "cut",
+    "positions",
+    "received",
+    "starts",
+    "rows",
+    "scales",
+    "combined",
+)
 
 
 class Rounds:
@@ -88,7 +102,7 @@ class Rounds:
     def compare_places(self) -> reference.Placement:
         config, f, local = self.config, self.config.plan, self.config.local
         placement = reference.place(config, torch.stack([run.out["ids"].long() for run in self.runs]))
-        features, _ = reference.cast(self.hidden.view(-1, f.H), config.format)
+        features, scales = reference.cast(self.hidden.view(-1, f.H), config.format)
         for rank in range(f.R):
             mine = slice(rank * local, (rank + 1) * local)
             part = self.group.part
@@ -98,6 +112,9 @@ class Rounds:
             source = placement.source[rank].unsqueeze(1)
             want = torch.where(source < 0, POISON, features[source[:, 0].clamp(min=0)])
             self.differ("rows", part(rank, "rows", torch.uint8, *want.shape), want)
+            if scales is not None:
+                got = scales_by_row(self.group, rank, scales.shape[1])
+                self.differ("scales", got, torch.where(source < 0, POISON_WORD, scales[source[:, 0].clamp(min=0)]))
         return placement
 
     def compare_sums(self, placement: reference.Placement) -> None:

@@ -1,7 +1,7 @@
 """Where the fused dispatch spends its cycles: the clock at its stages, from a build that writes it down.
 
     python3 scripts/gpu/profile_fused.py [--ranks R] [--tokens T] [--hidden H] [--format bfloat16|fp8]
-                                         [--importance gate|entropy_gate] [--clipped SHARE ...]
+                                         [--importance gate|entropy_gate] [--clipped SHARE ...] [--scales-with-rows]
 
 For every stage the median over launches of the median over blocks, and of the last block, in cycles since the block's
 start. Stages that a launch does not reach (nothing to cut) are left out.
@@ -21,9 +21,9 @@ STAGES = (
     "weights", "assignments told again", "and heard (a warp)", "and counted", "cuts found", "clipped", "re-routed",
     "held against the bounds", "rows per expert counted", "experts placed", "rows put", "rows signalled",
     "tokens written", "counts written", "sums and cuts written", "all rows here", "assignments sorted", "cuts searched",
-    "",
+    "scales in their places",
 )  # fmt: skip
-ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 12, 21, 22, 9, 10, 11, 13, 14, 15, 16, 20, 17, 18, 19)  # as they are reached
+ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 12, 21, 22, 9, 10, 11, 13, 14, 15, 16, 23, 20, 17, 18, 19)  # as they are reached
 LAUNCHES = 40
 
 
@@ -62,11 +62,12 @@ def main() -> None:
     parser.add_argument("--format", default="fp8")
     parser.add_argument("--importance", default=GATE, choices=(GATE, SCORED))
     parser.add_argument("--clipped", type=float, nargs="+", default=[0.0, CLIPPED])
+    parser.add_argument("--scales-with-rows", action="store_true", help="FP8 as between devices")
     options = parser.parse_args()
     kernels = c.Kernels(("MACS_STAMPS=1",))
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     sizes = (options.ranks, options.tokens, options.hidden, options.format, multiprocessors)
-    config = timed_config(*sizes, options.importance)
+    config = timed_config(*sizes, options.importance, options.scales_with_rows)
     layer = Layer(kernels, config)
     for share in options.clipped:
         layer.clip(share)

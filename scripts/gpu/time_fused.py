@@ -28,12 +28,20 @@ GATE, SCORED = "gate", "entropy_gate"
 
 
 def timed_config(
-    ranks: int, tokens: int, hidden_size: int, format: str, multiprocessors: int, importance: str = SCORED
+    ranks: int,
+    tokens: int,
+    hidden_size: int,
+    format: str,
+    multiprocessors: int,
+    importance: str = SCORED,
+    scales_with_rows: bool = False,
 ) -> FusedConfig:
     """One layer of 128 experts, top-8; with one rank every expert is bounded, with more every rank."""
     scope = {"scope": "expert"} if ranks == 1 else {}
     plan = Config(T=tokens, H=hidden_size, R=ranks, hot=2.0, visual=0.9, reroute="none", rho=0.0, gamma=FREE_GAMMA)
-    config = masked(FusedConfig(replace(plan, **scope), (tokens,) * ranks, multiprocessors // ranks, format))
+    config = masked(
+        FusedConfig(replace(plan, **scope), (tokens,) * ranks, multiprocessors // ranks, format, scales_with_rows)
+    )
     return of_importance(config, importance)
 
 
@@ -123,6 +131,8 @@ class Table:
     def add(self, op: str, config: FusedConfig, times: tuple[float, float], size: int, **case: object) -> dict:
         f = config.plan
         sizes = {"T": f.T, "H": f.H, "E": f.E, "K": f.K, "R": f.R, "dtype": config.format, **case}
+        if config.scales_with_rows and config.format != "bfloat16" and op.startswith("fused"):
+            sizes["scales_with_rows"] = True
         floor = size / self.bandwidth
         row = {
             "op": op, "case": sizes, "median_us": round(times[0], 2), "p99_us": round(times[1], 2), "bytes": size,
@@ -257,21 +267,25 @@ def has_deepep() -> bool:
     return True
 
 
-def one_gpu(kernels, table: Table, multiprocessors: int, quick: bool) -> None:
-    """One rank on the whole GPU, then eight that share it."""
+def one_gpu(kernels, table: Table, multiprocessors: int, options) -> None:
+    """One rank on the whole GPU, then eight that share it. options: quick, scales_with_rows (check_fused.py)."""
     with_deepep = has_deepep()
     if with_deepep:
         init_alone()
-    sizes = [(128, 2048)] if quick else [(t, h) for t in (128, most_tokens(1)) for h in (2048, 7168)]
+
+    def config(*sizes) -> FusedConfig:
+        return timed_config(*sizes, multiprocessors, scales_with_rows=options.scales_with_rows)
+
+    sizes = [(128, 2048)] if options.quick else [(t, h) for t in (128, most_tokens(1)) for h in (2048, 7168)]
     for tokens, hidden_size in sizes:
         for format in ("bfloat16", "fp8"):
-            layer = Layer(kernels, timed_config(1, tokens, hidden_size, format, multiprocessors))
+            layer = Layer(kernels, config(1, tokens, hidden_size, format))
             time_layer(table, layer, with_deepep)
             time_copied(table, layer)
             del layer
             torch.cuda.empty_cache()
-    for hidden_size in (2048,) if quick else (2048, 7168):
-        time_layer(table, Layer(kernels, timed_config(8, 128, hidden_size, "fp8", multiprocessors)), False)
+    for hidden_size in (2048,) if options.quick else (2048, 7168):
+        time_layer(table, Layer(kernels, config(8, 128, hidden_size, "fp8")), False)
         torch.cuda.empty_cache()
 
 

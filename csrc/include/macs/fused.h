@@ -66,8 +66,8 @@ struct FusedShape {
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
 // A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
-// Peers write: flags, tokens, entries, weighed, weights, counts, rows, scales. Peers read: outputs. The rest is the rank's
-// own.
+// Peers write: flags, tokens, entries, weighed, weights, counts, rows, row_scales, sources, and scales where these do not come
+// with the rows. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
   int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
   int64_t tokens;     // [R] letters: tokens of each source
@@ -76,6 +76,7 @@ struct FusedLayout {
   int64_t weights;    // [2, R] letters by the round's parity: the weight of each source's visual tokens, where only sums ask
   int64_t counts;     // [R, E] letters: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
+  int64_t row_scales; // [max_rows, row_scale_letters] letters: the words of a row's scales, where these come with the rows
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
@@ -98,6 +99,8 @@ MACS_HOST_DEVICE int64_t scale_words(const FusedShape& s) {
   const int64_t scales = s.hidden_size / kScaleFeatures;
   return s.format == RowFormat::kFp8Ue8m0 ? (scales + 3) / 4 : scales;
 }
+// Letters between the scales of two rows: whole sectors of 32 bytes.
+MACS_HOST_DEVICE int64_t row_scale_letters(const FusedShape& s) { return (scale_words(s) + 3) / 4 * 4; }
 
 inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout layout = {};
@@ -116,6 +119,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.weights = take(2 * 8LL * s.num_ranks);
   layout.counts = take(8LL * s.num_ranks * s.num_experts);
   layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
+  layout.row_scales = take(8LL * rows * row_scale_letters(s));
   layout.scales = take(rows * scale_words(s) * 4);
   layout.outputs = take(rows * s.hidden_size * 2);
   layout.sources = take(rows * 4);
@@ -162,6 +166,9 @@ struct FusedDispatchParams {
   int32_t bucket_bits, reroute_rounds, num_segments;
   bool ids_are_i64, needs_entropy, protect_text;
   bool same_device;  // all regions lie on this device: signals need not reach further
+  // FP8: a row's scales come with it, in one piece, and its receiver puts them in their places. Else its sender does, a store
+  // of 4 bytes each: a packet of its own on NVLink. The same on all ranks, and in both phases.
+  bool scales_with_rows;
   Scope scope;
   Load load;
   Importance importance;

@@ -74,7 +74,7 @@ UNCUT = {
     "free_by_effective_load": FusedConfig(replace(FREE, load="effective"), (12, 7, 12, 1)),
     "free_empty_slots": FusedConfig(replace(FREE, empty=0.3, ids_i64=False), (12, 7, 12, 1), row_experts=True),
     "free_many_images": FusedConfig(replace(FREE, num_segments=5, shuffled=True), (12, 12, 3, 12)),
-    "free_more_images_than_limbs": FusedConfig(replace(FREE, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
+    "free_more_images_than_limbs": FusedConfig(replace(FREE, num_segments=200, bucket_bits=1), (12, 12, 3, 12)),
     "free_gate": FusedConfig(replace(FREE, importance="gate", delta=0.0), (12, 12, 3, 12), needs_entropy=False),
     "free_rows_read_twice": FusedConfig(replace(FREE, T=40, R=2, H=7168), (40, 33), blocks=1, alignment=1),
 }
@@ -93,7 +93,7 @@ CUT = {
     "cut_by_a_block_each": FusedConfig(
         replace(SORTED, T=600, R=1, K=16, E=32), (12,), blocks=3, max_rows=2000, alignment=8
     ),
-    "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (12, 12, 3, 12)),
+    "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=200, bucket_bits=1), (12, 12, 3, 12)),
 }
 CASES |= UNCUT | TOLD_AGAIN | CUT
 POLICIES = list(

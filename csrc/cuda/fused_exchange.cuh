@@ -131,9 +131,9 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
 
 constexpr int kClaim = 4;  // letters of a lane that it waits for together
 
-// One lane: the letters at `address`, a warp apart, `count` of them.
-__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int count, int source,
-                                              uint64_t (&letters)[kClaim]) {
+// One lane: `count` letters at `address`, `apart` from each other.
+__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int apart, int count,
+                                              uint64_t (&letters)[kClaim], Fault fault, int source) {
   for (Wait wait;;) {
     uint64_t missing = make_letter(0, b.patience.round);
 #pragma unroll
@@ -142,10 +142,10 @@ __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_
     }
     if (is_of(missing, b.patience.round)) return true;
     const uint32_t seen = static_cast<uint32_t>(missing >> 32);
-    if (!wait.go_on(b.patience, Fault::kAssignments, source, -1, seen, b.patience.round)) return false;
+    if (!wait.go_on(b.patience, fault, source, -1, seen, b.patience.round)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * kWarp);
+      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
@@ -172,7 +172,7 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     uint64_t words[kClaim];
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
-    bool ok = await_letters(b, address, count, source, words);
+    bool ok = await_letters(b, address, kWarp, count, words, Fault::kAssignments, source);
     const int heard = ok ? count : 0;
     uint32_t* const kept = b.args.keeps_group || source == b.me.rank ? b.entries_of(source) + first : nullptr;
     int unknown = -1;  // an expert that does not exist

@@ -75,7 +75,9 @@ __device__ inline void write_cuts(const FusedBlock& b, bool cut) {
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     const int bound = by_rank ? capacity.of_rank(b.args.threshold) : bound_of_expert(b, capacity, n);
     const int4 uncut = make_int4(-1, 0, 0, bound);  // nobody needs room
-    reinterpret_cast<int4*>(b.me.cut)[n] = cut ? b.at<RawCut>(b.args.desk.raw)[n].cut : uncut;
+    int4 found = cut ? raw_cut(b, n).cut : uncut;
+    if (b.p.reroute == Reroute::kNone) found.z = 0;
+    reinterpret_cast<int4*>(b.me.cut)[n] = found;
   }
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];
 }

@@ -48,9 +48,9 @@ __device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) 
           static_cast<unsigned long long>(square >> 32)};
 }
 
-// The limbs of a segment, while `levels` holds no levels yet.
+// The limbs of a segment, while `cells` holds nothing else yet.
 __device__ __forceinline__ unsigned long long* limbs_of(const FusedBlock& b, int segment) {
-  return b.at<unsigned long long>(b.args.desk.levels) + segment * kLimbs;
+  return b.at<unsigned long long>(b.args.desk.cells) + segment * kLimbs;
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.

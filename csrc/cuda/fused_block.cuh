@@ -46,7 +46,7 @@ struct FusedDesk {
   int taken;        // [NB]
   int counted;      // [warps, NB], to re-route
   int running;      // [warps, NB]
-  int cells;        // CutCells; or limbs [segments, kLimbs] u64, which are not needed where cells are
+  int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
   int counts;       // [3, E, 2]
   int current;      // [max_tokens * K] i16
   int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's

@@ -4,7 +4,7 @@
 // units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What
 // becomes of an assignment is from then on one comparison with its bound's *edge*: nobody has to agree on an order.
 //
-// Of more than kCutsAtOnce bounds the rank's blocks take a share each and tell each other by letters.
+// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by letters.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -37,7 +37,7 @@ struct CutShare {
   bool told;  // to the rank's other blocks, which cut others
 
   __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
-    told = end > kCutsAtOnce;
+    told = end >= kCutsAtOnce;
     if (!told) return;
     first = b.args.by_blocks.divide(b.args.bounds * b.block);
     end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
@@ -45,15 +45,17 @@ struct CutShare {
   __device__ __forceinline__ int size() const { return end - first; }
 };
 
-// Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot.
+// Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot, the
+// first ones last.
 struct CutCells {
   int* cells;
-  int num_levels;
+  int num_levels;  // a multiple of four warps
 
-  static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 4 * num_buckets(bucket_bits) + kSlotCells; }
+  static __host__ __device__ __forceinline__ int levels(int bucket_bits) { return max(2 * num_buckets(bucket_bits), 4 * kWarp); }
+  static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
-      : cells(b.at<int>(b.args.desk.cells)), num_levels(2 * num_buckets(b.p.bucket_bits)) {}
+      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.bucket_bits)) {}
   __device__ __forceinline__ int* group(int at) const { return cells + at * (2 * num_levels + kSlotCells); }
   __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
   __device__ __forceinline__ int* slots(int at) const { return own(at) + num_levels; }
@@ -71,18 +73,24 @@ struct Crossing {
   int at, above;
 };
 
-// One warp: the greatest of `count` cells (whole warps of them) with more than `limit` units on it and above it, -1 if there
-// is none; and the units above it.
+// One warp: the greatest of `count` cells (four of a warp at a time) with more than `limit` units on it and above it, -1 if
+// there is none; and the units above it.
 __device__ __forceinline__ Crossing warp_find_crossing(const int* cells, int count, int limit) {
   const int lane = threadIdx.x % kWarp;
   int above = 0;
 #pragma unroll 1
-  for (int base = count - kWarp; base >= 0; base -= kWarp) {
-    const int units = cells[base + lane], sum = __reduce_add_sync(kFullMask, units);
+  for (int base = count - 4 * kWarp; base >= 0; base -= 4 * kWarp) {
+    const int4 units = reinterpret_cast<const int4*>(cells + base)[lane];
+    const int here = units.x + units.y + units.z + units.w, sum = __reduce_add_sync(kFullMask, here);
     if (above + sum > limit) {
-      const int higher = above + sum - warp_inclusive_sum(units);
-      const int at = kWarp - 1 - __clz(__ballot_sync(kFullMask, higher + units > limit));
-      return {base + at, __shfl_sync(kFullMask, higher, at)};
+      int upto = above + sum - warp_inclusive_sum(here) + units.w, at = base + 4 * lane + 3;
+      const int lowest = upto - units.w + here;
+      const int source = kWarp - 1 - __clz(__ballot_sync(kFullMask, lowest > limit));
+      int over = units.w;
+      if (upto <= limit) upto += over = units.z, --at;
+      if (upto <= limit) upto += over = units.y, --at;
+      if (upto <= limit) upto += over = units.x, --at;
+      return {__shfl_sync(kFullMask, at, source), __shfl_sync(kFullMask, upto - over, source)};
     }
     above += sum;
   }
@@ -149,9 +157,13 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
 // before.
 __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, bool told) {
   const CutCells cells(b);
+  const int of_bound = b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;  // experts
+  const unsigned low = first * of_bound, experts = now * of_bound;
+  const auto concerns = [&](const Entry& entry) { return static_cast<unsigned>(entry.expert()) - low < experts; };
   for_each_entry(b, [&](const Entry& entry, int source) {
-    const int at = b.bound_of()[entry.expert()] - first;
-    if (static_cast<unsigned>(at) >= static_cast<unsigned>(now)) return;
+    if (!concerns(entry)) return;
+    const int bound = b.bound_of()[entry.expert()], at = bound - first;
+    if (!is_exceeded(raw_cut(b, bound))) return;
     const int level = level_of_entry(b, entry), units = entry.units(b.p.load);
     atomicAdd(cells.group(at) + level, units);
     if (source == b.me.rank) atomicAdd(cells.own(at) + level, units);
@@ -163,13 +175,13 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   __syncthreads();
   b.stamp(21);
   const int log = slots_of_cell(b);
-#pragma unroll 1
+#pragma unroll 2
   for (int slot = threadIdx.x; slot < b.slots(); slot += kFusedThreads) {
     const Entry entry = b.own_entry(slot);
-    const int at = entry.present() ? b.bound_of()[entry.expert()] - first : -1;
-    if (static_cast<unsigned>(at) >= static_cast<unsigned>(now)) continue;
-    if (level_of_entry(b, entry) != raw_cut(b, first + at).cut.x) continue;
-    atomicAdd(cells.slots(at) + kSlotCells - 1 - (slot >> log), entry.units(b.p.load));
+    if (!entry.present() || !concerns(entry)) continue;
+    const int bound = b.bound_of()[entry.expert()];
+    if (level_of_entry(b, entry) != raw_cut(b, bound).cut.x) continue;
+    atomicAdd(cells.slots(bound - first) + kSlotCells - 1 - (slot >> log), entry.units(b.p.load));
   }
   __syncthreads();
   if (!cuts) return;

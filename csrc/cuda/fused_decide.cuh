@@ -138,7 +138,7 @@ __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int exp
 __device__ inline bool clip_own(const FusedBlock& b) {
   const int* const edge = b.at<int>(b.args.desk.edge);
   bool any = false;
-#pragma unroll 1
+#pragma unroll 2
   for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
     const Entry entry = b.own_entry(i);
     int current = kEmptySlot;

@@ -38,7 +38,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
 #pragma unroll 1
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
   if (b.p.needs_entropy) {
-    const int limbs = b.args.keeps_limbs ? b.p.num_segments * kLimbs : 0;
+    const int limbs = b.args.keeps_limbs ? b.p.num_segments * 2 * kLimbs : 0;
 #pragma unroll 1
     for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
   } else {

@@ -226,30 +226,29 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   return ok;
 }
 
-// Behind the first time, when all have come: body(entry, source) for every assignment.
+// When all have come: body(entry, source) for every assignment.
 template <class Body>
 __device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
   constexpr int kTogether = 4;  // loads of a thread before it uses the first
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
+#pragma unroll 1
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
-    const int slots = tokens[source] * b.p.shape.top_k;
+    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+#pragma unroll 1
     for (int first = threadIdx.x; first < slots; first += kTogether * kFusedThreads) {
-      Entry entries[kTogether];
+      uint32_t words[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int slot = first + i * kFusedThreads;
-        if (slot >= slots) {
-          entries[i] = {0};
-        } else if (b.args.keeps_group) {
-          entries[i] = {b.entries_of(source)[slot]};
-        } else {
-          entries[i] = {value_of(load_relaxed_sys(letters + slot))};
-        }
+        words[i] = 0;
+        if (slot < slots) words[i] = b.args.keeps_group ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
       }
-#pragma unroll
+#pragma unroll 1  // the same code for each, over one register
       for (int i = 0; i < kTogether; ++i) {
-        if (entries[i].present() && entries[i].expert() < b.p.shape.num_experts) body(entries[i], source);
+        const Entry entry = {words[0]};
+#pragma unroll
+        for (int j = 1; j < kTogether; ++j) words[j - 1] = words[j];
+        if (entry.present()) body(entry, source);
       }
     }
   }

@@ -1,7 +1,8 @@
 // The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
 //
 // The moments of a segment are those of segment_sums.cuh to the bit: integers, however they are added up. Here they are
-// added in limbs that a warp sums with one instruction each.
+// added in limbs that a warp sums with one instruction each, and adds in two halves: shared memory adds 32 bits at once, 64
+// only in a loop.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,10 +14,11 @@
 namespace macs::cuda {
 
 constexpr int kLimbBits = 26;  // 32 of them fit into 31 bits
+constexpr int kHalfBits = 16;  // of such a sum; the other half keeps its sign
 
 // Adds a warp's entropies to the limbs of their segment: n; q low and high; and, with |q| = a + b 2^26, a^2 in two, a b in
 // two, b^2.
-__device__ __forceinline__ void add_to_limbs(unsigned long long* limbs, bool counts, float entropy) {
+__device__ __forceinline__ void add_to_limbs(int* halves, bool counts, float entropy) {
   if (__ballot_sync(kFullMask, counts) == 0) return;
   constexpr uint64_t kLow = (1ull << kLimbBits) - 1;
   const long long q = counts ? quantized(entropy) : 0;
@@ -31,15 +33,23 @@ __device__ __forceinline__ void add_to_limbs(unsigned long long* limbs, bool cou
       static_cast<int>(a * b >> kLimbBits),
       static_cast<int>(b * b),
   };
+  const int lane = threadIdx.x % kWarp;
+  int mine = 0;
 #pragma unroll
   for (int i = 0; i < kLimbs; ++i) {
-    const long long sum = __reduce_add_sync(kFullMask, values[i]);
-    if (threadIdx.x % kWarp == i) atomicAdd(limbs + i, static_cast<unsigned long long>(sum));
+    const int sum = __reduce_add_sync(kFullMask, values[i]);
+    if (lane / 2 == i) mine = lane % 2 == 0 ? sum & ((1 << kHalfBits) - 1) : sum >> kHalfBits;
   }
+  if (lane < 2 * kLimbs) atomicAdd(halves + lane, mine);
 }
 
-__device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) {
+__device__ __forceinline__ SegmentSums sums_of(const int* halves) {
   using Wide = unsigned __int128;
+  unsigned long long limbs[kLimbs];
+#pragma unroll
+  for (int i = 0; i < kLimbs; ++i) {
+    limbs[i] = static_cast<unsigned long long>(halves[2 * i] + static_cast<long long>(halves[2 * i + 1]) * (1 << kHalfBits));
+  }
   const Wide square = static_cast<Wide>(limbs[3]) + (static_cast<Wide>(limbs[4]) << kLimbBits) +
                       (static_cast<Wide>(limbs[5]) << (kLimbBits + 1)) +
                       (static_cast<Wide>(limbs[6]) << (2 * kLimbBits + 1)) +
@@ -49,8 +59,8 @@ __device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) 
 }
 
 // The limbs of a segment, while `cells` holds nothing else yet.
-__device__ __forceinline__ unsigned long long* limbs_of(const FusedBlock& b, int segment) {
-  return b.at<unsigned long long>(b.args.desk.cells) + segment * kLimbs;
+__device__ __forceinline__ int* limbs_of(const FusedBlock& b, int segment) {
+  return b.at<int>(b.args.desk.cells) + segment * 2 * kLimbs;
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.

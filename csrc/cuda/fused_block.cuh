@@ -53,7 +53,7 @@ struct FusedDesk {
   int entropies;    // [max_tokens] f32
   int ids;          // [block tokens * K] as given
   int gates;        // [block tokens * K]
-  int weight;       // [block tokens] f32
+  int weight;       // [max_tokens] f32
   int parts;        // [2, kRowGroups, kRowWarps] Part
   int tokens;       // [R]
   int scalars;      // FusedScalars

@@ -109,13 +109,14 @@ class RowReader {
   Share<__nv_bfloat16, kVectors, kExact> share_;
 };
 
-// Behind the first exchange, if weights may decide: every block's weights, told with its assignments. False: somebody did not
-// score.
+// Behind the first exchange, if weights may decide: those of the rank's tokens, to the other ranks with its assignments.
+// False: somebody did not score.
 __device__ inline bool tell_weights(const FusedBlock& b) {
   if (!weigh_tokens(b)) return false;
   clear_cells(b, CutShare(b).size(), threadIdx.x);
   b.stamp(5);
   tell_weighed(b);
+  __syncthreads();
   b.stamp(6);
   return true;
 }
@@ -286,7 +287,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .entropies = take(4 * p.shape.max_tokens),
       .ids = take(4 * block_tokens * top_k),
       .gates = take(4 * block_tokens * top_k),
-      .weight = take(4 * block_tokens),
+      .weight = take(4 * p.shape.max_tokens),
       .parts = take(2 * kRowGroups * kRowWarps * sizeof(Part)),
       .tokens = take(4 * p.shape.num_ranks),
       .scalars = take(sizeof(FusedScalars)),

@@ -2,7 +2,8 @@
 //
 // Twice at most. The first time goes out before the rows have been read: an assignment's expert, which is all that the
 // rows per expert take, and, where no entropy is asked for, everything else. Only where a bound may be exceeded, and
-// what is given up depends on entropies, are assignments told again with what the entropies say.
+// what is given up depends on entropies, are assignments told again with what the entropies say. That is between ranks: all
+// blocks of a rank know the weights of its tokens, and complete its assignments for themselves.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -96,20 +97,23 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   }
 }
 
-// This block's assignments again, with what the entropies say. Behind a barrier: nobody has heard them yet.
+// An own assignment with what the entropies say. The weights of all of the rank's tokens are known.
+__device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, float gate) {
+  const Entry told = b.own_entry(slot);
+  if (!told.present()) return told;
+  const int token = b.args.by_top_k.divide(slot);
+  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.desk.weight)[token], true};
+  return Entry::of(told.expert(), bucket_of_slot(options_of(b), whole), told.text(), told.leads(), fixed_weight(whole.weight));
+}
+
+// This block's assignments again, to the other ranks. A barrier has to follow: nobody has completed them here yet.
 __device__ inline void tell_weighed(const FusedBlock& b) {
-  const Assignments in = options_of(b);
-  const int first = b.first * in.top_k, here = (b.end - b.first) * in.top_k;
+  if (b.p.shape.num_ranks == 1) return;
+  const int first = b.first * b.p.shape.top_k, here = (b.end - b.first) * b.p.shape.top_k;
+#pragma unroll 1
   for (int i = threadIdx.x; i < here; i += kFusedThreads) {
-    const Entry told = b.own_entry(first + i);
-    const int token = b.args.by_top_k.divide(i);
-    const Slot slot = {b.first + token, told.expert(), told.text() ? -1 : 0, b.at<float>(b.args.desk.gates)[i],
-                       b.at<float>(b.args.desk.weight)[token], true};
-    const Entry whole =
-        Entry::of(told.expert(), bucket_of_slot(in, slot), told.text(), told.leads(), fixed_weight(slot.weight));
-    OwnSlots::send(b, b.p.layout.weighed, first + i, told.present() ? whole : Entry{0});
+    OwnSlots::send(b, b.p.layout.weighed, first + i, weighed_entry(b, first + i, b.at<float>(b.args.desk.gates)[i]));
   }
-  __syncthreads();
 }
 
 // One warp: how many tokens rank `lane` has. -1: it did not say, or more than there may be.
@@ -151,8 +155,9 @@ __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_
 }
 
 // Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
-// claim what they wait for, so that those that are busy with rows are not waited for. False: a rank did not send them, or
-// they are not to be believed. A warp at a time: a barrier of the block has to follow.
+// claim what they wait for, so that those that are busy with rows are not waited for. The second time own assignments are
+// completed by their gates, which take the letters' place. False: a rank did not send them, or they are not to be believed.
+// A warp at a time: a barrier of the block has to follow.
 template <class Use>
 __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
@@ -169,18 +174,25 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     const int slots = __shfl_sync(kFullMask, tokens, source) * top_k;
     const int count = min(kClaim, (slots - first + kWarp - 1) / kWarp);
     const uint64_t* const address = b.letters_of(letters, source) + first;
+    const bool completes = exchange != 0 && source == b.me.rank;
     uint64_t words[kClaim];
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) words[i] = i < count ? load_relaxed_sys(address + i * kWarp) : 0;
+    for (int i = 0; i < kClaim; ++i) {
+      words[i] = 0;
+      if (i >= count) continue;
+      words[i] = completes ? make_letter(__float_as_uint(__ldg(b.me.topk_weights + first + i * kWarp)), b.patience.round)
+                           : load_relaxed_sys(address + i * kWarp);
+    }
     bool ok = await_letters(b, address, kWarp, count, words, Fault::kAssignments, source);
     const int heard = ok ? count : 0;
     uint32_t* const kept = b.args.keeps_group || source == b.me.rank ? b.entries_of(source) + first : nullptr;
     int unknown = -1;  // an expert that does not exist
 #pragma unroll 1  // the same code for each, over one register
     for (int i = 0; i < heard; ++i) {
-      const Entry entry = {value_of(words[0])};
+      Entry entry = {value_of(words[0])};
 #pragma unroll
       for (int j = 1; j < kClaim; ++j) words[j - 1] = words[j];
+      if (completes) entry = weighed_entry(b, first + i * kWarp, __uint_as_float(entry.bits));
       if (kept != nullptr) kept[i * kWarp] = entry.bits;
       if (!entry.present()) continue;
       if (entry.expert() < b.p.shape.num_experts) {
@@ -234,6 +246,7 @@ __device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+    const bool here = b.args.keeps_group || source == b.me.rank;
 #pragma unroll 1
     for (int first = threadIdx.x; first < slots; first += kTogether * kFusedThreads) {
       uint32_t words[kTogether];
@@ -241,7 +254,7 @@ __device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
       for (int i = 0; i < kTogether; ++i) {
         const int slot = first + i * kFusedThreads;
         words[i] = 0;
-        if (slot < slots) words[i] = b.args.keeps_group ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
+        if (slot < slots) words[i] = here ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
       }
 #pragma unroll 1  // the same code for each, over one register
       for (int i = 0; i < kTogether; ++i) {

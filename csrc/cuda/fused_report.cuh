@@ -22,7 +22,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const int here = slot - b.first * top_k;
     const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
-    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
+    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token];
     if (!inside) continue;
     int id = current;
     float weight = gate;

@@ -102,12 +102,13 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   return sums;
 }
 
-// body(token, weight) for tokens [begin, end), behind hear_entropies: a thread a token, or a warp where the sums of its
-// segment are yet to be made.
+// body(token, weight) for the rank's tokens, behind hear_entropies: a thread a token, or a warp where the sums of its segment
+// are yet to be made.
 template <class Body>
-__device__ __forceinline__ void for_each_weight(const FusedBlock& b, int begin, int end, Body body) {
+__device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) {
   const int together = b.args.keeps_limbs ? 1 : kWarp;
-  for (int token = begin + threadIdx.x / together; token < end; token += kFusedThreads / together) {
+#pragma unroll 1
+  for (int token = threadIdx.x / together; token < b.me.num_tokens; token += kFusedThreads / together) {
     const int segment = __ldg(b.me.segment + token);
     float weight = 1.0f;
     if (segment >= 0) {
@@ -119,11 +120,11 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, int begin, 
   }
 }
 
-// The weights of this block's tokens. False: a block of this rank never scored its own.
+// The weights of all of the rank's tokens. False: a block of this rank never scored its own.
 __device__ inline bool weigh_tokens(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
   float* const weights = b.at<float>(b.args.desk.weight);
-  for_each_weight(b, b.first, b.end, [&](int token, float weight) { weights[token - b.first] = weight; });
+  for_each_weight(b, [&](int token, float weight) { weights[token] = weight; });
   __syncthreads();
   return true;
 }
@@ -132,7 +133,7 @@ __device__ inline bool weigh_tokens(const FusedBlock& b) {
 // and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the letters alternate.
 __device__ inline bool report_weights(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
-  for_each_weight(b, 0, b.me.num_tokens, [&](int token, float weight) {
+  for_each_weight(b, [&](int token, float weight) {
     b.me.weight[token] = weight;
     bool counts = false;
     for (int slot = token * b.p.shape.top_k; slot < (token + 1) * b.p.shape.top_k; ++slot) {

@@ -51,7 +51,9 @@ struct CutCells {
   int* cells;
   int num_levels;  // a multiple of four warps
 
-  static __host__ __device__ __forceinline__ int levels(int bucket_bits) { return max(2 * num_buckets(bucket_bits), 4 * kWarp); }
+  static __host__ __device__ __forceinline__ int levels(int bucket_bits) {
+    return max(2 * num_buckets(bucket_bits), 4 * kWarp);
+  }
   static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)

@@ -109,10 +109,10 @@ __device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, fl
 // This block's assignments again, to the other ranks. A barrier has to follow: nobody has completed them here yet.
 __device__ inline void tell_weighed(const FusedBlock& b) {
   if (b.p.shape.num_ranks == 1) return;
-  const int first = b.first * b.p.shape.top_k, here = (b.end - b.first) * b.p.shape.top_k;
+  const int first = b.first * b.p.shape.top_k, end = b.end * b.p.shape.top_k;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < here; i += kFusedThreads) {
-    OwnSlots::send(b, b.p.layout.weighed, first + i, weighed_entry(b, first + i, b.at<float>(b.args.desk.gates)[i]));
+  for (int slot = first + threadIdx.x; slot < end; slot += kFusedThreads) {
+    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.desk.gates)[slot - first]));
   }
 }
 

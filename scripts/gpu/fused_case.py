@@ -13,7 +13,7 @@ from kernel_case import POISON, Config, Inputs, make_inputs
 
 GUARD = 256  # bytes of poison on either side of every buffer
 # Of a region, what holds nothing from one round to the next (letters hold their round): poisoned in between.
-TRANSIENT = ("rows", "scales", "outputs", "sources", "cuts", "wanted", "positions", "received", "starts")
+TRANSIENT = ("rows", "scales", "outputs", "sources", "wanted", "positions", "received", "starts")
 
 
 @dataclass(frozen=True)

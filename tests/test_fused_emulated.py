@@ -97,7 +97,9 @@ CUT = {
     "fewer_than_are_told": FusedConfig(replace(PLAN, E=14, R=7, hot=3.0), (12, 7, 12, 0, 1, 12, 5), blocks=3),
     "equal": FusedConfig(EQUAL, (12, 11)),
     "equal_effective": FusedConfig(replace(EQUAL, load="effective", gamma=0.2), (12, 11), blocks=3),
-    "equal_by_rank": FusedConfig(replace(EQUAL, R=4, scope="rank", gamma=0.5, hot=3.0, protect_text=False), (12, 5, 0, 12)),
+    "equal_by_rank": FusedConfig(
+        replace(EQUAL, R=4, scope="rank", gamma=0.5, hot=3.0, protect_text=False), (12, 5, 0, 12)
+    ),
     "equal_and_many_slots": FusedConfig(
         replace(EQUAL, T=280, R=1, K=16, E=32), (280,), blocks=3, needs_entropy=False, max_rows=4800, alignment=8
     ),

@@ -128,18 +128,19 @@ __device__ __forceinline__ int slots_of_cell(const FusedBlock& b) {
 __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCells& cells, int at) {
   const int level = raw_cut(b, n).cut.x, quota = raw_cut(b, n).cut.y, log = slots_of_cell(b);
   const Crossing found = warp_find_crossing(cells.slots(at), kSlotCells, quota);
-  if (found.at < 0) return standing(level, kLastSlot);
-  const int begin = (kSlotCells - 1 - found.at) << log;
+  const int begin = (kSlotCells - 1 - found.at) << log, end = found.at < 0 ? begin : begin + (1 << log);
   int before = found.above;
 #pragma unroll 1
-  for (int slot = begin + b.lane;; slot += kWarp) {
+  for (int first = begin; first < end; first += kWarp) {
+    const int slot = first + b.lane;
     const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry{0};
     const bool equal = entry.present() && b.bound_of()[entry.expert()] == n && level_of_entry(b, entry) == level;
     const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.load) : 0);
     const unsigned over = __ballot_sync(kFullMask, upto > quota);
-    if (over != 0) return standing(level, slot - b.lane + __ffs(over) - 1) + 1;
+    if (over != 0) return standing(level, first + __ffs(over) - 1) + 1;
     before = __shfl_sync(kFullMask, upto, kWarp - 1);
   }
+  return standing(level, kLastSlot);  // all of the level stay
 }
 
 __device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.desk.edge)[n] = edge; }

@@ -68,11 +68,11 @@ FUSED = {
     "nothing_exceeded": FusedConfig(replace(PLAN, gamma=float("inf")), (6, 4), blocks=2),
     "mix_decides": FusedConfig(replace(PLAN, scope="expert", rho=1.9, gamma=5.0, hot=0.0), (6, 4), blocks=2),
     "gate": FusedConfig(replace(PLAN, importance="gate", delta=0.0), (6, 4), blocks=2, needs_entropy=False),
-    "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=100, bucket_bits=1), (6, 4), blocks=2),
-    "many_cuts_by_a_block_each": FusedConfig(
-        replace(PLAN, T=1000, K=9, R=1, E=32, scope="expert", gamma=0.6), (6,), blocks=2, max_rows=500, alignment=8
+    "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=200, bucket_bits=1), (6, 4), blocks=2),
+    "many_cuts_of_a_group_not_kept": FusedConfig(
+        replace(PLAN, T=500, K=9, E=32, scope="expert", gamma=0.6), (6, 5), blocks=2, max_rows=500, alignment=8
     ),
-    "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=2),
+    "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=3),
     "rows_read_twice": FusedConfig(replace(PLAN, T=20, H=7168), (20, 3), blocks=1, alignment=1),
     "many_reroute_rounds": FusedConfig(replace(PLAN, rounds=8, gamma=0.6), (6, 6), blocks=2),
     "three_ranks": FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1),

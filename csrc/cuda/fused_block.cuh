@@ -22,13 +22,13 @@ namespace macs::cuda {
 constexpr int kFusedThreads = 512;
 constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
-constexpr int kCutsAtOnce = 8;            // bounds whose levels a block counts in one pass over the group
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: 1 for cuts, then one per proposal round
+constexpr int kCutsAtOnce = 8;            // bounds that a block cuts in one pass over the group
+constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which it counts a bound's slots
+constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
 constexpr int kMaxFusedRerouteRounds = 60;
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kHomeless = -1, kEmptySlot = -2;
-constexpr int kAtCut = 0x4000;  // added to the expert: stays if the quota reaches it
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 constexpr int kClaim = 4;  // letters of a lane that it waits for together
@@ -42,26 +42,24 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 struct FusedDesk {
   int group_rows;   // [E] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
   int group_units;  // [E] i32, where they are not the rows
-  int own_rows;     // [E] u32, behind a cut: rows of this rank, and << 16 those before this block's tokens
+  int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
   int shift;        // [E]
   int bound_of;     // [E]
   int starts;       // [E] first row of each expert in its rank's buffer
   int raw;          // [NB] RawCut
+  int edge;         // [NB] where own assignments stop to stay (fused_cut.cuh)
   int room;         // [NB]
   int taken;        // [NB]
-  int over;         // [NB] the bounds that are exceeded
-  int place;        // [NB] where each stands among them, -1: nowhere
-  int lists;        // the group's assignments by expert, over the three that follow
-  int counted;      // [warps, NB]
+  int counted;      // [warps, NB], to re-route
   int running;      // [warps, NB]
-  int levels;       // [kCutsAtOnce, 2, 2B]; or limbs [segments, kLimbs] u64, which are not needed where levels are
+  int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
   int counts;       // [3, E, 2]
   int current;      // [max_tokens * K] i16
   int entries;      // u32 assignments: [R, max_tokens * K] where `keeps_group`, else this rank's
   int entropies;    // [max_tokens] f32
   int ids;          // [block tokens * K] as given
   int gates;        // [block tokens * K]
-  int weight;       // [block tokens] f32
+  int weight;       // [max_tokens] f32
   int parts;        // [2, kRowGroups, kRowWarps] Part
   int tokens;       // [R]
   int scalars;      // FusedScalars
@@ -72,7 +70,6 @@ struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of letters to be heard, by exchange
   bool faulty;                       // this rank has a fault on record
-  int num_over, any_over, homeless;  // bounds exceeded: of this block's share, of all; slots
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
 
@@ -102,12 +99,11 @@ struct FusedArgs {
   FusedDesk desk;
   int bounds;       // NB
   int per_rank;     // experts
-  Divisor by_per_rank, by_ranks, by_top_k, by_scale_chunks;
+  Divisor by_per_rank, by_ranks, by_top_k, by_blocks, by_scale_chunks;
   int row_stride;   // bytes between staged rows
   int staged_rows;  // how many fit at once
   bool keeps_group;  // shared memory holds everybody's assignments
-  bool sorts;        // and may sort them by expert
-  bool keeps_limbs;  // `levels` has room for the limbs of all segments
+  bool keeps_limbs;  // `cells` has room for the limbs of all segments
 };
 
 __device__ __forceinline__ bool has_step(uint32_t seen, uint32_t expected) {

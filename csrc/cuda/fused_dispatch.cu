@@ -33,13 +33,18 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
     b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
     b.at<int>(b.args.desk.group_units)[j] = 0;
     b.at<uint32_t>(b.args.desk.own_rows)[j] = 0;
+    b.at<int>(b.args.desk.shift)[j] = 0;
     b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : b.args.by_per_rank.divide(j);
   }
 #pragma unroll 1
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
-  const int limbs = b.p.needs_entropy && b.args.keeps_limbs ? b.p.num_segments * kLimbs : 0;
+  if (b.p.needs_entropy) {
+    const int limbs = b.args.keeps_limbs ? b.p.num_segments * 2 * kLimbs : 0;
 #pragma unroll 1
-  for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
+    for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
+  } else {
+    clear_cells(b, CutShare(b).size(), thread);
+  }
   if (thread == 0) {
     b.scalars() = {};
     b.scalars().faulty = has_fault(b.patience);
@@ -105,13 +110,14 @@ class RowReader {
   Share<__nv_bfloat16, kVectors, kExact> share_;
 };
 
-// Behind the first exchange, if weights may decide: every block's weights, told with its assignments. False: somebody did not
-// score.
+// Behind the first exchange, if weights may decide: those of the rank's tokens, to the other ranks with its assignments.
+// False: somebody did not score.
 __device__ inline bool tell_weights(const FusedBlock& b) {
-  if (threadIdx.x == 0) b.scalars().num_over = 0;
   if (!weigh_tokens(b)) return false;
+  clear_cells(b, CutShare(b).size(), threadIdx.x);
   b.stamp(5);
   tell_weighed(b);
+  __syncthreads();
   b.stamp(6);
   return true;
 }
@@ -120,17 +126,13 @@ __device__ inline bool tell_weights(const FusedBlock& b) {
 template <int kKeys>
 __device__ inline bool cut_rows(const FusedBlock& b) {
   find_shifts(b);
-  if (!find_cuts(b)) return false;
+  if (!cut_bounds(b)) return false;
+  share_rooms(b);
   b.stamp(9);
-  if (sorted(b)) {
-    clip_sorted(b);
-  } else {
-    clip_own(b);
-  }
+  const bool homeless = clip_own(b);
   b.stamp(10);
-  if (!reroute_own<kKeys>(b)) return false;
+  if (homeless && !reroute_own<kKeys>(b)) return false;
   b.stamp(11);
-  count_own(b);
   return exchange_counts(b);
 }
 
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   if (ok && threadIdx.x == 0) *round = b.patience.round;
 }
 
-int64_t level_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * 2 * 2 * num_buckets(p.bucket_bits); }
+int64_t cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.bucket_bits); }
 
 FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
   int at = 0;
@@ -296,8 +298,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   };
   const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counters = 2 * 4 * kFusedWarps * num_bounds;
-  const int64_t lists = args.sorts ? 4 * ranks * p.shape.max_tokens * top_k : 0;
+  const int64_t counters = p.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
   const FusedDesk desk = {
       .group_rows = take(4 * experts),
       .group_units = take(4 * experts),
@@ -306,21 +307,19 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .bound_of = take(4 * experts),
       .starts = take(4 * experts),
       .raw = take(sizeof(RawCut) * num_bounds),
+      .edge = take(4 * num_bounds),
       .room = take(4 * num_bounds),
       .taken = take(4 * num_bounds),
-      .over = take(4 * num_bounds),
-      .place = take(4 * num_bounds),
-      .lists = take(0),
-      .counted = take(counters / 2),
-      .running = take(counters / 2),
-      .levels = take(std::max(level_bytes(p), lists - counters)),
+      .counted = take(counters),
+      .running = take(counters),
+      .cells = take(cell_bytes(p)),
       .counts = take(4 * 6 * experts),
       .current = take(2 * p.shape.max_tokens * top_k),
       .entries = take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
       .entropies = take(4 * p.shape.max_tokens),
       .ids = take(4 * block_tokens * top_k),
       .gates = take(4 * block_tokens * top_k),
-      .weight = take(4 * block_tokens),
+      .weight = take(4 * p.shape.max_tokens),
       .parts = take(2 * kRowGroups * kRowWarps * sizeof(Part)),
       .tokens = take(4 * p.shape.num_ranks),
       .scalars = take(sizeof(FusedScalars)),
@@ -351,7 +350,8 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   args.bounds = num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks);
   args.per_rank = p.shape.num_experts / p.shape.num_ranks;
   args.by_per_rank = Divisor::of(args.per_rank), args.by_ranks = Divisor::of(p.shape.num_ranks);
-  args.by_top_k = Divisor::of(p.shape.top_k), args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
+  args.by_top_k = Divisor::of(p.shape.top_k), args.by_blocks = Divisor::of(p.shape.num_blocks);
+  args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
   ClipThresholdParams& t = args.threshold;
   t.modality = p.modality, t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
   t.bucket_bits = p.bucket_bits, t.scope = p.scope, t.load = p.load, t.reroute = p.reroute;
@@ -359,8 +359,7 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;
   int tables = 0;
   args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;
-  args.keeps_limbs = p.num_segments <= level_bytes(p) / (8 * kLimbs);
-  args.sorts = args.keeps_group && p.scope == Scope::kExpert;
+  args.keeps_limbs = p.num_segments <= cell_bytes(p) / (8 * kLimbs);
   args.desk = make_desk(p, args, block_tokens, tables);
   args.row_stride = RowBytes(p.shape).all();
   const int fit = (max_shared_bytes() - tables) / args.row_stride;

@@ -2,7 +2,8 @@
 //
 // Twice at most. The first time goes out before the rows have been read: an assignment's expert, which is all that the
 // rows per expert take, and, where no entropy is asked for, everything else. Only where a bound may be exceeded, and
-// what is given up depends on entropies, are assignments told again with what the entropies say.
+// what is given up depends on entropies, are assignments told again with what the entropies say. That is between ranks: all
+// blocks of a rank know the weights of its tokens, and complete its assignments for themselves.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -96,20 +97,23 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   }
 }
 
-// This block's assignments again, with what the entropies say. Behind a barrier: nobody has heard them yet.
+// An own assignment with what the entropies say. The weights of all of the rank's tokens are known.
+__device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, float gate) {
+  const Entry told = b.own_entry(slot);
+  if (!told.present()) return told;
+  const int token = b.args.by_top_k.divide(slot);
+  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.desk.weight)[token], true};
+  return Entry::of(told.expert(), bucket_of_slot(options_of(b), whole), told.text(), told.leads(), fixed_weight(whole.weight));
+}
+
+// This block's assignments again, to the other ranks. A barrier has to follow: nobody has completed them here yet.
 __device__ inline void tell_weighed(const FusedBlock& b) {
-  const Assignments in = options_of(b);
-  const int first = b.first * in.top_k, here = (b.end - b.first) * in.top_k;
-  for (int i = threadIdx.x; i < here; i += kFusedThreads) {
-    const Entry told = b.own_entry(first + i);
-    const int token = b.args.by_top_k.divide(i);
-    const Slot slot = {b.first + token, told.expert(), told.text() ? -1 : 0, b.at<float>(b.args.desk.gates)[i],
-                       b.at<float>(b.args.desk.weight)[token], true};
-    const Entry whole =
-        Entry::of(told.expert(), bucket_of_slot(in, slot), told.text(), told.leads(), fixed_weight(slot.weight));
-    OwnSlots::send(b, b.p.layout.weighed, first + i, told.present() ? whole : Entry{0});
+  if (b.p.shape.num_ranks == 1) return;
+  const int first = b.first * b.p.shape.top_k, end = b.end * b.p.shape.top_k;
+#pragma unroll 1
+  for (int slot = first + threadIdx.x; slot < end; slot += kFusedThreads) {
+    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.desk.gates)[slot - first]));
   }
-  __syncthreads();
 }
 
 // One warp: how many tokens rank `lane` has. -1: it did not say, or more than there may be.
@@ -129,9 +133,9 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-// One lane: the letters at `address`, a warp apart, `count` of them.
-__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int count, int source,
-                                              uint64_t (&letters)[kClaim]) {
+// One lane: `count` letters at `address`, `apart` from each other.
+__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int apart, int count,
+                                              uint64_t (&letters)[kClaim], Fault fault, int source) {
   for (Wait wait;;) {
     uint64_t missing = make_letter(0, b.patience.round);
 #pragma unroll
@@ -140,17 +144,19 @@ __device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_
     }
     if (is_of(missing, b.patience.round)) return true;
     const uint32_t seen = static_cast<uint32_t>(missing >> 32);
-    if (!wait.go_on(b.patience, Fault::kAssignments, source, -1, seen, b.patience.round)) return false;
+    if (!wait.go_on(b.patience, fault, source, -1, seen, b.patience.round)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * kWarp);
+      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
 
-// What a warp waits for together: some letters of a source, kClaim a lane.
+// What a warp waits for together: some letters of a source, kClaim a lane. The second time own assignments are completed by
+// their gates, which take the letters' place.
 struct Claimed {
   int chunk, source, first;  // first: this lane's first slot
+  bool completes;
   const uint64_t* address;
   uint64_t words[kClaim];
 
@@ -161,15 +167,23 @@ struct Claimed {
     chunk = b.args.by_ranks.divide(claim), source = claim - chunk * b.p.shape.num_ranks;
     first = chunk * kClaim * kWarp + b.lane;
     address = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
+    completes = exchange != 0 && source == b.me.rank;
+    const int slots = completes ? b.slots() : b.most_slots();
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) words[i] = first + i * kWarp < b.most_slots() ? load_relaxed_sys(address + i * kWarp) : 0;
+    for (int i = 0; i < kClaim; ++i) {
+      const int slot = first + i * kWarp;
+      words[i] = 0;
+      if (slot >= slots) continue;
+      words[i] = completes ? make_letter(__float_as_uint(__ldg(b.me.topk_weights + slot)), b.patience.round)
+                           : load_relaxed_sys(address + i * kWarp);
+    }
   }
 };
 
 // Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
-// claim what they wait for, so that those that are busy with rows are not waited for. False: a rank did not send them, or
-// they are not to be believed. A warp at a time: a barrier of the block has to follow. The first letters are sent for before it is
-// known how many there are.
+// claim what they wait for, so that those that are busy with rows are not waited for. The first letters are sent for before
+// it is known how many there are. False: a rank did not send them, or they are not to be believed. A warp at a time: a barrier
+// of the block has to follow.
 template <class Use>
 __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
@@ -182,15 +196,16 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     if (c.chunk * kClaim * kWarp >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
     const int count = min(kClaim, (slots - c.first + kWarp - 1) / kWarp);
-    bool ok = await_letters(b, c.address, count, c.source, c.words);
+    bool ok = await_letters(b, c.address, kWarp, count, c.words, Fault::kAssignments, c.source);
     const int heard = ok ? count : 0;
     uint32_t* const kept = b.args.keeps_group || c.source == b.me.rank ? b.entries_of(c.source) + c.first : nullptr;
     int unknown = -1;  // an expert that does not exist
 #pragma unroll 1  // the same code for each, over one register
     for (int i = 0; i < heard; ++i) {
-      const Entry entry = {value_of(c.words[0])};
+      Entry entry = {value_of(c.words[0])};
 #pragma unroll
       for (int j = 1; j < kClaim; ++j) c.words[j - 1] = c.words[j];
+      if (c.completes) entry = weighed_entry(b, c.first + i * kWarp, __uint_as_float(entry.bits));
       if (kept != nullptr) kept[i * kWarp] = entry.bits;
       if (!entry.present()) continue;
       if (entry.expert() < b.p.shape.num_experts) {
@@ -236,30 +251,30 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   return ok;
 }
 
-// Behind the first time, when all have come: body(entry, source) for every assignment.
+// When all have come: body(entry, source) for every assignment.
 template <class Body>
 __device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
   constexpr int kTogether = 4;  // loads of a thread before it uses the first
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
+#pragma unroll 1
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
-    const int slots = tokens[source] * b.p.shape.top_k;
+    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+    const bool here = b.args.keeps_group || source == b.me.rank;
+#pragma unroll 1
     for (int first = threadIdx.x; first < slots; first += kTogether * kFusedThreads) {
-      Entry entries[kTogether];
+      uint32_t words[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int slot = first + i * kFusedThreads;
-        if (slot >= slots) {
-          entries[i] = {0};
-        } else if (b.args.keeps_group) {
-          entries[i] = {b.entries_of(source)[slot]};
-        } else {
-          entries[i] = {value_of(load_relaxed_sys(letters + slot))};
-        }
+        words[i] = 0;
+        if (slot < slots) words[i] = here ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
       }
-#pragma unroll
+#pragma unroll 1  // the same code for each, over one register
       for (int i = 0; i < kTogether; ++i) {
-        if (entries[i].present() && entries[i].expert() < b.p.shape.num_experts) body(entries[i], source);
+        const Entry entry = {words[0]};
+#pragma unroll
+        for (int j = 1; j < kTogether; ++j) words[j - 1] = words[j];
+        if (entry.present()) body(entry, source);
       }
     }
   }

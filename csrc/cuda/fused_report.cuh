@@ -22,7 +22,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const int here = slot - b.first * top_k;
     const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
-    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token - b.first];
+    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token];
     if (!inside) continue;
     int id = current;
     float weight = gate;
@@ -75,7 +75,9 @@ __device__ inline void write_cuts(const FusedBlock& b, bool cut) {
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     const int bound = by_rank ? capacity.of_rank(b.args.threshold) : bound_of_expert(b, capacity, n);
     const int4 uncut = make_int4(-1, 0, 0, bound);  // nobody needs room
-    reinterpret_cast<int4*>(b.me.cut)[n] = cut ? b.at<RawCut>(b.args.desk.raw)[n].cut : uncut;
+    int4 found = cut ? raw_cut(b, n).cut : uncut;
+    if (b.p.reroute == Reroute::kNone) found.z = 0;
+    reinterpret_cast<int4*>(b.me.cut)[n] = found;
   }
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];
 }

@@ -10,18 +10,6 @@
 
 namespace macs::cuda {
 
-// Rows per expert of this rank as it now stands, and those before this block's tokens.
-__device__ inline void count_own(const FusedBlock& b) {
-  uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
-  const int before = b.first * b.p.shape.top_k;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
-    const int expert = b.current()[i];
-    if (expert >= 0) atomicAdd(own + expert, 1u + (i < before ? 1u << 16 : 0u));
-  }
-  __syncthreads();
-}
-
 // One thread: what every rank sends to an expert, `own` this one.
 __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own) {
   constexpr int kInFlight = 4;

@@ -1,7 +1,8 @@
 // The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
 //
 // The moments of a segment are those of segment_sums.cuh to the bit: integers, however they are added up. Here they are
-// added in limbs that a warp sums with one instruction each.
+// added in limbs that a warp sums with one instruction each, and adds in two halves: shared memory adds 32 bits at once, 64
+// only in a loop.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,10 +14,11 @@
 namespace macs::cuda {
 
 constexpr int kLimbBits = 26;  // 32 of them fit into 31 bits
+constexpr int kHalfBits = 16;  // of such a sum; the other half keeps its sign
 
 // Adds a warp's entropies to the limbs of their segment: n; q low and high; and, with |q| = a + b 2^26, a^2 in two, a b in
 // two, b^2.
-__device__ __forceinline__ void add_to_limbs(unsigned long long* limbs, bool counts, float entropy) {
+__device__ __forceinline__ void add_to_limbs(int* halves, bool counts, float entropy) {
   if (__ballot_sync(kFullMask, counts) == 0) return;
   constexpr uint64_t kLow = (1ull << kLimbBits) - 1;
   const long long q = counts ? quantized(entropy) : 0;
@@ -31,15 +33,23 @@ __device__ __forceinline__ void add_to_limbs(unsigned long long* limbs, bool cou
       static_cast<int>(a * b >> kLimbBits),
       static_cast<int>(b * b),
   };
+  const int lane = threadIdx.x % kWarp;
+  int mine = 0;
 #pragma unroll
   for (int i = 0; i < kLimbs; ++i) {
-    const long long sum = __reduce_add_sync(kFullMask, values[i]);
-    if (threadIdx.x % kWarp == i) atomicAdd(limbs + i, static_cast<unsigned long long>(sum));
+    const int sum = __reduce_add_sync(kFullMask, values[i]);
+    if (lane / 2 == i) mine = lane % 2 == 0 ? sum & ((1 << kHalfBits) - 1) : sum >> kHalfBits;
   }
+  if (lane < 2 * kLimbs) atomicAdd(halves + lane, mine);
 }
 
-__device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) {
+__device__ __forceinline__ SegmentSums sums_of(const int* halves) {
   using Wide = unsigned __int128;
+  unsigned long long limbs[kLimbs];
+#pragma unroll
+  for (int i = 0; i < kLimbs; ++i) {
+    limbs[i] = static_cast<unsigned long long>(halves[2 * i] + static_cast<long long>(halves[2 * i + 1]) * (1 << kHalfBits));
+  }
   const Wide square = static_cast<Wide>(limbs[3]) + (static_cast<Wide>(limbs[4]) << kLimbBits) +
                       (static_cast<Wide>(limbs[5]) << (kLimbBits + 1)) +
                       (static_cast<Wide>(limbs[6]) << (2 * kLimbBits + 1)) +
@@ -48,9 +58,9 @@ __device__ __forceinline__ SegmentSums sums_of(const unsigned long long* limbs) 
           static_cast<unsigned long long>(square >> 32)};
 }
 
-// The limbs of a segment, while `levels` holds no levels yet.
-__device__ __forceinline__ unsigned long long* limbs_of(const FusedBlock& b, int segment) {
-  return b.at<unsigned long long>(b.args.desk.levels) + segment * kLimbs;
+// The limbs of a segment, while `cells` holds nothing else yet.
+__device__ __forceinline__ int* limbs_of(const FusedBlock& b, int segment) {
+  return b.at<int>(b.args.desk.cells) + segment * 2 * kLimbs;
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.
@@ -92,12 +102,13 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   return sums;
 }
 
-// body(token, weight) for tokens [begin, end), behind hear_entropies: a thread a token, or a warp where the sums of its
-// segment are yet to be made.
+// body(token, weight) for the rank's tokens, behind hear_entropies: a thread a token, or a warp where the sums of its segment
+// are yet to be made.
 template <class Body>
-__device__ __forceinline__ void for_each_weight(const FusedBlock& b, int begin, int end, Body body) {
+__device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) {
   const int together = b.args.keeps_limbs ? 1 : kWarp;
-  for (int token = begin + threadIdx.x / together; token < end; token += kFusedThreads / together) {
+#pragma unroll 1
+  for (int token = threadIdx.x / together; token < b.me.num_tokens; token += kFusedThreads / together) {
     const int segment = __ldg(b.me.segment + token);
     float weight = 1.0f;
     if (segment >= 0) {
@@ -109,11 +120,11 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, int begin, 
   }
 }
 
-// The weights of this block's tokens. False: a block of this rank never scored its own.
+// The weights of all of the rank's tokens. False: a block of this rank never scored its own.
 __device__ inline bool weigh_tokens(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
   float* const weights = b.at<float>(b.args.desk.weight);
-  for_each_weight(b, b.first, b.end, [&](int token, float weight) { weights[token - b.first] = weight; });
+  for_each_weight(b, [&](int token, float weight) { weights[token] = weight; });
   __syncthreads();
   return true;
 }
@@ -122,7 +133,7 @@ __device__ inline bool weigh_tokens(const FusedBlock& b) {
 // and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the letters alternate.
 __device__ inline bool report_weights(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
-  for_each_weight(b, 0, b.me.num_tokens, [&](int token, float weight) {
+  for_each_weight(b, [&](int token, float weight) {
     b.me.weight[token] = weight;
     bool counts = false;
     for (int slot = token * b.p.shape.top_k; slot < (token + 1) * b.p.shape.top_k; ++slot) {

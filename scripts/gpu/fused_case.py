@@ -14,7 +14,7 @@ from kernel_case import POISON, Config, Inputs, make_inputs
 GUARD = 256  # bytes of poison on either side of every buffer
 # Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round; those of
 # `row_scales` are looked at one by one all the same.
-TRANSIENT = ("rows", "row_scales", "scales", "outputs", "sources", "cuts", "wanted", "positions", "received", "starts")
+TRANSIENT = ("rows", "row_scales", "scales", "outputs", "sources", "wanted", "positions", "received", "starts")
 
 
 @dataclass(frozen=True)

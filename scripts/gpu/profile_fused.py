@@ -20,7 +20,7 @@ STAGES = (
     "start", "assignments told", "rows read, scored, cast", "assignments heard (a warp)", "heard and counted",
     "weights", "assignments told again", "and heard (a warp)", "and counted", "cuts found", "clipped", "re-routed",
     "held against the bounds", "rows per expert counted", "experts placed", "rows put", "rows signalled",
-    "tokens written", "counts written", "sums and cuts written", "all rows here", "assignments sorted", "cuts searched",
+    "tokens written", "counts written", "sums and cuts written", "all rows here", "levels cut", "own cuts told",
     "scales in their places",
 )  # fmt: skip
 ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 12, 21, 22, 9, 10, 11, 13, 14, 15, 16, 23, 20, 17, 18, 19)  # as they are reached

@@ -82,7 +82,7 @@ struct FusedLayout {
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
   int64_t barrier;    // [blocks] u32
   int64_t entropy;    // [max_tokens] letters: f32
-  int64_t cuts;       // [E] 32 bytes each: the cuts of many bounds, found by one block each
+  int64_t cuts;       // [E, 4] letters: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
   int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
   int64_t received;   // [E_l] i32 rows of each local expert
@@ -125,7 +125,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.sources = take(rows * 4);
   layout.barrier = take(4LL * s.num_blocks);
   layout.entropy = take(8LL * s.max_tokens);
-  layout.cuts = take(32LL * s.num_experts);
+  layout.cuts = take(4 * 8LL * s.num_experts);
   layout.wanted = take(2 * 4 * slots);
   layout.positions = take(4 * slots);
   layout.received = take(4 * local);

@@ -1,0 +1,233 @@
+// Where the exceeded bounds of the fused dispatch cut (docs/method.md 4 and 5).
+//
+// The group's units on a bound are counted by level, and a warp finds the level that is cut and the own quota at it. The own
+// units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What
+// becomes of an assignment is from then on one comparison with its bound's *edge*: nobody has to agree on an order.
+//
+// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by letters.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "fused_block.cuh"
+#include "fused_exchange.cuh"
+
+namespace macs::cuda {
+
+constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
+constexpr int kLevelBits = 9, kSlotBits = 14;
+constexpr int kLastSlot = (1 << kSlotBits) - 1;
+static_assert(kMaxFusedTokens * kMaxFusedTopK <= kLastSlot);
+
+__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry) {
+  return level_of(entry.bucket(), b.at<int>(b.args.desk.shift)[entry.expert()], entry.text(), b.p.protect_text,
+                  b.p.bucket_bits);
+}
+
+// Where an own assignment stands on its bound: those below the edge are given up.
+__device__ __forceinline__ int standing(int level, int slot) { return level << kSlotBits | (kLastSlot - slot); }
+
+__device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.desk.raw)[n]; }
+__device__ __forceinline__ bool is_exceeded(const RawCut& raw) { return raw.cut.z < 0; }  // until it is cut
+
+// The bounds that a block cuts.
+struct CutShare {
+  int first, end;
+  bool told;  // to the rank's other blocks, which cut others
+
+  __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
+    told = end >= kCutsAtOnce;
+    if (!told) return;
+    first = b.args.by_blocks.divide(b.args.bounds * b.block);
+    end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
+  }
+  __device__ __forceinline__ int size() const { return end - first; }
+};
+
+// Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot, the
+// first ones last.
+struct CutCells {
+  int* cells;
+  int num_levels;  // a multiple of four warps
+
+  static __host__ __device__ __forceinline__ int levels(int bucket_bits) {
+    return max(2 * num_buckets(bucket_bits), 4 * kWarp);
+  }
+  static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
+
+  __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
+      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.bucket_bits)) {}
+  __device__ __forceinline__ int* group(int at) const { return cells + at * (2 * num_levels + kSlotCells); }
+  __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
+  __device__ __forceinline__ int* slots(int at) const { return own(at) + num_levels; }
+};
+
+// For the next cut_some, which cuts up to `bounds`. A barrier has to follow.
+__device__ __forceinline__ void clear_cells(const FusedBlock& b, int bounds, int thread) {
+  int* const cells = b.at<int>(b.args.desk.cells);
+  const int words = min(bounds, kCutsAtOnce) * CutCells::words(b.p.bucket_bits);
+#pragma unroll 1
+  for (int i = thread; i < words; i += kFusedThreads) cells[i] = 0;
+}
+
+struct Crossing {
+  int at, above;
+};
+
+// One warp: the greatest of `count` cells (four of a warp at a time) with more than `limit` units on it and above it, -1 if
+// there is none; and the units above it.
+__device__ __forceinline__ Crossing warp_find_crossing(const int* cells, int count, int limit) {
+  const int lane = threadIdx.x % kWarp;
+  int above = 0;
+#pragma unroll 1
+  for (int base = count - 4 * kWarp; base >= 0; base -= 4 * kWarp) {
+    const int4 units = reinterpret_cast<const int4*>(cells + base)[lane];
+    const int here = units.x + units.y + units.z + units.w, sum = __reduce_add_sync(kFullMask, here);
+    if (above + sum > limit) {
+      int upto = above + sum - warp_inclusive_sum(here) + units.w, at = base + 4 * lane + 3;
+      const int lowest = upto - units.w + here;
+      const int source = kWarp - 1 - __clz(__ballot_sync(kFullMask, lowest > limit));
+      int over = units.w;
+      if (upto <= limit) upto += over = units.z, --at;
+      if (upto <= limit) upto += over = units.y, --at;
+      if (upto <= limit) upto += over = units.x, --at;
+      return {__shfl_sync(kFullMask, at, source), __shfl_sync(kFullMask, upto - over, source)};
+    }
+    above += sum;
+  }
+  return {-1, above};
+}
+
+// One warp: the level that exceeded bound `n` cuts, its quota and what is kept.
+__device__ __forceinline__ void find_level(const FusedBlock& b, int n, const CutCells& cells, int at) {
+  const int room = raw_cut(b, n).cut.z, bound = raw_cut(b, n).cut.w;
+  const int *const group = cells.group(at), *const own = cells.own(at);
+  const Crossing found = warp_find_crossing(group, cells.num_levels, bound);
+  const int64_t remainder = bound - found.above;
+  const int here = group[found.at], own_here = own[found.at];
+  int own_kept = 0;
+  if (b.p.reroute != Reroute::kNone) {
+#pragma unroll 1
+    for (int level = b.lane; level <= found.at; level += kWarp) own_kept += own[level];
+    own_kept = __reduce_add_sync(kFullMask, own_kept);
+  }
+  __syncwarp();  // all lanes have read the bound
+  if (b.lane != 0) return;
+  const int quota = static_cast<int>(own_here == here ? remainder : remainder * own_here / here);
+  raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = quota;
+  raw_cut(b, n).kept = {static_cast<unsigned>(bound - room - found.above), static_cast<unsigned>(own_kept)};
+}
+
+// Log of how many own slots share a cell.
+__device__ __forceinline__ int slots_of_cell(const FusedBlock& b) {
+  return max(5, kWarp - __clz(b.slots() - 1) - kSlotCellBits);
+}
+
+// One warp: the edge of bound `n`, whose level and quota are known. Equals are kept in order of their slots.
+__device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCells& cells, int at) {
+  const int level = raw_cut(b, n).cut.x, quota = raw_cut(b, n).cut.y, log = slots_of_cell(b);
+  const Crossing found = warp_find_crossing(cells.slots(at), kSlotCells, quota);
+  const int begin = (kSlotCells - 1 - found.at) << log, end = found.at < 0 ? begin : begin + (1 << log);
+  int before = found.above;
+#pragma unroll 1
+  for (int first = begin; first < end; first += kWarp) {
+    const int slot = first + b.lane;
+    const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry{0};
+    const bool equal = entry.present() && b.bound_of()[entry.expert()] == n && level_of_entry(b, entry) == level;
+    const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.load) : 0);
+    const unsigned over = __ballot_sync(kFullMask, upto > quota);
+    if (over != 0) return standing(level, first + __ffs(over) - 1) + 1;
+    before = __shfl_sync(kFullMask, upto, kWarp - 1);
+  }
+  return standing(level, kLastSlot);  // all of the level stay
+}
+
+__device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.desk.edge)[n] = edge; }
+
+// One warp: a cut to the rank's other blocks.
+__device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
+  const RawCut& raw = raw_cut(b, n);
+  if (b.lane >= kCutLetters) return;
+  uint32_t word = edge;
+  if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
+  if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
+  if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
+  b.peers.send(b.me.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
+}
+
+// The bounds from `first` on, `now` of them, in one pass over the group and one over the own assignments. Cells are zero
+// before.
+__device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, bool told) {
+  const CutCells cells(b);
+  const int of_bound = b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;  // experts
+  const unsigned low = first * of_bound, experts = now * of_bound;
+  const auto concerns = [&](const Entry& entry) { return static_cast<unsigned>(entry.expert()) - low < experts; };
+  for_each_entry(b, [&](const Entry& entry, int source) {
+    if (!concerns(entry)) return;
+    const int bound = b.bound_of()[entry.expert()], at = bound - first;
+    if (!is_exceeded(raw_cut(b, bound))) return;
+    const int level = level_of_entry(b, entry), units = entry.units(b.p.load);
+    atomicAdd(cells.group(at) + level, units);
+    if (source == b.me.rank) atomicAdd(cells.own(at) + level, units);
+  });
+  __syncthreads();
+  const int n = first + b.warp;
+  const bool cuts = b.warp < now && is_exceeded(raw_cut(b, n));
+  if (cuts) find_level(b, n, cells, b.warp);
+  __syncthreads();
+  b.stamp(21);
+  const int log = slots_of_cell(b);
+#pragma unroll 2
+  for (int slot = threadIdx.x; slot < b.slots(); slot += kFusedThreads) {
+    const Entry entry = b.own_entry(slot);
+    if (!entry.present() || !concerns(entry)) continue;
+    const int bound = b.bound_of()[entry.expert()];
+    if (level_of_entry(b, entry) != raw_cut(b, bound).cut.x) continue;
+    atomicAdd(cells.slots(bound - first) + kSlotCells - 1 - (slot >> log), entry.units(b.p.load));
+  }
+  __syncthreads();
+  if (!cuts) return;
+  const int edge = find_edge(b, n, cells, b.warp);
+  if (told) return tell_cut(b, n, edge);
+  if (b.lane == 0) set_edge(b, n, edge), raw_cut(b, n).cut.z = 0;
+}
+
+// The cuts that this block does not make itself, and those that it does. False: one was not told.
+__device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
+  bool ok = true;
+#pragma unroll 1
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
+    RawCut& raw = raw_cut(b, n);
+    if (!is_exceeded(raw)) continue;
+    const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutLetters;
+    uint64_t letters[kCutLetters];
+#pragma unroll
+    for (int i = 0; i < kCutLetters; ++i) letters[i] = load_relaxed_sys(address + i);
+    ok = ok && await_letters(b, address, 1, kCutLetters, letters, Fault::kCuts, b.me.rank);
+    const uint32_t cut = value_of(letters[1]);
+    set_edge(b, n, static_cast<int>(value_of(letters[0])));
+    raw.cut = make_int4(static_cast<int>(cut & (1u << kLevelBits) - 1), static_cast<int>(cut >> kLevelBits), 0, raw.cut.w);
+    raw.kept = {value_of(letters[2]), value_of(letters[3])};
+  }
+  return ok;
+}
+
+// The cuts of all exceeded bounds. False: a block of this rank did not tell its own.
+__device__ inline bool cut_bounds(const FusedBlock& b) {
+  const CutShare share(b);
+#pragma unroll 1
+  for (int first = share.first; first < share.end; first += kCutsAtOnce) {
+    if (first > share.first) {
+      __syncthreads();
+      clear_cells(b, share.end - first, threadIdx.x);
+      __syncthreads();
+    }
+    cut_some(b, first, min(share.end - first, kCutsAtOnce), share.told);
+  }
+  b.stamp(22);
+  __syncthreads();  // nobody looks for exceeded bounds any more
+  return __syncthreads_and(!share.told || hear_cuts(b)) != 0;
+}
+
+}  // namespace macs::cuda

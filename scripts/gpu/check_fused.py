@@ -35,7 +35,6 @@ from kernel_case import Config
 
 GRAPH_ROUNDS = 1000
 FAULT_TIMEOUT_NS = 5_000_000
-PROCESS_SECONDS = 220
 
 
 def check_cases(kernels: c.Kernels, configs: list[FusedConfig], seed: int, rounds: int) -> int:
@@ -163,6 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=24, help="random cases")
     parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
     parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=220, help="after which --processes are ended")
     parser.add_argument("--blocks", type=int, help="multiprocessors that each of the --processes fills")
     parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))
@@ -179,7 +179,7 @@ def main() -> int:
         return 0
     if options.processes:
         c.build(os.cpu_count() or 1)
-        failed = fused_processes.start(options, PROCESS_SECONDS)
+        failed = fused_processes.start(options, options.seconds)
     else:
         failed = on_one_gpu(options)
     print(f"check_fused: {'FAILED' if failed else 'OK'}, seed {options.seed}")

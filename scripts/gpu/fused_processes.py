@@ -169,9 +169,12 @@ def run_rank(kernels, options) -> None:
     if not options.check_only:
         table = Table()
         for config in timed:
+            started = time.monotonic()
             time_config(kernels, regions, table, config, options)
             if me == 0:
                 options.keep(table)  # a run that is cut off has shown something
+                size = f"T {config.plan.T} H {config.plan.H} {config.format}"
+                print(f"timed {size} in {time.monotonic() - started:.0f} s", flush=True)
         if me == 0:
             table.show()
     at_rest()

@@ -58,7 +58,8 @@ struct CutCells {
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
       : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.bucket_bits)) {}
-  __device__ __forceinline__ int* group(int at) const { return cells + at * (2 * num_levels + kSlotCells); }
+  __device__ __forceinline__ int stride() const { return 2 * num_levels + kSlotCells; }
+  __device__ __forceinline__ int* group(int at) const { return cells + at * stride(); }
   __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
   __device__ __forceinline__ int* slots(int at) const { return own(at) + num_levels; }
 };
@@ -160,16 +161,25 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
 // before.
 __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, bool told) {
   const CutCells cells(b);
-  const int of_bound = b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;  // experts
-  const unsigned low = first * of_bound, experts = now * of_bound;
-  const auto concerns = [&](const Entry& entry) { return static_cast<unsigned>(entry.expert()) - low < experts; };
-  for_each_entry(b, [&](const Entry& entry, int source) {
-    if (!concerns(entry)) return;
-    const int bound = b.bound_of()[entry.expert()], at = bound - first;
-    if (!is_exceeded(raw_cut(b, bound))) return;
-    const int level = level_of_entry(b, entry), units = entry.units(b.p.load);
-    atomicAdd(cells.group(at) + level, units);
-    if (source == b.me.rank) atomicAdd(cells.own(at) + level, units);
+  // The cell of an entry whose bound is cut here, among those of that bound from `in` on; null: of another.
+  const auto cell_of = [&](const Entry& entry, int* in, int bound, bool counts, int cell) {
+    const int at = bound - first;
+    return entry.present() && counts && static_cast<unsigned>(at) < static_cast<unsigned>(now)
+               ? in + at * cells.stride() + cell : nullptr;
+  };
+  for_each_entries(b, [&](const Entry (&entries)[kTogether], int source) {
+    int* cell[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int bound = b.bound_of()[entries[i].expert()];
+      cell[i] = cell_of(entries[i], cells.group(0), bound, is_exceeded(raw_cut(b, bound)), level_of_entry(b, entries[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int units = entries[i].units(b.p.load);
+      if (cell[i] != nullptr) atomicAdd(cell[i], units);
+      if (cell[i] != nullptr && source == b.me.rank) atomicAdd(cell[i] + cells.num_levels, units);
+    }
   });
   __syncthreads();
   const int n = first + b.warp;
@@ -178,14 +188,19 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   __syncthreads();
   b.stamp(21);
   const int log = slots_of_cell(b);
-#pragma unroll 2
-  for (int slot = threadIdx.x; slot < b.slots(); slot += kFusedThreads) {
-    const Entry entry = b.own_entry(slot);
-    if (!entry.present() || !concerns(entry)) continue;
-    const int bound = b.bound_of()[entry.expert()];
-    if (level_of_entry(b, entry) != raw_cut(b, bound).cut.x) continue;
-    atomicAdd(cells.slots(bound - first) + kSlotCells - 1 - (slot >> log), entry.units(b.p.load));
-  }
+  for_each_own(b, [&](const Entry (&entries)[kTogether], const int (&slots)[kTogether]) {
+    int* cell[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int bound = b.bound_of()[entries[i].expert()];
+      const bool equal = level_of_entry(b, entries[i]) == raw_cut(b, bound).cut.x;
+      cell[i] = cell_of(entries[i], cells.slots(0), bound, equal, kSlotCells - 1 - (slots[i] >> log));
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (cell[i] != nullptr) atomicAdd(cell[i], entries[i].units(b.p.load));
+    }
+  });
   __syncthreads();
   if (!cuts) return;
   const int edge = find_edge(b, n, cells, b.warp);

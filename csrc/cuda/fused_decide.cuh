@@ -138,18 +138,21 @@ __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int exp
 __device__ inline bool clip_own(const FusedBlock& b) {
   const int* const edge = b.at<int>(b.args.desk.edge);
   bool any = false;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < b.slots(); i += kFusedThreads) {
-    const Entry entry = b.own_entry(i);
-    int current = kEmptySlot;
-    if (entry.present()) {
-      const bool stays = standing(level_of_entry(b, entry), i) >= edge[b.bound_of()[entry.expert()]];
-      current = stays ? entry.expert() : kHomeless;
-      if (stays) count_row(b, i, entry.expert());
-      any |= !stays;
+  for_each_own(b, [&](const Entry (&entries)[kTogether], const int (&slots)[kTogether]) {
+    bool stays[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      stays[i] = standing(level_of_entry(b, entries[i]), slots[i]) >= edge[b.bound_of()[entries[i].expert()]];
     }
-    b.current()[i] = static_cast<int16_t>(current);
-  }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const bool present = entries[i].present();
+      const int current = !present ? kEmptySlot : stays[i] ? entries[i].expert() : kHomeless;
+      if (slots[i] < b.slots()) b.current()[slots[i]] = static_cast<int16_t>(current);
+      if (present && stays[i]) count_row(b, slots[i], entries[i].expert());
+      any |= present && !stays[i];
+    }
+  });
   return __syncthreads_or(any) != 0;
 }
 

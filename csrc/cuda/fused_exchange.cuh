@@ -180,46 +180,59 @@ struct Claimed {
   }
 };
 
-// Everybody's assignments as they come, kept in shared memory: use(entry, source, slot) for each that is present. Warps
-// claim what they wait for, so that those that are busy with rows are not waited for. The first letters are sent for before
-// it is known how many there are. False: a rank did not send them, or they are not to be believed. A warp at a time: a barrier
+// Own assignments behind the second exchange's letters, which are their gates so far.
+__device__ inline void complete(const FusedBlock& b, Claimed& c, int heard) {
+#pragma unroll 1  // the same code for each, over one register
+  for (int i = 0; i < kClaim; ++i) {
+    const uint64_t gate = c.words[0];
+#pragma unroll
+    for (int j = 1; j < kClaim; ++j) c.words[j - 1] = c.words[j];
+    c.words[kClaim - 1] = i < heard ? weighed_entry(b, c.first + i * kWarp, __uint_as_float(value_of(gate))).bits : 0;
+  }
+}
+
+// Everybody's assignments as they come, kept in shared memory: use(entry, counts, source, slot) for each; those that are not
+// there do not count. Warps claim what they wait for, so that those that are busy with rows are not waited for. The first
+// letters are sent for before it is known how many there are, and the next ones before the first are counted: counting them
+// takes as long as their way. False: a rank did not send them, or they are not to be believed. A warp at a time: a barrier
 // of the block has to follow.
 template <class Use>
 __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
-  Claimed c(b, exchange);
+  Claimed next(b, exchange);
   const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
+  // Otherwise every warp claims once, in the order in which they come.
+  constexpr int kChunk = kClaim * kWarp;
+  const bool more = ranks * ((longest + kChunk - 1) / kChunk) > kFusedWarps;
 #pragma unroll 1
-  for (;; c = Claimed(b, exchange)) {
-    if (c.chunk * kClaim * kWarp >= longest) return true;
+  do {
+    Claimed c = next;
+    if (c.chunk * kChunk >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
     const int count = min(kClaim, (slots - c.first + kWarp - 1) / kWarp);
     bool ok = await_letters(b, c.address, kWarp, count, c.words, Fault::kAssignments, c.source);
+    if (more) next = Claimed(b, exchange);
     const int heard = ok ? count : 0;
+    if (c.completes) complete(b, c, heard);
     uint32_t* const kept = b.args.keeps_group || c.source == b.me.rank ? b.entries_of(c.source) + c.first : nullptr;
     int unknown = -1;  // an expert that does not exist
-#pragma unroll 1  // the same code for each, over one register
-    for (int i = 0; i < heard; ++i) {
-      Entry entry = {value_of(c.words[0])};
 #pragma unroll
-      for (int j = 1; j < kClaim; ++j) c.words[j - 1] = c.words[j];
-      if (c.completes) entry = weighed_entry(b, c.first + i * kWarp, __uint_as_float(entry.bits));
-      if (kept != nullptr) kept[i * kWarp] = entry.bits;
-      if (!entry.present()) continue;
-      if (entry.expert() < b.p.shape.num_experts) {
-        use(entry, c.source, c.first + i * kWarp);
-      } else {
-        unknown = entry.expert();
-      }
+    for (int i = 0; i < kClaim; ++i) {
+      const Entry entry = {value_of(c.words[i])};
+      const bool present = i < heard && entry.present(), known = entry.expert() < b.p.shape.num_experts;
+      if (i < heard && kept != nullptr) kept[i * kWarp] = entry.bits;
+      if (present && !known) unknown = entry.expert();
+      use(entry, present && known, c.source, c.first + i * kWarp);
     }
     if (unknown >= 0) {
       ok = false;
       report(b.patience, Fault::kBadExpert, c.source, -1, unknown, b.p.shape.num_experts - 1);
     }
     if (!__all_sync(kFullMask, ok)) return false;
-  }
+  } while (more);
+  return true;
 }
 
 // A warp's part of one of the group's sums.
@@ -236,13 +249,13 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   const int before = b.first * b.p.shape.top_k;
   const bool again = exchange != 0, in_units = b.p.load != Load::kRows && again == b.p.needs_entropy;
   int number = 0, visual = 0, weight = 0, visual_weight = 0;
-  const bool ok = hear_letters(b, exchange, [&](const Entry& entry, int source, int slot) {
+  const bool ok = hear_letters(b, exchange, [&](const Entry& entry, bool counts, int source, int slot) {
     const bool ahead = source < b.me.rank || (source == b.me.rank && slot < before);
-    if (!again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
-    if (in_units) atomicAdd(units + entry.expert(), entry.fixed());
-    const int fixed = entry.leads() ? entry.fixed() : 0;
-    number += 1, weight += fixed;
-    if (!entry.text()) visual += 1, visual_weight += fixed;
+    if (counts && !again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
+    if (counts && in_units) atomicAdd(units + entry.expert(), entry.fixed());
+    const int fixed = counts && entry.leads() ? entry.fixed() : 0;
+    number += counts, weight += fixed;
+    visual += counts && !entry.text(), visual_weight += entry.text() ? 0 : fixed;
   });
   add_sum(b, 0, again ? 0 : number);
   add_sum(b, 1, again ? 0 : visual);
@@ -251,32 +264,47 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   return ok;
 }
 
-// When all have come: body(entry, source) for every assignment.
+// Assignments that a thread works on at the same time: one waits for shared memory while another does.
+constexpr int kTogether = 2;
+
+// When all have come: body(entries, source) for everybody's, kTogether at a time; those that are not there are empty.
 template <class Body>
-__device__ __forceinline__ void for_each_entry(const FusedBlock& b, Body body) {
-  constexpr int kTogether = 4;  // loads of a thread before it uses the first
+__device__ __forceinline__ void for_each_entries(const FusedBlock& b, Body body) {
+  constexpr int kLoads = 2 * kTogether;  // in flight
 #pragma unroll 1
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
     const bool here = b.args.keeps_group || source == b.me.rank;
 #pragma unroll 1
-    for (int first = threadIdx.x; first < slots; first += kTogether * kFusedThreads) {
-      uint32_t words[kTogether];
+    for (int first = threadIdx.x; first < slots; first += kLoads * kFusedThreads) {
+      Entry entries[kLoads];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
+      for (int i = 0; i < kLoads; ++i) {
         const int slot = first + i * kFusedThreads;
-        words[i] = 0;
-        if (slot < slots) words[i] = here ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
+        entries[i].bits = 0;
+        if (slot < slots) entries[i].bits = here ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
       }
-#pragma unroll 1  // the same code for each, over one register
-      for (int i = 0; i < kTogether; ++i) {
-        const Entry entry = {words[0]};
+#pragma unroll 1  // the same code for each, over the first registers
+      for (int i = first; i < slots && i < first + kLoads * kFusedThreads; i += kTogether * kFusedThreads) {
+        Entry now[kTogether];
 #pragma unroll
-        for (int j = 1; j < kTogether; ++j) words[j - 1] = words[j];
-        if (entry.present()) body(entry, source);
+        for (int j = 0; j < kLoads; ++j) (j < kTogether ? now[j] : entries[j - kTogether]) = entries[j];
+        body(now, source);
       }
     }
+  }
+}
+
+// body(entries, slots) for the rank's own assignments, likewise.
+template <class Body>
+__device__ __forceinline__ void for_each_own(const FusedBlock& b, Body body) {
+#pragma unroll 1
+  for (int slot = threadIdx.x; slot < b.slots(); slot += kTogether * kFusedThreads) {
+    const int other = slot + kFusedThreads;
+    const int slots[kTogether] = {slot, other};
+    const Entry entries[kTogether] = {b.own_entry(slot), other < b.slots() ? b.own_entry(other) : Entry{0}};
+    body(entries, slots);
   }
 }
 

@@ -198,10 +198,13 @@ def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConf
     """Rows of one size; on a shared GPU beside DeepEP in phases."""
     layer = Layer(kernels, config, regions=regions.group(kernels, config).regions)
     slowest = Slowest(table)
-    time_us = partial(together_us, meet=at_rest) if options.mps else graph_us
-    time_layer(slowest, layer, not options.mps and has_deepep(), at_rest, time_us)
-    if options.mps and has_deepep():
-        time_composed(slowest, layer, at_rest)
+    if not options.mps:
+        time_layer(slowest, layer, has_deepep(), at_rest, graph_us)
+    else:
+        if has_deepep():
+            time_composed(slowest, layer, at_rest)
+        if not options.composed_only:
+            time_layer(slowest, layer, False, at_rest, partial(together_us, meet=at_rest))
     torch.cuda.empty_cache()
 
 

@@ -3,10 +3,10 @@
     python3 scripts/gpu/serve_bench.py --out FILE [--go FILE]
 
 Three servers of one launch (gpu_launches.BENCH: 128 experts, top-8, DeepEP normal): off and 1.0, which are timed, and
-1.0 with the proof on, which gets the same requests once and counts violations. The first runs only warm up. The images'
+1.0 with the proof on, which counts violations while all of them warm up, and ends before anything is timed. The images'
 tokens prefer rank 0's experts. All runs send the same requests, whose pictures are prepared once: that takes a server's
 tokenizer 13 ms a picture, and nothing else would be timed. With --go, timing begins when that file exists, and whatever
-else the GPUs did has ended. FILE is written after every round; the bounds come last.
+else the GPUs did has ended. FILE is written after every round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FLAGS = {
     "1.0": ["--macs-gamma", "1.0"],
     "proved": ["--macs-gamma", "1.0", "--macs-verify", "true"],
 }
-WARM_UPS = 4  # the first prepares the pictures, all of them compile kernels
+WARM_UPS = 3  # the first prepares the pictures, all of them compile kernels
 
 
 @contextlib.contextmanager
@@ -92,19 +92,21 @@ def rows_of(pairs: Pairs) -> list[dict]:
 
 
 def measure(servers: dict[str, Server], rounds: int, keep: Callable[[list[dict]], None]) -> dict:
-    """Rows go to `keep`, after every round all there are; returns the last, the bounds."""
-    model, last = str(BENCH.model()), []
+    """Rows go to `keep`, after every round all there are; returns the first, the bounds. The proving server ends before
+    anything is timed.
+    """
+    model = str(BENCH.model())
     with Bench() as bench:
         for turn in range(WARM_UPS):
             for server in servers.values():
-                bench(server.url, model, WORKLOAD, seed=1000 + turn)
-        print("serve_bench: warm", flush=True)
+                bench(server.url, model, WORKLOAD)
+            print(f"serve_bench: warm-up {turn + 1} of {WARM_UPS}", flush=True)
+        bounds = {"op": "e2e", "case": {**CASE, "metric": "bounds"}, **proof(servers["proved"])}
+        servers["proved"].stop()
+        keep([bounds])
         urls = [servers["off"].url, servers["1.0"].url]
-        last = rows_of(measure_bench(bench, urls, model, rounds, WORKLOAD, lambda pairs: keep(rows_of(pairs))))
-        bench(servers["proved"].url, model, WORKLOAD, seed=0)
-    bounds = {"op": "e2e", "case": {**CASE, "metric": "bounds"}, **proof(servers["proved"])}
-    keep([*last, bounds])
-    for row in last:
+        pairs = measure_bench(bench, urls, model, rounds, WORKLOAD, lambda pairs: keep([bounds, *rows_of(pairs)]))
+    for row in rows_of(pairs):
         print(f"{row['case']['metric']:<20} 1.0 / off: {row['ratio']:.4f} {row['ci95']}", flush=True)
     return bounds
 

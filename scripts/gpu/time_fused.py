@@ -67,7 +67,9 @@ class Layer:
 
     def __init__(self, kernels, config: FusedConfig, regions=None) -> None:
         f = config.plan
-        count = max(2, min(SETS, COLD_BYTES // max(1, sum(config.tokens) * f.H * 2)))
+        # An even number: DeepEP's two buffers take turns, in the graph as they did while it was captured, and where its
+        # first pass takes the buffer that its last one used, a rank overtakes what another has not read yet.
+        count = max(2, min(SETS, COLD_BYTES // max(1, sum(config.tokens) * f.H * 2)) // 2 * 2)
         self.kernels, self.config = kernels, config
         self.inputs = [make_group(config, seed, "cuda") for seed in range(count)]
         first = Group(kernels, config, regions=regions)

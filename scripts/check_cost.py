@@ -195,12 +195,13 @@ def row(options: argparse.Namespace, compared: PlannedOrNot | InstalledOrNot, sp
 
 
 def save(path: Path, new: dict) -> None:
-    """Adds the row to a result file, in the place of an older one of the same case."""
+    """Adds the row to a result file, in the place of an older one of the same case. Rows need not be of one run."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [old for old in rows if any(old["case"][key] != new["case"][key] for key in ("comparison", "model"))]
-    head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", "commit": commit()}
-    head |= {"command": "python scripts/check_cost.py", "date": datetime.now(UTC).date().isoformat()}
-    path.write_text(json.dumps({**head, "rows": [*rows, new]}, indent=1) + "\n", encoding="utf-8")
+    ran = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", **ran}
+    head |= {"command": "python scripts/check_cost.py"}
+    path.write_text(json.dumps({**head, "rows": [*rows, {**new, **ran}]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -184,7 +184,9 @@ class Bench:
         self.process.communicate()
 
     def __call__(self, url: str, model: str, workload: Workload, seed: int = 0) -> dict:
-        """The result of one run; a repeated workload takes no seed. Raises ServerError with the output's end if it failed or requests were lost."""
+        """The result of one run; a repeated workload takes no seed. Raises ServerError with the output's end if it
+        failed or requests were lost.
+        """
         out = OUT / f"bench-{url.rpartition(':')[2]}.jsonl"
         out.unlink(missing_ok=True)
         print(json.dumps(bench_arguments(url, model, workload, out, seed)), file=self.process.stdin, flush=True)

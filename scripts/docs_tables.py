@@ -255,10 +255,10 @@ def cost_table() -> str:
         layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
         share = f"{row['plan_share']:.2%}" if "plan_share" in row else ""
         figures = [f"{1e3 * sides[0]:.0f}", *ratios, share, layer, f"{row['load_average']:.1f}"]
-        rows.append([case["comparison"], case["model"], row["blocks"], *figures])
-    header = ["comparison", "model", "blocks", "request, ms", "latency, ratio", "CPU time, ratio", "plan's CPU time"]
-    header += ["a layer decides, ms", "load average"]
-    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+        rows.append([case["comparison"], case["model"], row["date"], row["commit"][:9], row["blocks"], *figures])
+    header = ["comparison", "model", "date", "commit", "blocks", "request, ms", "latency, ratio", "CPU time, ratio"]
+    header += ["plan's CPU time", "a layer decides, ms", "load average"]
+    where = f"{found['cpu']}, `{found['command']}`."
     return where + "\n\n" + markdown(header, rows)
 
 

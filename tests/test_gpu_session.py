@@ -1,8 +1,11 @@
 """The scheduler of scripts/gpu/session.py on small programs: order, GPUs, failures, limits. Needs no GPU."""
 
 import json
+import os
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,24 @@ def test_the_archives_hold_results_and_logs(tmp_path, monkeypatch):
 )
 def test_a_result_names_the_command_without_its_places(argv, said):
     assert result_file.command_line(argv) == f"python3 scripts/gpu/{said}"
+
+
+def test_what_an_earlier_session_compiled_is_not_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    made, header = tmp_path / "made", tmp_path / "header.h"
+    made.mkdir()
+    header.write_text("1")
+    (made / "build.ninja").write_text(f"rule copy\n command = cp $in $out\nbuild {made}/kernel.o: copy {header}\n")
+
+    def ninja(*arguments: str) -> str:
+        return subprocess.run(["ninja", "-C", made, *arguments], capture_output=True, text=True, check=True).stdout
+
+    ninja()
+    with tarfile.open(tmp_path / "jit.tar.gz", "w:gz") as archive:
+        archive.add(made, ".")
+    later = time.time() + 1
+    os.utime(header, (later, later))
+    assert "no work" not in ninja("-n")
+    monkeypatch.setattr(time, "time", lambda: later + 1)
+    session.unpack_compiled(tmp_path / "jit.tar.gz", made)
+    assert "no work" in ninja("-n")

@@ -165,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=220, help="after which --processes are ended")
     parser.add_argument("--blocks", type=int, help="multiprocessors that each of the --processes fills")
     parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
-    parser.add_argument("--composed-only", action="store_true", help="with --mps: time DeepEP and the composed path alone")
+    parser.add_argument("--composed-only", action="store_true", help="with --mps: do not time the fused path")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--init", help=argparse.SUPPRESS)

@@ -46,8 +46,8 @@ ENVIRONMENT = {
     # Servers that start side by side take memory from one another.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
 }
-# A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by side, with
-# empty caches, took 180.
+# A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
+# side, with empty caches, took 180.
 START_SECONDS = 240
 
 

@@ -36,7 +36,7 @@ FLAGS = {
     "1.0": ["--macs-gamma", "1.0"],
     "proved": ["--macs-gamma", "1.0", "--macs-verify", "true"],
 }
-WARM_UPS = 3  # the first prepares the pictures, all of them compile kernels
+WARM_UPS = 2  # the first prepares the pictures, all of them compile kernels
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def measure(servers: dict[str, Server], rounds: int, keep: Callable[[list[dict]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser)
-    parser.add_argument("--rounds", type=int, default=10, help="runs on each of the two servers")
+    parser.add_argument("--rounds", type=int, default=6, help="runs on each of the two servers; fewer give no interval")
     parser.add_argument("--go", type=Path, help="do not time before this file exists")
     options = parser.parse_args()
     BENCH.model()

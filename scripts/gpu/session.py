@@ -82,6 +82,8 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         check = script("check_kernels", "--check-only", "--small", "16", "--seed", "11", "--jobs", "2")
         return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *check]
 
+    # The fused path in graphs of several rounds stands still there: docs/fused_dispatch.md.
+    composed = ("--mps", "--time-only", "--composed-only")
     serve = script("serve_check", "--at-once", "6", "--launch", *checked, result="serve.json")
     one_gpu = script("serve_check", "--launch", "2 ranks, one GPU", result="serve_one_gpu.json")
     bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
@@ -101,7 +103,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("overhead-2", overhead2(result="overhead_2.json"), 240, 2, True, extension),
         Step("overhead-2-normal", overhead2("--normal-only", result="overhead_2_normal.json"), 120, 2, True, extension),
         Step("fused-2", fused("2", "--time-only", "--seconds", "380", result="fused_2.json"), 400, 2, True, both),
-        Step("fused-mps-8-times", fused("8", "--mps", "--time-only", result="fused_mps_8.json"), 200, 1, True, both),
+        Step("composed-mps-8", fused("8", *composed, result="composed_mps_8.json"), 120, 1, True, both),
         Step("fused-mps-2-times", fused("2", "--mps", "--time-only", result="fused_mps_2.json"), 200, 1, True, both),
         # Only right or wrong, but a wait of theirs ends after milliseconds.
         Step("fused-mps-2", fused("2", "--mps", "--check-only"), 120, 1, True, kernels),
@@ -265,6 +267,19 @@ class Session:
 # ---- What comes back -----------------------------------------------------------------------------------------------
 
 
+def unpack_compiled(archive: Path, folder: Path) -> None:
+    """What an earlier session's servers compiled. ninja would compile it anew, 30 s for one kernel that every request
+    waits for, since the headers were installed after it: from now on it counts as newer.
+    """
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    now = time.time()
+    for log in folder.rglob(".ninja_log"):
+        for made in log.parent.iterdir():
+            os.utime(made, (now, now))
+        subprocess.run(["ninja", "-C", log.parent, "-t", "restat"], check=True, stdout=subprocess.DEVNULL)
+
+
 def pack(out: Path, folder: Path) -> None:
     """results.tar.gz of the steps' JSON and logs and the servers' logs; jit.tar.gz of what was compiled."""
     with tarfile.open(out / "results.tar.gz", "w:gz") as archive:
@@ -299,8 +314,7 @@ def main() -> int:
         place.mkdir(parents=True, exist_ok=True)
     (folder / "go").unlink(missing_ok=True)
     if options.jit and options.jit.exists():
-        with tarfile.open(options.jit) as archive:
-            archive.extractall(JIT, filter="data")
+        unpack_compiled(options.jit, JIT)
     session = Session([step for step in every if not options.only or step.name in options.only],
                       options.gpus if options.gpus is not None else count_gpus(), folder)  # fmt: skip
     session.run(options.seconds)

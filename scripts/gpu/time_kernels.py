@@ -21,6 +21,15 @@ REPLAYS = 200
 COLD_BYTES = 300_000_000  # several times the 60 MB of L2
 
 
+def capture(passes: list[Callable[[], None]], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """All of them in one graph. They have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for one in passes:
+            one()
+    return graph
+
+
 def graph_us(passes: list[Callable[[], None]]) -> tuple[float, float]:
     """(median, p99) microseconds of one pass over REPLAYS replays."""
     stream = torch.cuda.Stream()
@@ -28,10 +37,7 @@ def graph_us(passes: list[Callable[[], None]]) -> tuple[float, float]:
         for one in passes:
             one()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for one in passes:
-            one()
+    graph = capture(passes, stream)
     for _ in range(5):
         graph.replay()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]

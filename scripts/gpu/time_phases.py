@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from kernel_case import Run
 from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
+from time_kernels import capture
 
 SETS, ROUNDS = 4, 200  # of inputs; timed in all
 PASSES = 8  # in a graph of fused kernels: of 48, one rank of eight stood still at its 33rd, and the others waited
@@ -34,10 +35,7 @@ def together_us(passes: list[Callable[[], None]], meet: Callable[[], None]) -> t
             for one in some:
                 one()
         meet()
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1], stream=stream):
-            for one in some:
-                one()
+        graphs.append(capture(some, stream))
     times = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -64,9 +62,7 @@ class Phases:
         self.kept.clear()
         self.graphs = {}
         for phase in PHASES:  # two buffers take turns: one round uses both, and its graphs find them as they are here
-            self.graphs[phase] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[phase], stream=stream):
-                getattr(self, "_" + phase)()
+            self.graphs[phase] = capture([getattr(self, "_" + phase)], stream)
         meet()
 
     def _send(self) -> None:

@@ -6,7 +6,9 @@
 
 #include "board.cuh"
 #include "clip_threshold.cuh"
+#include "divisor.cuh"
 #include "fused_entry.cuh"
+#include "fused_rank.cuh"
 #include "fused_row.cuh"
 #include "launch.cuh"
 #include "macs/fused.h"
@@ -40,6 +42,7 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 
 // Offsets into a block's shared memory, in bytes.
 struct FusedDesk {
+  int rank;         // FusedRank
   int group_rows;   // [E] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
   int group_units;  // [E] i32, where they are not the rows
   int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
@@ -80,19 +83,6 @@ struct Decision {
   bool weighed;  // by weights that are known, with the group's sums
 };
 
-// Divides numbers by one that the host knows, where their product is below 2^32: one multiplication instead of twenty
-// instructions.
-struct Divisor {
-  uint32_t magic;  // 2^32 over the divisor, rounded up; 0: by one
-
-  static Divisor of(int divisor) {
-    return {divisor == 1 ? 0u : static_cast<uint32_t>((0xffffffffull + divisor) / divisor)};
-  }
-  __device__ __forceinline__ int divide(int x) const {
-    return magic == 0 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), magic));
-  }
-};
-
 struct FusedArgs {
   FusedDispatchParams p;
   ClipThresholdParams threshold;  // options only
@@ -113,22 +103,24 @@ __device__ __forceinline__ bool has_step(uint32_t seen, uint32_t expected) {
 struct FusedBlock {
   const FusedArgs& args;
   const FusedDispatchParams& p;
-  const FusedRank& me;
+  const FusedRank& me;  // in shared memory; what is asked for all the time, in registers
+  const int rank;
+  char* const home;  // this rank's region
   const PeerView<MACS_NETWORK> peers;
   unsigned char* const shared;
   const int block, num_blocks, lane, warp;
   const int first, end;  // this block's tokens
   Patience patience;
 
-  __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& rank, unsigned char* memory)
-      : args(a), p(a.p), me(rank), peers(rank.region, a.p.network), shared(memory), block(blockIdx.x), num_blocks(gridDim.x),
-        lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), first(rank.num_tokens * block / num_blocks),
-        end(rank.num_tokens * (block + 1) / num_blocks) {
+  __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& described, unsigned char* memory)
+      : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region, a.p.network),
+        shared(memory), block(blockIdx.x), num_blocks(gridDim.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
+        first(me.num_tokens * block / num_blocks), end(me.num_tokens * (block + 1) / num_blocks) {
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device};
   }
 
   template <class T>
-  __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
+  __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }
   template <class T>
   __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(shared + offset); }
   __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
@@ -148,7 +140,7 @@ struct FusedBlock {
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
     return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
-  __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(me.rank)[slot]}; }
+  __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
   // Where assignments are told that hold all that decides.
   __device__ __forceinline__ int64_t whole_letters() const { return p.needs_entropy ? p.layout.weighed : p.layout.entries; }
 
@@ -173,7 +165,7 @@ struct FusedBlock {
   __device__ __forceinline__ void signal_all(Flags kind) const {
     __syncthreads();
     for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
-      peers.signal(peer, flag_offset(p.shape, p.layout, kind, me.rank, block), patience);
+      peers.signal(peer, flag_offset(p.shape, p.layout, kind, rank, block), patience);
     }
   }
   __device__ __forceinline__ bool await_all(Flags kind, Fault fault) const {
@@ -188,7 +180,7 @@ struct FusedBlock {
     if (threadIdx.x == 0) store_release_gpu(flags + block, now);
     bool ok = true;
     for (int i = threadIdx.x; i < num_blocks && ok; i += kFusedThreads) {
-      ok = wait_until(flags + i, now, has_step, patience, fault, me.rank, i);
+      ok = wait_until(flags + i, now, has_step, patience, fault, rank, i);
     }
     return __syncthreads_and(ok) != 0;
   }

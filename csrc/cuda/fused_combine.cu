@@ -2,8 +2,9 @@
 //
 // Problem:     outputs [max_rows, H] bf16 on every rank in, [T, H] bf16 out; bound by reading each output row once.
 // Algorithm:   a rank offers its outputs in its region (copied there first, unless the experts wrote them there) and says
-//              so; a token's rows are read where dispatch has put them and added up in slot order in f32, weighted.
-//              Nothing is written but the result: no receive buffer, no copy of it.
+//              so; a token's rows are read where dispatch has put them and added up in slot order in f32, weighted. Where
+//              they are is looked up while the others finish. Nothing is written but the result: no receive buffer, no
+//              copy of it.
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); a thread has 8 features of a token.
 // Determinism: a fixed order of additions.
 // Reuse:       a rank overwrites its outputs only after its next dispatch, which waits for every rank's next
@@ -11,7 +12,9 @@
 #include <cuda_bf16.h>
 
 #include "clip_threshold.cuh"
+#include "divisor.cuh"
 #include "entropy.cuh"
+#include "fused_rank.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
 #include "macs/peer_view.cuh"
@@ -23,19 +26,27 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRowsInFlight = 8;
 
+struct CombineArgs {
+  FusedCombineParams p;
+  Divisor by_vectors, by_per_rank;  // 16 bytes of a row; experts of a rank
+};
+
 struct CombineBlock {
+  const CombineArgs& args;
   const FusedCombineParams& p;
   const FusedRank& me;
+  char* const home;
   const PeerView<DirectNetwork> peers;
+  const int vectors;
   Patience patience;
 
-  __device__ __forceinline__ CombineBlock(const FusedCombineParams& params, const FusedRank& rank)
-      : p(params), me(rank), peers(rank.region, nullptr) {
+  __device__ __forceinline__ CombineBlock(const CombineArgs& a, const FusedRank& described)
+      : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region, nullptr), vectors(p.shape.hidden_size / 8) {
     const uint32_t round = __ldcg(own<uint32_t>(p.layout.round));
     patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round, p.same_device};
   }
   template <class T>
-  __device__ __forceinline__ T* own(int64_t offset) const { return peers.at<T>(me.rank, offset); }
+  __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }
 };
 
 // Which expert each of this rank's rows is of: `before` [E_l + 1] rows of the experts before, in shared memory.
@@ -56,7 +67,7 @@ __device__ inline void sum_received(const CombineBlock& b, int* before) {
 
 // The rows that this rank's experts have worked on, into its region; a warp a row.
 __device__ inline void copy_outputs(const CombineBlock& b, int* before) {
-  const int local = b.p.shape.num_experts / b.p.shape.num_ranks, vectors = b.p.shape.hidden_size / 8;
+  const int local = b.p.shape.num_experts / b.p.shape.num_ranks, vectors = b.vectors;
   const int lane = threadIdx.x % kWarp, num_warps = gridDim.x * kWarps;
   sum_received(b, before);
   int expert = 0;
@@ -88,33 +99,50 @@ __device__ __forceinline__ int id_at(const CombineBlock& b, int slot) {
                          : __ldg(static_cast<const int32_t*>(b.me.new_ids) + slot);
 }
 
-// Eight features of a token.
-__device__ __forceinline__ uint4 combined(const CombineBlock& b, int token, int vector) {
-  const FusedShape& s = b.p.shape;
-  const int per_rank = s.num_experts / s.num_ranks, vectors = s.hidden_size / 8;
-  const int32_t* const positions = b.own<int32_t>(b.p.layout.positions);
-  float sum[8] = {};
-  for (int first = 0; first < s.top_k; first += kRowsInFlight) {
-    uint4 rows[kRowsInFlight];
-    float gates[kRowsInFlight];
+// Where eight features of a token come from: kRowsInFlight of its slots.
+struct Sources {
+  const uint4* rows[kRowsInFlight];  // nullptr: none
+  float gates[kRowsInFlight];
+
+  __device__ __forceinline__ Sources(const CombineBlock& b, int item, int first) {
+    const int token = b.args.by_vectors.divide(item), vector = item - token * b.vectors, top_k = b.p.shape.top_k;
+    const int32_t* const positions = b.own<int32_t>(b.p.layout.positions);
+    int position[kRowsInFlight], id[kRowsInFlight];
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      const int slot = token * s.top_k + first + i;
-      const int position = first + i < s.top_k ? __ldcg(positions + slot) : -1;
-      gates[i] = 0.0f, rows[i] = make_uint4(0, 0, 0, 0);
-      if (position < 0) continue;
-      const uint4* const outputs = b.peers.at<uint4>(id_at(b, slot) / per_rank, b.p.layout.outputs);
-      rows[i] = load_streaming(outputs + static_cast<int64_t>(position) * vectors + vector);
-      gates[i] = __ldg(b.me.new_weights + slot);
+      const int slot = token * top_k + first + i;
+      const bool inside = first + i < top_k;
+      position[i] = inside ? __ldcg(positions + slot) : -1;
+      id[i] = inside ? id_at(b, slot) : -1;
+      gates[i] = inside ? __ldg(b.me.new_weights + slot) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      rows[i] = nullptr;
+      if (position[i] < 0 || id[i] < 0) continue;
+      const uint4* const outputs = b.peers.at<uint4>(b.args.by_per_rank.divide(id[i]), b.p.layout.outputs);
+      rows[i] = outputs + static_cast<int64_t>(position[i]) * b.vectors + vector;
+    }
+  }
+
+  // Adds them, in order, each under its gate.
+  __device__ __forceinline__ void add_to(float (&sum)[8]) const {
+    uint4 loaded[kRowsInFlight];
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      loaded[i] = rows[i] != nullptr ? load_streaming(rows[i]) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       float x[8];
-      Vector<__nv_bfloat16>::unpack(rows[i], x);
+      Vector<__nv_bfloat16>::unpack(loaded[i], x);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum[j] = fmaf(gates[i], x[j], sum[j]);
+      for (int j = 0; j < 8; ++j) sum[j] = fmaf(rows[i] != nullptr ? gates[i] : 0.0f, x[j], sum[j]);
     }
   }
+};
+
+__device__ __forceinline__ uint4 pack(const float (&sum)[8]) {
   uint4 packed;
   __nv_bfloat162* const pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
@@ -122,23 +150,33 @@ __device__ __forceinline__ uint4 combined(const CombineBlock& b, int token, int 
   return packed;
 }
 
-// `ok`: else zeros, so that nothing old passes for a result.
-__device__ inline void write_combined(const CombineBlock& b, bool ok) {
-  const int vectors = b.p.shape.hidden_size / 8;
-  const int64_t all = static_cast<int64_t>(b.me.num_tokens) * vectors;
+// A thread has eight features of a token at a time. Zeros if the outputs do not come, so that nothing old passes for a result.
+__device__ inline void write_combined(const CombineBlock& b) {
+  const int all = b.me.num_tokens * b.vectors, step = gridDim.x * kThreads, top_k = b.p.shape.top_k;
+  int item = blockIdx.x * kThreads + threadIdx.x, first = 0;
+  Sources sources(b, item, item < all ? first : top_k);
+  const bool ok = await_outputs(b);
   uint4* const out = static_cast<uint4*>(b.me.combined);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < all;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int token = static_cast<int>(i / vectors), vector = static_cast<int>(i % vectors);
-    out[i] = ok ? combined(b, token, vector) : make_uint4(0, 0, 0, 0);
+  float sum[8] = {};
+#pragma unroll 1
+  while (item < all) {
+    if (ok) sources.add_to(sum);
+    first += kRowsInFlight;
+    if (first >= top_k) {
+      out[item] = pack(sum);
+      item += step, first = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] = 0.0f;
+    }
+    sources = Sources(b, item, item < all ? first : top_k);
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) fused_combine_kernel(const __grid_constant__ FusedCombineParams p) {
-  const CombineBlock b(p, p.many != nullptr ? p.many[blockIdx.y] : p.one);
-  if (p.phase != Phase::kReceive) offer_outputs(b);
-  if (p.phase == Phase::kSend) return;
-  write_combined(b, await_outputs(b));
+__global__ void __launch_bounds__(kThreads, 1) fused_combine_kernel(const __grid_constant__ CombineArgs args) {
+  __shared__ FusedRank described;
+  const CombineBlock b(args, describe_rank(args.p, described));
+  if (args.p.phase != Phase::kReceive) offer_outputs(b);
+  if (args.p.phase != Phase::kSend) write_combined(b);
 }
 
 }  // namespace
@@ -155,7 +193,8 @@ cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t strea
                        .rows = p.launched,
                        .shared_bytes = shared_bytes,
                        .cooperative = true};
-  return launch(fused_combine_kernel, shape, p, stream);
+  const CombineArgs args = {p, Divisor::of(s.hidden_size / 8), Divisor::of(s.num_experts / s.num_ranks)};
+  return launch(fused_combine_kernel, shape, args, stream);
 }
 
 }  // namespace macs::cuda

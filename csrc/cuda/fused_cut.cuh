@@ -154,31 +154,31 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
   if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
   if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
-  b.peers.send(b.me.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
+  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
 }
 
 // The bounds from `first` on, `now` of them, in one pass over the group and one over the own assignments. Cells are zero
 // before.
 __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, bool told) {
   const CutCells cells(b);
-  // The cell of an entry whose bound is cut here, among those of that bound from `in` on; null: of another.
-  const auto cell_of = [&](const Entry& entry, int* in, int bound, bool counts, int cell) {
+  // The cell of an entry whose bound is cut here, that bound's `cell`; -1: it is of another.
+  const auto cell_of = [&](const Entry& entry, int bound, bool counts, int cell) {
     const int at = bound - first;
-    return entry.present() && counts && static_cast<unsigned>(at) < static_cast<unsigned>(now)
-               ? in + at * cells.stride() + cell : nullptr;
+    const bool here = entry.present() && counts && static_cast<unsigned>(at) < static_cast<unsigned>(now);
+    return here ? at * cells.stride() + cell : -1;
   };
   for_each_entries(b, [&](const Entry (&entries)[kTogether], int source) {
-    int* cell[kTogether];
+    int cell[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int bound = b.bound_of()[entries[i].expert()];
-      cell[i] = cell_of(entries[i], cells.group(0), bound, is_exceeded(raw_cut(b, bound)), level_of_entry(b, entries[i]));
+      cell[i] = cell_of(entries[i], bound, is_exceeded(raw_cut(b, bound)), level_of_entry(b, entries[i]));
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int units = entries[i].units(b.p.load);
-      if (cell[i] != nullptr) atomicAdd(cell[i], units);
-      if (cell[i] != nullptr && source == b.me.rank) atomicAdd(cell[i] + cells.num_levels, units);
+      if (cell[i] >= 0) atomicAdd(cells.group(0) + cell[i], units);
+      if (cell[i] >= 0 && source == b.rank) atomicAdd(cells.own(0) + cell[i], units);
     }
   });
   __syncthreads();
@@ -189,16 +189,16 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   b.stamp(21);
   const int log = slots_of_cell(b);
   for_each_own(b, [&](const Entry (&entries)[kTogether], const int (&slots)[kTogether]) {
-    int* cell[kTogether];
+    int cell[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int bound = b.bound_of()[entries[i].expert()];
       const bool equal = level_of_entry(b, entries[i]) == raw_cut(b, bound).cut.x;
-      cell[i] = cell_of(entries[i], cells.slots(0), bound, equal, kSlotCells - 1 - (slots[i] >> log));
+      cell[i] = cell_of(entries[i], bound, equal, kSlotCells - 1 - (slots[i] >> log));
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (cell[i] != nullptr) atomicAdd(cell[i], entries[i].units(b.p.load));
+      if (cell[i] >= 0) atomicAdd(cells.slots(0) + cell[i], entries[i].units(b.p.load));
     }
   });
   __syncthreads();
@@ -219,7 +219,7 @@ __device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
     uint64_t letters[kCutLetters];
 #pragma unroll
     for (int i = 0; i < kCutLetters; ++i) letters[i] = load_relaxed_sys(address + i);
-    ok = ok && await_letters(b, address, 1, kCutLetters, letters, Fault::kCuts, b.me.rank);
+    ok = ok && await_letters(b, address, 1, kCutLetters, letters, Fault::kCuts, b.rank);
     const uint32_t cut = value_of(letters[1]);
     set_edge(b, n, static_cast<int>(value_of(letters[0])));
     raw.cut = make_int4(static_cast<int>(cut & (1u << kLevelBits) - 1), static_cast<int>(cut >> kLevelBits), 0, raw.cut.w);

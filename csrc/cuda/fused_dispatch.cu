@@ -100,7 +100,7 @@ class RowReader {
 
  private:
   __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
-    b.peers.send(b.me.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
+    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
   }
 
   const int begin_, end_;
@@ -197,7 +197,7 @@ __device__ inline void receive_scales(const FusedBlock& b) {
   constexpr int kReporting = 2;
   const int first = min(kReporting, b.num_blocks - 1), sharers = max(b.num_blocks - 1 - first, 1);
   if (b.block < first || b.block >= first + sharers) return;
-  const int base = b.me.rank * b.args.per_rank;
+  const int base = b.rank * b.args.per_rank;
   place_scales(b, b.at<uint32_t>(b.args.desk.group_rows) + base, b.at<int>(b.args.desk.starts) + base, b.block - first, sharers);
   b.stamp(23);
 }
@@ -217,8 +217,8 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
 
 template <int kVectors, bool kExact, int kKeys>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const __grid_constant__ FusedArgs args) {
-  const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
-  FusedBlock b(args, me, dynamic_shared());
+  unsigned char* const shared = dynamic_shared();
+  FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.desk.rank)), shared);
   b.patience.round = __ldcg(b.own<uint32_t>(args.p.layout.round)) + 1;
   b.stamp(0);
   const bool score = args.p.needs_entropy;
@@ -267,15 +267,15 @@ __device__ inline void receive_scales_alone(FusedBlock& b, int sharers) {
     rows[j] = load_relaxed_sys(received + j);  // the last block may be about to take them back
     starts[j] = static_cast<int>(load_relaxed_sys(b.own<uint32_t>(b.p.layout.starts) + j));
   }
-  b.patience.round = __ldcg(b.own<uint32_t>(flag_offset(b.p.shape, b.p.layout, Flags::kRows, b.me.rank, b.block)));
+  b.patience.round = __ldcg(b.own<uint32_t>(flag_offset(b.p.shape, b.p.layout, Flags::kRows, b.rank, b.block)));
   __syncthreads();
   place_scales(b, rows, starts, b.block, sharers);
 }
 
 // The second phase: until everybody's rows are here, by the last block; the others put scales in their places.
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const __grid_constant__ FusedArgs args) {
-  const FusedRank& me = args.p.many != nullptr ? args.p.many[blockIdx.y] : args.p.one;
-  FusedBlock b(args, me, dynamic_shared());
+  __shared__ FusedRank described;
+  FusedBlock b(args, describe_rank(args.p, described), nullptr);
   const int sharers = max(b.num_blocks - 1, 1);
   if (scales_with_rows(b) && b.block < sharers) receive_scales_alone(b, sharers);
   if (b.block != b.num_blocks - 1) return;
@@ -300,6 +300,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
   const int64_t counters = p.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
   const FusedDesk desk = {
+      .rank = take(sizeof(FusedRank)),
       .group_rows = take(4 * experts),
       .group_units = take(4 * experts),
       .own_rows = take(4 * experts),

@@ -51,7 +51,7 @@ class OwnSlots {
   }
 
   static __device__ __forceinline__ void send(const FusedBlock& b, int64_t letters, int slot, const Entry& entry) {
-    const int64_t offset = letters + 8LL * (b.me.rank * b.most_slots() + slot);
+    const int64_t offset = letters + 8LL * (b.rank * b.most_slots() + slot);
     const uint64_t letter = make_letter(entry.bits, b.patience.round);
 #pragma unroll 1  // a row waits in registers
     for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, letter);
@@ -72,7 +72,7 @@ class OwnSlots {
   __device__ __forceinline__ Entry entry_of(const FusedBlock& b, bool leads) {
     const int expert = min(slot_.expert, kMostNamed);
     if (slot_.expert >= in_.num_experts) {
-      report(b.patience, Fault::kBadExpert, b.me.rank, b.block, slot_.expert, in_.num_experts - 1);
+      report(b.patience, Fault::kBadExpert, b.rank, b.block, slot_.expert, in_.num_experts - 1);
       return Entry::of(expert, 0, slot_.text(), leads, 0);
     }
     slot_.weight = plain_weight(slot_.segment);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
 #pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
-    b.peers.send(peer, b.p.layout.tokens + 8LL * b.me.rank, make_letter(b.me.num_tokens, b.patience.round));
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_letter(b.me.num_tokens, b.patience.round));
   }
 }
 
@@ -118,8 +118,8 @@ __device__ inline void tell_weighed(const FusedBlock& b) {
 
 // One warp: how many tokens rank `lane` has. -1: it did not say, or more than there may be.
 __device__ inline int hear_tokens(const FusedBlock& b) {
-  int tokens = b.lane == b.me.rank ? b.me.num_tokens : 0;
-  if (b.lane < b.p.shape.num_ranks && b.lane != b.me.rank) {
+  int tokens = b.lane == b.rank ? b.me.num_tokens : 0;
+  if (b.lane < b.p.shape.num_ranks && b.lane != b.rank) {
     const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + b.lane;
     uint64_t letter = load_relaxed_sys(address);
     if (!await_letter(address, letter, b.patience, Fault::kAssignments, b.lane)) return -1;
@@ -167,7 +167,7 @@ struct Claimed {
     chunk = b.args.by_ranks.divide(claim), source = claim - chunk * b.p.shape.num_ranks;
     first = chunk * kClaim * kWarp + b.lane;
     address = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
-    completes = exchange != 0 && source == b.me.rank;
+    completes = exchange != 0 && source == b.rank;
     const int slots = completes ? b.slots() : b.most_slots();
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     if (more) next = Claimed(b, exchange);
     const int heard = ok ? count : 0;
     if (c.completes) complete(b, c, heard);
-    uint32_t* const kept = b.args.keeps_group || c.source == b.me.rank ? b.entries_of(c.source) + c.first : nullptr;
+    uint32_t* const kept = b.args.keeps_group || c.source == b.rank ? b.entries_of(c.source) + c.first : nullptr;
     int unknown = -1;  // an expert that does not exist
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
@@ -250,7 +250,7 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   const bool again = exchange != 0, in_units = b.p.load != Load::kRows && again == b.p.needs_entropy;
   int number = 0, visual = 0, weight = 0, visual_weight = 0;
   const bool ok = hear_letters(b, exchange, [&](const Entry& entry, bool counts, int source, int slot) {
-    const bool ahead = source < b.me.rank || (source == b.me.rank && slot < before);
+    const bool ahead = source < b.rank || (source == b.rank && slot < before);
     if (counts && !again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
     if (counts && in_units) atomicAdd(units + entry.expert(), entry.fixed());
     const int fixed = counts && entry.leads() ? entry.fixed() : 0;
@@ -275,15 +275,23 @@ __device__ __forceinline__ void for_each_entries(const FusedBlock& b, Body body)
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
-    const bool here = b.args.keeps_group || source == b.me.rank;
+    const uint32_t* const kept = b.entries_of(source);
+    const bool here = b.args.keeps_group || source == b.rank;
 #pragma unroll 1
     for (int first = threadIdx.x; first < slots; first += kLoads * kFusedThreads) {
       Entry entries[kLoads];
+      if (here) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int slot = first + i * kFusedThreads;
-        entries[i].bits = 0;
-        if (slot < slots) entries[i].bits = here ? b.entries_of(source)[slot] : value_of(load_relaxed_sys(letters + slot));
+        for (int i = 0; i < kLoads; ++i) {
+          const int slot = first + i * kFusedThreads;
+          entries[i].bits = slot < slots ? kept[slot] : 0;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const int slot = first + i * kFusedThreads;
+          entries[i].bits = slot < slots ? value_of(load_relaxed_sys(letters + slot)) : 0;
+        }
       }
 #pragma unroll 1  // the same code for each, over the first registers
       for (int i = first; i < slots && i < first + kLoads * kFusedThreads; i += kTogether * kFusedThreads) {

@@ -85,7 +85,7 @@ __device__ inline void write_cuts(const FusedBlock& b, bool cut) {
 // What this rank's experts get, by one of its blocks, while others may be looking. `ok`: else they get nothing.
 __device__ inline void write_received(const FusedBlock& b, bool ok) {
   const FusedShape& s = b.p.shape;
-  const int local = b.args.per_rank, base = b.me.rank * local;
+  const int local = b.args.per_rank, base = b.rank * local;
   uint32_t* const received = b.own<uint32_t>(b.p.layout.received);
   uint32_t* const starts = b.own<uint32_t>(b.p.layout.starts);
 #pragma unroll 1

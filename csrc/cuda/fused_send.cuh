@@ -22,13 +22,13 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
     uint64_t held[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const bool awaited = base + i < ranks && base + i != b.me.rank;
+      const bool awaited = base + i < ranks && base + i != b.rank;
       held[i] = awaited ? load_relaxed_sys(letters + (base + i) * experts) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int source = base + i;
-      if (source >= ranks || source == b.me.rank) continue;
+      if (source >= ranks || source == b.rank) continue;
       uint64_t letter = held[i];
       if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
       const uint32_t count = value_of(letter);
@@ -36,7 +36,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
         report(b.patience, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
         return false;
       }
-      rows += count + (source < b.me.rank ? count << 16 : 0u);
+      rows += count + (source < b.rank ? count << 16 : 0u);
     }
   }
   b.at<uint32_t>(b.args.desk.group_rows)[expert] = rows;
@@ -48,8 +48,8 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
-    if (peer == b.me.rank) continue;
-    const int64_t row = b.p.layout.counts + 8LL * b.me.rank * experts;
+    if (peer == b.rank) continue;
+    const int64_t row = b.p.layout.counts + 8LL * b.rank * experts;
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
       b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
@@ -144,7 +144,7 @@ __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
     if (part != 0) continue;
     if (!tells && is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
     if (b.lane == 0) {
-      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.me.rank << 16 | (begin + token));
+      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.rank << 16 | (begin + token));
     }
   }
 }

@@ -73,7 +73,7 @@ __device__ inline bool hear_entropies(const FusedBlock& b) {
     const bool inside = token < b.me.num_tokens;
     const int segment = inside ? min(__ldg(b.me.segment + token), b.p.num_segments - 1) : -1;
     uint64_t letter = inside ? load_relaxed_sys(letters + token) : make_letter(0, b.patience.round);
-    ok = ok && await_letter(letters + token, letter, b.patience, Fault::kEntropies, b.me.rank);
+    ok = ok && await_letter(letters + token, letter, b.patience, Fault::kEntropies, b.rank);
     const float entropy = __uint_as_float(value_of(letter));
     if (inside) entropies[token] = entropy;
     if (!b.args.keeps_limbs) continue;
@@ -146,7 +146,7 @@ __device__ inline bool report_weights(const FusedBlock& b) {
   bool ok = true;
   if (static_cast<int>(threadIdx.x) < b.p.shape.num_ranks) {
     const int peer = threadIdx.x;
-    b.peers.send(peer, letters + 8LL * b.me.rank, make_letter(b.scalars().visual_weight, b.patience.round));
+    b.peers.send(peer, letters + 8LL * b.rank, make_letter(b.scalars().visual_weight, b.patience.round));
     const uint64_t* const address = b.own<uint64_t>(letters) + peer;
     uint64_t letter = load_relaxed_sys(address);
     ok = await_letter(address, letter, b.patience, Fault::kEntropies, peer);

@@ -195,10 +195,14 @@ def row(options: argparse.Namespace, compared: PlannedOrNot | InstalledOrNot, sp
 
 
 def save(path: Path, new: dict) -> None:
-    """Adds the row to a result file, in the place of an older one of the same case. Rows need not be of one run."""
+    """Adds the row to a result file, in the place of an older one of the same case and commit."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [old for old in rows if any(old["case"][key] != new["case"][key] for key in ("comparison", "model"))]
     ran = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+
+    def measured(row: dict, of: str) -> tuple[str, str, str]:
+        return row["case"]["comparison"], row["case"]["model"], of
+
+    rows = [old for old in rows if measured(old, old["commit"]) != measured(new, ran["commit"])]
     head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", **ran}
     head |= {"command": "python scripts/check_cost.py"}
     path.write_text(json.dumps({**head, "rows": [*rows, {**new, **ran}]}, indent=1) + "\n", encoding="utf-8")

@@ -84,6 +84,14 @@ def test_a_row_replaces_the_one_of_its_case(tmp_path):
     assert [row["ratio"] for row in json.loads(out.read_text())["rows"]] == [1.2, 1.1]
 
 
+def test_a_row_of_another_commit_stays(tmp_path, monkeypatch):
+    out = tmp_path / "cost.json"
+    for commit in ("a", "b"):
+        monkeypatch.setattr(check_cost, "commit", lambda commit=commit: commit)
+        check_cost.save(out, {"case": {"comparison": "plan", "model": "wide"}, "ratio": 1.0})
+    assert [row["commit"] for row in json.loads(out.read_text())["rows"]] == ["a", "b"]
+
+
 def test_bytes_on_the_cable_follow_from_the_counters(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 64, "num_local_experts": 8}}))
 

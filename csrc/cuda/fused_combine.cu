@@ -119,7 +119,10 @@ struct Sources {
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       rows[i] = nullptr;
-      if (position[i] < 0 || id[i] < 0) continue;
+      if (position[i] < 0 || id[i] < 0) {
+        gates[i] = 0.0f;
+        continue;
+      }
       const uint4* const outputs = b.peers.at<uint4>(b.args.by_per_rank.divide(id[i]), b.p.layout.outputs);
       rows[i] = outputs + static_cast<int64_t>(position[i]) * b.vectors + vector;
     }
@@ -137,7 +140,7 @@ struct Sources {
       float x[8];
       Vector<__nv_bfloat16>::unpack(loaded[i], x);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum[j] = fmaf(rows[i] != nullptr ? gates[i] : 0.0f, x[j], sum[j]);
+      for (int j = 0; j < 8; ++j) sum[j] = fmaf(gates[i], x[j], sum[j]);
     }
   }
 };

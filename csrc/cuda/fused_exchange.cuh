@@ -308,10 +308,14 @@ __device__ __forceinline__ void for_each_entries(const FusedBlock& b, Body body)
 template <class Body>
 __device__ __forceinline__ void for_each_own(const FusedBlock& b, Body body) {
 #pragma unroll 1
-  for (int slot = threadIdx.x; slot < b.slots(); slot += kTogether * kFusedThreads) {
-    const int other = slot + kFusedThreads;
-    const int slots[kTogether] = {slot, other};
-    const Entry entries[kTogether] = {b.own_entry(slot), other < b.slots() ? b.own_entry(other) : Entry{0}};
+  for (int first = threadIdx.x; first < b.slots(); first += kTogether * kFusedThreads) {
+    Entry entries[kTogether];
+    int slots[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      slots[i] = first + i * kFusedThreads;
+      entries[i] = slots[i] < b.slots() ? b.own_entry(slots[i]) : Entry{0};
+    }
     body(entries, slots);
   }
 }

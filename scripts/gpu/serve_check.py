@@ -68,11 +68,11 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
     flags = ["--enable-metrics", "--macs-trace", str(traced)] if launch.observed and run == "1.0" else []
     try:
         with start(launch, [*RUNS[run], *flags], log, environment) as server:
-            started, tokens = time.perf_counter(), []
+            started, tokens, length = time.perf_counter(), [], 4 if launch.one_gpu else 8
             for text, image in requests(launch):
-                tokens.append(server.generate(text, image, max_new_tokens=4 if launch.one_gpu else 8).ids)
+                tokens.append(server.generate(text, image, max_new_tokens=length).ids)
             with ThreadPoolExecutor(8) as pool:  # together, so that batches mix; their tokens may depend on the batch
-                list(pool.map(lambda r: server.generate(r[0], r[1], max_new_tokens=2), requests(launch) * 2))
+                list(pool.map(lambda r: server.generate(r[0], r[1], max_new_tokens=length // 2), requests(launch) * 2))
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
             observed = observe(server, traced, states) if flags else None

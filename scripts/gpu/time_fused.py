@@ -67,8 +67,8 @@ class Layer:
 
     def __init__(self, kernels, config: FusedConfig, regions=None) -> None:
         f = config.plan
-        # An even number: DeepEP's two buffers take turns, in the graph as they did while it was captured, and where its
-        # first pass takes the buffer that its last one used, a rank overtakes what another has not read yet.
+        # An even number: DeepEP's two buffers take turns, in the graph as they did while it was captured, so that
+        # behind an odd number the next replay begins with the buffer just used. Two ranks stood still with 47.
         count = max(2, min(SETS, COLD_BYTES // max(1, sum(config.tokens) * f.H * 2)) // 2 * 2)
         self.kernels, self.config = kernels, config
         self.inputs = [make_group(config, seed, "cuda") for seed in range(count)]

@@ -20,7 +20,7 @@ from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
 from time_kernels import capture
 
 SETS, ROUNDS = 4, 200  # of inputs; timed in all
-PASSES = 8  # in a graph of fused kernels: of 48, one rank of eight stood still at its 33rd, and the others waited
+PASSES = 8  # in a graph of fused kernels: one rank of eight came too late for its 33rd of 48 (and for its 7th of 8)
 IDLE_CYCLES = 100_000  # that the device sleeps before a graph: the host's launching is not timed
 PHASES = ("send", "receive", "combine_send", "combine_receive")
 

@@ -188,20 +188,34 @@ def slowed(function, share: float):
     return run
 
 
-def test_eight_percent_burned_on_top_of_a_real_row_are_caught(monkeypatch):
-    """The whole way, but for the child processes: two measurements must agree before a row counts as slower."""
+def caught(ours, reference, share: float) -> bool | None:
+    """Whether `share` burned on top is called slower, twice; None where unchanged code is, too: others came or went.
+
+    Unchanged runs stand before, between and behind the others, so that whoever disturbs some disturbs them all.
+    """
+    shares = (0, share, 0, 0, share, 0)
+    try:
+        runs = [paired.measure(slowed(ours, each), reference, seconds=5) for each in shares]
+    except paired.TooNoisyError:
+        return None
+    *unchanged, last = (run for run, each in zip(runs, shares, strict=True) if not each)
+    middle = statistics.median(run.value for run in unchanged)
+    base = {"ratio": middle, "mad": statistics.median(abs(run.value - middle) for run in unchanged) / middle}
+    if check_latency.verdict(base, last) != "ok" or check_latency.allowed(base, last) > share:
+        return None
+    return all(check_latency.verdict(base, run) == "slower" for run in (runs[1], runs[4]))
+
+
+def test_eight_percent_burned_on_top_of_a_real_row_are_caught():
+    """The whole way, but for the child processes. Said of this machine as it is: more than one try, others use it."""
     torch.set_num_threads(1)
     ours, reference = check_latency.ROWS["apply_reroute"]()
-    try:
-        runs = [paired.measure(slowed(ours, share), reference, seconds=5) for share in (0, 0, 0, 0, 0.08, 0.08)]
-    except paired.TooNoisyError as error:
-        pytest.skip(f"this machine is too busy for any statement, as the tool itself would say: {error}")
-    values = [r.value for r in runs[:3]]
-    middle = statistics.median(values)
-    base = {"ratio": middle, "mad": statistics.median(abs(v - middle) for v in values) / middle}
-    assert check_latency.verdict(base, runs[3]) != "slower"
-    slow = [check_latency.verdict(base, r) for r in runs[4:]]
-    assert slow == ["slower", "slower"] or check_latency.allowed(base, runs[4]) > 0.08, (base, runs)
+    tries = []
+    while True not in tries and len(tries) < 4:
+        tries.append(caught(ours, reference, 0.08))
+    if set(tries) == {None}:
+        pytest.skip("this machine is too busy for any statement, as the tool itself would say")
+    assert True in tries, tries
 
 
 def test_every_row_runs_and_both_sides_compute_something():

@@ -34,6 +34,7 @@ constexpr int kHomeless = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 constexpr int kClaim = 4;  // letters of a lane that it waits for together
+constexpr int kMostListed = kFusedThreads;
 
 // How many lanes take the scales of a row that came in one piece.
 MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
@@ -43,10 +44,10 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 // Offsets into a block's shared memory, in bytes.
 struct FusedDesk {
   int rank;         // FusedRank
-  int group_rows;   // [E] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
-  int group_units;  // [E] i32, where they are not the rows
+  int group_rows;   // [named] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
+  int group_units;  // [named] i32, where they are not the rows
+  int fate;         // [named] u32: what a pass over assignments asks of their expert (fused_cut.cuh)
   int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
-  int shift;        // [E]
   int bound_of;     // [E]
   int starts;       // [E] first row of each expert in its rank's buffer
   int raw;          // [NB] RawCut
@@ -55,6 +56,7 @@ struct FusedDesk {
   int taken;        // [NB]
   int counted;      // [warps, NB], to re-route
   int running;      // [warps, NB]
+  int listed;       // [kMostListed] int2: an assignment of a bound that this block cuts, and its slot if it is this rank's, else -1
   int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
   int counts;       // [3, E, 2]
   int current;      // [max_tokens * K] i16
@@ -72,6 +74,7 @@ struct FusedDesk {
 struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of letters to be heard, by exchange
+  int listed;                        // assignments, more than there is room for included
   bool faulty;                       // this rank has a fault on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
@@ -126,6 +129,8 @@ struct FusedBlock {
   __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
   __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
   __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
+  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
+  __device__ __forceinline__ int2* listed() const { return at<int2>(args.desk.listed); }
   __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }
   __device__ __forceinline__ int* running() const { return at<int>(args.desk.running) + warp * args.bounds; }
   __device__ __forceinline__ unsigned char* staged(int row) const {
@@ -185,5 +190,24 @@ struct FusedBlock {
     return __syncthreads_and(ok) != 0;
   }
 };
+
+// The bounds that a block cuts: all, or a share of many.
+struct CutShare {
+  int first, end;
+  bool told;  // to the rank's other blocks, which cut others
+
+  __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
+    told = end >= kCutsAtOnce;
+    if (!told) return;
+    first = b.args.by_blocks.divide(b.args.bounds * b.block);
+    end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
+  }
+  __device__ __forceinline__ int size() const { return end - first; }
+};
+
+// Experts of a bound.
+__device__ __forceinline__ int experts_of_bound(const FusedBlock& b) {
+  return b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;
+}
 
 }  // namespace macs::cuda

@@ -20,9 +20,35 @@ constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;
 static_assert(kMaxFusedTokens * kMaxFusedTopK <= kLastSlot);
 
-__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry) {
-  return level_of(entry.bucket(), b.at<int>(b.args.desk.shift)[entry.expert()], entry.text(), b.p.protect_text,
-                  b.p.bucket_bits);
+// An expert's word in `fate`: how far its buckets move down, and above that what the pass is about. While bounds are cut, the
+// mark of its bound if that is one of those; to clip, the bound's edge.
+struct Fate {
+  static constexpr int kShiftBits = 8;
+
+  uint32_t word;
+
+  __device__ __forceinline__ int shift() const { return static_cast<int>(word & (1u << kShiftBits) - 1); }
+  __device__ __forceinline__ uint32_t about() const { return word >> kShiftBits; }
+  __device__ __forceinline__ static uint32_t change(uint32_t word, uint32_t about) {
+    return about << kShiftBits | (word & (1u << kShiftBits) - 1);
+  }
+};
+static_assert(kLevelBits + kSlotBits + 1 + Fate::kShiftBits <= 32);  // an edge is at most one above all that may stand
+
+// That an expert's bound is the one at `at` of those that are cut now, and at which level, once that is known.
+__device__ __forceinline__ uint32_t mark_of(int at, int level = 0) {
+  return static_cast<uint32_t>(at + 1) << kLevelBits | static_cast<uint32_t>(level);
+}
+
+__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry, const Fate& fate) {
+  return level_of(entry.bucket(), fate.shift(), entry.text(), b.p.protect_text, b.p.bucket_bits);
+}
+
+// One warp: marks the experts of bound `n`.
+__device__ __forceinline__ void mark_experts(const FusedBlock& b, int n, uint32_t mark) {
+  const int each = experts_of_bound(b);
+#pragma unroll 1
+  for (int j = n * each + b.lane; j < (n + 1) * each; j += kWarp) b.fate()[j] = Fate::change(b.fate()[j], mark);
 }
 
 // Where an own assignment stands on its bound: those below the edge are given up.
@@ -30,20 +56,6 @@ __device__ __forceinline__ int standing(int level, int slot) { return level << k
 
 __device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.desk.raw)[n]; }
 __device__ __forceinline__ bool is_exceeded(const RawCut& raw) { return raw.cut.z < 0; }  // until it is cut
-
-// The bounds that a block cuts.
-struct CutShare {
-  int first, end;
-  bool told;  // to the rank's other blocks, which cut others
-
-  __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
-    told = end >= kCutsAtOnce;
-    if (!told) return;
-    first = b.args.by_blocks.divide(b.args.bounds * b.block);
-    end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
-  }
-  __device__ __forceinline__ int size() const { return end - first; }
-};
 
 // Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot, the
 // first ones last.
@@ -114,6 +126,7 @@ __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const Cut
     own_kept = __reduce_add_sync(kFullMask, own_kept);
   }
   __syncwarp();  // all lanes have read the bound
+  mark_experts(b, n, mark_of(at, found.at));
   if (b.lane != 0) return;
   const int quota = static_cast<int>(own_here == here ? remainder : remainder * own_here / here);
   raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = quota;
@@ -134,8 +147,9 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
 #pragma unroll 1
   for (int first = begin; first < end; first += kWarp) {
     const int slot = first + b.lane;
-    const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry{0};
-    const bool equal = entry.present() && b.bound_of()[entry.expert()] == n && level_of_entry(b, entry) == level;
+    const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry::nobody();
+    const Fate fate = {entry.in(b.fate())};
+    const bool equal = fate.about() == mark_of(at, level) && level_of_entry(b, entry, fate) == level;
     const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.load) : 0);
     const unsigned over = __ballot_sync(kFullMask, upto > quota);
     if (over != 0) return standing(level, first + __ffs(over) - 1) + 1;
@@ -157,54 +171,37 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
 }
 
-// The bounds from `first` on, `now` of them, in one pass over the group and one over the own assignments. Cells are zero
-// before.
-__device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, bool told) {
+// The bounds from `first` on, `now` of them, in one pass over their assignments and one over the own ones. Cells and marks are
+// zero before.
+__device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, const CutShare& share) {
   const CutCells cells(b);
-  // The cell of an entry whose bound is cut here, that bound's `cell`; -1: it is of another.
-  const auto cell_of = [&](const Entry& entry, int bound, bool counts, int cell) {
-    const int at = bound - first;
-    const bool here = entry.present() && counts && static_cast<unsigned>(at) < static_cast<unsigned>(now);
-    return here ? at * cells.stride() + cell : -1;
-  };
-  for_each_entries(b, [&](const Entry (&entries)[kTogether], int source) {
-    int cell[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int bound = b.bound_of()[entries[i].expert()];
-      cell[i] = cell_of(entries[i], bound, is_exceeded(raw_cut(b, bound)), level_of_entry(b, entries[i]));
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int units = entries[i].units(b.p.load);
-      if (cell[i] >= 0) atomicAdd(cells.group(0) + cell[i], units);
-      if (cell[i] >= 0 && source == b.rank) atomicAdd(cells.own(0) + cell[i], units);
-    }
+  const int n = first + b.warp;
+  const bool cuts = b.warp < now && is_exceeded(raw_cut(b, n)), listed = share.told && b.scalars().listed <= kMostListed;
+  if (cuts) mark_experts(b, n, mark_of(b.warp));
+  __syncthreads();
+  for_each_to_cut<false>(b, listed, [&](const Entry& entry, int own_slot) {
+    const Fate fate = {entry.in(b.fate())};
+    if (fate.about() == 0) return;
+    const int at = static_cast<int>(fate.about() >> kLevelBits) - 1, units = entry.units(b.p.load);
+    const int cell = at * cells.stride() + level_of_entry(b, entry, fate);
+    atomicAdd(cells.group(0) + cell, units);
+    if (own_slot >= 0) atomicAdd(cells.own(0) + cell, units);
   });
   __syncthreads();
-  const int n = first + b.warp;
-  const bool cuts = b.warp < now && is_exceeded(raw_cut(b, n));
   if (cuts) find_level(b, n, cells, b.warp);
   __syncthreads();
   b.stamp(21);
   const int log = slots_of_cell(b);
-  for_each_own(b, [&](const Entry (&entries)[kTogether], const int (&slots)[kTogether]) {
-    int cell[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int bound = b.bound_of()[entries[i].expert()];
-      const bool equal = level_of_entry(b, entries[i]) == raw_cut(b, bound).cut.x;
-      cell[i] = cell_of(entries[i], bound, equal, kSlotCells - 1 - (slots[i] >> log));
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (cell[i] >= 0) atomicAdd(cells.slots(0) + cell[i], entries[i].units(b.p.load));
-    }
+  for_each_to_cut<true>(b, listed, [&](const Entry& entry, int own_slot) {
+    const Fate fate = {entry.in(b.fate())};
+    const int at = static_cast<int>(fate.about() >> kLevelBits) - 1, level = level_of_entry(b, entry, fate);
+    if (own_slot < 0 || at < 0 || fate.about() != mark_of(at, level)) return;
+    atomicAdd(cells.slots(at) + (kSlotCells - 1 - (own_slot >> log)), entry.units(b.p.load));
   });
   __syncthreads();
   if (!cuts) return;
   const int edge = find_edge(b, n, cells, b.warp);
-  if (told) return tell_cut(b, n, edge);
+  if (share.told) return tell_cut(b, n, edge);
   if (b.lane == 0) set_edge(b, n, edge), raw_cut(b, n).cut.z = 0;
 }
 
@@ -216,16 +213,25 @@ __device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
     RawCut& raw = raw_cut(b, n);
     if (!is_exceeded(raw)) continue;
     const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutLetters;
+    static_assert(kCutLetters == kClaim);
     uint64_t letters[kCutLetters];
 #pragma unroll
     for (int i = 0; i < kCutLetters; ++i) letters[i] = load_relaxed_sys(address + i);
-    ok = ok && await_letters(b, address, 1, kCutLetters, letters, Fault::kCuts, b.rank);
+    ok = ok && await_letters(b, address, 1, letters, Fault::kCuts, b.rank);
     const uint32_t cut = value_of(letters[1]);
     set_edge(b, n, static_cast<int>(value_of(letters[0])));
     raw.cut = make_int4(static_cast<int>(cut & (1u << kLevelBits) - 1), static_cast<int>(cut >> kLevelBits), 0, raw.cut.w);
     raw.kept = {value_of(letters[2]), value_of(letters[3])};
   }
   return ok;
+}
+
+// What the next pass asks of each expert: about(expert). A barrier of the block is in it.
+template <class About>
+__device__ __forceinline__ void set_fates(const FusedBlock& b, About about) {
+#pragma unroll 1
+  for (int j = threadIdx.x; j < b.p.shape.num_experts; j += kFusedThreads) b.fate()[j] = Fate::change(b.fate()[j], about(j));
+  __syncthreads();
 }
 
 // The cuts of all exceeded bounds. False: a block of this rank did not tell its own.
@@ -236,13 +242,16 @@ __device__ inline bool cut_bounds(const FusedBlock& b) {
     if (first > share.first) {
       __syncthreads();
       clear_cells(b, share.end - first, threadIdx.x);
-      __syncthreads();
+      set_fates(b, [](int) { return 0u; });
     }
-    cut_some(b, first, min(share.end - first, kCutsAtOnce), share.told);
+    cut_some(b, first, min(share.end - first, kCutsAtOnce), share);
   }
   b.stamp(22);
   __syncthreads();  // nobody looks for exceeded bounds any more
-  return __syncthreads_and(!share.told || hear_cuts(b)) != 0;
+  if (__syncthreads_and(!share.told || hear_cuts(b)) == 0) return false;
+  const int* const edge = b.at<int>(b.args.desk.edge);
+  set_fates(b, [&](int j) { return static_cast<uint32_t>(edge[b.bound_of()[j]]); });
+  return true;
 }
 
 }  // namespace macs::cuda

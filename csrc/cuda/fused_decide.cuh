@@ -16,9 +16,10 @@
 
 namespace macs::cuda {
 
-__device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert) {
-  return b.p.load == Load::kRows ? static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu)
-                                 : b.at<int>(b.args.desk.group_units)[expert];
+// Of the whole group, with the weights if `weighed`: else in rows.
+__device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert, bool weighed) {
+  return weighed ? b.at<int>(b.args.desk.group_units)[expert]
+                 : static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu);
 }
 
 __device__ __forceinline__ Capacity capacity_of(const FusedBlock& b, bool mix = true) {
@@ -40,16 +41,14 @@ __device__ __forceinline__ bool set_bound(const FusedBlock& b, int n, int units,
 
 // Every bound against its units; whether any is exceeded. `known`: the weights are. Else every row weighs the most it can, and
 // the group's mix is the worst: a no is certain, and with rows a yes as well, but where rho tells experts apart. It is the
-// same on all ranks.
+// same on all ranks. So is an expert that does not exist, and counts as exceeded here.
 __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   const ClipThresholdParams& t = b.args.threshold;
   Capacity capacity = capacity_of(b, known && t.scope == Scope::kExpert);
   const int most = known || t.load == Load::kRows ? 1 : kWeightOne;
-  const bool in_rows = t.load == Load::kRows || !known;
-  const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
-  const int* const units = b.at<int>(b.args.desk.group_units);
-  const auto units_of = [&](int j) { return in_rows ? static_cast<int>(rows[j] & 0xffffu) * most : units[j]; };
-  bool over = false;
+  const bool weighed = t.load != Load::kRows && known;
+  const auto units_of = [&](int j) { return units_of_expert(b, j, weighed) * most; };
+  bool over = counts_unknown(b);
   if (t.scope == Scope::kRank) {
     const int bound = capacity.of_rank(t);
 #pragma unroll 1
@@ -76,11 +75,11 @@ __device__ inline void find_shifts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   if (t.scope != Scope::kRank || !(t.alpha > 0.0)) return;
   const Capacity capacity = capacity_of(b);
+  const bool weighed = t.load != Load::kRows;
 #pragma unroll 1
   for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-    const double rows = static_cast<double>(units_of_expert(b, j)) * (t.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);
-    b.at<int>(b.args.desk.shift)[j] =
-        pressure_shift(rows, capacity.of_expert(t, __ldg(t.modality + j)), t.alpha, t.bucket_bits);
+    const double rows = static_cast<double>(units_of_expert(b, j, weighed)) * (weighed ? 1.0 / kWeightOne : 1.0);
+    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, __ldg(t.modality + j)), t.alpha, t.bucket_bits);
   }
   __syncthreads();
 }
@@ -136,23 +135,17 @@ __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int exp
 
 // The own assignments against their bounds' edges. Returns whether one is given up.
 __device__ inline bool clip_own(const FusedBlock& b) {
-  const int* const edge = b.at<int>(b.args.desk.edge);
   bool any = false;
-  for_each_own(b, [&](const Entry (&entries)[kTogether], const int (&slots)[kTogether]) {
-    bool stays[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      stays[i] = standing(level_of_entry(b, entries[i]), slots[i]) >= edge[b.bound_of()[entries[i].expert()]];
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const bool present = entries[i].present();
-      const int current = !present ? kEmptySlot : stays[i] ? entries[i].expert() : kHomeless;
-      if (slots[i] < b.slots()) b.current()[slots[i]] = static_cast<int16_t>(current);
-      if (present && stays[i]) count_row(b, slots[i], entries[i].expert());
-      any |= present && !stays[i];
-    }
-  });
+#pragma unroll 2
+  for (int slot = threadIdx.x; slot < b.slots(); slot += kFusedThreads) {
+    const Entry entry = b.own_entry(slot);
+    const Fate fate = {entry.in(b.fate())};
+    const bool present = entry.present();
+    const bool stays = standing(level_of_entry(b, entry, fate), slot) >= static_cast<int>(fate.about());
+    b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kHomeless);
+    if (present && stays) count_row(b, slot, entry.expert());
+    any |= present && !stays;
+  }
   return __syncthreads_or(any) != 0;
 }
 
@@ -167,7 +160,7 @@ __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
     const int current = b.lane < top_k ? b.current()[slot] : kEmptySlot;
     const unsigned homeless = __ballot_sync(kFullMask, current == kHomeless);
     if (homeless == 0) continue;
-    const Entry entry = b.lane < top_k ? b.own_entry(slot) : Entry{0};
+    const Entry entry = b.lane < top_k ? b.own_entry(slot) : Entry::nobody();
     Chooser<kKeys> tokens[1];
     tokens[0].homeless = homeless;
     tokens[0].original = entry.present() ? entry.expert() : -1;

@@ -28,13 +28,15 @@ namespace {
 // Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which tell.
 __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
-#pragma unroll 1
-  for (int j = thread; j < experts; j += kFusedThreads) {
-    b.at<uint32_t>(b.args.desk.group_rows)[j] = 0;
-    b.at<int>(b.args.desk.group_units)[j] = 0;
-    b.at<uint32_t>(b.args.desk.own_rows)[j] = 0;
-    b.at<int>(b.args.desk.shift)[j] = 0;
-    b.bound_of()[j] = b.p.scope == Scope::kExpert ? j : b.args.by_per_rank.divide(j);
+  static_assert(kNamedExperts <= kFusedThreads);
+  if (thread < kNamedExperts) {
+    b.at<uint32_t>(b.args.desk.group_rows)[thread] = 0;
+    b.at<int>(b.args.desk.group_units)[thread] = 0;
+    b.fate()[thread] = 0;
+  }
+  if (thread < experts) {
+    b.at<uint32_t>(b.args.desk.own_rows)[thread] = 0;
+    b.bound_of()[thread] = b.p.scope == Scope::kExpert ? thread : b.args.by_per_rank.divide(thread);
   }
 #pragma unroll 1
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
@@ -147,6 +149,10 @@ __device__ inline Decision decide(const FusedBlock& b) {
     if (__syncthreads_and(heard) == 0) return {};
     b.stamp(exchange == 0 ? 4 : 8);
     decision.cut = find_exceeded(b, decision.weighed);
+    if (decision.cut && __syncthreads_or(counts_unknown(b)) != 0) {
+      report_unknown(b, exchange);
+      return {};
+    }
     if (!decision.cut || decision.weighed) break;
     decision.weighed = true;
     if (!tell_weights(b)) return {};
@@ -301,10 +307,10 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   const int64_t counters = p.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
   const FusedDesk desk = {
       .rank = take(sizeof(FusedRank)),
-      .group_rows = take(4 * experts),
-      .group_units = take(4 * experts),
+      .group_rows = take(4 * kNamedExperts),
+      .group_units = take(4 * kNamedExperts),
+      .fate = take(4 * kNamedExperts),
       .own_rows = take(4 * experts),
-      .shift = take(4 * experts),
       .bound_of = take(4 * experts),
       .starts = take(4 * experts),
       .raw = take(sizeof(RawCut) * num_bounds),
@@ -313,6 +319,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .taken = take(4 * num_bounds),
       .counted = take(counters),
       .running = take(counters),
+      .listed = take(sizeof(int2) * kMostListed),
       .cells = take(cell_bytes(p)),
       .counts = take(4 * 6 * experts),
       .current = take(2 * p.shape.max_tokens * top_k),

@@ -44,7 +44,7 @@ class OwnSlots {
       b.at<int>(b.args.desk.ids)[here] = slot_.expert;
       b.at<float>(b.args.desk.gates)[here] = slot_.gate;
       b.current()[at] = static_cast<int16_t>(present ? slot_.expert : kEmptySlot);
-      const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry{0};
+      const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry::nobody();
       send(b, b.p.layout.entries, at, entry);
       write(b, at);
     }
@@ -80,7 +80,7 @@ class OwnSlots {
     return Entry::of(expert, 0, slot_.text(), leads, slot_.text() ? kWeightOne : 0);
   }
 
-  static constexpr int kMostNamed = 0x3ff;  // an entry has ten bits for an expert
+  static constexpr int kMostNamed = kNobody - 1;
 
   Assignments in_;
   Step step_;
@@ -133,190 +133,247 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-// One lane: `count` letters at `address`, `apart` from each other.
-__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int apart, int count,
+// One lane: letters at `address`, `apart` from each other. Those that it does not wait for are of this round already.
+__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int apart,
                                               uint64_t (&letters)[kClaim], Fault fault, int source) {
   for (Wait wait;;) {
-    uint64_t missing = make_letter(0, b.patience.round);
+    uint32_t wrong = 0;
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) wrong |= round_of(letters[i]) ^ b.patience.round;
+    if (wrong == 0) return true;
+    uint32_t seen = 0;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], b.patience.round)) missing = letters[i];
+      if (!is_of(letters[i], b.patience.round)) seen = round_of(letters[i]);
     }
-    if (is_of(missing, b.patience.round)) return true;
-    const uint32_t seen = static_cast<uint32_t>(missing >> 32);
     if (!wait.go_on(b.patience, fault, source, -1, seen, b.patience.round)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (i < count && !is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * apart);
+      if (!is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
 
-// What a warp waits for together: some letters of a source, kClaim a lane. The second time own assignments are completed by
-// their gates, which take the letters' place.
+constexpr int kChunk = kClaim * kWarp;
+
+// What a warp waits for together: a chunk of a source's letters, kClaim a lane.
 struct Claimed {
-  int chunk, source, first;  // first: this lane's first slot
-  bool completes;
+  int source, begin, first;  // the chunk's first slot, and this lane's
   const uint64_t* address;
-  uint64_t words[kClaim];
+  uint64_t letters[kClaim];
 
   // The next that nobody has claimed, sent for whether the source has as many slots or not.
   __device__ __forceinline__ Claimed(const FusedBlock& b, int exchange) {
     int claim = b.lane == 0 ? atomicAdd(&b.scalars().claims[exchange], 1) : 0;
     claim = __shfl_sync(kFullMask, claim, 0);
-    chunk = b.args.by_ranks.divide(claim), source = claim - chunk * b.p.shape.num_ranks;
-    first = chunk * kClaim * kWarp + b.lane;
+    const int chunk = b.args.by_ranks.divide(claim);
+    source = claim - chunk * b.p.shape.num_ranks;
+    begin = chunk * kChunk, first = begin + b.lane;
     address = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
-    completes = exchange != 0 && source == b.rank;
-    const int slots = completes ? b.slots() : b.most_slots();
+#pragma unroll
+    for (int i = 0; i < kClaim; ++i) letters[i] = first + i * kWarp < b.most_slots() ? load_relaxed_sys(address + i * kWarp) : 0;
+  }
+
+  // Of `slots` that the source has: what lies behind them names nobody, and has come.
+  __device__ __forceinline__ void end_at(int slots, uint32_t round) {
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      const int slot = first + i * kWarp;
-      words[i] = 0;
-      if (slot >= slots) continue;
-      words[i] = completes ? make_letter(__float_as_uint(__ldg(b.me.topk_weights + slot)), b.patience.round)
-                           : load_relaxed_sys(address + i * kWarp);
+      if (first + i * kWarp >= slots) letters[i] = make_letter(Entry::nobody().bits, round);
     }
   }
 };
 
-// Own assignments behind the second exchange's letters, which are their gates so far.
-__device__ inline void complete(const FusedBlock& b, Claimed& c, int heard) {
-#pragma unroll 1  // the same code for each, over one register
+// What a thread counts of the assignments that it sees, and where.
+class Tally {
+ public:
+  // What an exchange tells: rows per expert the first, units and sums whichever tells weights. Where that is the second,
+  // visual tokens weigh nothing in the first.
+  __device__ __forceinline__ Tally(const FusedBlock& b, int exchange)
+      : again_(exchange != 0), in_units_(again_ || (b.p.load != Load::kRows && !b.p.needs_entropy)) {
+    const CutShare share(b);
+    if (again_ != b.p.needs_entropy || !share.told) return;
+    first_listed_ = share.first * experts_of_bound(b), listed_ = share.size() * experts_of_bound(b);
+  }
+
+  // ahead: of this block's assignments.
+  __device__ __forceinline__ void add(const FusedBlock& b, const Entry& entry, bool ahead) {
+    if (!again_) atomicAdd(&entry.in(b.at<uint32_t>(b.args.desk.group_rows)), ahead ? 0x10001u : 1u);
+    if (in_units_) atomicAdd(&entry.in(b.at<int>(b.args.desk.group_units)), entry.fixed());
+    seen_ += entry.bits & (Entry::kPresent | Entry::kVisual);
+    tokens_ += entry.bits & (Entry::kLeads | Entry::kVisualLeads);
+    if (again_) weight_ += (entry.bits & Entry::kVisualLeads) != 0 ? entry.fixed() : 0;
+  }
+
+  // Whether it is of a bound that this block cuts while others cut others: few are.
+  __device__ __forceinline__ bool lists(const Entry& entry) const { return entry.is_among(first_listed_, listed_); }
+  static __device__ __forceinline__ void list(const FusedBlock& b, const Entry& entry, int own_slot) {
+    const int at = atomicAdd(&b.scalars().listed, 1);
+    if (at < kMostListed) b.listed()[at] = make_int2(static_cast<int>(entry.bits), own_slot);
+  }
+
+  // The warp's part of the group's sums. A barrier has to follow.
+  __device__ __forceinline__ void finish(const FusedBlock& b) const {
+    int* const sums = b.scalars().sums;
+    if (again_) {
+      add_sum(b, sums + 2, weight_);
+      add_sum(b, sums + 3, weight_);
+      return;
+    }
+    constexpr uint32_t kFirst = (1u << Entry::kTallyBits) - 1;
+    const int number = seen_ & kFirst, visual = seen_ >> Entry::kTallyBits;
+    const int leads = tokens_ >> 1 & kFirst, visual_leads = tokens_ >> (1 + Entry::kTallyBits);
+    const int visual_weight = b.p.needs_entropy ? 0 : visual_leads * fixed_weight(plain_weight(0));
+    add_sum(b, sums, number);
+    add_sum(b, sums + 1, visual);
+    add_sum(b, sums + 2, visual_weight);
+    add_sum(b, sums + 3, (leads - visual_leads) * kWeightOne + visual_weight);
+  }
+
+ private:
+  static __device__ __forceinline__ void add_sum(const FusedBlock& b, int* sum, int part) {
+    part = __reduce_add_sync(kFullMask, part);
+    if (b.lane == 0 && part != 0) atomicAdd(sum, part);
+  }
+  const bool again_, in_units_;
+  uint32_t first_listed_ = 0, listed_ = 0;  // experts of the bounds that this block cuts, if others cut others
+  uint32_t seen_ = 0, tokens_ = 0;  // two numbers each: Entry
+  int weight_ = 0;
+};
+
+__device__ __forceinline__ void list_some(const FusedBlock& b, const Tally& tally, Claimed& c, bool own) {
+#pragma unroll 1  // rarely run, so short
   for (int i = 0; i < kClaim; ++i) {
-    const uint64_t gate = c.words[0];
+    const Entry entry = {value_of(c.letters[0])};
 #pragma unroll
-    for (int j = 1; j < kClaim; ++j) c.words[j - 1] = c.words[j];
-    c.words[kClaim - 1] = i < heard ? weighed_entry(b, c.first + i * kWarp, __uint_as_float(value_of(gate))).bits : 0;
+    for (int j = 1; j < kClaim; ++j) c.letters[j - 1] = c.letters[j];
+    if (tally.lists(entry)) Tally::list(b, entry, own ? c.first + i * kWarp : -1);
   }
 }
 
-// Everybody's assignments as they come, kept in shared memory: use(entry, counts, source, slot) for each; those that are not
-// there do not count. Warps claim what they wait for, so that those that are busy with rows are not waited for. The first
-// letters are sent for before it is known how many there are, and the next ones before the first are counted: counting them
-// takes as long as their way. False: a rank did not send them, or they are not to be believed. A warp at a time: a barrier
-// of the block has to follow.
-template <class Use>
-__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Use use) {
+// Everybody's assignments as they come, kept in shared memory and counted. Warps claim what they wait for, so that those
+// that are busy with rows are not waited for. The first letters are sent for before it is known how many there are, and the
+// next ones before the first are counted: counting them takes as long as their way. False: a rank did not send them. A warp
+// at a time: a barrier of the block has to follow.
+__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Tally& tally) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
   Claimed next(b, exchange);
   const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
   // Otherwise every warp claims once, in the order in which they come.
-  constexpr int kChunk = kClaim * kWarp;
   const bool more = ranks * ((longest + kChunk - 1) / kChunk) > kFusedWarps;
 #pragma unroll 1
   do {
     Claimed c = next;
-    if (c.chunk * kChunk >= longest) return true;
+    if (c.begin >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
-    const int count = min(kClaim, (slots - c.first + kWarp - 1) / kWarp);
-    bool ok = await_letters(b, c.address, kWarp, count, c.words, Fault::kAssignments, c.source);
+    const bool own = c.source == b.rank, wanted = c.begin < slots && (exchange == 0 || !own);
+    if (wanted) c.end_at(slots, b.patience.round);
+    const bool ok = !wanted || await_letters(b, c.address, kWarp, c.letters, Fault::kAssignments, c.source);
     if (more) next = Claimed(b, exchange);
-    const int heard = ok ? count : 0;
-    if (c.completes) complete(b, c, heard);
-    uint32_t* const kept = b.args.keeps_group || c.source == b.rank ? b.entries_of(c.source) + c.first : nullptr;
-    int unknown = -1;  // an expert that does not exist
+    if (!__all_sync(kFullMask, ok)) return false;
+    if (!wanted) continue;
+    const int ahead = c.source < b.rank ? b.most_slots() : own ? b.first * top_k : 0;
+    uint32_t* const kept = b.entries_of(c.source) + c.first;
+    const bool keeps = b.args.keeps_group || own;
+    bool lists = false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      const Entry entry = {value_of(c.words[i])};
-      const bool present = i < heard && entry.present(), known = entry.expert() < b.p.shape.num_experts;
-      if (i < heard && kept != nullptr) kept[i * kWarp] = entry.bits;
-      if (present && !known) unknown = entry.expert();
-      use(entry, present && known, c.source, c.first + i * kWarp);
+      const Entry entry = {value_of(c.letters[i])};
+      const int slot = c.first + i * kWarp;
+      if (keeps && slot < slots) kept[i * kWarp] = entry.bits;
+      tally.add(b, entry, slot < ahead);
+      lists |= tally.lists(entry);
     }
-    if (unknown >= 0) {
-      ok = false;
-      report(b.patience, Fault::kBadExpert, c.source, -1, unknown, b.p.shape.num_experts - 1);
-    }
-    if (!__all_sync(kFullMask, ok)) return false;
+    if (lists) list_some(b, tally, c, own);
   } while (more);
   return true;
 }
 
-// A warp's part of one of the group's sums.
-__device__ __forceinline__ void add_sum(const FusedBlock& b, int i, int part) {
-  const int sum = __reduce_add_sync(kFullMask, part);
-  if (b.lane == 0 && sum != 0) atomicAdd(&b.scalars().sums[i], sum);
-}
-
-// Rows per expert from the first exchange; units and sums from whichever tells weights. Where that is the second, visual
-// tokens weigh nothing in the first. Behind: a barrier has to follow.
-__device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
-  uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
-  int* const units = b.at<int>(b.args.desk.group_units);
-  const int before = b.first * b.p.shape.top_k;
-  const bool again = exchange != 0, in_units = b.p.load != Load::kRows && again == b.p.needs_entropy;
-  int number = 0, visual = 0, weight = 0, visual_weight = 0;
-  const bool ok = hear_letters(b, exchange, [&](const Entry& entry, bool counts, int source, int slot) {
-    const bool ahead = source < b.rank || (source == b.rank && slot < before);
-    if (counts && !again) atomicAdd(rows + entry.expert(), ahead ? 0x10001u : 1u);
-    if (counts && in_units) atomicAdd(units + entry.expert(), entry.fixed());
-    const int fixed = counts && entry.leads() ? entry.fixed() : 0;
-    number += counts, weight += fixed;
-    visual += counts && !entry.text(), visual_weight += entry.text() ? 0 : fixed;
-  });
-  add_sum(b, 0, again ? 0 : number);
-  add_sum(b, 1, again ? 0 : visual);
-  add_sum(b, 2, visual_weight);
-  add_sum(b, 3, again ? visual_weight : weight);
-  return ok;
-}
-
-// Assignments that a thread works on at the same time: one waits for shared memory while another does.
-constexpr int kTogether = 2;
-
-// When all have come: body(entries, source) for everybody's, kTogether at a time; those that are not there are empty.
-template <class Body>
-__device__ __forceinline__ void for_each_entries(const FusedBlock& b, Body body) {
-  constexpr int kLoads = 2 * kTogether;  // in flight
+// Own assignments with what the entropies say, behind tell_weighed's barrier.
+__device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
 #pragma unroll 1
-  for (int source = 0; source < b.p.shape.num_ranks; ++source) {
-    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
-    const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
-    const uint32_t* const kept = b.entries_of(source);
-    const bool here = b.args.keeps_group || source == b.rank;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < slots; first += kLoads * kFusedThreads) {
-      Entry entries[kLoads];
-      if (here) {
+  for (int first = threadIdx.x; first < b.slots(); first += kClaim * kFusedThreads) {
+    float gates[kClaim];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int slot = first + i * kFusedThreads;
-          entries[i].bits = slot < slots ? kept[slot] : 0;
-        }
-      } else {
+    for (int i = 0; i < kClaim; ++i) {
+      const int slot = first + i * kFusedThreads;
+      gates[i] = slot < b.slots() ? __ldg(b.me.topk_weights + slot) : 0.0f;
+    }
+#pragma unroll 1  // the same code for each, over one register
+    for (int slot = first; slot < b.slots() && slot < first + kClaim * kFusedThreads; slot += kFusedThreads) {
+      const float gate = gates[0];
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-          const int slot = first + i * kFusedThreads;
-          entries[i].bits = slot < slots ? value_of(load_relaxed_sys(letters + slot)) : 0;
-        }
-      }
-#pragma unroll 1  // the same code for each, over the first registers
-      for (int i = first; i < slots && i < first + kLoads * kFusedThreads; i += kTogether * kFusedThreads) {
-        Entry now[kTogether];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) (j < kTogether ? now[j] : entries[j - kTogether]) = entries[j];
-        body(now, source);
-      }
+      for (int i = 1; i < kClaim; ++i) gates[i - 1] = gates[i];
+      const Entry entry = weighed_entry(b, slot, gate);
+      b.entries_of(b.rank)[slot] = entry.bits;
+      tally.add(b, entry, false);
+      if (tally.lists(entry)) tally.list(b, entry, slot);
     }
   }
 }
 
-// body(entries, slots) for the rank's own assignments, likewise.
-template <class Body>
-__device__ __forceinline__ void for_each_own(const FusedBlock& b, Body body) {
+// The group's assignments, with their weights the second time. A barrier has to follow.
+__device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
+  Tally tally(b, exchange);
+  if (exchange != 0) weigh_own(b, tally);
+  const bool ok = exchange != 0 && b.p.shape.num_ranks == 1 || hear_letters(b, exchange, tally);
+  tally.finish(b);
+  return ok;
+}
+
+// One thread: whether an expert of its own was named that does not exist.
+__device__ __forceinline__ bool counts_unknown(const FusedBlock& b) {
+  const int j = threadIdx.x;
+  if (j < b.p.shape.num_experts || j >= kNobody) return false;
+  return (b.at<uint32_t>(b.args.desk.group_rows)[j] | b.at<uint32_t>(b.args.desk.group_units)[j]) != 0;
+}
+
+// Who named an expert that does not exist: on record.
+__device__ inline void report_unknown(const FusedBlock& b, int exchange) {
+  for (int source = 0; source < b.p.shape.num_ranks; ++source) {
+    if (exchange != 0 && source == b.rank) continue;
+    const uint64_t* const letters = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source);
+    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < b.slots(); first += kTogether * kFusedThreads) {
-    Entry entries[kTogether];
-    int slots[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      slots[i] = first + i * kFusedThreads;
-      entries[i] = slots[i] < b.slots() ? b.own_entry(slots[i]) : Entry{0};
+    for (int slot = threadIdx.x; slot < slots; slot += kFusedThreads) {
+      const int expert = Entry{value_of(load_relaxed_sys(letters + slot))}.expert();
+      if (expert < b.p.shape.num_experts || expert == kNobody) continue;
+      report(b.patience, Fault::kBadExpert, source, -1, expert, b.p.shape.num_experts - 1);
     }
-    body(entries, slots);
+  }
+}
+
+// Behind a barrier: body(entry, own slot or -1) for the assignments of the bounds that are cut now: out of the list of them, if
+// it is whole, else for everybody's. kOwn: the other ranks' are not wanted.
+template <bool kOwn, class Body>
+__device__ __forceinline__ void for_each_to_cut(const FusedBlock& b, bool listed, Body body) {
+  constexpr int kInFlight = 4;
+  const bool one = kOwn || listed;
+#pragma unroll 1
+  for (int source = one ? b.rank : 0, end = one ? b.rank + 1 : b.p.shape.num_ranks; source < end; ++source) {
+    const bool own = source == b.rank, here = b.args.keeps_group || own;
+    const int count = listed ? b.scalars().listed : b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+    const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+    const uint32_t* const kept = listed ? reinterpret_cast<const uint32_t*>(b.listed()) : b.entries_of(source);
+    const int apart = listed ? 2 : 1;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count; first += kInFlight * kFusedThreads) {
+      Entry entries[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int at = first + i * kFusedThreads;
+        entries[i] = Entry::nobody();
+        if (at < count) entries[i].bits = here ? kept[at * apart] : value_of(load_relaxed_sys(letters + at));
+      }
+#pragma unroll 1  // the same code for each, over one register
+      for (int at = first; at < count && at < first + kInFlight * kFusedThreads; at += kFusedThreads) {
+        const Entry entry = entries[0];
+#pragma unroll
+        for (int i = 1; i < kInFlight; ++i) entries[i - 1] = entries[i];
+        body(entry, listed ? b.listed()[at].y : own ? at : -1);
+      }
+    }
   }
 }
 

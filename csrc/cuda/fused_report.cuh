@@ -17,7 +17,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
     const bool inside = b.lane < top_k;
-    const Entry entry = inside ? b.own_entry(slot) : Entry{0};
+    const Entry entry = inside ? b.own_entry(slot) : Entry::nobody();
     const int original = entry.present() ? entry.expert() : -1, current = inside ? b.current()[slot] : kEmptySlot;
     const int here = slot - b.first * top_k;
     const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;

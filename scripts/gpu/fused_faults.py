@@ -45,6 +45,12 @@ def letters(group: Group, name: str, *shape: int) -> torch.Tensor:
 EXPERTS = (0, 1, 2, 3)
 
 
+def _entry(expert: int, *, leads: bool, bucket: int = 0, fixed: int = 0) -> int:
+    """A visual token's assignment as csrc/cuda/fused_entry.cuh packs it."""
+    flags = 1 | leads << 1
+    return flags | flags << 13 | expert << 2 | bucket << 15 | fixed << 23
+
+
 def forge_assignments(
     group: Group, tokens: int = 12, experts: tuple[int, ...] = EXPERTS, weighed: tuple[int, ...] | None = EXPERTS
 ) -> None:
@@ -53,10 +59,10 @@ def forge_assignments(
     weighed: the experts of what it tells once more, with the weights; None: it does not.
     """
     letters(group, "tokens").fill_(tokens)
-    words = [1 << 31 | expert | (slot == 0) << 19 for slot, expert in enumerate(experts)]
+    words = [_entry(expert, leads=slot == 0) for slot, expert in enumerate(experts)]
     letters(group, "entries", 12, 4).copy_(torch.tensor(words).to(torch.int32))
     if weighed is not None:
-        words = [1 << 31 | expert | 64 << 10 | (slot == 0) << 19 | 128 << 20 for slot, expert in enumerate(weighed)]
+        words = [_entry(expert, leads=slot == 0, bucket=64, fixed=128) for slot, expert in enumerate(weighed)]
         letters(group, "weighed", 12, 4).copy_(torch.tensor(words).to(torch.int32))
 
 
@@ -125,7 +131,7 @@ SCENARIOS = {
     "dead before its rows": Scenario("rows", _weighed, gamma=float("inf"), decided=True),
     "dead before its weight": Scenario("entropies", _sent, gamma=float("inf"), decided=True, delivered=True),
     **{f"{n} tokens": Scenario("bad tokens", _assigned(tokens=n), seen=n) for n in (-1, 13, I32_MAX)},
-    **{f"expert {e}": Scenario("bad expert", _assigned(experts=(0, 1, e, 3)), seen=e) for e in (16, 1023)},
+    **{f"expert {e}": Scenario("bad expert", _assigned(experts=(0, 1, e, 3)), seen=e) for e in (16, 510)},
     "expert 16, told again": Scenario("bad expert", _assigned(weighed=(0, 1, 16, 3)), seen=16),
     **{f"{n} rows of an expert": Scenario("bad count", _counted(n), seen=n) for n in (-1, 13, I32_MAX)},
     "own expert 16": Scenario("bad expert", _own_expert, seen=16, peer=0),

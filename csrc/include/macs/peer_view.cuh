@@ -120,14 +120,15 @@ __device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) 
   return static_cast<uint64_t>(round) << 32 | value;
 }
 __device__ __forceinline__ uint32_t value_of(uint64_t letter) { return static_cast<uint32_t>(letter); }
+__device__ __forceinline__ uint32_t round_of(uint64_t letter) { return static_cast<uint32_t>(letter >> 32); }
 // Of this round exactly: a letter that nobody wrote for half of all rounds must not pass for a new one.
-__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) { return static_cast<uint32_t>(letter >> 32) == round; }
+__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) { return round_of(letter) == round; }
 
 // One thread: looks at `address` until `letter`, what it saw there last, is of this round.
 __device__ inline bool await_letter(const uint64_t* address, uint64_t& letter, const Patience& patience, Fault fault,
                                     int peer) {
   for (Wait wait; !is_of(letter, patience.round); letter = load_relaxed_sys(address)) {
-    if (!wait.go_on(patience, fault, peer, -1, static_cast<uint32_t>(letter >> 32), patience.round)) return false;
+    if (!wait.go_on(patience, fault, peer, -1, round_of(letter), patience.round)) return false;
   }
   return true;
 }

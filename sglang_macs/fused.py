@@ -116,6 +116,7 @@ class FusedDispatch:
         self.shape: ops.RegionShape | None = None  # once the format of the rows is known
         self._layers: deque[int] = deque(maxlen=KEPT_ROUNDS)  # of the last rounds, the newest last
         self._round = 0
+        self._under_way: int | None = None  # layer whose rows were sent and not yet received
         self._seen: Tensor | None = None  # the status, on its way to the host
         self._seen_at: torch.cuda.Event | None = None
 
@@ -144,9 +145,13 @@ class FusedDispatch:
     ) -> PlanResult:
         """Plans and sends; shapes as of `Plan.__call__`, T <= sizes.max_tokens. Collective.
 
-        `group` and `own` of the result hold only the group's sums: no histogram is made.
+        `group` and `own` of the result hold only the group's sums: no histogram is made. Raises MacsError if the rows
+        of the `send` before were not received: their scales would be taken for those of these.
         """
+        if self._under_way is not None:
+            raise MacsError("fused dispatch", f"layer {layer_id} sent", f"layer {self._under_way} received before", "")
         self._set_format(format)
+        self._under_way = layer_id
         self._layers.append(layer_id)
         self._round += 1
         logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
@@ -169,6 +174,7 @@ class FusedDispatch:
         bf16), and rows of each expert [E_l] i32.
         """
         ops.fused_receive(*self._where(), TIMEOUT_NS)
+        self._under_way = None
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
 
     def offer(self, outputs: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
@@ -216,6 +222,8 @@ class FusedDispatch:
         self._round = max(everyone(int(rounds), group)) + 1
         rounds.fill_(self._round)
         self._status().zero_()
+        self._part("row_scales", torch.uint8, self._layout.scales - self._layout.row_scales).zero_()
+        self._under_way = None
         self._layers.clear()
         self._seen = None
         torch.cuda.synchronize()

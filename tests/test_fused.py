@@ -432,15 +432,33 @@ def _recover(rank: int, world: int) -> tuple[int, int, int]:
     torch.cuda.synchronize = lambda: None
     size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
     carrier = FusedDispatch(MacsConfig(), SIZES, PeerMemory(rank, torch.zeros(size, dtype=torch.uint8), [0, 0]), 4)
-    carrier._set_format("bf16")
+    carrier._set_format("fp8")
     carrier._part("round", torch.int32, 1).fill_(5 + rank)  # the other rank gave up before it began
     carrier._status().copy_(status(2))
+    scales = carrier.memory.own[carrier._layout.row_scales : carrier._layout.scales]
+    scales.fill_(7)  # of rows that nobody received
     carrier.recover(torch.distributed.group.WORLD)
-    return carrier._round, int(carrier._part("round", torch.int32, 1)), int(carrier._status().sum())
+    left = int(carrier._status().sum()) + int(scales.sum())
+    return carrier._round, int(carrier._part("round", torch.int32, 1)), left
 
 
 def test_ranks_that_recover_agree_on_a_round_and_forget_the_fault():
     assert run_ranks(2, _recover) == [(7, 7, 0)] * 2
+
+
+def test_rows_that_nobody_received_stop_the_next_layer(dispatched, monkeypatch):
+    monkeypatch.setattr(ops, "fused_dispatch", lambda *_, **__: (None,) * 6)
+    monkeypatch.setattr(ops, "fused_receive", lambda *_: None)
+    size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
+    dispatched.memory = PeerMemory(0, torch.zeros(size, dtype=torch.uint8), [0, 0])
+    inputs = (torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
+    plan = SimpleNamespace(fused_options=lambda device: {})
+    for layer in (0, 1):
+        dispatched.send(plan, layer, "fp8", *inputs)
+        dispatched.receive()
+    dispatched.send(plan, 2, "fp8", *inputs)
+    with pytest.raises(MacsError, match=r"layer 3 sent.*layer 2 received before"):
+        dispatched.send(plan, 3, "fp8", *inputs)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

@@ -107,6 +107,7 @@ CUT = {
     "group_not_kept_two_ranks": FusedConfig(
         replace(MANY, T=300, K=16, E=32), (12, 9), blocks=3, max_rows=2000, alignment=8
     ),
+    "sources_not_named": FusedConfig(PLAN, (12, 7, 0, 12), names_sources=False),
     "more_images_than_limbs": FusedConfig(replace(PLAN, num_segments=200, bucket_bits=1), (12, 12, 3, 12)),
 }
 WITH_ROWS = {

@@ -38,7 +38,7 @@ constexpr int kMostListed = kFusedThreads;
 
 // How many lanes take the scales of a row that came in one piece.
 MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
-  return static_cast<int>((row_scale_letters(s) + kClaim - 1) / kClaim);
+  return static_cast<int>((scale_words(s) + kClaim - 1) / kClaim);
 }
 
 // Offsets into a block's shared memory, in bytes.

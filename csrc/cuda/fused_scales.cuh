@@ -1,8 +1,12 @@
 // The scales of FP8 rows, and how they get to where DeepGEMM looks for them: features apart, rows side by side.
 //
 // On one device the sender of a row puts each scale there. Over NVLink a store of 4 bytes that lies apart is a packet of its
-// own, 56 of them a row at hidden size 7168. There the scales come with the row, in one piece and as letters, and the
-// receiver puts them in their places as they come, while the rows behind them are still on their way.
+// own, 56 of them a row at hidden size 7168. There the scales come with the row, in one piece, and the receiver puts them in
+// their places as they come, while the rows behind them are still on their way.
+//
+// No scale is 0 (Fp8Scale, and so no word of four exponents), so that a word says by itself that it has come. Whoever has
+// seen it writes 0 in its place, for the next round: every word that is sent has to be taken. The host clears what a fault
+// has left.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -42,51 +46,50 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
 __device__ __forceinline__ void tell_scales(const FusedBlock& b, int peer, int row, const unsigned char* staged) {
   const FusedShape& s = b.p.shape;
   const int words = static_cast<int>(scale_words(s));
-  const int64_t offset = b.p.layout.row_scales + 8 * row * row_scale_letters(s);
+  const int64_t offset = b.p.layout.row_scales + 4 * row * row_scale_stride(s);
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(staged + RowBytes(s).features);
 #pragma unroll 1
-  for (int w = b.lane; w < words; w += kWarp) b.peers.send(peer, offset + 8 * w, make_letter(from[w], b.patience.round));
+  for (int w = b.lane; w < words; w += kWarp) b.peers.send(peer, offset + 4 * w, from[w]);
 }
 
-// One lane: `count` letters, side by side. They lie in one sector and are written by one warp: until the last has come only that
+// One lane: `count` words, side by side. They lie in one sector and are written by one warp: until the last has come only that
 // one is looked at, and with pauses, since thousands of lanes may wait while rows come in through the same L2.
-__device__ __forceinline__ bool await_scales(const uint64_t* address, int count, uint64_t (&letters)[kClaim],
+__device__ __forceinline__ bool await_scales(const uint32_t* address, int count, uint32_t (&words)[kClaim],
                                              const Patience& patience) {
   constexpr uint32_t kPauseNs = 300;
   for (Wait wait;;) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      letters[i] = i < count ? load_relaxed_sys(address + i) : make_letter(0, patience.round);
-      all &= is_of(letters[i], patience.round);
+      words[i] = i < count ? load_relaxed_sys(address + i) : 0;
+      all &= i >= count || words[i] != 0;
     }
     if (all) return true;
-    uint64_t last = 0;
     do {
-      const uint32_t seen = static_cast<uint32_t>(last >> 32);
-      if (!wait.go_on(patience, Fault::kRows, -1, -1, seen, patience.round)) return false;
+      if (!wait.go_on(patience, Fault::kRows, -1, -1, 0, patience.round)) return false;
       nanosleep(kPauseNs);
-      last = load_relaxed_sys(address + count - 1);
-    } while (!is_of(last, patience.round));
+    } while (load_relaxed_sys(address + count - 1) == 0);
   }
 }
 
-// One warp, a row a lane: words [first, first + kClaim) of the scales of an expert's row, from the letters to their places.
+// One warp, a row a lane: words [first, first + kClaim) of the scales of an expert's row, from where they came to their places.
 // inside: this lane has a row. False: they did not come. It waits twice as long as others: who waits for signals is to name
 // the rank that is missing.
 __device__ __forceinline__ bool place_words(const FusedBlock& b, int local, int row, bool inside, int first) {
   const FusedShape& s = b.p.shape;
   const int count = inside ? min(kClaim, static_cast<int>(scale_words(s)) - first) : 0;
-  const uint64_t* const address = b.own<uint64_t>(b.p.layout.row_scales) + row * row_scale_letters(s) + first;
+  uint32_t* const address = b.own<uint32_t>(b.p.layout.row_scales) + row * row_scale_stride(s) + first;
   Patience patience = b.patience;
   patience.timeout_ns *= 2;
-  uint64_t letters[kClaim];
-  const bool ok = await_scales(address, count, letters, patience);
+  uint32_t words[kClaim];
+  const bool ok = await_scales(address, count, words, patience);
   if (!__all_sync(kFullMask, ok)) return false;
   const ScalePlace place(b, local, row);
 #pragma unroll
   for (int i = 0; i < kClaim; ++i) {
-    if (i < count) *b.own<uint32_t>(place.offset + (first + i) * place.apart) = value_of(letters[i]);
+    if (i >= count) continue;
+    *b.own<uint32_t>(place.offset + (first + i) * place.apart) = words[i];
+    store_relaxed_sys(address + i, 0u);
   }
   return true;
 }

@@ -143,7 +143,7 @@ __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
     b.peers.put(peer, offset, reinterpret_cast<const uint4*>(staged) + from, upto - from, b.lane);
     if (part != 0) continue;
     if (!tells && is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
-    if (b.lane == 0) {
+    if (b.p.names_sources && b.lane == 0) {
       b.peers.write(peer, b.p.layout.sources + 4LL * row, b.rank << 16 | (begin + token));
     }
   }

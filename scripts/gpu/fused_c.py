@@ -56,7 +56,7 @@ class FusedDispatchParams(ctypes.Structure):
         ("layout", FusedLayout),
         ("modality", _p),
         *_fields(_i32, "bucket_bits reroute_rounds num_segments"),
-        *_fields(_bool, "ids_are_i64 needs_entropy protect_text same_device scales_with_rows"),
+        *_fields(_bool, "ids_are_i64 needs_entropy protect_text same_device scales_with_rows names_sources"),
         *_fields(_i32, "scope load importance reroute scoring"),
         *_fields(_f64, "gamma rho alpha c_min"),
         ("delta", _f32),

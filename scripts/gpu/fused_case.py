@@ -12,9 +12,9 @@ import torch
 from kernel_case import POISON, Config, Inputs, make_inputs
 
 GUARD = 256  # bytes of poison on either side of every buffer
-# Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round; those of
-# `row_scales` are looked at one by one all the same.
-TRANSIENT = ("rows", "row_scales", "scales", "outputs", "sources", "wanted", "positions", "received", "starts")
+# Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round, and
+# `row_scales` are 0 where scales come with rows.
+TRANSIENT = ("rows", "scales", "outputs", "sources", "wanted", "positions", "received", "starts")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class FusedConfig:
     blocks: int = 4
     format: str = "bfloat16"
     scales_with_rows: bool = False  # FP8: as between devices, else as on one
+    names_sources: bool = True  # which only checks ask for
     expert_rows: int = 0  # 0: packed
     alignment: int = 128
     max_rows: int = 0  # 0: as many as may ever come
@@ -212,6 +213,8 @@ class Group:
                 tensor.view(torch.uint8).fill_(POISON)
             for name in TRANSIENT:
                 self.bytes_of(rank, name).fill_(POISON)
+            if not self.config.scales_with_rows:
+                self.bytes_of(rank, "row_scales").fill_(POISON)
 
     def bytes_of(self, rank: int, name: str) -> torch.Tensor:
         """A part of a rank's region, to the start of the next part."""
@@ -235,7 +238,8 @@ class Group:
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
             bucket_bits=f.bucket_bits, reroute_rounds=f.rounds, num_segments=f.num_segments, ids_are_i64=f.ids_i64,
             needs_entropy=self.config.needs_entropy, protect_text=f.protect_text, same_device=self.same_device,
-            scales_with_rows=self.config.scales_with_rows, scope=c.SCOPES.index(f.scope),
+            scales_with_rows=self.config.scales_with_rows, names_sources=self.config.names_sources,
+            scope=c.SCOPES.index(f.scope),
             load=c.LOADS.index(f.load), importance=c.IMPORTANCES.index(f.importance),
             reroute=c.REROUTES.index(f.reroute), scoring=c.SCORINGS.index(f.scoring), gamma=f.gamma, rho=f.rho,
             alpha=f.alpha, c_min=f.c_min, delta=f.delta, phase=phase, timeout_ns=self.config.timeout_ns,
@@ -271,3 +275,4 @@ class Group:
         for rank in self.ranks:
             self.part(rank, "round", torch.int32, 1).fill_(following)
             self.bytes_of(rank, "status").zero_()
+            self.bytes_of(rank, "row_scales").zero_()

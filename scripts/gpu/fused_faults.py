@@ -76,9 +76,7 @@ def forge_weight(group: Group) -> None:
 def forge_rows(group: Group, scales: bool = True) -> None:
     """Rank 1's signal that its rows are here, and their scales (they are the poison)."""
     if scales:
-        group.part(0, "row_scales", torch.int32, group.bytes_of(0, "row_scales").numel() // 8, 2)[:, 1] = (
-            group.round(0) + 1
-        )
+        group.bytes_of(0, "row_scales").fill_(POISON)
     flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks, 2)
     flags[0, 1, :, 0] = group.round(0) + 1
 

@@ -40,7 +40,14 @@ def timed_config(
     scope = {"scope": "expert"} if ranks == 1 else {}
     plan = Config(T=tokens, H=hidden_size, R=ranks, hot=2.0, visual=0.9, reroute="none", rho=0.0, gamma=FREE_GAMMA)
     config = masked(
-        FusedConfig(replace(plan, **scope), (tokens,) * ranks, multiprocessors // ranks, format, scales_with_rows)
+        FusedConfig(
+            replace(plan, **scope),
+            (tokens,) * ranks,
+            multiprocessors // ranks,
+            format,
+            scales_with_rows,
+            names_sources=False,
+        )
     )
     return of_importance(config, importance)
 

@@ -76,10 +76,10 @@ struct FusedLayout {
   int64_t weights;    // [2, R] letters by the round's parity: the weight of each source's visual tokens, where only sums ask
   int64_t counts;     // [R, E] letters: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
-  int64_t row_scales; // [max_rows, row_scale_letters] letters: the words of a row's scales, where these come with the rows
+  int64_t row_scales; // [max_rows, row_scale_stride] u32: the words of a row's scales, where these come with the rows; else 0
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
-  int64_t sources;    // [max_rows] i32 (source rank << 16 | token), for whoever wants to know
+  int64_t sources;    // [max_rows] i32 (source rank << 16 | token), where that is asked for
   int64_t barrier;    // [blocks] u32
   int64_t entropy;    // [max_tokens] letters: f32
   int64_t cuts;       // [E, 4] letters: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
@@ -99,8 +99,8 @@ MACS_HOST_DEVICE int64_t scale_words(const FusedShape& s) {
   const int64_t scales = s.hidden_size / kScaleFeatures;
   return s.format == RowFormat::kFp8Ue8m0 ? (scales + 3) / 4 : scales;
 }
-// Letters between the scales of two rows: whole sectors of 32 bytes.
-MACS_HOST_DEVICE int64_t row_scale_letters(const FusedShape& s) { return (scale_words(s) + 3) / 4 * 4; }
+// Words between the scales of two rows: whole sectors of 32 bytes.
+MACS_HOST_DEVICE int64_t row_scale_stride(const FusedShape& s) { return (scale_words(s) + 7) / 8 * 8; }
 
 inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout layout = {};
@@ -119,7 +119,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.weights = take(2 * 8LL * s.num_ranks);
   layout.counts = take(8LL * s.num_ranks * s.num_experts);
   layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
-  layout.row_scales = take(8LL * rows * row_scale_letters(s));
+  layout.row_scales = take(4LL * rows * row_scale_stride(s));
   layout.scales = take(rows * scale_words(s) * 4);
   layout.outputs = take(rows * s.hidden_size * 2);
   layout.sources = take(rows * 4);
@@ -169,6 +169,7 @@ struct FusedDispatchParams {
   // FP8: a row's scales come with it, in one piece, and its receiver puts them in their places. Else its sender does, a store
   // of 4 bytes each: a packet of its own on NVLink. The same on all ranks, and in both phases.
   bool scales_with_rows;
+  bool names_sources;  // `sources` are written: a store of 4 bytes a row. No kernel reads them
   Scope scope;
   Load load;
   Importance importance;

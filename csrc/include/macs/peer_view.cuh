@@ -162,9 +162,11 @@ class PeerView {
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
   }
-  __device__ __forceinline__ void send(int peer, int64_t offset, uint64_t letter) const {
-    if (!network_.is_direct(peer)) return network_.write(peer, offset, letter);
-    store_relaxed_sys(at<uint64_t>(peer, offset), letter);
+  // What whoever sees it has, at once: a letter, or a word that says by itself that it is here.
+  template <class T>
+  __device__ __forceinline__ void send(int peer, int64_t offset, T word) const {
+    if (!network_.is_direct(peer)) return network_.write(peer, offset, word);
+    store_relaxed_sys(at<T>(peer, offset), word);
   }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
   __device__ __forceinline__ void signal(int peer, int64_t offset, const Patience& patience) const {

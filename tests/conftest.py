@@ -1,8 +1,13 @@
 """Fixtures shared by the tests: tiny models, built once into build/models, and transformers' answers for them."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported, and for every process that tests start. Threads spin while they wait for each other: next to
+# a server of two ranks on two cores that doubles a test's time, next to other work it is fifty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "models"

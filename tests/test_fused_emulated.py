@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import emulated
 import fused_c as fc
+import numpy as np
 import pytest
 import torch
 from fused_case import FusedConfig, Group, make_group, masked
@@ -21,6 +22,7 @@ from kernel_reference import fixed
 
 SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
+MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
 
 
 class Kernels:
@@ -176,6 +178,17 @@ def test_every_policy(kernels: Kernels, policy: tuple[str, ...]) -> None:
     group = Group(kernels, FusedConfig(plan, (12, 9), blocks=2), "cpu")
     play(group, seed)
     assert (output(group, 0, "cut")[:, 0] >= 0).any(), "no bound was cut: the case shows nothing"
+
+
+@pytest.mark.parametrize(("tokens", "listed"), [(300, "all"), (600, "some"), (800, "none")])
+def test_more_assignments_of_a_bound_than_a_block_lists(kernels: Kernels, tokens: int, listed: str) -> None:
+    plan = replace(PLAN, R=1, E=8, K=7, T=800, scope="expert", gamma=0.9, reroute="none", importance="gate")
+    config = FusedConfig(plan, (tokens,), blocks=12, needs_entropy=False)
+    group = Group(kernels, config, "cpu")
+    play(group, 5)
+    fits = np.bincount(make_group(config, 5)[0].ids.flatten(), minlength=plan.E) <= MOST_LISTED
+    assert listed == ("all" if fits.all() else "some" if fits.any() else "none")
+    assert (output(group, 0, "cut")[:, 0] >= 0).sum() > 1, "no bound was cut: the case shows nothing"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -21,7 +21,7 @@ from .plan import Plan, PlanResult
 
 TIMEOUT_NS = 30 * 10**9  # of a wait for a peer: longer than a rank is late, shorter than an operator's patience
 SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
-MAX_RANKS, MAX_EXPERTS, MAX_TOP_K, MAX_TOKENS = 16, 256, 16, 1023  # csrc/include/macs/fused.h
+MAX_RANKS, MAX_EXPERTS, MAX_TOP_K, MAX_TOKENS, MAX_SLOTS = 16, 256, 16, 1023, 16352  # csrc/include/macs/fused.h
 HIDDEN_SIZES = range(2048, 8193, 512)
 KEPT_ROUNDS = 1024  # of which it is known which layer they were
 
@@ -63,6 +63,10 @@ def unsupported(config: MacsConfig, sizes: Sizes) -> str:
         (sizes.num_experts > MAX_EXPERTS, f"{sizes.num_experts} experts, at most {MAX_EXPERTS}"),
         (sizes.top_k > MAX_TOP_K, f"top-{sizes.top_k}, at most {MAX_TOP_K}"),
         (sizes.max_tokens > MAX_TOKENS, f"{sizes.max_tokens} tokens a rank, at most {MAX_TOKENS}"),
+        (
+            sizes.max_tokens * sizes.top_k > MAX_SLOTS,
+            f"{sizes.max_tokens * sizes.top_k} assignments a rank, at most {MAX_SLOTS}",
+        ),
         (
             sizes.hidden_size not in HIDDEN_SIZES,
             f"hidden size {sizes.hidden_size}, no multiple of 512 in 2048..8192",

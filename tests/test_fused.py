@@ -90,6 +90,7 @@ def test_no_plan_exceeds_the_rows_of_its_region():
         ({}, {"num_experts": 384}, "384 experts"),
         ({}, {"top_k": 17}, "top-17"),
         ({}, {"max_tokens": 1024}, "1024 tokens"),
+        ({}, {"max_tokens": 1023, "top_k": 16}, "16368 assignments"),
         ({}, {"hidden_size": 2880}, "hidden size 2880"),
     ],
 )

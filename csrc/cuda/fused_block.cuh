@@ -34,7 +34,7 @@ constexpr int kHomeless = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 constexpr int kClaim = 4;  // letters of a lane that it waits for together
-constexpr int kMostListed = kFusedThreads;
+constexpr int kMostListed = kFusedThreads;  // assignments: one a thread
 
 // How many lanes take the scales of a row that came in one piece.
 MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
@@ -45,7 +45,7 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 struct FusedDesk {
   int rank;         // FusedRank
   int group_rows;   // [named] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
-  int group_units;  // [named] i32, where they are not the rows
+  int group_units;  // [named] i32, once weights are told
   int fate;         // [named] u32: what a pass over assignments asks of their expert (fused_cut.cuh)
   int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
   int bound_of;     // [E]

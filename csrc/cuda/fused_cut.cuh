@@ -18,7 +18,7 @@ namespace macs::cuda {
 constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
 constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;
-static_assert(kMaxFusedTokens * kMaxFusedTopK <= kLastSlot);
+static_assert(kMaxFusedSlots <= kLastSlot);
 
 // An expert's word in `fate`: how far its buckets move down, and above that what the pass is about. While bounds are cut, the
 // mark of its bound if that is one of those; to clip, the bound's edge.

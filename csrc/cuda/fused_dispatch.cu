@@ -344,6 +344,7 @@ bool is_supported(const FusedDispatchParams& p) {
   const bool sizes = s.num_ranks >= 1 && s.num_ranks <= kMaxPeers && s.num_experts >= 1 &&
                      s.num_experts <= kMaxFusedExperts && s.num_experts % s.num_ranks == 0 && s.top_k >= 1 &&
                      s.top_k <= kMaxFusedTopK && s.max_tokens >= 1 && s.max_tokens <= kMaxFusedTokens &&
+                     s.max_tokens * s.top_k <= kMaxFusedSlots &&
                      s.num_blocks >= 1 && s.num_blocks <= kMaxFusedBlocks;
   const bool rows = s.hidden_size >= 2048 && s.hidden_size <= 8192 && s.hidden_size % 512 == 0 && s.alignment >= 1 &&
                     s.expert_rows >= 0 && s.max_rows >= 1 &&

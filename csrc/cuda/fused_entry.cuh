@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "macs/fused.h"
 #include "macs/level.h"
 #include "macs/params.h"
 
@@ -11,11 +12,13 @@ namespace macs::cuda {
 // where those go that name none. So nobody asks whether one is there before counting it.
 constexpr int kExpertBits = 9, kNamedExperts = 1 << kExpertBits, kNobody = kNamedExperts - 1;
 
-// Flags stand where their sums over a thread's entries do not meet: a sum of the first two, or of the last two, is two numbers
-// of kTallyBits each.
+// kPresent and kVisual can be added up as one number, and so can kLeads and kVisualLeads: of all entries that a thread may see
+// the one's sum does not reach the other's.
 struct Entry {
   static constexpr uint32_t kPresent = 1u, kLeads = 1u << 1, kVisual = 1u << 13, kVisualLeads = 1u << 14;
   static constexpr int kExpertAt = 2, kBucketAt = 15, kFixedAt = 23, kTallyBits = 13;
+
+  static_assert(kMaxPeers * (kMaxFusedSlots / 32) < 1 << kTallyBits);  // a warp may have to hear all of them
 
   uint32_t bits;
 

@@ -234,12 +234,14 @@ class Tally {
     part = __reduce_add_sync(kFullMask, part);
     if (b.lane == 0 && part != 0) atomicAdd(sum, part);
   }
+
   const bool again_, in_units_;
   uint32_t first_listed_ = 0, listed_ = 0;  // experts of the bounds that this block cuts, if others cut others
   uint32_t seen_ = 0, tokens_ = 0;  // two numbers each: Entry
   int weight_ = 0;
 };
 
+// Those of a lane's letters that are to be listed.
 __device__ __forceinline__ void list_some(const FusedBlock& b, const Tally& tally, Claimed& c, bool own) {
 #pragma unroll 1  // rarely run, so short
   for (int i = 0; i < kClaim; ++i) {
@@ -308,7 +310,7 @@ __device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
       const Entry entry = weighed_entry(b, slot, gate);
       b.entries_of(b.rank)[slot] = entry.bits;
       tally.add(b, entry, false);
-      if (tally.lists(entry)) tally.list(b, entry, slot);
+      if (tally.lists(entry)) Tally::list(b, entry, slot);
     }
   }
 }

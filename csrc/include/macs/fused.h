@@ -15,6 +15,7 @@ namespace macs {
 constexpr int kMaxPeers = 16;          // ranks of one NVLink domain that a kernel's parameters name
 constexpr int kMaxFusedTokens = 1023;  // of a rank
 constexpr int kMaxFusedTopK = 16;
+constexpr int kMaxFusedSlots = 16352;  // assignments of a rank: what a thread may see of 16 ranks fits into 13 bits
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
 constexpr int kStamps = 24;

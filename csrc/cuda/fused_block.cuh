@@ -129,6 +129,8 @@ struct FusedBlock {
   __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
   __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
   __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
+  __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
+  __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
   __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
   __device__ __forceinline__ int2* listed() const { return at<int2>(args.desk.listed); }
   __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }

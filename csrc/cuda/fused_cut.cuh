@@ -40,6 +40,9 @@ __device__ __forceinline__ uint32_t mark_of(int at, int level = 0) {
   return static_cast<uint32_t>(at + 1) << kLevelBits | static_cast<uint32_t>(level);
 }
 
+// Which of those, -1: none.
+__device__ __forceinline__ int marked_at(const Fate& fate) { return static_cast<int>(fate.about() >> kLevelBits) - 1; }
+
 __device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry, const Fate& fate) {
   return level_of(entry.bucket(), fate.shift(), entry.text(), b.p.protect_text, b.p.bucket_bits);
 }
@@ -181,11 +184,10 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   __syncthreads();
   for_each_to_cut<false>(b, listed, [&](const Entry& entry, int own_slot) {
     const Fate fate = {entry.in(b.fate())};
-    if (fate.about() == 0) return;
-    const int at = static_cast<int>(fate.about() >> kLevelBits) - 1, units = entry.units(b.p.load);
-    const int cell = at * cells.stride() + level_of_entry(b, entry, fate);
-    atomicAdd(cells.group(0) + cell, units);
-    if (own_slot >= 0) atomicAdd(cells.own(0) + cell, units);
+    const int at = marked_at(fate), level = level_of_entry(b, entry, fate), units = entry.units(b.p.load);
+    if (at < 0) return;
+    atomicAdd(cells.group(at) + level, units);
+    if (own_slot >= 0) atomicAdd(cells.own(at) + level, units);
   });
   __syncthreads();
   if (cuts) find_level(b, n, cells, b.warp);
@@ -194,7 +196,7 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   const int log = slots_of_cell(b);
   for_each_to_cut<true>(b, listed, [&](const Entry& entry, int own_slot) {
     const Fate fate = {entry.in(b.fate())};
-    const int at = static_cast<int>(fate.about() >> kLevelBits) - 1, level = level_of_entry(b, entry, fate);
+    const int at = marked_at(fate), level = level_of_entry(b, entry, fate);
     if (own_slot < 0 || at < 0 || fate.about() != mark_of(at, level)) return;
     atomicAdd(cells.slots(at) + (kSlotCells - 1 - (own_slot >> log)), entry.units(b.p.load));
   });

@@ -18,8 +18,8 @@ namespace macs::cuda {
 
 // Of the whole group, with the weights if `weighed`: else in rows.
 __device__ __forceinline__ int units_of_expert(const FusedBlock& b, int expert, bool weighed) {
-  return weighed ? b.at<int>(b.args.desk.group_units)[expert]
-                 : static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] & 0xffffu);
+  return weighed ? b.group_units()[expert]
+                 : static_cast<int>(b.group_rows()[expert] & 0xffffu);
 }
 
 __device__ __forceinline__ Capacity capacity_of(const FusedBlock& b, bool mix = true) {

@@ -30,8 +30,8 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
   static_assert(kNamedExperts <= kFusedThreads);
   if (thread < kNamedExperts) {
-    b.at<uint32_t>(b.args.desk.group_rows)[thread] = 0;
-    b.at<int>(b.args.desk.group_units)[thread] = 0;
+    b.group_rows()[thread] = 0;
+    b.group_units()[thread] = 0;
     b.fate()[thread] = 0;
   }
   if (thread < experts) {
@@ -204,7 +204,7 @@ __device__ inline void receive_scales(const FusedBlock& b) {
   const int first = min(kReporting, b.num_blocks - 1), sharers = max(b.num_blocks - 1 - first, 1);
   if (b.block < first || b.block >= first + sharers) return;
   const int base = b.rank * b.args.per_rank;
-  place_scales(b, b.at<uint32_t>(b.args.desk.group_rows) + base, b.at<int>(b.args.desk.starts) + base, b.block - first, sharers);
+  place_scales(b, b.group_rows() + base, b.at<int>(b.args.desk.starts) + base, b.block - first, sharers);
   b.stamp(23);
 }
 

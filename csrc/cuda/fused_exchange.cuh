@@ -197,8 +197,8 @@ class Tally {
 
   // ahead: of this block's assignments.
   __device__ __forceinline__ void add(const FusedBlock& b, const Entry& entry, bool ahead) {
-    if (!again_) atomicAdd(&entry.in(b.at<uint32_t>(b.args.desk.group_rows)), ahead ? 0x10001u : 1u);
-    if (in_units_) atomicAdd(&entry.in(b.at<int>(b.args.desk.group_units)), entry.fixed());
+    if (!again_) atomicAdd(&entry.in(b.group_rows()), ahead ? 0x10001u : 1u);
+    if (in_units_) atomicAdd(&entry.in(b.group_units()), entry.fixed());
     seen_ += entry.bits & (Entry::kPresent | Entry::kVisual);
     tokens_ += entry.bits & (Entry::kLeads | Entry::kVisualLeads);
     if (again_) weight_ += (entry.bits & Entry::kVisualLeads) != 0 ? entry.fixed() : 0;
@@ -328,7 +328,7 @@ __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
 __device__ __forceinline__ bool counts_unknown(const FusedBlock& b) {
   const int j = threadIdx.x;
   if (j < b.p.shape.num_experts || j >= kNobody) return false;
-  return (b.at<uint32_t>(b.args.desk.group_rows)[j] | b.at<uint32_t>(b.args.desk.group_units)[j]) != 0;
+  return b.group_rows()[j] != 0 || b.group_units()[j] != 0;
 }
 
 // Who named an expert that does not exist: on record.

@@ -90,7 +90,7 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
   uint32_t* const starts = b.own<uint32_t>(b.p.layout.starts);
 #pragma unroll 1
   for (int j = threadIdx.x; j < local; j += kFusedThreads) {
-    store_relaxed_sys(received + j, ok ? b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu : 0u);
+    store_relaxed_sys(received + j, ok ? b.group_rows()[base + j] & 0xffffu : 0u);
     store_relaxed_sys(starts + j, ok ? static_cast<uint32_t>(b.at<int>(b.args.desk.starts)[base + j]) : 0u);
   }
   if (b.me.row_experts == nullptr) return;
@@ -99,7 +99,7 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
   __syncthreads();
   for (int j = b.warp; ok && j < local; j += kFusedWarps) {
     const int start = b.at<int>(b.args.desk.starts)[base + j];
-    const int rows = static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[base + j] & 0xffffu);
+    const int rows = static_cast<int>(b.group_rows()[base + j] & 0xffffu);
 #pragma unroll 1
     for (int i = b.lane; i < rows; i += kWarp) b.me.row_experts[start + i] = j;
   }

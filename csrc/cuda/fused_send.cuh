@@ -39,7 +39,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
       rows += count + (source < b.rank ? count << 16 : 0u);
     }
   }
-  b.at<uint32_t>(b.args.desk.group_rows)[expert] = rows;
+  b.group_rows()[expert] = rows;
   return true;
 }
 
@@ -64,7 +64,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
 // One warp: the experts of a rank behind one another. False: one that this lane has placed does not fit.
 __device__ inline bool pack_experts(const FusedBlock& b, int rank) {
   const int per_rank = b.args.per_rank, alignment = b.p.shape.alignment;
-  const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows) + rank * per_rank;
+  const uint32_t* const rows = b.group_rows() + rank * per_rank;
   int* const starts = b.at<int>(b.args.desk.starts) + rank * per_rank;
   bool fits = true;
   int next = 0;
@@ -83,7 +83,7 @@ __device__ inline bool place_experts(const FusedBlock& b) {
   const FusedShape& s = b.p.shape;
   bool fits = true;
   if (s.expert_rows > 0) {
-    const uint32_t* const rows = b.at<uint32_t>(b.args.desk.group_rows);
+    const uint32_t* const rows = b.group_rows();
 #pragma unroll 1
     for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
       b.at<int>(b.args.desk.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
@@ -101,7 +101,7 @@ __device__ inline void report_no_room(const FusedBlock& b) {
   const FusedShape& s = b.p.shape;
 #pragma unroll 1
   for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
-    const int count = static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[j] & 0xffffu);
+    const int count = static_cast<int>(b.group_rows()[j] & 0xffffu);
     const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.desk.starts)[j];
     if (count > limit) report(b.patience, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
   }
@@ -113,7 +113,7 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
   const int16_t* const current = b.current() + b.first * b.p.shape.top_k;
   const int expert = current[i];
   if (expert < 0) return -1;
-  int row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(b.at<uint32_t>(b.args.desk.group_rows)[expert] >> 16);
+  int row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(b.group_rows()[expert] >> 16);
 #pragma unroll 1
   for (int base = 0; base < i; base += kWarp) {
     const int j = base + b.lane;

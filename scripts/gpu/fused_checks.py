@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from check_kernels import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
 from fused_case import Group, Inputs, make_group
-from kernel_case import POISON
+from kernel_case import POISON, POISON_WORD
 from torch import Tensor
 
 
@@ -112,7 +112,7 @@ def check_places(group: Group, placement: reference.Placement) -> None:
         got = group.part(rank, "sources", torch.int32, config.rows)
         want = (source // max(f.T, 1) << 16) | source % max(f.T, 1)
         if not config.names_sources:
-            want = torch.full_like(want, int.from_bytes(bytes([POISON]) * 4, "little"))
+            want = torch.full_like(want, POISON_WORD)
         expect_same(f"rank {rank} sources", group, got[source >= 0], want[source >= 0])
         if config.row_experts:
             row = torch.arange(config.rows, device=source.device)
@@ -128,7 +128,6 @@ def check_rows(group: Group, ranks: list[Inputs], placement: reference.Placement
     for rank, inputs in enumerate(ranks):
         hidden[rank, : len(inputs.ids)] = inputs.hidden
     features, scales = reference.cast(hidden.view(-1, f.H), config.format)
-    poison = int.from_bytes(bytes([POISON]) * 4, "little")
     for rank in group.ranks:
         source = placement.source[rank]
         empty = (source < 0).unsqueeze(1)
@@ -143,7 +142,7 @@ def check_rows(group: Group, ranks: list[Inputs], placement: reference.Placement
             )
         if scales is not None:
             got = scales_by_row(group, rank, scales.shape[1])
-            want = torch.where(empty, poison, scales[source.clamp(min=0)])
+            want = torch.where(empty, POISON_WORD, scales[source.clamp(min=0)])
             expect_same(f"rank {rank} scales", group, got, want)
             check_row_scales(group, rank)
 

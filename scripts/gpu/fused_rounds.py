@@ -13,10 +13,9 @@ import torch
 from check_kernels import Mismatch
 from fused_case import FusedConfig, Group, make_group
 from fused_checks import scales_by_row
-from kernel_case import POISON, Run
+from kernel_case import POISON, POISON_WORD, Run
 from torch import Tensor
 
-POISON_WORD = int.from_bytes(bytes([POISON]) * 4, "little")
 COMPARED = (
     "new_ids",
     "new_weights",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 POISON = 0x7F
+POISON_WORD = int.from_bytes(bytes([POISON]) * 4, "little")
 
 
 @dataclass(frozen=True)

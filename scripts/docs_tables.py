@@ -67,11 +67,14 @@ def overhead_table() -> str:
     return source(found) + "\n\n" + overhead_rows(found["rows"])
 
 
-def overhead2_table() -> str:
-    """The same on two GPUs, with the exchange; then normal mode, as a share of the whole layer."""
-    found = results(only("overhead_*x2"))
-    parts = [overhead_rows([row for row in found["rows"] if row["case"]["mode"] == mode]) for mode in MODES]
-    return "\n\n".join([source(found), *parts])
+def overhead_several_table() -> str:
+    """The same on several GPUs, with the exchange; then normal mode, as a share of the whole layer."""
+    parts = []
+    for path in sorted((ROOT / "docs" / "results").glob("overhead_*x[248].json")):
+        found = results(path.stem)
+        of_mode = {mode: [row for row in found["rows"] if row["case"]["mode"] == mode] for mode in MODES}
+        parts += [source(found), *(overhead_rows(rows) for rows in of_mode.values() if rows)]
+    return "\n\n".join(parts)
 
 
 MODES = ("low latency", "normal")
@@ -225,16 +228,18 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
 
 
 def bench_table() -> str:
-    """SGLang's image benchmark on two GPUs, MACS off and at gamma 1.0 in alternation."""
-    found, rows = results(only("bench_*x2")), []
-    for row in found["rows"]:
-        if "off" not in row:
-            continue
-        medians = [f"{statistics.median(row[side]):.2f}" for side in ("off", "on")]
-        bounds = "[{:.3f}, {:.3f}]".format(*row["ci95"]) if row["ci95"] else "too few rounds"
-        rows.append([row["case"]["metric"], len(row["off"]), *medians, f"{row['ratio']:.3f}", bounds])
-    header = ["", "rounds", "off", "gamma 1.0", "ratio", "95 % interval"]
-    return source(found) + "\n\n" + markdown(header, rows)
+    """SGLang's image benchmark, MACS off and at gamma 1.0 in alternation; a table for every run in docs/results."""
+    header, parts = ["", "rounds", "off", "gamma 1.0", "ratio", "95 % interval"], []
+    for path in sorted((ROOT / "docs" / "results").glob("bench_*x[248].json")):
+        found, rows = results(path.stem), []
+        for row in found["rows"]:
+            if "off" not in row:
+                continue
+            medians = [f"{statistics.median(row[side]):.2f}" for side in ("off", "on")]
+            bounds = "[{:.3f}, {:.3f}]".format(*row["ci95"]) if row["ci95"] else "too few rounds"
+            rows.append([row["case"]["metric"], len(row["off"]), *medians, f"{row['ratio']:.3f}", bounds])
+        parts += [source(found), markdown(header, rows)]
+    return "\n\n".join(parts)
 
 
 def newcomer_table() -> str:
@@ -300,7 +305,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics.table,
     "straggler": straggler_table,
     "overhead": overhead_table,
-    "overhead2": overhead2_table,
+    "overhead_several": overhead_several_table,
     "serve": serve_table,
     "bench": bench_table,
     "newcomer": newcomer_table,

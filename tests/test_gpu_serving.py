@@ -8,7 +8,7 @@ import zipfile
 import check_serving
 import pytest
 from gpu import newcomer, serve_bench, serve_check
-from gpu.gpu_launches import LAUNCHES, RUNS, start
+from gpu.gpu_launches import LAUNCHES, RUNS, bench_launch, start
 
 LINE = "the fused dispatch carries planned low-latency batches: 12 MB a rank"
 
@@ -68,11 +68,14 @@ def test_a_server_without_macs_is_not_asked_for_the_fused_dispatch():
 
 def test_few_rounds_of_the_benchmark_give_ratios_without_an_interval():
     pairs = {metric: [(10.0, 8.0), (10.0, 9.0)] for metric in check_serving.METRICS}
-    rows = serve_bench.rows_of(pairs)
+    launch = bench_launch(4)
+    rows = serve_bench.rows_of(launch, pairs)
+    assert rows[0]["case"]["launch"].startswith("4 ranks")
     assert [row["case"]["metric"] for row in rows] == list(check_serving.METRICS)
     assert rows[0]["ratio"] == pytest.approx(0.85) and rows[0]["ci95"] is None
     assert math.inf not in json.loads(json.dumps(rows))
-    six = serve_bench.rows_of({metric: [(10.0, 8.0 + i / 10) for i in range(6)] for metric in check_serving.METRICS})
+    pairs = {metric: [(10.0, 8.0 + i / 10) for i in range(6)] for metric in check_serving.METRICS}
+    six = serve_bench.rows_of(launch, pairs)
     assert six[0]["ci95"] == pytest.approx([0.8, 0.85])
 
 

@@ -139,8 +139,18 @@ LAUNCHES = {
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
 }
-# Half as deep as that model, so that three servers fit beside one another.
-BENCH = Launch(2, "normal", flags=(*LARGE, *REPEATED_FLAGS), copies=21, **REAL)
+# On more GPUs, what differs with their number.
+LARGER = {
+    f"{n} ranks, {name}": Launch(n, "low_latency", **what)
+    for n in (4, 8)
+    for name, what in (("128 experts", REAL), ("fused", {"fused": True}))
+}
+LAUNCHES |= LARGER
+
+
+def bench_launch(ranks: int) -> Launch:
+    """That of the image benchmark: half as deep as that model, so that three servers fit beside one another."""
+    return Launch(ranks, "normal", flags=(*LARGE, *REPEATED_FLAGS), copies=21, **REAL)
 
 
 def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:

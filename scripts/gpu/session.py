@@ -40,6 +40,7 @@ CHECKED = (
     "2 ranks, two batches",
     "2 ranks, fused, FP8 blocks",
 )
+SEVERAL = (2, 4, 8)  # GPUs on which ranks are checked and timed over NVLink
 # The entry point that SGLang looks for, and the operators, unless a build of them lies there that loads.
 LOADS = f"{PYTHON} -c 'from sglang_macs import ops; assert ops.cuda_backend() == \"cuda\"'"
 BUILD = f"{PYTHON} setup.py -q egg_info && ({LOADS} || {PYTHON} setup.py -q build_ext --inplace) && {LOADS}"
@@ -79,8 +80,26 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
     def fused(processes: str, *arguments: str, result: str = "") -> list[str]:
         return script("check_fused", "--processes", processes, *arguments, result=result)
 
-    def overhead2(*arguments: str, result: str) -> list[str]:
-        return script("overhead", "--ranks", "2", *arguments, result=result)
+    def timed_on(n: int) -> list[Step]:
+        """A rank a GPU."""
+        ranks = ("--ranks", str(n))
+        normal = script("overhead", *ranks, "--normal-only", result=f"overhead_{n}_normal.json")
+        times = fused(str(n), "--time-only", "--seconds", "380", result=f"fused_{n}.json")
+        return [
+            Step(f"overhead-{n}", script("overhead", *ranks, result=f"overhead_{n}.json"), 240, n, True, extension),
+            Step(f"overhead-{n}-normal", normal, 120, n, True, extension),
+            Step(f"fused-{n}", times, 400, n, True, both),
+        ]
+
+    def served_on(n: int) -> Step:
+        names = (f"{n} ranks, 128 experts", f"{n} ranks, fused")
+        command = script("serve_check", "--at-once", "6", "--launch", *names, result=f"serve_{n}.json")
+        return Step(f"serve-{n}", command, 420, n, False, models, after=("bytecode",))
+
+    def bench_on(n: int) -> Step:
+        command = script("serve_bench", "--ranks", str(n), "--go", str(out / "go"), result=f"bench_{n}.json")
+        # Its servers start when fewer others do.
+        return Step(f"bench-{n}", command, 560, n, False, models, at_go=True, after=("bytecode", "serve-one-gpu"))
 
     def tests() -> list[str]:
         return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
@@ -96,7 +115,6 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
     composed = ("--mps", "--time-only", "--composed-only")
     serve = script("serve_check", "--at-once", "6", "--launch", *checked, result="serve.json")
     one_gpu = script("serve_check", "--launch", "2 ranks, one GPU", result="serve_one_gpu.json")
-    bench = script("serve_bench", "--go", str(out / "go"), result="bench.json")
     check = script("check_kernels", "--check-only", "--large", "--jobs", "8")
     kernels, extension, models = ("build-kernels",), ("build-extension",), ("build-extension", "build-models")
     both = (*kernels, *extension)
@@ -111,25 +129,23 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
-        Step("overhead-2", overhead2(result="overhead_2.json"), 240, 2, True, extension),
-        Step("overhead-2-normal", overhead2("--normal-only", result="overhead_2_normal.json"), 120, 2, True, extension),
-        Step("fused-2", fused("2", "--time-only", "--seconds", "380", result="fused_2.json"), 400, 2, True, both),
+        *(step for n in SEVERAL for step in timed_on(n)),
         Step("composed-mps-8", fused("8", *composed, result="composed_mps_8.json"), 120, 1, True, both),
         Step("fused-mps-2-times", fused("2", "--mps", "--time-only", result="fused_mps_2.json"), 200, 1, True, both),
         # Only right or wrong, but a wait of theirs ends after milliseconds.
         Step("fused-mps-2", fused("2", "--mps", "--check-only"), 120, 1, True, kernels),
         Step("fused-mps-8", fused("8", "--mps", "--check-only"), 120, 1, True, kernels),
-        Step("fused-check-2", fused("2", "--check-only"), 120, 2, True, kernels),
+        *(Step(f"fused-check-{n}", fused(str(n), "--check-only"), 120, n, True, kernels) for n in SEVERAL),
         # What is only right or wrong, all at once.
         Step("serve", serve, 420, 2, False, models, after=("bytecode",)),
+        *(served_on(n) for n in SEVERAL[1:]),
         Step("serve-one-gpu", one_gpu, 240, 1, False, models, after=("bytecode",)),
         Step("check-kernels", check, 300, 1, False, kernels),
         Step("tests-cuda", tests(), 240, 1, False, extension, cuda),
         Step("tests-triton", tests(), 240, 1, False, extension, triton),
         Step("memcheck", sanitizer("memcheck"), 300, 1, False, kernels),
         Step("racecheck", sanitizer("racecheck"), 300, 1, False, kernels),
-        # Its servers start when fewer others do.
-        Step("bench", bench, 560, 2, False, models, at_go=True, after=("bytecode", "serve-one-gpu")),
+        *(bench_on(n) for n in SEVERAL),
     ]
 
 

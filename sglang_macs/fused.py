@@ -19,7 +19,9 @@ from .errors import MacsError
 from .peer_memory import PeerMemory, everyone
 from .plan import Plan, PlanResult
 
-TIMEOUT_NS = 30 * 10**9  # of a wait for a peer: longer than a rank is late, shorter than an operator's patience
+# Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
+# compile kernels that the others, who wait for it here, do not need: a minute with empty caches.
+TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
 SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
 MAX_RANKS, MAX_EXPERTS, MAX_TOP_K, MAX_TOKENS, MAX_SLOTS = 16, 256, 16, 1023, 16352  # csrc/include/macs/fused.h
 HIDDEN_SIZES = range(2048, 8193, 512)
@@ -52,6 +54,11 @@ class Sizes:
     top_k: int
     max_tokens: int
     hidden_size: int
+
+
+def timeout_ns(in_round: int) -> int:
+    """Of the waits of a round; rounds count from 1."""
+    return FIRST_TIMEOUT_NS if in_round <= FIRST_ROUNDS else TIMEOUT_NS
 
 
 def unsupported(config: MacsConfig, sizes: Sizes) -> str:
@@ -168,7 +175,7 @@ class FusedDispatch:
             logits,
             num_segments=num_segments,
             phase="send",
-            timeout_ns=TIMEOUT_NS,
+            timeout_ns=timeout_ns(self._round),
             **plan.fused_options(hidden_states.device),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
@@ -177,7 +184,7 @@ class FusedDispatch:
         """What `send` of all ranks brought: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for
         bf16), and rows of each expert [E_l] i32.
         """
-        ops.fused_receive(*self._where(), TIMEOUT_NS)
+        ops.fused_receive(*self._where(), timeout_ns(self._round))
         self._under_way = None
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
 
@@ -252,7 +259,8 @@ class FusedDispatch:
         return self.memory.own, self.memory.addresses, self.memory.rank, self.shape
 
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
-        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, timeout_ns=TIMEOUT_NS)
+        limit = timeout_ns(self._round)
+        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, timeout_ns=limit)
 
     def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         start = getattr(self._layout, name)
@@ -273,6 +281,6 @@ class FusedDispatch:
         raise MacsError(
             "fused dispatch",
             f"{where} {what} in layer {layer}, says rank {self.memory.rank} (round {in_round}, {seen} for {expected})",
-            f"every rank within {TIMEOUT_NS // 10**9} s",
+            f"every rank within {timeout_ns(in_round) // 10**9} s",
             "Look at that rank's log, or serve with --macs-dispatch deepep.",
         )

@@ -428,6 +428,26 @@ def test_a_fault_names_rank_layer_and_stage(dispatched):
         dispatched._raise_for(status(fc.FAULTS.index("rows"), in_round=2**31))
 
 
+def test_a_rank_that_compiles_its_first_kernels_is_waited_for_longer(dispatched, monkeypatch):
+    """Three ranks of four died while one compiled, with empty caches, before its first dispatch."""
+    limits = []
+    monkeypatch.setattr(ops, "fused_dispatch", lambda *_, timeout_ns, **__: limits.append(timeout_ns) or (None,) * 6)
+    monkeypatch.setattr(ops, "fused_receive", lambda *where: limits.append(where[-1]))
+    monkeypatch.setattr(ops, "fused_combine", lambda *_, timeout_ns, **__: limits.append(timeout_ns))
+    size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
+    dispatched.memory = PeerMemory(0, torch.zeros(size, dtype=torch.uint8), [0, 0])
+    inputs = (torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
+    for before, seconds in ((0, 200), (fused.FIRST_ROUNDS - 1, 200), (fused.FIRST_ROUNDS, 30)):
+        dispatched._round = before
+        dispatched.send(SimpleNamespace(fused_options=lambda device: {}), 0, "fp8", *inputs)
+        dispatched.receive()
+        dispatched.combine(*inputs[1:3])
+        assert {limits.pop() for _ in range(3)} == {seconds * 10**9} and not limits
+    for in_round, said in ((7, "within 200 s"), (fused.FIRST_ROUNDS + 1, "within 30 s")):
+        with pytest.raises(MacsError, match=said):
+            dispatched._raise_for(status(fc.FAULTS.index("assignments"), in_round=in_round))
+
+
 def _recover(rank: int, world: int) -> tuple[int, int, int]:
     """One rank that recovers from a fault: its host's round, its region's round, and what is left of the fault."""
     torch.cuda.synchronize = lambda: None

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -28,6 +29,10 @@ from gpu_launches import LAUNCHES, RUNS, Launch, start  # noqa: E402
 from serving import Server, data_uri, photograph_files, prompt  # noqa: E402
 
 from sglang_macs import metrics, trace  # noqa: E402
+
+# Servers start side by side, and answer in turn: kernels that wait for their peers, of several servers on one GPU, may
+# each hold what the others' peers need.
+TURN = Lock()
 
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
@@ -67,7 +72,7 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
     traced = log.with_suffix(".trace")
     flags = ["--enable-metrics", "--macs-trace", str(traced)] if launch.observed and run == "1.0" else []
     try:
-        with start(launch, [*RUNS[run], *flags], log, environment) as server:
+        with start(launch, [*RUNS[run], *flags], log, environment) as server, TURN:
             started, tokens, length = time.perf_counter(), [], 4 if launch.one_gpu else 8
             for text, image in requests(launch):
                 tokens.append(server.generate(text, image, max_new_tokens=length).ids)

@@ -42,8 +42,7 @@ struct CombineBlock {
 
   __device__ __forceinline__ CombineBlock(const CombineArgs& a, const FusedRank& described)
       : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region, nullptr), vectors(p.shape.hidden_size / 8) {
-    const uint32_t round = __ldcg(own<uint32_t>(p.layout.round));
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, round, p.same_device};
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.round), p.same_device};
   }
   template <class T>
   __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }

@@ -225,7 +225,7 @@ template <int kVectors, bool kExact, int kKeys>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const __grid_constant__ FusedArgs args) {
   unsigned char* const shared = dynamic_shared();
   FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.desk.rank)), shared);
-  b.patience.round = __ldcg(b.own<uint32_t>(args.p.layout.round)) + 1;
+  b.patience.round = *b.own<uint32_t>(args.p.layout.round) + 1;  // through the L1: one load a block, not one a warp
   b.stamp(0);
   const bool score = args.p.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);

@@ -68,8 +68,9 @@ class Wait {
   // After a look that saw too little. False: time is up, or another thread of this rank has given up.
   __device__ __forceinline__ bool go_on(const Patience& patience, Fault fault, int peer, int block, uint32_t seen,
                                         uint32_t expected) {
-    constexpr int kPollsBetweenLooks = 64;  // at the clock, which is far away
-    if (polls_++ % kPollsBetweenLooks != 0) return true;
+    // At the clock, which is far away, and at the rank's fault, one word that every warp of every block would ask for at once.
+    constexpr int kPollsBetweenLooks = 64;
+    if (++polls_ % kPollsBetweenLooks != 0) return true;
     const uint64_t now = global_timer_ns();
     if (start_ == 0) start_ = now;
     if (now - start_ > patience.timeout_ns) {

@@ -143,6 +143,7 @@ def test_the_archives_hold_results_and_logs(tmp_path, monkeypatch):
     ("argv", "said"),
     [
         (["/x/overhead.py", "--out", "f", "--ranks", "2", "--commit", "c", "--rank", "0"], "overhead.py --ranks 2"),
+        (["serve_bench.py", "--ranks", "4", "--go", "/x/go"], "serve_bench.py --ranks 4"),
         (["serve_check.py", "--launch", "2 ranks, normal"], "serve_check.py --launch '2 ranks, normal'"),
     ],
 )

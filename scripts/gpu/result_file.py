@@ -9,8 +9,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Where a run's files lie, what it is called and which of its processes writes: not what it measures.
-PLACE_OPTIONS = ("--out", "--commit", "--rank", "--init")
+# Where a run's files lie, what it is called, which of its processes writes and when it begins: not what it measures.
+PLACE_OPTIONS = ("--out", "--commit", "--rank", "--init", "--go")
 
 
 def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:

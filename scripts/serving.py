@@ -134,6 +134,9 @@ class Server:
     def command(self) -> list[str]:
         """The command line of the server."""
         where = ["--host", HOST, "--port", str(self.port)]
+        if "--dp" not in self.args or "--enable-dp-attention" in self.args:  # else each replica needs one
+            # SGLang would take any port that is free now, and listen on it half a minute later.
+            where += ["--nccl-port", str(self.port + PORTS_PER_SERVER - 1)]
         return [self.python, "-m", "sglang.launch_server", "--model-path", str(self.model), *where, *self.args]
 
     def __enter__(self) -> "Server":

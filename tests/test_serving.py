@@ -124,3 +124,17 @@ def test_environment_is_merged_and_none_removes(monkeypatch):
 def test_photographs_are_two_jpeg_data_uris():
     uris = serving.photographs()
     assert len(set(uris)) == 2 and all(uri.startswith("data:image/jpeg;base64,/9j/") for uri in uris)
+
+
+def test_a_server_listens_only_on_ports_that_it_has_reserved(tmp_path):
+    """SGLang's own choice was taken by another server when it came to listen on it, seven starting side by side."""
+
+    def ports(*args: str) -> list[int]:
+        server = Server(tmp_path, list(args))
+        words = server.command
+        return [int(words[words.index(flag) + 1]) for flag in ("--port", "--nccl-port") if flag in words]
+
+    port, for_ranks = ports(*serving.EP2_ARGS)
+    assert port < for_ranks < port + serving.PORTS_PER_SERVER
+    assert len(ports()) == 2
+    assert len(ports("--dp", "2")) == 1, "replicas of one server cannot share it"

@@ -27,8 +27,8 @@ COMMON = [
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-# Without --sleep-on-idle: a rank without a request of its own then sleeps up to a second before each step of the others,
-# and a request of eight tokens takes 13 s.
+# Without --sleep-on-idle: a rank without a request of its own would sleep up to a second before each step of the
+# others, and a request of eight tokens takes 13 s.
 SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
 LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
 RUNS = {

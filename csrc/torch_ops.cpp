@@ -9,6 +9,7 @@
 #include "macs/cpu.h"
 #include "macs/fused.h"
 #include "macs/level.h"
+#include "macs/peer_all_reduce.h"
 
 #ifdef MACS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -415,6 +416,17 @@ std::vector<int64_t> fused_layout_of(at::IntArrayRef shape) {
   return {first, first + sizeof(FusedLayout) / sizeof(int64_t)};
 }
 
+void check_peers(int64_t num_ranks) {
+  TORCH_CHECK_VALUE(num_ranks >= 1 && num_ranks <= kMaxPeers, "num_ranks: got ", num_ranks, ", expected 1 to ", kMaxPeers);
+}
+
+// Offsets in the order of PeerReduceLayout, the last one the bytes of the whole.
+std::vector<int64_t> peer_reduce_layout_of(int64_t num_ranks, int64_t size) {
+  check_peers(num_ranks);
+  const PeerReduceLayout layout = peer_reduce_layout(num_ranks, size);
+  return {layout.status, layout.rounds, layout.inbox, layout.bytes};
+}
+
 #ifdef MACS_WITH_CUDA
 
 // Zero-filled memory of the current device that other processes can map, and the handle [64] u8 (host) that they open.
@@ -574,6 +586,27 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   return combined;
 }
 
+// Sums in place.
+void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, int64_t timeout_ns) {
+  const auto num_ranks = static_cast<int64_t>(peers.size());
+  check_peers(num_ranks);
+  check_like(values, "values", at::kInt, {values.numel()}, region);
+  TORCH_CHECK_VALUE(rank >= 0 && rank < num_ranks, "rank: got ", rank, ", expected below ", num_ranks);
+  PeerReduceParams p = {};
+  p.layout = peer_reduce_layout(num_ranks, values.numel());
+  TORCH_CHECK_VALUE(region.is_cuda() && static_cast<int64_t>(region.nbytes()) == p.layout.bytes, "region: got ",
+                    region.nbytes(), " bytes on ", region.device(), ", expected ", p.layout.bytes, " for sums of ",
+                    values.numel(), " on a GPU");
+  for (int64_t peer = 0; peer < num_ranks; ++peer) p.region[peer] = reinterpret_cast<char*>(peers[peer]);
+  p.region[rank] = static_cast<char*>(region.mutable_data_ptr());
+  p.values = values.mutable_data_ptr<int32_t>();
+  p.size = values.numel();
+  p.num_ranks = static_cast<int32_t>(num_ranks), p.rank = static_cast<int32_t>(rank);
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_peer_all_reduce(p, stream_of(region)), "peer_all_reduce");
+}
+
 #endif
 
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
@@ -651,6 +684,10 @@ Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::In
                           region.options().dtype(at::kBFloat16));
 }
 
+void peer_all_reduce_meta(const Tensor& region, at::IntArrayRef, int64_t, const Tensor& values, int64_t) {
+  check_device("values", values, region);
+}
+
 }  // namespace
 }  // namespace macs
 
@@ -687,6 +724,8 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def(
       "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
       "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
+  m.def("peer_reduce_layout(int num_ranks, int size) -> int[]", &macs::peer_reduce_layout_of);
+  m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
 #ifdef MACS_WITH_CUDA
   m.def("allocate_shared(int bytes) -> (Tensor, Tensor)", &macs::allocate_shared);
   m.def("open_shared(Tensor handle) -> int", &macs::open_shared);
@@ -714,6 +753,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("fused_dispatch", &macs::fused_dispatch);
   m.impl("fused_receive", &macs::fused_receive);
   m.impl("fused_combine", &macs::fused_combine);
+  m.impl("peer_all_reduce", &macs::peer_all_reduce);
 }
 #endif
 
@@ -726,4 +766,5 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("fused_dispatch", &macs::fused_dispatch_meta);
   m.impl("fused_receive", &macs::fused_receive_meta);
   m.impl("fused_combine", &macs::fused_combine_meta);
+  m.impl("peer_all_reduce", &macs::peer_all_reduce_meta);
 }

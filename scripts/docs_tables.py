@@ -91,13 +91,21 @@ OVERHEAD = {
     "experts, us": lambda row: f"{row['experts_us']:.0f}",
     "overhead, us": lambda row: f"{row['overhead_us']:.1f}",
     "of DeepEP": lambda row: f"{row['overhead_percent']:.0f} %",
+    "by peers: plan, us": lambda row: f"{row['plan_by_peers_us']:.1f}",
+    "exchange, us": lambda row: f"{row['exchange_by_peers_us']:.1f}",
+    "overhead by peers, us": lambda row: f"{row['overhead_by_peers_us']:.1f}",
     "of the layer": lambda row: f"{row['overhead_percent_of_layer']:.1f} %",
+    "by peers": lambda row: f"{row['overhead_by_peers_percent_of_layer']:.1f} %",
 }
 ONLY_IN = {
     "the device": "device",
     "exchange alone, us": "exchange_us",
     "experts, us": "experts_us",
+    "by peers: plan, us": "plan_by_peers_us",
+    "exchange, us": "exchange_by_peers_us",
+    "overhead by peers, us": "overhead_by_peers_us",
     "of the layer": "overhead_percent_of_layer",
+    "by peers": "overhead_by_peers_percent_of_layer",
 }
 
 

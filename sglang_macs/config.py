@@ -78,6 +78,11 @@ class MacsConfig:
         "what carries planned low-latency batches: DeepEP, or a kernel that plans and sends; auto = that where it can",
         ("deepep", "fused", "auto"),
     )
+    all_reduce: str = _opt(
+        "group",
+        "what sums the exchange: the process group (NCCL), or one kernel over peers' memory; auto = that where it can",
+        ("group", "peer", "auto"),
+    )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")

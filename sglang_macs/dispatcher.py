@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import batch, stats
+from .peer_all_reduce import PeerAllReduce
 from .plan import Plan, PlanResult
 from .trace import Recorder
 
@@ -116,6 +117,7 @@ class LayerPlanner:
         counters: the process's `Stats`.
         attn_tp: (rank, size) of attention tensor parallelism, over which the rows were scattered.
         recorder: of --macs-trace.
+        peers: sums histograms in place of the group's all-reduce.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class LayerPlanner:
         counters: stats.Stats,
         attn_tp: tuple[int, int] = (0, 1),
         recorder: Recorder | None = None,
+        peers: PeerAllReduce | None = None,
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
@@ -133,6 +136,7 @@ class LayerPlanner:
         self.counters = counters
         self.attn_tp = attn_tp
         self.recorder = recorder
+        self.peers = peers
 
     def __call__(
         self,
@@ -166,7 +170,10 @@ class LayerPlanner:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the EP group, in place."""
-        dist.all_reduce(tensor, group=self.group)
+        if self.peers is not None and self.peers.takes(tensor):
+            self.peers(tensor)
+        else:
+            dist.all_reduce(tensor, group=self.group)
 
     def recount(self, topk_ids: Tensor, planned: Planned) -> Tensor:
         """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""

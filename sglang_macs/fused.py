@@ -5,7 +5,6 @@ over it. One dispatch is under way at a time, from `send` to `combine`; all laye
 from __future__ import annotations
 
 import math
-import struct
 from collections import deque
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import ops, peer_status
 from .config import MacsConfig
 from .errors import MacsError
 from .peer_memory import PeerMemory, everyone
@@ -26,23 +25,6 @@ SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 
 MAX_RANKS, MAX_EXPERTS, MAX_TOP_K, MAX_TOKENS, MAX_SLOTS = 16, 256, 16, 1023, 16352  # csrc/include/macs/fused.h
 HIDDEN_SIZES = range(2048, 8193, 512)
 KEPT_ROUNDS = 1024  # of which it is known which layer they were
-
-# By Fault of csrc/include/macs/fused.h: what a rank was waiting for, or found.
-FAULTS = (
-    "nothing",
-    "never scored its tokens",
-    "never sent its assignments",
-    "never told its cuts",
-    "never proposed where its clipped assignments go",
-    "never sent its rows per expert",
-    "never finished sending its rows",
-    "never offered its experts' outputs",
-    "claims more tokens than there may be",
-    "names an expert that does not exist",
-    "claims more rows for an expert than it has tokens",
-    "would get more rows than its buffer holds",
-)
-_STATUS = struct.Struct("=iiiIqq")  # FusedStatus: fault, peer, block, round, seen, expected
 
 
 @dataclass(frozen=True)
@@ -128,8 +110,7 @@ class FusedDispatch:
         self._layers: deque[int] = deque(maxlen=KEPT_ROUNDS)  # of the last rounds, the newest last
         self._round = 0
         self._under_way: int | None = None  # layer whose rows were sent and not yet received
-        self._seen: Tensor | None = None  # the status, on its way to the host
-        self._seen_at: torch.cuda.Event | None = None
+        self._watch = peer_status.Watch()
 
     @staticmethod
     def region_bytes(config: MacsConfig, sizes: Sizes, num_blocks: int) -> int:
@@ -212,16 +193,8 @@ class FusedDispatch:
         """Raises MacsError once a wait has given up or a peer was found wrong. Never makes the host wait: it looks at
         the status of an earlier call, and sends for the next.
         """
-        if self.shape is None:
-            return
-        if self._seen is not None and self._seen_at.query():
-            seen, self._seen = self._seen, None
-            self._raise_for(seen)
-        if self._seen is None:
-            self._seen = torch.empty(_STATUS.size, dtype=torch.uint8, pin_memory=True)
-            self._seen.copy_(self._status(), non_blocking=True)
-            self._seen_at = torch.cuda.Event()
-            self._seen_at.record()
+        if self.shape is not None:
+            self._raise_for(self._watch.look(self._status()))
 
     def recover(self, group: dist.ProcessGroup) -> None:
         """Behind a fault, with every rank here: faults are cleared, and all go on from one round. Collective.
@@ -236,7 +209,7 @@ class FusedDispatch:
         self._part("row_scales", torch.uint8, self._layout.scales - self._layout.row_scales).zero_()
         self._under_way = None
         self._layers.clear()
-        self._seen = None
+        self._watch = peer_status.Watch()
         torch.cuda.synchronize()
         dist.barrier(group)
 
@@ -267,20 +240,17 @@ class FusedDispatch:
         return self.memory.own[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def _status(self) -> Tensor:
-        return self._part("status", torch.uint8, _STATUS.size)
+        return self._part("status", torch.uint8, peer_status.SIZE)
 
-    def _raise_for(self, status: Tensor) -> None:
-        fault, peer, block, in_round, seen, expected = _STATUS.unpack(status.numpy().tobytes())
-        if not fault:
+    def _raise_for(self, found: peer_status.Record | None) -> None:
+        if found is None:
             return
-        back = self._round - in_round
+        back = self._round - found.in_round
         layer = self._layers[-1 - back] if 0 <= back < len(self._layers) else "unknown"
-        where = f"rank {peer}" if peer >= 0 else "a rank"
-        where += f" (block {block})" if block >= 0 else ""
-        what = FAULTS[fault] if 0 < fault < len(FAULTS) else f"fault {fault}"
+        what = f"round {found.in_round}, {found.seen} for {found.expected}"
         raise MacsError(
             "fused dispatch",
-            f"{where} {what} in layer {layer}, says rank {self.memory.rank} (round {in_round}, {seen} for {expected})",
-            f"every rank within {timeout_ns(in_round) // 10**9} s",
+            f"{found.words} in layer {layer}, says rank {self.memory.rank} ({what})",
+            f"every rank within {timeout_ns(found.in_round) // 10**9} s",
             "Look at that rank's log, or serve with --macs-dispatch deepep.",
         )

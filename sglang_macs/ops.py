@@ -490,6 +490,32 @@ def fused_combine(
     )
 
 
+class PeerReduceLayout(NamedTuple):
+    """Byte offsets into a rank's region of `peer_all_reduce` (csrc/include/macs/peer_all_reduce.h)."""
+
+    status: int
+    rounds: int
+    inbox: int
+    bytes: int
+
+
+def peer_reduce_layout(num_ranks: int, size: int) -> PeerReduceLayout:
+    """Where everything lies in the region of one of `num_ranks` that sum `size` numbers."""
+    return PeerReduceLayout(*_ops.peer_reduce_layout(num_ranks, size))
+
+
+def peer_all_reduce(region: Tensor, peers: list[int], rank: int, values: Tensor, timeout_ns: int) -> None:
+    """Sums over the ranks in place, in one launch. Collective. Only where `is_fused`.
+
+    Args:
+        region: [peer_reduce_layout.bytes] u8, this rank's; peers: addresses of all ranks' regions.
+        values: [size] i32; sums wrap.
+        timeout_ns: after which a wait for a peer gives up; the region's status says so, and values keep what they were.
+    Source: csrc/cuda/peer_all_reduce.cu.
+    """
+    _ops.peer_all_reduce(region, peers, rank, values, timeout_ns)
+
+
 def allocate_shared(size: int) -> tuple[Tensor, Tensor]:
     """[size] u8 of the current device, zero-filled, and the handle [64] u8 with which other processes map it."""
     return _ops.allocate_shared(size)

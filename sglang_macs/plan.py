@@ -67,6 +67,11 @@ class Plan:
         self._capacity["c_min"] = config.c_min / num_ranks if alone else config.c_min
         self._apply = {"importance": config.importance, "reroute_rounds": config.reroute_rounds, "scoring": scoring}
 
+    @property
+    def histogram_size(self) -> int:
+        """Numbers that the exchange sums."""
+        return self.num_experts * 2 * self.config.buckets + ops.NUM_SUMS
+
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
         if self._needs_entropy and num_segments > 0:

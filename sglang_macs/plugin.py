@@ -211,7 +211,9 @@ def _layer_planner(moe_runner_config):
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
     recorder = process.recorder_of(parallel.moe_ep_rank)
-    planner = LayerPlanner(layer_id, plan, parallel.tp_group.device_group, process.stats, attn_tp, recorder)
+    group = parallel.tp_group
+    peers = process.transports.all_reduce(plan.histogram_size, group.cpu_group)
+    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, recorder, peers)
     process.planners[layer_id] = planner
     process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
     return planner

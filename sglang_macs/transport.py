@@ -1,4 +1,6 @@
-"""Whether the fused dispatch carries a process's planned batches, and the ones it has: one for each half of a batch."""
+"""What ranks share memory for, and whether they may: the fused dispatch, one for each half of a batch, and the plan's
+all-reduce.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from . import ops, peer_memory
 from .compat import no_low_latency
 from .config import MacsConfig
 from .errors import MacsNotActive
-from .fused import FusedDispatch, Sizes, unsupported
+from .fused import MAX_RANKS, FusedDispatch, Sizes, unsupported
+from .peer_all_reduce import PeerAllReduce
 
 COMPUTE_CAPABILITY = 9  # Hopper: what the kernels are built and were measured for
 
@@ -23,6 +26,8 @@ class Transports:
         self.config = config
         self._sizes: Sizes | None = None
         self._made: list[FusedDispatch] = []
+        self._sum_size: int | None = None  # once a layer has asked
+        self._sum: PeerAllReduce | None = None
 
     def of(self, sizes: Sizes, halves: int, mode: str, overlaps: bool, group: dist.ProcessGroup) -> list[FusedDispatch]:
         """One for each half, or none: DeepEP carries. Says which, once. Collective at the first call.
@@ -41,13 +46,42 @@ class Transports:
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
-            if dist.get_rank(group) == 0:
-                print(f"sglang-macs: {self._line(why)}", file=sys.stderr, flush=True)
+            _say(self._line(why), group)
         return self._made if sizes == self._sizes else []
+
+    def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
+        """What sums the histograms [size] of all layers, or None: their process group. Says which, once. Collective at
+        the first call; group as of `of`. Raises MacsNotActive where --macs-all-reduce peer cannot be had.
+        """
+        if self.config.all_reduce == "group":
+            return None
+        if self._sum_size is None:
+            self._sum_size = size
+            why = self._no_sum(group)
+            if why and self.config.all_reduce == "peer":
+                raise MacsNotActive(f"--macs-all-reduce peer: {why}; pass --macs-all-reduce group, or auto")
+            if not why:
+                needed = PeerAllReduce.region_bytes(dist.get_world_size(group), size)
+                self._sum = PeerAllReduce(peer_memory.share(needed, group), size)
+                _say(f"one kernel over the peers' memory sums the exchange: {needed / 1e6:.1f} MB a rank", group)
+            else:
+                _say(f"the process group sums the exchange: {why}", group)
+        return self._sum if size == self._sum_size else None
+
+    def _no_sum(self, group: dist.ProcessGroup) -> str:
+        """Why peers' memory is not used for it, or ""."""
+        ranks = dist.get_world_size(group)
+        reasons = (
+            (self.config.is_off, "MACS is off"),
+            (self.config.exchange != "group", "--macs-exchange local, and nothing is exchanged"),
+            (ranks > MAX_RANKS, f"{ranks} ranks, at most {MAX_RANKS}"),
+        )
+        why = next((words for refused, words in reasons if refused), "")
+        return why or unfit_device() or peer_memory.unreachable(group)
 
     def check(self) -> None:
         """Raises MacsError for the first fault that one of them has recorded."""
-        for transport in self._made:
+        for transport in (*self._made, *([self._sum] if self._sum is not None else [])):
             transport.check()
 
     def _line(self, why: str) -> str:
@@ -60,6 +94,12 @@ class Transports:
             f"the fused dispatch carries planned low-latency batches: {needed / 1e6:.0f} MB a rank, "
             f"{saved / 1e6:.0f} MB less than room for every token of every rank"
         )
+
+
+def _say(line: str, group: dist.ProcessGroup) -> None:
+    """Once for the group."""
+    if dist.get_rank(group) == 0:
+        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)
 
 
 def unfit_device() -> str:

@@ -5,11 +5,11 @@ The kernels themselves run in test_fused_emulated.py; here stand-ins record what
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import torch
 from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sglang_macs import batch, fused, ops, peer_memory, plugin, transport
+from sglang_macs import batch, fused, ops, peer_memory, peer_status, plugin, transport
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatcher import LayerPlanner
@@ -42,7 +42,7 @@ MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_siz
 def test_layout_and_faults_are_those_of_the_kernels():
     assert ops.RegionShape._fields == tuple(name for name, _ in fc.FusedShape._fields_)
     assert ops.RegionLayout._fields == tuple(name for name, _ in fc.FusedLayout._fields_)
-    assert len(fused.FAULTS) == len(fc.FAULTS) and fused._STATUS.size == struct.calcsize("=iiiIqq")
+    assert len(peer_status.FAULTS) == len(fc.FAULTS) and ctypes.sizeof(fc.FusedStatus) == peer_status.SIZE
     layout = ops.fused_layout(region_shape(MacsConfig(), SIZES, "fp8", 4))
     assert list(layout) == sorted(layout) and all(offset % 256 == 0 for offset in layout)
 
@@ -405,8 +405,12 @@ def test_the_stand_ins_are_what_sglang_has():
 
 
 def status(fault: int, peer: int = 1, block: int = 2, in_round: int = 7) -> torch.Tensor:
-    packed = fused._STATUS.pack(fault, peer, block, in_round, 5, 6)
+    packed = bytes(fc.FusedStatus(fault, peer, block, in_round, 5, 6))
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def seen(fault: int, **options: int) -> peer_status.Record | None:
+    return peer_status.read(status(fault, **options))
 
 
 @pytest.fixture
@@ -419,13 +423,13 @@ def dispatched() -> FusedDispatch:
 
 
 def test_a_fault_names_rank_layer_and_stage(dispatched):
-    dispatched._raise_for(status(0))
+    dispatched._raise_for(seen(0))
     with pytest.raises(MacsError, match=r"rank 1 \(block 2\) never sent its assignments in layer 2, says rank 0"):
-        dispatched._raise_for(status(fc.FAULTS.index("assignments")))
+        dispatched._raise_for(seen(fc.FAULTS.index("assignments")))
     with pytest.raises(MacsError, match="rank 1 claims more tokens than there may be"):
-        dispatched._raise_for(status(fc.FAULTS.index("bad tokens"), block=-1))
+        dispatched._raise_for(seen(fc.FAULTS.index("bad tokens"), block=-1))
     with pytest.raises(MacsError, match="layer unknown"):
-        dispatched._raise_for(status(fc.FAULTS.index("rows"), in_round=2**31))
+        dispatched._raise_for(seen(fc.FAULTS.index("rows"), in_round=2**31))
 
 
 def test_a_rank_that_compiles_its_first_kernels_is_waited_for_longer(dispatched, monkeypatch):
@@ -445,7 +449,7 @@ def test_a_rank_that_compiles_its_first_kernels_is_waited_for_longer(dispatched,
         assert {limits.pop() for _ in range(3)} == {seconds * 10**9} and not limits
     for in_round, said in ((7, "within 200 s"), (fused.FIRST_ROUNDS + 1, "within 30 s")):
         with pytest.raises(MacsError, match=said):
-            dispatched._raise_for(status(fc.FAULTS.index("assignments"), in_round=in_round))
+            dispatched._raise_for(seen(fc.FAULTS.index("assignments"), in_round=in_round))
 
 
 def _recover(rank: int, world: int) -> tuple[int, int, int]:

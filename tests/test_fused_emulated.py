@@ -20,7 +20,7 @@ from fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments,
 from kernel_case import POISON, Config
 from kernel_reference import fixed
 
-SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
+SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "peer_all_reduce.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
 

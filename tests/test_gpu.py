@@ -14,6 +14,7 @@ from sglang_macs.batch import Batch, forward
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.fused import FusedDispatch, Sizes
+from sglang_macs.peer_all_reduce import PeerAllReduce
 from sglang_macs.peer_memory import PeerMemory
 from sglang_macs.plan import Plan
 from sglang_macs.stats import Stats
@@ -236,3 +237,28 @@ def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_ro
     fused.check()
     torch.cuda.synchronize()
     fused.check()
+
+
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the sum over peers exists in CUDA only")
+def test_ranks_sum_over_each_others_memory():
+    """Three ranks on streams of their own; between processes: scripts/gpu/overhead.py."""
+    ranks, size, rounds = 3, 33000, 20
+    regions = [
+        torch.zeros(ops.peer_reduce_layout(ranks, size).bytes, dtype=torch.uint8, device="cuda") for _ in range(ranks)
+    ]
+    addresses = [region.data_ptr() for region in regions]
+    sums = [PeerAllReduce(PeerMemory(rank, regions[rank], addresses), size) for rank in range(ranks)]
+    own = [[torch.randint(-(2**31), 2**31 - 1, (size,), device="cuda").int() for _ in sums] for _ in range(rounds)]
+    expected = [torch.stack(of_round).sum(0, dtype=torch.int32) for of_round in own]
+    torch.cuda.synchronize()
+    for rank, stream in enumerate(torch.cuda.Stream() for _ in sums):
+        with torch.cuda.stream(stream):
+            for of_round in own:
+                sums[rank](of_round[rank])
+    torch.cuda.synchronize()
+    for of_round, total in zip(own, expected, strict=True):
+        assert all(torch.equal(values, total) for values in of_round)
+    for one in sums:
+        one.check()
+        torch.cuda.synchronize()
+        one.check()

@@ -129,6 +129,7 @@ FP8 = {"kind": "qwen3_moe", "fp8": True, "flags": (*SMALL, "--moe-runner-backend
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
+    "2 ranks, peer exchange": Launch(2, "normal", flags=(*SMALL, "--macs-all-reduce", "peer")),
     "2 ranks, 128 experts": Launch(2, "low_latency", observed=True, **REAL),
     "1 rank, low latency": Launch(1, "low_latency"),
     "2 ranks, FP8 blocks": Launch(2, "low_latency", **FP8),

@@ -4,10 +4,10 @@
 
 Low latency: each row is a CUDA graph of several rounds: DeepEP's dispatch and combine alone, the same behind the plan,
 and the plan alone. With one rank the plan bounds eight (E = 128, top-8), as on a cluster, and there is no exchange;
-with more, it bounds those and its all-reduce over NCCL is part of it. `10 % clipped`: gamma where a tenth of the
-assignments is over a bound, nothing re-routed, so rows get fewer. Normal mode (N > 1): 4096 tokens a rank, with the
-experts' grouped GEMMs, launched from the host, onto a device that is busy before (as behind attention) and an idle one.
-Times are the slowest rank's medians.
+with more, it bounds those and its all-reduce is part of it: once NCCL's, once the kernel over peers' memory. `10 %
+clipped`: gamma where a tenth of the assignments is over a bound, nothing re-routed, so rows get fewer. Normal mode (N >
+1): 4096 tokens a rank, with the experts' grouped GEMMs, launched from the host, onto a device that is busy before (as
+behind attention) and an idle one. Times are the slowest rank's medians.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +29,9 @@ import routing  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from sglang_macs import peer_memory  # noqa: E402
 from sglang_macs.config import MacsConfig  # noqa: E402
+from sglang_macs.peer_all_reduce import PeerAllReduce  # noqa: E402
 from sglang_macs.plan import Plan  # noqa: E402
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
@@ -36,6 +39,22 @@ NORMAL_TOKENS = 4096  # a rank
 AHEAD_CYCLES = 4_000_000  # about 2 ms
 BUSY = ("idle before", "busy before")
 ROUNDS, REPLAYS = 8, 60  # rounds in a graph, over as many batches; replays of each graph, in turn
+
+
+@cache
+def peers() -> PeerAllReduce:
+    """The sum over peers' memory, which gives NCCL's bits. Collective at first."""
+    size = Plan(MacsConfig(), EXPERTS, dist.get_world_size()).histogram_size
+    needed = PeerAllReduce.region_bytes(dist.get_world_size(), size)
+    found = PeerAllReduce(peer_memory.share(needed, dist.group.WORLD), size)
+    for seed in range(20):
+        generator = torch.Generator(device="cuda").manual_seed(1000 * dist.get_rank() + seed)
+        own = torch.randint(-(2**31), 2**31 - 1, (size,), generator=generator, device="cuda").int()
+        expected = own.clone()
+        dist.all_reduce(expected)
+        found(own)
+        assert torch.equal(own, expected), "the sum over peers is another than NCCL's"
+    return found
 
 
 class Layer:
@@ -58,9 +77,9 @@ class Layer:
     def make_plan(self, gamma: float, **options) -> Plan:
         return Plan(MacsConfig.from_preset("rank", gamma=gamma, **options), EXPERTS, self.bounds)
 
-    def plan(self, plan: Plan, batch: dict):
-        """(ids, gates) of the plan; its exchange goes over NCCL."""
-        exchange = dist.all_reduce if self.group_size > 1 else None
+    def plan(self, plan: Plan, batch: dict, by_peers: bool = False):
+        """(ids, gates) of the plan; its exchange goes over NCCL, or over peers' memory."""
+        exchange = (peers() if by_peers else dist.all_reduce) if self.group_size > 1 else None
         tensors = (batch[name] for name in ("hidden", "ids", "gates", "logits", "segment"))
         result = plan(*tensors, 1, exchange)
         return result.topk_ids, result.topk_weights
@@ -140,6 +159,8 @@ def compare(times: dict[str, float]) -> dict:
     """Times in us, and what `planned` has over `deepep`."""
     result = {f"{name}_us": value for name, value in times.items()}
     result["overhead_us"] = times["planned"] - times["deepep"]
+    if "planned_by_peers" in times:
+        result["overhead_by_peers_us"] = times["planned_by_peers"] - times["deepep"]
     return result | {"overhead_percent": 100 * result["overhead_us"] / times["deepep"]}
 
 
@@ -166,8 +187,13 @@ def measure_low_latency(tokens: int, hidden_size: int, fp8: bool, clipped: float
         "plan": capture(lambda b: layer.plan(plan, b), layer.batches),
     }
     if layer.group_size > 1:
-        own = torch.zeros(EXPERTS * 2 * 128 + 4, dtype=torch.int32, device="cuda")
+        own = torch.zeros(plan.histogram_size, dtype=torch.int32, device="cuda")
         graphs["exchange"] = capture(lambda b: dist.all_reduce(own), layer.batches)
+        graphs["exchange_by_peers"] = capture(lambda b: peers()(own), layer.batches)
+        graphs["plan_by_peers"] = capture(lambda b: layer.plan(plan, b, True), layer.batches)
+        graphs["planned_by_peers"] = capture(
+            lambda b: layer.round_trip(b["hidden"], *layer.plan(plan, b, True)), layer.batches
+        )
     check_received(layer, plan)
     row = {
         "case": {"mode": "low latency", "T": tokens, "H": hidden_size, "dtype": "fp8" if fp8 else "bf16"},
@@ -259,6 +285,8 @@ def measure_normal(hidden_size: int, clipped: float, busy: bool) -> dict:
         "deepep": lambda b: layer.round_trip(b["hidden"], b["ids"], b["gates"]),
         "planned": lambda b: layer.round_trip(b["hidden"], *layer.plan(plan, b)),
         "plan": lambda b: layer.plan(plan, b),
+        "planned_by_peers": lambda b: layer.round_trip(b["hidden"], *layer.plan(plan, b, True)),
+        "plan_by_peers": lambda b: layer.plan(plan, b, True),
         "experts": lambda b: run_experts(),
     }
     times = slowest({name: host_us(one_round, layer.batches, busy) for name, one_round in rounds.items()})
@@ -268,7 +296,9 @@ def measure_normal(hidden_size: int, clipped: float, busy: bool) -> dict:
         "clipped_share": layer.clipped_share(gamma) if clipped else 0.0,
         **compare(times),
     }
-    row["overhead_percent_of_layer"] = 100 * row["overhead_us"] / (times["deepep"] + times["experts"])
+    whole = times["deepep"] + times["experts"]
+    row["overhead_percent_of_layer"] = 100 * row["overhead_us"] / whole
+    row["overhead_by_peers_percent_of_layer"] = 100 * row["overhead_by_peers_us"] / whole
     layer.buffer.destroy()
     return row
 
@@ -307,7 +337,13 @@ def show(row: dict) -> None:
         f"DeepEP {row['deepep_us']:7.1f}  planned {row['planned_us']:7.1f}  plan {row['plan_us']:6.1f}  "
         f"over {row['overhead_us']:6.1f} us {row['overhead_percent']:5.1f} %"
         + (f"  exchange {row['exchange_us']:5.1f}" if "exchange_us" in row else "")
-        + (f"  {layer:.1f} % of the layer" if layer is not None else ""),
+        + (f"  {layer:.1f} % of the layer" if layer is not None else "")
+        + (
+            f"  by peers: plan {row['plan_by_peers_us']:6.1f}  over {row['overhead_by_peers_us']:6.1f} us"
+            if "plan_by_peers_us" in row
+            else ""
+        )
+        + (f"  exchange {row['exchange_by_peers_us']:5.1f}" if "exchange_by_peers_us" in row else ""),
         flush=True,
     )
 

@@ -36,6 +36,7 @@ CACHES = {
 CHECKED = (
     "2 ranks, 128 experts",
     "2 ranks, fused",
+    "2 ranks, peer exchange",
     "2 ranks, FP8 blocks",
     "2 ranks, two batches",
     "2 ranks, fused, FP8 blocks",

@@ -7,6 +7,7 @@
 
 #include "macs/fused.h"
 #include "macs/params.h"
+#include "macs/peer_all_reduce.h"
 
 namespace macs::cuda {
 
@@ -37,5 +38,8 @@ cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const C
 // Other sizes than those named there: cudaErrorInvalidValue, and so is a grid that does not fit on the device at once.
 cudaError_t launch_fused_dispatch(const FusedDispatchParams& p, cudaStream_t stream);
 cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t stream);
+
+// The exchange of the plan among such ranks: every rank launches it, in the same order (macs/peer_all_reduce.h).
+cudaError_t launch_peer_all_reduce(const PeerReduceParams& p, cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -43,6 +43,7 @@ enum class Fault : int32_t {
   kBadExpert,    // a peer names an expert that does not exist
   kBadCount,     // a peer claims more rows for an expert than it has tokens
   kOverflow,     // more rows than the buffer holds
+  kValues,       // a peer never sent its part of a sum (peer_all_reduce.h)
 };
 
 // One record a rank. `fault` is set last, once; the host clears it.

@@ -1,0 +1,35 @@
+// The sum of the ranks' histograms in one launch, among ranks that address each other's memory: parameters, and the layout
+// of what they share. No torch.
+#pragma once
+#include <cstdint>
+
+#include "macs/fused.h"
+
+namespace macs {
+
+constexpr int kMostReduceBlocks = 64;
+
+// Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch. Peers write `inbox`.
+struct PeerReduceLayout {
+  int64_t status;  // FusedStatus
+  int64_t rounds;  // [kMostReduceBlocks] u32: how often each block has added
+  int64_t inbox;   // [2, R, size] letters (peer_view.cuh): odd rounds lie behind even ones
+  int64_t bytes;
+};
+
+inline PeerReduceLayout peer_reduce_layout(int64_t num_ranks, int64_t size) {
+  constexpr int64_t kLine = 128;
+  const PeerReduceLayout layout = {0, kLine, kLine + 4 * kMostReduceBlocks, 0};
+  return {layout.status, layout.rounds, layout.inbox, layout.inbox + 8 * 2 * num_ranks * size};
+}
+
+struct PeerReduceParams {
+  char* region[kMaxPeers];  // of every rank, as this device sees them
+  PeerReduceLayout layout;
+  int32_t* values;          // [size] in and out: the sum; left alone where a peer's part never came
+  int64_t size;             // the same in every launch over these regions, so that a value is always the same block's
+  int32_t num_ranks, rank;
+  uint64_t timeout_ns;
+};
+
+}  // namespace macs

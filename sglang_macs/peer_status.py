@@ -1,0 +1,72 @@
+"""What kernels that wait for peers have recorded in a rank's region: a wait that gave up, or a peer that was wrong."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SIZE = struct.calcsize("=iiiIqq")  # FusedStatus of csrc/include/macs/fused.h
+
+# By Fault of that file: what the rank in question did or did not do.
+FAULTS = (
+    "nothing",
+    "never scored its tokens",
+    "never sent its assignments",
+    "never told its cuts",
+    "never proposed where its clipped assignments go",
+    "never sent its rows per expert",
+    "never finished sending its rows",
+    "never offered its experts' outputs",
+    "claims more tokens than there may be",
+    "names an expert that does not exist",
+    "claims more rows for an expert than it has tokens",
+    "would get more rows than its buffer holds",
+    "never sent its part of a sum",
+)
+
+
+class Record(NamedTuple):
+    """The first fault of a rank; peer and block -1: not known which."""
+
+    fault: int
+    peer: int
+    block: int
+    in_round: int
+    seen: int
+    expected: int
+
+    @property
+    def words(self) -> str:
+        """Who did not do what."""
+        who = f"rank {self.peer}" if self.peer >= 0 else "a rank"
+        who += f" (block {self.block})" if self.block >= 0 else ""
+        return f"{who} {FAULTS[self.fault] if 0 < self.fault < len(FAULTS) else f'fault {self.fault}'}"
+
+
+def read(status: Tensor) -> Record | None:
+    """Of [SIZE] u8 on the host; None: nothing is wrong."""
+    record = Record(*struct.unpack("=iiiIqq", status.numpy().tobytes()))
+    return record if record.fault else None
+
+
+class Watch:
+    """Looks at a rank's record without making the host wait."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None  # on its way to the host
+        self._seen_at: torch.cuda.Event | None = None
+
+    def look(self, status: Tensor) -> Record | None:
+        """The record as it was at an earlier call; sends for the next. status: [SIZE] u8 of the region."""
+        found = None
+        if self._seen is not None and self._seen_at.query():
+            found, self._seen = read(self._seen), None
+        if self._seen is None:
+            self._seen = torch.empty(SIZE, dtype=torch.uint8, pin_memory=True)
+            self._seen.copy_(status, non_blocking=True)
+            self._seen_at = torch.cuda.Event()
+            self._seen_at.record()
+        return found

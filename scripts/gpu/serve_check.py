@@ -36,8 +36,8 @@ TURN = Lock()
 
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
-    """(prompt, image) pairs: both photographs under several questions, and text. Two where ranks share a GPU, which meet
-    on the host twice a layer.
+    """(prompt, image) pairs: both photographs under several questions, and text. Two where ranks share a GPU, which
+    meet on the host twice a layer.
     """
     text = [(prompt(f"{i} How many experts answer, and which of them waits? " * 6), None) for i in range(4)]
     if launch.kind != "qwen3_vl_moe":

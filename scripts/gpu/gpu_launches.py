@@ -27,10 +27,17 @@ COMMON = [
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-# Without --sleep-on-idle: a rank without a request of its own would sleep up to a second before each step of the
-# others, and a request of eight tokens takes 13 s.
-SMALL = ("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512")
-LARGE = ("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192")
+# SGLang 0.5.21's profile for Qwen3-VL-MoE on Hopper lets 22 rounds go by after a prefill, also where nothing decodes: a
+# queue of short answers waits for it, and with --sleep-on-idle each idle round takes a second.
+PREFILL_AT_ONCE = ("--prefill-decode-interval", "0")
+SMALL = (
+    *("--max-total-tokens", "8192", "--max-running-requests", "16", "--chunked-prefill-size", "512", *PREFILL_AT_ONCE),
+    "--sleep-on-idle",  # else every rank of every waiting server keeps a core busy, and the others start slower
+)
+LARGE = (
+    *("--max-total-tokens", "65536", "--max-running-requests", "64", "--chunked-prefill-size", "8192"),
+    *PREFILL_AT_ONCE,
+)
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
     "inf": ["--macs-gamma", "inf", "--macs-verify", "true"],

@@ -34,6 +34,13 @@ def test_a_fused_launch_has_to_say_and_count_that_it_is():
     assert silent == [f"gamma {run}: the log does not say that the fused dispatch carries" for run in ("inf", "1.0")]
 
 
+def test_a_launch_with_peers_has_to_say_that_they_sum():
+    launch, found = LAUNCHES["2 ranks, peer exchange"], runs(fused=0, carrier="")
+    words = "the log does not say that peers' memory sums the exchange"
+    assert serve_check.judge(launch, found) == [f"gamma {run}: {words}" for run in ("inf", "1.0")]
+    assert serve_check.judge(launch, {run: of_run | {"by_peers": True} for run, of_run in found.items()}) == []
+
+
 def test_other_tokens_violations_and_failures_are_told():
     found = runs()
     found["inf"]["tokens"] = [[1, 3]]
@@ -64,6 +71,8 @@ def test_a_server_without_macs_is_not_asked_for_the_fused_dispatch():
 
     assert "--macs-dispatch fused" in flags("2 ranks, fused", "inf")
     assert "--macs-dispatch" not in flags("2 ranks, fused", "off") + flags("2 ranks, normal", "inf")
+    assert "--macs-all-reduce peer" in flags("2 ranks, peer exchange", "1.0")
+    assert "--macs-all-reduce" not in flags("2 ranks, peer exchange", "off") + flags("2 ranks, normal", "1.0")
 
 
 def test_few_rounds_of_the_benchmark_give_ratios_without_an_interval():

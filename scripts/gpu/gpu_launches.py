@@ -61,9 +61,9 @@ START_SECONDS = 240
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused: with
-    --macs-dispatch fused where MACS is on; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and
-    trace.
+    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused, peers:
+    with --macs-dispatch fused, with --macs-all-reduce peer where MACS is on; one_gpu: every rank on the first GPU (under
+    MPS); observed: with metrics and trace.
     """
 
     ranks: int
@@ -77,6 +77,7 @@ class Launch:
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
     fused: bool = False
+    peers: bool = False
     one_gpu: bool = False
     observed: bool = False
 
@@ -136,7 +137,7 @@ FP8 = {"kind": "qwen3_moe", "fp8": True, "flags": (*SMALL, "--moe-runner-backend
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
-    "2 ranks, peer exchange": Launch(2, "normal", flags=(*SMALL, "--macs-all-reduce", "peer")),
+    "2 ranks, peer exchange": Launch(2, "normal", peers=True),
     "2 ranks, 128 experts": Launch(2, "low_latency", observed=True, **REAL),
     "1 rank, low latency": Launch(1, "low_latency"),
     "2 ranks, FP8 blocks": Launch(2, "low_latency", **FP8),
@@ -163,5 +164,6 @@ def bench_launch(ranks: int) -> Launch:
 def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:
     """A server of `launch` with the flags of a run; a context manager."""
     env = launch.environment() | (environment or {})
-    carrier = ["--macs-dispatch", "fused"] if launch.fused and "off" not in run else []
-    return Server(launch.model(), [*launch.arguments, *run, *carrier], env=env, log=log, timeout=START_SECONDS)
+    asked = [("--macs-dispatch", "fused")] * launch.fused + [("--macs-all-reduce", "peer")] * launch.peers
+    own = [word for option in asked for word in option if "off" not in run]
+    return Server(launch.model(), [*launch.arguments, *run, *own], env=env, log=log, timeout=START_SECONDS)

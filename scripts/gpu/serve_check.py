@@ -33,6 +33,7 @@ from sglang_macs import metrics, trace  # noqa: E402
 # Servers start side by side, and answer in turn: kernels that wait for their peers, of several servers on one GPU, may
 # each hold what the others' peers need.
 TURN = Lock()
+SUMMED = "one kernel over the peers' memory sums the exchange"  # what such a server says
 
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
@@ -81,11 +82,11 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
             observed = observe(server, traced, states) if flags else None
-            carrier = said_to_carry(server.log_text())
+            carrier, summed = said_to_carry(server.log_text()), SUMMED in server.log_text()
     except Exception as error:  # the other servers go on, and this one's failure is a result
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
     found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
-    found |= {"carrier": carrier} if carrier else {}
+    found |= ({"carrier": carrier} if carrier else {}) | ({"by_peers": True} if summed else {})
     return found if observed is None else found | {"observed": observed}
 
 
@@ -110,6 +111,8 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
                 wrong.append(f"gamma {run}: rank {state['rank']}: {state['fused']} of {state['planned']} were fused")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
+        if launch.peers and not runs[run].get("by_peers"):
+            wrong.append(f"gamma {run}: the log does not say that peers' memory sums the exchange")
         if launch.fused and not runs[run].get("carrier", "").startswith("the fused dispatch"):
             wrong.append(f"gamma {run}: the log does not say that the fused dispatch carries")
     wrong += [f"gamma 1.0: {what}" for what in runs["1.0"].get("observed", [])]

@@ -62,8 +62,8 @@ class Launch:
     """One way to serve.
 
     kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused, peers:
-    with --macs-dispatch fused, with --macs-all-reduce peer where MACS is on; one_gpu: every rank on the first GPU (under
-    MPS); observed: with metrics and trace.
+    with --macs-dispatch fused, with --macs-all-reduce peer where MACS is on; one_gpu: every rank on the first GPU
+    (under MPS); observed: with metrics and trace.
     """
 
     ranks: int

@@ -116,6 +116,16 @@ class Library:
         return re.sub("@(0x[0-9a-f]+)@", line_of, report)
 
 
+class Kernels:
+    """A library's launchers by name and parameters, as the groups of scripts/gpu call them, on stream `stream`."""
+
+    def __init__(self, machine: Library) -> None:
+        self.machine, self.library, self.stream = machine, machine.cdll, 0
+
+    def __call__(self, name: str, params: ctypes.Structure) -> None:
+        self.machine(f"macs_{name}", params, stream=self.stream)
+
+
 def build(
     name: str,
     *sources: Path,

@@ -4,7 +4,6 @@ schedules; and what they do when a peer dies, stalls or sends nonsense.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,33 +13,24 @@ import fused_c as fc
 import numpy as np
 import pytest
 import torch
+from emulated import Kernels
 from fused_case import FusedConfig, Group, make_group, masked
 from fused_checks import check_guards, describe, output, play
 from fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
 from kernel_case import POISON, Config
 from kernel_reference import fixed
 
-SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "peer_all_reduce.cu", "fused_capi.cu")
+SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
 
 
-class Kernels:
-    """The launchers as `Group` calls them, on the emulated machine."""
-
-    def __init__(self) -> None:
-        sources = [emulated.CUDA / name for name in SOURCES]
-        self.machine = emulated.build("fused", *sources, defines=["MACS_C_API"])
-        self.library, self.stream = self.machine.cdll, 0
-        fc.check_sizes(self.library)
-
-    def __call__(self, name: str, params: ctypes.Structure) -> None:
-        self.machine(f"macs_{name}", params, stream=self.stream)
-
-
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return Kernels()
+    sources = [emulated.CUDA / name for name in SOURCES]
+    made = Kernels(emulated.build("fused", *sources, defines=["MACS_C_API"]))
+    fc.check_sizes(made.library)
+    return made
 
 
 PLAN = Config(T=12, H=2048, E=16, K=4, R=4, hot=1.5, visual=0.8, gamma=1.0)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import fused_c as fc
 import pytest
 import torch
+from peer_reduce_case import PeerReduceLayout
 
 from sglang_macs import dispatcher, ops, transport
 from sglang_macs.config import MacsConfig
@@ -22,7 +23,7 @@ from sglang_macs.stats import Stats
 
 
 def test_layout_is_that_of_the_kernel():
-    assert ops.PeerReduceLayout._fields == tuple(name for name, _ in fc.PeerReduceLayout._fields_)
+    assert ops.PeerReduceLayout._fields == tuple(name for name, _ in PeerReduceLayout._fields_)
     layout = ops.peer_reduce_layout(8, 1000)
     assert list(layout) == sorted(layout) and layout.bytes == layout.inbox + 2 * 8 * 1000 * 8
     assert layout.rounds - layout.status >= ctypes.sizeof(fc.FusedStatus)

@@ -14,6 +14,7 @@ import emulated
 import fused_c as fc
 import pytest
 import torch
+from emulated import Kernels
 from fused_case import FusedConfig, Group, make_group
 from kernel_case import Config
 from test_ops import USUAL
@@ -45,17 +46,6 @@ def test_plan(max_cluster: int, options: dict[str, str]) -> None:
         if max_cluster == 1:
             one_by_one(launchers, group, options)
         launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
-
-
-class Kernels:
-    """The launchers as `Group` calls them."""
-
-    def __init__(self) -> None:
-        self.machine = watched("watched", max_cluster=1)
-        self.library, self.stream = self.machine.cdll, 0
-
-    def __call__(self, name: str, params: object) -> None:
-        self.machine(f"macs_{name}", params, stream=self.stream)
 
 
 PLAN = Config(T=6, H=2048, E=8, K=3, R=2, hot=1.5, visual=0.8, gamma=1.0)
@@ -100,7 +90,7 @@ def in_two_phases(group: Group, rank: int) -> None:
     ],
 )
 def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combines: bool) -> None:
-    kernels = Kernels()
+    kernels = Kernels(watched("watched", max_cluster=1))
     group = Group(kernels, FUSED[name], "cpu")
     group.load(make_group(group.config, 1))
     group.poison()
@@ -119,7 +109,7 @@ def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combine
 @pytest.mark.parametrize("name", ["rank", "fp8_with_rows"])
 def test_a_dead_rank(name: str, dispatch: Callable[[Group, int], None]) -> None:
     """The ways out of a dispatch and a combine that gave up."""
-    kernels = Kernels()
+    kernels = Kernels(watched("watched", max_cluster=1))
     group = Group(kernels, replace(FUSED[name], timeout_ns=100_000), "cpu")
     group.load(make_group(group.config, 1))
     with kernels.machine.together():

@@ -1,4 +1,4 @@
-"""The structures of csrc/include/macs/fused.h and peer_all_reduce.h; `check_sizes` compares them with the library's.
+"""The structures of csrc/include/macs/fused.h, field by field; `check_sizes` compares them with the library's.
 
 The library is any that has the C interface of csrc/cuda/capi.cu: nvcc's or the emulator's.
 """
@@ -82,30 +82,7 @@ class FusedCombineParams(ctypes.Structure):
     ]
 
 
-class PeerReduceLayout(ctypes.Structure):
-    _fields_ = _fields(_i64, "status rounds inbox bytes")
-
-
-class PeerReduceParams(ctypes.Structure):
-    _fields_ = [
-        ("region", _p * MAX_PEERS),
-        ("layout", PeerReduceLayout),
-        ("values", _p),
-        ("size", _i64),
-        *_fields(_i32, "num_ranks rank"),
-        ("timeout_ns", _u64),
-    ]
-
-
-STRUCTS = (
-    FusedStatus,
-    FusedShape,
-    FusedLayout,
-    FusedRank,
-    FusedDispatchParams,
-    FusedCombineParams,
-    PeerReduceParams,
-)
+STRUCTS = (FusedStatus, FusedShape, FusedLayout, FusedRank, FusedDispatchParams, FusedCombineParams)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:

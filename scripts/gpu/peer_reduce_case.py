@@ -11,12 +11,32 @@ from kernel_case import POISON
 GUARD = 64  # bytes of poison on either side
 
 
+class PeerReduceLayout(ctypes.Structure):
+    """csrc/include/macs/peer_all_reduce.h, field by field; so are the parameters."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("status", "rounds", "inbox", "bytes")]
+
+
+class PeerReduceParams(ctypes.Structure):
+    _fields_ = [
+        ("region", ctypes.c_void_p * fc.MAX_PEERS),
+        ("layout", PeerReduceLayout),
+        ("values", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("num_ranks", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("timeout_ns", ctypes.c_uint64),
+    ]
+
+
 class ReduceGroup:
     """kernels: launchers (`kernels("peer_all_reduce", params)`) with a `library`; on one device or the emulated one."""
 
     def __init__(self, kernels, num_ranks: int, size: int, device: str, timeout_ns: int = 10**9) -> None:
         self.kernels, self.num_ranks, self.size, self.timeout_ns = kernels, num_ranks, size, timeout_ns
-        self.layout = fc.PeerReduceLayout()
+        if kernels.library.macs_peer_reduce_sizeof() != ctypes.sizeof(PeerReduceParams):
+            raise RuntimeError("PeerReduceParams: another size in C than here")
+        self.layout = PeerReduceLayout()
         kernels.library.macs_peer_reduce_layout(
             ctypes.c_int64(num_ranks), ctypes.c_int64(size), ctypes.byref(self.layout)
         )
@@ -39,9 +59,9 @@ class ReduceGroup:
         for rank, own in enumerate(self.own):
             self.values(rank).copy_(own)
 
-    def params(self, rank: int) -> fc.PeerReduceParams:
+    def params(self, rank: int) -> PeerReduceParams:
         regions = [region.data_ptr() + GUARD for region in self._regions]
-        return fc.PeerReduceParams(
+        return PeerReduceParams(
             region=(ctypes.c_void_p * fc.MAX_PEERS)(*regions),
             layout=self.layout,
             values=self._values[rank].data_ptr() + GUARD,

@@ -7,7 +7,11 @@
 
 namespace macs {
 
-constexpr int kMostReduceBlocks = 64;
+// Fewer in a test, which emulates every thread of every rank.
+#ifndef MACS_REDUCE_BLOCKS
+#define MACS_REDUCE_BLOCKS 64
+#endif
+constexpr int kMostReduceBlocks = MACS_REDUCE_BLOCKS;
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch. Peers write `inbox`.
 struct PeerReduceLayout {

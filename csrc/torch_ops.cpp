@@ -456,17 +456,23 @@ void close_shared(int64_t address) {
 // Every rank has a device of its own, as far as is known here: a rank may share one under MPS, where this costs little.
 bool ranks_are_apart(const FusedShape& shape) { return shape.num_ranks > 1; }
 
+// Every rank's region as this device sees it: the own one is the tensor.
+void set_regions(char* (&regions)[kMaxPeers], const Tensor& region, at::IntArrayRef peers, int64_t rank) {
+  const auto num_ranks = static_cast<int64_t>(peers.size());
+  TORCH_CHECK_VALUE(rank >= 0 && rank < num_ranks, "rank: got ", rank, ", expected below ", num_ranks);
+  for (int64_t peer = 0; peer < num_ranks; ++peer) regions[peer] = reinterpret_cast<char*>(peers[peer]);
+  regions[rank] = static_cast<char*>(region.mutable_data_ptr());
+}
+
 // A rank's part, as far as dispatch and combine have it in common.
 FusedRank fused_rank(const Tensor& region, at::IntArrayRef peers, int64_t rank, const FusedShape& shape) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(peers.size()) == shape.num_ranks, "peers: got ", peers.size(),
                     " addresses, expected ", shape.num_ranks);
-  TORCH_CHECK_VALUE(rank >= 0 && rank < shape.num_ranks, "rank: got ", rank, ", expected below ", shape.num_ranks);
   TORCH_CHECK_VALUE(region.is_cuda() && region.nbytes() >= static_cast<size_t>(fused_layout(shape).bytes), "region: got ",
                     region.nbytes(), " bytes on ", region.device(), ", expected at least ", fused_layout(shape).bytes,
                     " on a GPU");
   FusedRank me = {};
-  for (int peer = 0; peer < shape.num_ranks; ++peer) me.region[peer] = reinterpret_cast<char*>(peers[peer]);
-  me.region[rank] = static_cast<char*>(region.mutable_data_ptr());
+  set_regions(me.region, region, peers, rank);
   me.rank = static_cast<int32_t>(rank);
   return me;
 }
@@ -591,14 +597,12 @@ void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   const auto num_ranks = static_cast<int64_t>(peers.size());
   check_peers(num_ranks);
   check_like(values, "values", at::kInt, {values.numel()}, region);
-  TORCH_CHECK_VALUE(rank >= 0 && rank < num_ranks, "rank: got ", rank, ", expected below ", num_ranks);
   PeerReduceParams p = {};
   p.layout = peer_reduce_layout(num_ranks, values.numel());
   TORCH_CHECK_VALUE(region.is_cuda() && static_cast<int64_t>(region.nbytes()) == p.layout.bytes, "region: got ",
                     region.nbytes(), " bytes on ", region.device(), ", expected ", p.layout.bytes, " for sums of ",
                     values.numel(), " on a GPU");
-  for (int64_t peer = 0; peer < num_ranks; ++peer) p.region[peer] = reinterpret_cast<char*>(peers[peer]);
-  p.region[rank] = static_cast<char*>(region.mutable_data_ptr());
+  set_regions(p.region, region, peers, rank);
   p.values = values.mutable_data_ptr<int32_t>();
   p.size = values.numel();
   p.num_ranks = static_cast<int32_t>(num_ranks), p.rank = static_cast<int32_t>(rank);

@@ -25,6 +25,11 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def matching(pattern: str) -> list[dict]:
+    """All files of docs/results of such names, in their order."""
+    return [results(path.stem) for path in sorted((ROOT / "docs" / "results").glob(f"{pattern}.json"))]
+
+
 def only(pattern: str) -> str:
     """The one file of docs/results of that name, whichever GPU it names."""
     (path,) = (ROOT / "docs" / "results").glob(f"{pattern}.json")
@@ -70,8 +75,7 @@ def overhead_table() -> str:
 def overhead_several_table() -> str:
     """The same on several GPUs, with the exchange; then normal mode, as a share of the whole layer."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("overhead_*x[248].json")):
-        found = results(path.stem)
+    for found in matching("overhead_*x[248]"):
         of_mode = {mode: [row for row in found["rows"] if row["case"]["mode"] == mode] for mode in MODES}
         parts += [source(found), *(overhead_rows(rows) for rows in of_mode.values() if rows)]
     return "\n\n".join(parts)
@@ -119,8 +123,7 @@ def overhead_rows(rows: list[dict]) -> str:
 def fused_table() -> str:
     """The fused dispatch and combine beside DeepEP and the composed path; a table for every run in docs/results."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("fused_*.json")):
-        found = results(path.stem)
+    for found in matching("fused_*"):
         sizes: dict[tuple, dict[tuple[str, float], dict]] = {}
         for row in found["rows"]:
             case = row["case"]
@@ -208,8 +211,8 @@ def unscored_table() -> str:
 def serve_table() -> str:
     """What the servers counted, and whether their tokens were equal; a table for every run in docs/results."""
     parts = []
-    for path in sorted((ROOT / "docs" / "results").glob("serve_*.json")):
-        found, runs = results(path.stem), {}
+    for found in matching("serve_*"):
+        runs: dict[str, dict[str, dict]] = {}
         for row in found["rows"]:
             runs.setdefault(row["case"]["launch"], {})[row["case"]["gamma"]] = row
         parts.append(source(found) + "\n\n" + markdown(SERVE, [serve_row(*launch) for launch in runs.items()]))
@@ -238,8 +241,8 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
 def bench_table() -> str:
     """SGLang's image benchmark, MACS off and at gamma 1.0 in alternation; a table for every run in docs/results."""
     header, parts = ["", "rounds", "off", "gamma 1.0", "ratio", "95 % interval"], []
-    for path in sorted((ROOT / "docs" / "results").glob("bench_*x[248].json")):
-        found, rows = results(path.stem), []
+    for found in matching("bench_*x[248]"):
+        rows = []
         for row in found["rows"]:
             if "off" not in row:
                 continue

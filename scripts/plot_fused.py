@@ -12,12 +12,14 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {1: "fused_h200", 2: "fused_h200x2", 4: "fused_h200x4"}  # by GPUs
-HIDDEN, DTYPE, IMPORTANCE = 7168, "fp8", "gate"  # the presets' importance
-BARS = {  # by label: dispatch, combine, clipped, color
-    "DeepEP, no plan": ("deepep_dispatch", "deepep_combine", 0.0, "#9aa3ad"),
-    "plan, DeepEP": ("plan_deepep_dispatch", "deepep_combine", 0.0, "#c9a45c"),
-    "fused, with the plan": ("fused_dispatch", "fused_combine", 0.0, "#7fb797"),
-    "fused, 20 % clipped": ("fused_dispatch", "fused_combine", 0.2, "#2f7d5b"),
+HIDDEN, DTYPE = 7168, "fp8"
+# By label: (operation, importance, clipped) of dispatch and of combine, and a color. `gate` is the presets' importance;
+# combine does not depend on it, and was timed once.
+BARS = {
+    "DeepEP, no plan": (("deepep_dispatch", None, 0.0), ("deepep_combine", None, 0.0), "#9aa3ad"),
+    "plan, DeepEP": (("plan_deepep_dispatch", "entropy_gate", 0.0), ("deepep_combine", None, 0.0), "#c9a45c"),
+    "fused, with the plan": (("fused_dispatch", "gate", 0.0), ("fused_combine", "entropy_gate", 0.0), "#7fb797"),
+    "fused, 20 % clipped": (("fused_dispatch", "gate", 0.2), ("fused_combine", "entropy_gate", 0.2), "#2f7d5b"),
 }
 
 
@@ -30,19 +32,10 @@ def times(gpus: int) -> dict[int, dict[str, tuple[float, float]]]:
         if (case["H"], case["dtype"], case["R"]) == (HIDDEN, DTYPE, gpus):
             key = row["op"], case.get("importance"), case["clipped"]
             found.setdefault(case["T"], {})[key] = row["median_us"]
-    return {tokens: {label: _bar(of, *bar[:3]) for label, bar in BARS.items()} for tokens, of in found.items()}
-
-
-def _bar(of: dict[tuple, float], dispatch: str, combine: str, clipped: float) -> tuple[float, float]:
-    """Combine does not depend on importance, nor DeepEP on any of it: they were timed once."""
-
-    def one(op: str, share: float) -> float:
-        return next(us for (name, kind, s), us in of.items() if name == op and s == share and kind in asked(op))
-
-    def asked(op: str) -> tuple:
-        return (IMPORTANCE,) if op == "fused_dispatch" else (None, "entropy_gate")
-
-    return one(dispatch, clipped), one(combine, 0.0 if combine.startswith("deepep") else clipped)
+    return {
+        tokens: {label: (of[dispatch], of[combine]) for label, (dispatch, combine, _) in BARS.items()}
+        for tokens, of in found.items()
+    }
 
 
 def main() -> None:

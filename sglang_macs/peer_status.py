@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SIZE = struct.calcsize("=iiiIqq")  # FusedStatus of csrc/include/macs/fused.h
+_STATUS = struct.Struct("=iiiIqq")  # FusedStatus of csrc/include/macs/fused.h
+SIZE = _STATUS.size
 
 # By Fault of that file: what the rank in question did or did not do.
 FAULTS = (
@@ -48,7 +49,7 @@ class Record(NamedTuple):
 
 def read(status: Tensor) -> Record | None:
     """Of [SIZE] u8 on the host; None: nothing is wrong."""
-    record = Record(*struct.unpack("=iiiIqq", status.numpy().tobytes()))
+    record = Record(*_STATUS.unpack(status.numpy().tobytes()))
     return record if record.fault else None
 
 

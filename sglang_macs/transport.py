@@ -81,7 +81,7 @@ class Transports:
 
     def check(self) -> None:
         """Raises MacsError for the first fault that one of them has recorded."""
-        for transport in (*self._made, *([self._sum] if self._sum is not None else [])):
+        for transport in filter(None, (*self._made, self._sum)):
             transport.check()
 
     def _line(self, why: str) -> str:

@@ -148,12 +148,8 @@ LAUNCHES = {
     "1 rank, fused": Launch(1, "low_latency", fused=True),
 }
 # On more GPUs, what differs with their number.
-LARGER = {
-    f"{n} ranks, {name}": Launch(n, "low_latency", **what)
-    for n in (4, 8)
-    for name, what in (("128 experts", REAL), ("fused", {"fused": True}))
-}
-LAUNCHES |= LARGER
+LAUNCHES |= {f"{n} ranks, 128 experts": Launch(n, "low_latency", **REAL) for n in (4, 8)}
+LAUNCHES |= {f"{n} ranks, fused": Launch(n, "low_latency", fused=True) for n in (4, 8)}
 
 
 def bench_launch(ranks: int) -> Launch:
@@ -164,6 +160,9 @@ def bench_launch(ranks: int) -> Launch:
 def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str] | None = None) -> Server:
     """A server of `launch` with the flags of a run; a context manager."""
     env = launch.environment() | (environment or {})
-    asked = [("--macs-dispatch", "fused")] * launch.fused + [("--macs-all-reduce", "peer")] * launch.peers
-    own = [word for option in asked for word in option if "off" not in run]
+    own = []
+    if launch.fused and "off" not in run:
+        own += ["--macs-dispatch", "fused"]
+    if launch.peers and "off" not in run:
+        own += ["--macs-all-reduce", "peer"]
     return Server(launch.model(), [*launch.arguments, *run, *own], env=env, log=log, timeout=START_SECONDS)

@@ -329,23 +329,25 @@ def run_rank(rank: int, ranks: int, out: str, commit: str, normal_only: bool) ->
     dist.destroy_process_group()
 
 
+# What `show` adds where a row has it.
+MORE = {
+    "exchange_us": "exchange {:5.1f}",
+    "overhead_percent_of_layer": "{:.1f} % of the layer",
+    "plan_by_peers_us": "by peers: plan {:6.1f}",
+    "overhead_by_peers_us": "over {:6.1f} us",
+    "exchange_by_peers_us": "exchange {:5.1f}",
+}
+
+
 def show(row: dict) -> None:
-    case, layer = row["case"], row.get("overhead_percent_of_layer")
-    print(
+    case = row["case"]
+    line = (
         f"{case.get('device', case['mode']):11s} T {case['T']:4d} H {case['H']:4d} {case['dtype']:4s} "
         f"clipped {row['clipped_share']:5.1%}  "
         f"DeepEP {row['deepep_us']:7.1f}  planned {row['planned_us']:7.1f}  plan {row['plan_us']:6.1f}  "
         f"over {row['overhead_us']:6.1f} us {row['overhead_percent']:5.1f} %"
-        + (f"  exchange {row['exchange_us']:5.1f}" if "exchange_us" in row else "")
-        + (f"  {layer:.1f} % of the layer" if layer is not None else "")
-        + (
-            f"  by peers: plan {row['plan_by_peers_us']:6.1f}  over {row['overhead_by_peers_us']:6.1f} us"
-            if "plan_by_peers_us" in row
-            else ""
-        )
-        + (f"  exchange {row['exchange_by_peers_us']:5.1f}" if "exchange_by_peers_us" in row else ""),
-        flush=True,
     )
+    print("  ".join([line, *(words.format(row[key]) for key, words in MORE.items() if key in row)]), flush=True)
 
 
 def main() -> int:

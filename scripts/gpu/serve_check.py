@@ -82,11 +82,14 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
             observed = observe(server, traced, states) if flags else None
-            carrier, summed = said_to_carry(server.log_text()), SUMMED in server.log_text()
+            log_text = server.log_text()
     except Exception as error:  # the other servers go on, and this one's failure is a result
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
     found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
-    found |= ({"carrier": carrier} if carrier else {}) | ({"by_peers": True} if summed else {})
+    if carrier := said_to_carry(log_text):
+        found["carrier"] = carrier
+    if SUMMED in log_text:
+        found["by_peers"] = True
     return found if observed is None else found | {"observed": observed}
 
 

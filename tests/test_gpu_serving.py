@@ -1,5 +1,6 @@
 """What scripts/gpu makes of servers' answers, on made-up ones. Needs no GPU."""
 
+import contextlib
 import copy
 import json
 import math
@@ -52,6 +53,30 @@ def test_other_tokens_violations_and_failures_are_told():
     ]
     found["off"] = {"error": "it died"}
     assert serve_check.judge(LAUNCHES["2 ranks, fused"], found) == ["gamma off: it died"]
+
+
+def test_equal_answers_of_nan_are_no_success():
+    found = runs()
+    for of_run in found.values():
+        of_run["tokens"] = [[1, 2], [7, 0, 0, 0]]
+    wrong = serve_check.judge(LAUNCHES["2 ranks, fused"], found)
+    assert [words.split(":")[0] for words in wrong] == ["gamma off", "gamma inf", "gamma 1.0"]
+    assert "NaN" in wrong[0]
+
+
+def test_servers_on_one_gpu_answer_in_turn_with_the_share_of_one(monkeypatch):
+    shared, environments = [], []
+
+    @contextlib.contextmanager
+    def shared_gpu(processes):
+        shared.append(processes)
+        yield {"SHARE": str(96 // processes)}
+
+    monkeypatch.setattr(serve_check.mps, "shared_gpu", shared_gpu)
+    monkeypatch.setattr(serve_check, "serve", lambda name, launch, run, environment: environments.append(environment))
+    assert len(dict(serve_check.run_all(["2 ranks, one GPU", "2 ranks, normal"], at_once=4))) == 2
+    assert shared == [2], "ranks of one server, not of the three that live at once"
+    assert environments.count({"SHARE": "48"}) == environments.count({}) == 3
 
 
 def test_the_log_says_what_carries():

@@ -83,8 +83,12 @@ class Launchers:
         scratch.check()
         return tuple(o.check() for o in outputs)
 
-    def plan(self, group: cases.Group, options: dict[str, Any], scored: bool = True) -> dict[str, torch.Tensor]:
-        """All of it by the two fused launchers, without an exchange; not `scored`: as where entropies do not matter."""
+    def plan(
+        self, group: cases.Group, options: dict[str, Any], scored: bool = True, then_gamma: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All of it by the two fused launchers, without an exchange; not `scored`: as where entropies do not matter.
+        then_gamma: the second launcher once more, with that gamma, on the same workspace.
+        """
         b, experts = group.batches[0], group.num_experts
         tokens, bounds = len(b.segment), experts if options["scope"] == "expert" else group.num_ranks
         shapes = {"entropy": (tokens,), "weight": (tokens,), "histogram": (experts * 2 * options["buckets"] + 4,)}
@@ -109,6 +113,11 @@ class Launchers:
         scratch = Buffer((self.plan_bytes(weight, apply),), torch.uint8)
         with self.library.together():
             self.library("macs_score_histogram", score, weight, histogram, scratch.tensor)
+            self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
+        if then_gamma is not None:
+            for name in ("shift", "cut", "counts", "weights", "ids"):
+                out[name].view(torch.uint8).fill_(POISON)
+            threshold.gamma = then_gamma
             self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
         scratch.check()
         return {name: buffer.check() for name, buffer in buffers.items()}
@@ -278,6 +287,27 @@ def test_fused_launchers_give_the_operators_bits(
         for name, tensor in got.items():
             assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
     assert want["counts"][1].sum() > 0, "something has to move"
+
+
+@pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
+@pytest.mark.parametrize("path", ["launchers", "with_clusters"])
+def test_the_second_launcher_leaves_the_workspace_prepared(
+    request, path: str, options: dict, launchers: Launchers
+) -> None:
+    """Nothing that it says the first time passes for what it says the second."""
+    b = cases.batch(cases.generator(7), **(cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 40}))
+    group = cases.Group(
+        [replace(b, hidden_states=b.hidden_states.bfloat16())], 16, 4, torch.zeros(16, dtype=torch.int8)
+    )
+    options = USUAL | options | {"num_ranks": group.num_ranks, "scoring": group.scoring}
+    once, want = (one_by_one(launchers, group, options | {"gamma": gamma}) for gamma in (1.3, 0.8))
+    assert not torch.equal(once["cut"], want["cut"])
+    fused = request.getfixturevalue(path)
+    for seed in range(4):
+        fused.library.configure(seed)
+        got = fused.plan(group, options | {"gamma": 1.3}, then_gamma=0.8)
+        for name, tensor in got.items():
+            assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("scope", FUSED_CASES)

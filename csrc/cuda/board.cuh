@@ -9,18 +9,9 @@
 #include "launch.cuh"
 #include "macs/params.h"
 #include "macs/ptx.cuh"
+#include "notice.cuh"
 
 namespace macs::cuda {
-
-// A bound's cut before the room is shared out.
-struct alignas(32) RawCut {
-  int4 cut;  // level, quota, group room, bound
-  Kept kept;
-
-  static __device__ __forceinline__ RawCut of(const Cut& cut, int bound) {
-    return {make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound), cut.kept};
-  }
-};
 
 // One warp: the own share of the room of a pool's bounds [first, end).
 __device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int first, int end,
@@ -38,25 +29,10 @@ __device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, c
   for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
 }
 
-// Units and the number of the prefix they belong to, counted from 1, in one word: whoever reads it knows that they are
-// there.
-struct Flagged {
-  static __device__ __forceinline__ void publish(uint64_t* target, int units, unsigned flag) {
-    store_relaxed_gpu(target, static_cast<uint64_t>(flag) << 32 | static_cast<unsigned>(units));
-  }
-  __device__ __forceinline__ explicit Flagged(uint64_t word)
-      : units(static_cast<int>(word)), flag(static_cast<unsigned>(word >> 32)) {}
-
-  int units;
-  unsigned flag;
-};
-// With more bounds the flags would be more traffic than a barrier.
-constexpr int kMaxFlaggedBounds = 32;
-
-// Scratch in device memory, behind the GridState.
+// Scratch in device memory, behind what was prepared.
 struct Scratch {
   RawCut* raw;          // [NB]
-  uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block; two, so that the next prefix may begin before
+  uint64_t* totals[2];  // [blocks, NB] Flagged (by prefix, from 1) units per bound and block; two, so that the next prefix may begin before
                         // all have read this one. Behind a barrier: as many ints without flags.
   int* taken;           // [blocks, NB] units accepted in a round
 
@@ -69,11 +45,10 @@ struct Scratch {
     totals[1] = totals[0] + num_bounds * num_blocks;
     taken = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
   }
-  // This block's flags. Nobody may wait for one before a grid barrier.
+  // One block, everybody's flags. Nobody may set one or wait for one before it knows.
   __device__ __forceinline__ void clear_flags(int num_bounds) const {
-    if (static_cast<int>(threadIdx.x) >= num_bounds) return;
-    const int at = blockIdx.x * num_bounds + threadIdx.x;
-    totals[0][at] = totals[1][at] = 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * num_bounds * static_cast<int>(gridDim.x); i += blockDim.x) totals[0][i] = 0;
   }
 };
 
@@ -135,16 +110,16 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
   return __syncthreads_or(any) != 0;
 }
 
-// The same from the raw cuts: every block shares the room out for itself, the first one writes the result.
-__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const Scratch& scratch) {
+// The same from the raw cuts, the shifts being there: every block shares the room out for itself, the first one writes the
+// result.
+__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
   __shared__ Kept pools[kMaxPools];
   const int num_pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
   for (int pool = threadIdx.x; pool < num_pools; pool += blockDim.x) pools[pool] = {0, 0};
-  for (int j = threadIdx.x; j < board.experts; j += blockDim.x) board.shift()[j] = p.shift[j];
   __syncthreads();
   bool any = false;
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-    const RawCut raw = scratch.raw[n];
+    const RawCut raw = raws[n];
     board.level()[n] = raw.cut.x, board.quota()[n] = raw.cut.y;
     if (raw.cut.x >= 0) {
       any = true;
@@ -154,7 +129,7 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
   }
   any = __syncthreads_or(any) != 0;
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-    int4 cut = scratch.raw[n].cut;
+    int4 cut = raws[n].cut;
     cut.z = room_share(p, cut.z, pools[pool_of(p, n)]);
     board.room()[n] = cut.z;
     if (blockIdx.x == 0) reinterpret_cast<int4*>(p.cut)[n] = cut;
@@ -206,7 +181,7 @@ __device__ __forceinline__ void sum_flagged(const uint64_t* entries, unsigned fl
     } while (!complete);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int units = Flagged(words[i]).units;
+      const int units = Flagged(words[i]).number;
       sum += units;
       lower += first + i * parts < static_cast<int>(blockIdx.x) ? units : 0;
     }

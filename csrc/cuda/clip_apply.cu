@@ -5,7 +5,8 @@
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   warp w of the grid's W warps owns the tokens [T w / W, T (w + 1) / W). Each ordered acceptance is two
 //              passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes over all blocks by
-//              a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the places out in order (match_any inside a step). Between the passes
+//              a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the places out in order
+//              (match_any inside a step); the cuts before them are told by notices (notice.cuh). Between the passes
 //              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
 //              first step stay in registers and are written last: up to about 8000 tokens there is no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
@@ -30,20 +31,58 @@ constexpr int kMaxExperts = 1024;
 struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
-  GridState* state;  // the scratch lies behind it
+  GridState* state;  // the notices lie behind it
+  void* scratch;
 };
 
+// One block, before any adds to them.
+__device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 6 * p.in.num_experts; i += kThreads) p.counts[i] = 0;
+}
+
+// The cuts as they are found: to all blocks by notices, or behind a barrier.
 struct StoreCuts {
   const ClipThresholdParams& p;
   RawCut* raw;
+  const NoticeBoard& notices;
+  unsigned launch;  // 0: by a barrier
 
   __device__ __forceinline__ void shift(int expert, int shift) const {
-    if (threadIdx.x % kWarp == 0) p.shift[expert] = shift;
+    if (threadIdx.x % kWarp != 0) return;
+    if (launch != 0) notices.tell_shift(expert, shift, launch);
+    p.shift[expert] = shift;
   }
   __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
+    if (launch != 0) return notices.tell_cut(n, RawCut::of(cut, bound), launch);
     if (threadIdx.x % kWarp == 0) raw[n] = RawCut::of(cut, bound);
   }
 };
+
+// Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the flags
+// are cleared and the counts zero, by the last block, which has no cuts to make where there are others.
+__device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const Board& board, const Scratch& scratch,
+                                          Grid& grid, int* levels) {
+  __shared__ RawCut heard[kMaxFlaggedBounds];
+  const NoticeBoard notices(args.state, board.experts);
+  const bool flagged = board.num_bounds <= kMaxFlaggedBounds;
+  const unsigned launch = flagged ? grid.launch() : 0;
+  if (blockIdx.x == gridDim.x - 1) {
+    clear_counts(args.apply);
+    if (flagged) {
+      scratch.clear_flags(board.num_bounds);
+      notices.tell_ready(launch);
+    }
+  }
+  find_cuts(args.threshold, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw, notices, launch});
+  if (flagged) {
+    notices.hear_all(launch, board.num_bounds, board.shift(), heard);
+  } else {
+    grid.barrier();
+    for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
+  }
+  return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
+}
 
 template <class Id>
 struct Output {
@@ -256,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   // The cuts' levels lie before the board: both are needed at once.
   const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
-  const Scratch scratch(args.state + 1, board.num_bounds, gridDim.x);
+  const Scratch scratch(args.scratch, board.num_bounds, gridDim.x);
   Walk<Id> walk(p, board);
   walk.load_first();
   clear_board(p, board);
@@ -267,16 +306,11 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   wait_for_previous();
   walk.load_weight();
-  if (blockIdx.x == 0) {
-    for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) p.counts[i] = 0;
-  }
   bool cut;
   if constexpr (kWithThreshold) {
-    if (board.num_bounds <= kMaxFlaggedBounds) scratch.clear_flags(board.num_bounds);
-    find_cuts(args.threshold, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw});
-    grid.barrier();
-    cut = fill_bounds(args.threshold, board, scratch);
+    cut = make_cuts(args, board, scratch, grid, levels);
   } else {
+    if (blockIdx.x == 0) clear_counts(p);
     cut = fill_bounds(p, board);
   }
   const bool at_cut = clip_pass(walk);
@@ -309,7 +343,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.num_experts, num_bounds(p.scope, p.in.num_experts, p.num_ranks), kWarps);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
-  const int most = max_shared_bytes() - static_cast<int>(kMaxPools * sizeof(Kept));
+  const int most = max_shared_bytes() - static_cast<int>(kMaxPools * sizeof(Kept) + kMaxFlaggedBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (!raised[current_device()]) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
@@ -340,19 +374,25 @@ cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stre
 
 }  // namespace
 
+// Scratch begins where the sums did, which are over by then.
+ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
+  void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.num_experts);
+  return {threshold, apply, static_cast<GridState*>(workspace), scratch};
+}
+
 size_t clip_apply_workspace_bytes(const ClipApplyParams& p) {
-  return sizeof(GridState) +
+  return prepared_bytes(p.in.num_experts) +
          Scratch::bytes(num_bounds(p.scope, p.in.num_experts, p.num_ranks), num_multiprocessors());
 }
 
 cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStream_t stream) {
   const cudaError_t error = enqueue_zero({workspace, nullptr, sizeof(GridState), 0}, stream);
   if (error != cudaSuccess) return error;
-  return enqueue_clip_apply<false>({.threshold = {}, .apply = p, .state = static_cast<GridState*>(workspace)}, stream);
+  return enqueue_clip_apply<false>(args_of({}, p, workspace), stream);
 }
 
 size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyParams& apply) {
-  const size_t sums = sizeof(GridState) + entropy_weight_workspace_bytes(weight);
+  const size_t sums = prepared_bytes(apply.in.num_experts) + entropy_weight_workspace_bytes(weight);
   const size_t scratch = clip_apply_workspace_bytes(apply);
   return sums > scratch ? sums : scratch;
 }
@@ -362,7 +402,7 @@ cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const C
   bool small = false;
   const cudaError_t error = enqueue_small_apply(threshold, apply, small, stream);
   if (small) return error;
-  return enqueue_clip_apply<true>({threshold, apply, static_cast<GridState*>(workspace)}, stream);
+  return enqueue_clip_apply<true>(args_of(threshold, apply, workspace), stream);
 }
 
 }  // namespace macs::cuda

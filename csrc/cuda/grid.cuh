@@ -8,9 +8,9 @@
 
 namespace macs::cuda {
 
-// Zero before the first launch; every launch leaves it zero.
+// Zero before the first launch; every launch leaves it zero but for their number.
 struct alignas(256) GridState {
-  unsigned arrived, left;
+  unsigned arrived, left, launches;
 };
 
 class Grid {
@@ -29,12 +29,16 @@ class Grid {
     __syncthreads();
   }
 
-  // After the last barrier: whoever leaves last clears the state for the next launch.
+  // The number of this launch, from 1: a flag that none before it has left behind. Behind the kernels before.
+  __device__ __forceinline__ unsigned launch() const { return load_relaxed_sys(&state_->launches) + 1; }
+
+  // After the last barrier: whoever leaves last makes the state that of the next launch.
   __device__ __forceinline__ void leave() {
     if (threadIdx.x != 0) return;
     if (atomicAdd(&state_->left, 1u) == gridDim.x - 1) {
       store_relaxed_sys(&state_->arrived, 0);  // others may still be polling it, as far as the memory model knows
       store_relaxed_sys(&state_->left, 0);
+      store_relaxed_sys(&state_->launches, launch());
     }
   }
 

@@ -7,11 +7,11 @@
 // Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
 // Determinism: integer additions only.
 #include "assignments.cuh"
-#include "grid.cuh"
 #include "histogram.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
+#include "notice.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -95,19 +95,18 @@ cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t str
 
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
-  GridState* const state = static_cast<GridState*>(workspace);  // for threshold_apply
+  const int64_t prepared = static_cast<int64_t>(prepared_bytes(histogram.in.num_experts));  // for threshold_apply
+  ZeroArgs zero = {histogram.histogram, workspace, histogram_bytes(histogram.in), prepared};
   bool small = false;
-  cudaError_t error = enqueue_small_histogram(
-      score, weight, histogram, {histogram.histogram, state, histogram_bytes(histogram.in), sizeof(GridState)}, small,
-      stream);
+  cudaError_t error = enqueue_small_histogram(score, weight, histogram, zero, small, stream);
   if (small || error != cudaSuccess) return error;
   if (score.hidden_states == nullptr) {
-    error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), sizeof(GridState)}, stream);
+    error = enqueue_zero(zero, stream);
     return error == cudaSuccess ? enqueue_load_histogram({.p = histogram, .weight = weight, .layout = {}}, stream) : error;
   }
-  const SumsLayout layout = SumsLayout::of(state + 1, weight.num_segments);
-  const int64_t state_bytes = static_cast<int64_t>(sizeof(GridState)) + layout.bytes();
-  error = enqueue_zero({histogram.histogram, state, histogram_bytes(histogram.in), state_bytes}, stream);
+  const SumsLayout layout = SumsLayout::of(static_cast<char*>(workspace) + prepared, weight.num_segments);
+  zero.second_bytes += layout.bytes();
+  error = enqueue_zero(zero, stream);
   if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .layout = layout}, true, stream);
   if (error != cudaSuccess) return error;
   return enqueue_load_histogram({.p = histogram, .weight = weight, .layout = layout}, stream);

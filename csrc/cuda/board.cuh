@@ -32,8 +32,9 @@ __device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, c
 // Scratch in device memory, behind what was prepared.
 struct Scratch {
   RawCut* raw;          // [NB]
-  uint64_t* totals[2];  // [blocks, NB] Flagged (by prefix, from 1) units per bound and block; two, so that the next prefix may begin before
-                        // all have read this one. Behind a barrier: as many ints without flags.
+  uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block, by the prefix's number from 1; two, so that the
+                        // next prefix may begin before all have read this one. Behind a barrier: as many ints without
+                        // flags.
   int* taken;           // [blocks, NB] units accepted in a round
 
   static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {

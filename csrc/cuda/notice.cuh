@@ -1,5 +1,6 @@
-// What the blocks of threshold_apply tell each other about its cuts, in place of a barrier over the grid and of reading what
-// stood before it: words that carry the launch they are of (grid.cuh), so that whoever reads one knows that it is there.
+// What the blocks of threshold_apply tell each other about its cuts, in place of a barrier over the grid and of reading
+// what was written before it: words that carry the launch they are of (grid.cuh), so that whoever reads one knows that it
+// is there.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -34,7 +34,7 @@ constexpr int kHomeless = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 constexpr int kClaim = 4;  // letters of a lane that it waits for together
-constexpr int kMostListed = kFusedThreads;  // assignments: one a thread
+constexpr int kMostListed = kFusedThreads;  // own assignments: one a thread
 
 // How many lanes take the scales of a row that came in one piece.
 MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
@@ -56,7 +56,7 @@ struct FusedDesk {
   int taken;        // [NB]
   int counted;      // [warps, NB], to re-route
   int running;      // [warps, NB]
-  int listed;       // [kMostListed] int2: an assignment of a bound that this block cuts, and its slot if it is this rank's, else -1
+  int listed;       // [kMostListed] own slots of the bounds that this block cuts
   int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
   int counts;       // [3, E, 2]
   int current;      // [max_tokens * K] i16
@@ -74,7 +74,7 @@ struct FusedDesk {
 struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of letters to be heard, by exchange
-  int listed;                        // assignments, more than there is room for included
+  int listed;                        // own slots, more than there is room for included
   bool faulty;                       // this rank has a fault on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
@@ -132,7 +132,7 @@ struct FusedBlock {
   __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
   __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
   __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
-  __device__ __forceinline__ int2* listed() const { return at<int2>(args.desk.listed); }
+  __device__ __forceinline__ int* listed() const { return at<int>(args.desk.listed); }
   __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }
   __device__ __forceinline__ int* running() const { return at<int>(args.desk.running) + warp * args.bounds; }
   __device__ __forceinline__ unsigned char* staged(int row) const {

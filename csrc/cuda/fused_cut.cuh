@@ -174,27 +174,35 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
 }
 
-// The bounds from `first` on, `now` of them, in one pass over their assignments and one over the own ones. Cells and marks are
-// zero before.
+// An own assignment of a bound that this block cuts while others cut others: few are.
+__device__ __forceinline__ void list(const FusedBlock& b, int own_slot) {
+  const int at = atomicAdd(&b.scalars().listed, 1);
+  if (at < kMostListed) b.listed()[at] = own_slot;
+}
+
+// The bounds from `first` on, `now` of them, in one pass over all assignments and one over the own ones that it lists. Cells,
+// marks and the list are empty before.
 __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now, const CutShare& share) {
   const CutCells cells(b);
   const int n = first + b.warp;
-  const bool cuts = b.warp < now && is_exceeded(raw_cut(b, n)), listed = share.told && b.scalars().listed <= kMostListed;
+  const bool cuts = b.warp < now && is_exceeded(raw_cut(b, n));
   if (cuts) mark_experts(b, n, mark_of(b.warp));
-  __syncthreads();
-  for_each_to_cut<false>(b, listed, [&](const Entry& entry, int own_slot) {
+  if (__syncthreads_or(cuts) == 0) return;
+  for_each_assignment<false>(b, false, [&](const Entry& entry, int own_slot) {
     const Fate fate = {entry.in(b.fate())};
     const int at = marked_at(fate), level = level_of_entry(b, entry, fate), units = entry.units(b.p.load);
     if (at < 0) return;
     atomicAdd(cells.group(at) + level, units);
-    if (own_slot >= 0) atomicAdd(cells.own(at) + level, units);
+    if (own_slot < 0) return;
+    atomicAdd(cells.own(at) + level, units);
+    if (share.told) list(b, own_slot);
   });
   __syncthreads();
   if (cuts) find_level(b, n, cells, b.warp);
   __syncthreads();
   b.stamp(21);
   const int log = slots_of_cell(b);
-  for_each_to_cut<true>(b, listed, [&](const Entry& entry, int own_slot) {
+  for_each_assignment<true>(b, share.told && b.scalars().listed <= kMostListed, [&](const Entry& entry, int own_slot) {
     const Fate fate = {entry.in(b.fate())};
     const int at = marked_at(fate), level = level_of_entry(b, entry, fate);
     if (own_slot < 0 || at < 0 || fate.about() != mark_of(at, level)) return;
@@ -243,6 +251,7 @@ __device__ inline bool cut_bounds(const FusedBlock& b) {
   for (int first = share.first; first < share.end; first += kCutsAtOnce) {
     if (first > share.first) {
       __syncthreads();
+      if (threadIdx.x == 0) b.scalars().listed = 0;
       clear_cells(b, share.end - first, threadIdx.x);
       set_fates(b, [](int) { return 0u; });
     }

@@ -319,7 +319,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .taken = take(4 * num_bounds),
       .counted = take(counters),
       .running = take(counters),
-      .listed = take(sizeof(int2) * kMostListed),
+      .listed = take(4 * kMostListed),
       .cells = take(cell_bytes(p)),
       .counts = take(4 * 6 * experts),
       .current = take(2 * p.shape.max_tokens * top_k),

@@ -44,10 +44,6 @@ struct Entry {
     static_assert(sizeof(T) == 1 << kExpertAt);
     return *reinterpret_cast<T*>(reinterpret_cast<char*>(table) + offset());
   }
-  // Whether its expert is one of `count` from `first` on.
-  __device__ __forceinline__ bool is_among(uint32_t first, uint32_t count) const {
-    return offset() - (first << kExpertAt) < count << kExpertAt;
-  }
 
  private:
   __device__ __forceinline__ uint32_t offset() const { return bits & (kNamedExperts - 1u) << kExpertAt; }

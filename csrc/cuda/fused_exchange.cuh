@@ -189,11 +189,7 @@ class Tally {
   // What an exchange tells: rows per expert the first, units and sums whichever tells weights. Where that is the second,
   // visual tokens weigh nothing in the first.
   __device__ __forceinline__ Tally(const FusedBlock& b, int exchange)
-      : again_(exchange != 0), in_units_(again_ || (b.p.load != Load::kRows && !b.p.needs_entropy)) {
-    const CutShare share(b);
-    if (again_ != b.p.needs_entropy || !share.told) return;
-    first_listed_ = share.first * experts_of_bound(b), listed_ = share.size() * experts_of_bound(b);
-  }
+      : again_(exchange != 0), in_units_(again_ || (b.p.load != Load::kRows && !b.p.needs_entropy)) {}
 
   // ahead: of this block's assignments.
   __device__ __forceinline__ void add(const FusedBlock& b, const Entry& entry, bool ahead) {
@@ -202,13 +198,6 @@ class Tally {
     seen_ += entry.bits & (Entry::kPresent | Entry::kVisual);
     tokens_ += entry.bits & (Entry::kLeads | Entry::kVisualLeads);
     if (again_) weight_ += (entry.bits & Entry::kVisualLeads) != 0 ? entry.fixed() : 0;
-  }
-
-  // Whether it is of a bound that this block cuts while others cut others: few are.
-  __device__ __forceinline__ bool lists(const Entry& entry) const { return entry.is_among(first_listed_, listed_); }
-  static __device__ __forceinline__ void list(const FusedBlock& b, const Entry& entry, int own_slot) {
-    const int at = atomicAdd(&b.scalars().listed, 1);
-    if (at < kMostListed) b.listed()[at] = make_int2(static_cast<int>(entry.bits), own_slot);
   }
 
   // The warp's part of the group's sums. A barrier has to follow.
@@ -236,21 +225,9 @@ class Tally {
   }
 
   const bool again_, in_units_;
-  uint32_t first_listed_ = 0, listed_ = 0;  // experts of the bounds that this block cuts, if others cut others
   uint32_t seen_ = 0, tokens_ = 0;  // two numbers each: Entry
   int weight_ = 0;
 };
-
-// Those of a lane's letters that are to be listed.
-__device__ __forceinline__ void list_some(const FusedBlock& b, const Tally& tally, Claimed& c, bool own) {
-#pragma unroll 1  // rarely run, so short
-  for (int i = 0; i < kClaim; ++i) {
-    const Entry entry = {value_of(c.letters[0])};
-#pragma unroll
-    for (int j = 1; j < kClaim; ++j) c.letters[j - 1] = c.letters[j];
-    if (tally.lists(entry)) Tally::list(b, entry, own ? c.first + i * kWarp : -1);
-  }
-}
 
 // Everybody's assignments as they come, kept in shared memory and counted. Warps claim what they wait for, so that those
 // that are busy with rows are not waited for. The first letters are sent for before it is known how many there are, and the
@@ -278,16 +255,13 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     const int ahead = c.source < b.rank ? b.most_slots() : own ? b.first * top_k : 0;
     uint32_t* const kept = b.entries_of(c.source) + c.first;
     const bool keeps = b.args.keeps_group || own;
-    bool lists = false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
       const Entry entry = {value_of(c.letters[i])};
       const int slot = c.first + i * kWarp;
       if (keeps && slot < slots) kept[i * kWarp] = entry.bits;
       tally.add(b, entry, slot < ahead);
-      lists |= tally.lists(entry);
     }
-    if (lists) list_some(b, tally, c, own);
   } while (more);
   return true;
 }
@@ -310,7 +284,6 @@ __device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
       const Entry entry = weighed_entry(b, slot, gate);
       b.entries_of(b.rank)[slot] = entry.bits;
       tally.add(b, entry, false);
-      if (tally.lists(entry)) Tally::list(b, entry, slot);
     }
   }
 }
@@ -346,19 +319,17 @@ __device__ inline void report_unknown(const FusedBlock& b, int exchange) {
   }
 }
 
-// Behind a barrier: body(entry, own slot or -1) for the assignments of the bounds that are cut now: out of the list of them, if
-// it is whole, else for everybody's. kOwn: the other ranks' are not wanted.
+// Behind a barrier: body(entry, own slot or -1) for everybody's assignments. kOwn: for this rank's alone, and of these only
+// for those that are `listed`, if they are.
 template <bool kOwn, class Body>
-__device__ __forceinline__ void for_each_to_cut(const FusedBlock& b, bool listed, Body body) {
+__device__ __forceinline__ void for_each_assignment(const FusedBlock& b, bool listed, Body body) {
   constexpr int kInFlight = 4;
-  const bool one = kOwn || listed;
 #pragma unroll 1
-  for (int source = one ? b.rank : 0, end = one ? b.rank + 1 : b.p.shape.num_ranks; source < end; ++source) {
-    const bool own = source == b.rank, here = b.args.keeps_group || own;
-    const int count = listed ? b.scalars().listed : b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+  for (int source = kOwn ? b.rank : 0, end = kOwn ? b.rank + 1 : b.p.shape.num_ranks; source < end; ++source) {
+    const bool own = source == b.rank, here = b.args.keeps_group || own, from_list = kOwn && listed;
+    const int count = from_list ? b.scalars().listed : b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
-    const uint32_t* const kept = listed ? reinterpret_cast<const uint32_t*>(b.listed()) : b.entries_of(source);
-    const int apart = listed ? 2 : 1;
+    const uint32_t* const kept = b.entries_of(source);
 #pragma unroll 1
     for (int first = threadIdx.x; first < count; first += kInFlight * kFusedThreads) {
       Entry entries[kInFlight];
@@ -366,14 +337,15 @@ __device__ __forceinline__ void for_each_to_cut(const FusedBlock& b, bool listed
       for (int i = 0; i < kInFlight; ++i) {
         const int at = first + i * kFusedThreads;
         entries[i] = Entry::nobody();
-        if (at < count) entries[i].bits = here ? kept[at * apart] : value_of(load_relaxed_sys(letters + at));
+        if (at >= count) continue;
+        entries[i].bits = here ? kept[from_list ? b.listed()[at] : at] : value_of(load_relaxed_sys(letters + at));
       }
 #pragma unroll 1  // the same code for each, over one register
       for (int at = first; at < count && at < first + kInFlight * kFusedThreads; at += kFusedThreads) {
         const Entry entry = entries[0];
 #pragma unroll
         for (int i = 1; i < kInFlight; ++i) entries[i - 1] = entries[i];
-        body(entry, listed ? b.listed()[at].y : own ? at : -1);
+        body(entry, from_list ? b.listed()[at] : own ? at : -1);
       }
     }
   }

@@ -49,6 +49,7 @@ struct FusedDesk {
   int fate;         // [named] u32: what a pass over assignments asks of their expert (fused_cut.cuh)
   int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
   int bound_of;     // [E]
+  int modality;     // [E]
   int starts;       // [E] first row of each expert in its rank's buffer
   int raw;          // [NB] RawCut
   int edge;         // [NB] where own assignments stop to stay (fused_cut.cuh)
@@ -129,6 +130,7 @@ struct FusedBlock {
   __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
   __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
   __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
+  __device__ __forceinline__ int* modality() const { return at<int>(args.desk.modality); }
   __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
   __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
   __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }

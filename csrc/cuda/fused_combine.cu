@@ -46,6 +46,8 @@ struct CombineBlock {
   }
   template <class T>
   __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }
+  // Whether this launch puts the rank's outputs into its region. Else the kernels before have.
+  __device__ __forceinline__ bool copies() const { return me.outputs != nullptr; }
 };
 
 // Which expert each of this rank's rows is of: `before` [E_l + 1] rows of the experts before, in shared memory.
@@ -81,16 +83,18 @@ __device__ inline void copy_outputs(const CombineBlock& b, int* before) {
 }
 
 __device__ inline void offer_outputs(const CombineBlock& b) {
-  if (b.me.outputs != nullptr) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
+  if (b.copies()) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
   __syncthreads();
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
+    if (peer == b.me.rank && !b.copies()) continue;
     const int64_t flag = flag_offset(b.p.shape, b.p.layout, Flags::kOutputs, b.me.rank, blockIdx.x);
     b.peers.signal(peer, flag, b.patience);
   }
 }
 
 __device__ inline bool await_outputs(const CombineBlock& b) {
-  return await_flags(b.own<char>(0), b.p.shape, b.p.layout, Flags::kOutputs, b.patience, Fault::kOutputs);
+  const int there = b.copies() ? -1 : b.me.rank;
+  return await_flags(b.own<char>(0), b.p.shape, b.p.layout, Flags::kOutputs, b.patience, Fault::kOutputs, there);
 }
 
 __device__ __forceinline__ int id_at(const CombineBlock& b, int slot) {

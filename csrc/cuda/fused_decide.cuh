@@ -29,7 +29,7 @@ __device__ __forceinline__ Capacity capacity_of(const FusedBlock& b, bool mix = 
 
 __device__ __forceinline__ int bound_of_expert(const FusedBlock& b, const Capacity& capacity, int expert) {
   const ClipThresholdParams& t = b.args.threshold;
-  return Capacity::bound_of(t.gamma, capacity.of_expert(t, __ldg(t.modality + expert)), capacity.units);
+  return Capacity::bound_of(t.gamma, capacity.of_expert(t, b.modality()[expert]), capacity.units);
 }
 
 // A bound and its units. Returns whether it is exceeded.
@@ -62,7 +62,7 @@ __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   } else {
 #pragma unroll 1
     for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-      const int modality = __ldg(t.modality + j);
+      const int modality = b.modality()[j];
       if (!known) capacity.visual_share = modality < 0 ? 1.0 : 0.0;  // the least: every rounding behind it is monotone
       over |= set_bound(b, j, units_of(j), Capacity::bound_of(t.gamma, capacity.of_expert(t, modality), capacity.units));
     }
@@ -79,7 +79,7 @@ __device__ inline void find_shifts(const FusedBlock& b) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
     const double rows = static_cast<double>(units_of_expert(b, j, weighed)) * (weighed ? 1.0 / kWeightOne : 1.0);
-    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, __ldg(t.modality + j)), t.alpha, t.bucket_bits);
+    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, b.modality()[j]), t.alpha, t.bucket_bits);
   }
   __syncthreads();
 }

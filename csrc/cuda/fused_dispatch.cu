@@ -29,6 +29,7 @@ namespace {
 __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
   static_assert(kNamedExperts <= kFusedThreads);
+  const int modality = thread < experts ? __ldg(b.p.modality + thread) : 0;  // under way meanwhile
   if (thread < kNamedExperts) {
     b.group_rows()[thread] = 0;
     b.group_units()[thread] = 0;
@@ -47,6 +48,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   } else {
     clear_cells(b, CutShare(b).size(), thread);
   }
+  if (thread < experts) b.modality()[thread] = modality;
   if (thread == 0) {
     b.scalars() = {};
     b.scalars().faulty = has_fault(b.patience);
@@ -312,6 +314,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .fate = take(4 * kNamedExperts),
       .own_rows = take(4 * experts),
       .bound_of = take(4 * experts),
+      .modality = take(4 * experts),
       .starts = take(4 * experts),
       .raw = take(sizeof(RawCut) * num_bounds),
       .edge = take(4 * num_bounds),

@@ -105,12 +105,14 @@ __device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedL
   return layout.flags + (row * s.num_blocks + block) * kFlagBytes;
 }
 
-// A whole block: until every block of every rank has signalled in `region`, this rank's own. False at once behind a fault.
+// A whole block: until every block of every rank but `skipped` has signalled in `region`, this rank's own. False at once
+// behind a fault, for which the thread looks that has the fewest flags to wait for.
 __device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
-                                   const Patience& patience, Fault fault) {
-  bool ok = threadIdx.x != 0 || !has_fault(patience);
+                                   const Patience& patience, Fault fault, int skipped = -1) {
+  bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(patience);
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     const int source = i / s.num_blocks, block = i % s.num_blocks;
+    if (source == skipped) continue;
     const char* const flag = region + flag_offset(s, layout, kind, source, block);
     ok = wait_until(reinterpret_cast<const uint32_t*>(flag), patience.round, is_as_late, patience, fault, source, block);
   }

@@ -261,6 +261,18 @@ def one_by_one(launchers: Launchers, group: cases.Group, options: dict[str, Any]
     return dict(zip(names, (entropy, weight, own, shift, cut, counts, weights, ids), strict=True))
 
 
+def small_group(seed: int = 5, tokens: int = 24) -> cases.Group:
+    """One rank's batch in bfloat16, with something to move."""
+    b = cases.batch(cases.generator(seed), **cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": tokens})
+    b = replace(b, hidden_states=b.hidden_states.bfloat16())
+    return cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    for name, tensor in got.items():
+        assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
+
+
 FUSED_CASES = {
     "rank": {"scope": "rank", "load": "rows", "reroute": "global"},
     "expert": {"scope": "expert", "load": "effective", "reroute": "local"},
@@ -272,11 +284,7 @@ FUSED_CASES = {
 def test_fused_launchers_give_the_operators_bits(
     request, path: str, num_launches: int, options: dict[str, Any], launchers: Launchers
 ) -> None:
-    shape = cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 24}
-    b = cases.batch(cases.generator(5), **shape)
-    b = replace(b, hidden_states=b.hidden_states.bfloat16())
-    group = cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
-    options = USUAL | options
+    group, options = small_group(), USUAL | options
     want = one_by_one(launchers, group, options)
     fused = request.getfixturevalue(path)
     for seed in range(2):
@@ -284,8 +292,7 @@ def test_fused_launchers_give_the_operators_bits(
         before = fused.library.launches
         got = fused.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
         assert fused.library.launches - before == num_launches
-        for name, tensor in got.items():
-            assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
+        assert_same_bits(got, want)
     assert want["counts"][1].sum() > 0, "something has to move"
 
 
@@ -295,19 +302,14 @@ def test_the_second_launcher_leaves_the_workspace_prepared(
     request, path: str, options: dict, launchers: Launchers
 ) -> None:
     """Nothing that it says the first time passes for what it says the second."""
-    b = cases.batch(cases.generator(7), **(cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 40}))
-    group = cases.Group(
-        [replace(b, hidden_states=b.hidden_states.bfloat16())], 16, 4, torch.zeros(16, dtype=torch.int8)
-    )
+    group = small_group(seed=7, tokens=40)
     options = USUAL | options | {"num_ranks": group.num_ranks, "scoring": group.scoring}
     once, want = (one_by_one(launchers, group, options | {"gamma": gamma}) for gamma in (1.3, 0.8))
     assert not torch.equal(once["cut"], want["cut"])
     fused = request.getfixturevalue(path)
     for seed in range(4):
         fused.library.configure(seed)
-        got = fused.plan(group, options | {"gamma": 1.3}, then_gamma=0.8)
-        for name, tensor in got.items():
-            assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
+        assert_same_bits(fused.plan(group, options | {"gamma": 1.3}, then_gamma=0.8), want)
 
 
 @pytest.mark.parametrize("scope", FUSED_CASES)

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import cases
 import emulated
 import fused_c as fc
 import pytest
-import torch
 from emulated import Kernels
 from fused_case import FusedConfig, Group, make_group
 from kernel_case import Config
 from test_ops import USUAL
-from test_plan_emulated import FUSED_CASES, Launchers, one_by_one
+from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, small_group
 
 ROUNDS = 3
 
@@ -28,13 +26,6 @@ def watched(name: str, *, max_cluster: int) -> emulated.Library:
     return emulated.build(
         name, *sources, defines=["MACS_C_API"], races=True, multiprocessors=2, max_cluster=max_cluster
     )
-
-
-def small_group() -> cases.Group:
-    shape = cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": 24}
-    b = cases.batch(cases.generator(5), **shape)
-    b = replace(b, hidden_states=b.hidden_states.bfloat16())
-    return cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
 
 
 @pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)

@@ -372,13 +372,13 @@ cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stre
                         : enqueue_by_experts<int32_t, kWithThreshold>(args, stream);
 }
 
-}  // namespace
-
 // Scratch begins where the sums did, which are over by then.
 ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
   void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.num_experts);
   return {threshold, apply, static_cast<GridState*>(workspace), scratch};
 }
+
+}  // namespace
 
 size_t clip_apply_workspace_bytes(const ClipApplyParams& p) {
   return prepared_bytes(p.in.num_experts) +

@@ -15,6 +15,25 @@
 
 namespace macs::cuda {
 
+// The bounds that a block cuts: all, or a share of many.
+struct CutShare {
+  int first, end;
+  bool told;  // to the rank's other blocks, which cut others
+
+  __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
+    told = end >= kCutsAtOnce;
+    if (!told) return;
+    first = b.args.by_blocks.divide(b.args.bounds * b.block);
+    end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
+  }
+  __device__ __forceinline__ int size() const { return end - first; }
+};
+
+// Experts of a bound.
+__device__ __forceinline__ int experts_of_bound(const FusedBlock& b) {
+  return b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;
+}
+
 constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
 constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;

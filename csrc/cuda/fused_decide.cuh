@@ -62,9 +62,9 @@ __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   } else {
 #pragma unroll 1
     for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
-      const int modality = b.modality()[j];
-      if (!known) capacity.visual_share = modality < 0 ? 1.0 : 0.0;  // the least: every rounding behind it is monotone
-      over |= set_bound(b, j, units_of(j), Capacity::bound_of(t.gamma, capacity.of_expert(t, modality), capacity.units));
+      // The least: every rounding behind it is monotone.
+      if (!known) capacity.visual_share = b.modality()[j] < 0 ? 1.0 : 0.0;
+      over |= set_bound(b, j, units_of(j), bound_of_expert(b, capacity, j));
     }
   }
   return __syncthreads_or(over) != 0;

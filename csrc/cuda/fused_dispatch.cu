@@ -365,7 +365,7 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   args.by_top_k = Divisor::of(p.shape.top_k), args.by_blocks = Divisor::of(p.shape.num_blocks);
   args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
   ClipThresholdParams& t = args.threshold;
-  t.modality = p.modality, t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
+  t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
   t.bucket_bits = p.bucket_bits, t.scope = p.scope, t.load = p.load, t.reroute = p.reroute;
   t.protect_text = p.protect_text, t.gamma = p.gamma, t.rho = p.rho, t.alpha = p.alpha, t.c_min = p.c_min;
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;

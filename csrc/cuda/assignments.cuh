@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "divisor.cuh"
 #include "launch.cuh"
 #include "macs/level.h"
 #include "macs/params.h"
@@ -32,17 +33,18 @@ struct Step {
   int slot;         // which slot of the token
   bool used;        // lanes behind the last whole token idle
 
-  __device__ __forceinline__ explicit Step(int top_k) {
-    const int lane = threadIdx.x % kWarp;
-    tokens = kWarp / top_k;
-    token_lane = lane / top_k;
-    slot = lane - token_lane * top_k;
-    used = token_lane < tokens;
-  }
+  __device__ __forceinline__ explicit Step(int top_k) : Step(top_k, threadIdx.x % kWarp / top_k, kWarp / top_k) {}
+  // `by_top_k` divides by top_k.
+  __device__ __forceinline__ Step(int top_k, Divisor by_top_k)
+      : Step(top_k, by_top_k.divide(threadIdx.x % kWarp), by_top_k.divide(kWarp)) {}
   __device__ __forceinline__ int first_lane(int top_k) const { return token_lane * top_k; }
   __device__ __forceinline__ unsigned token_mask(int top_k) const {
     return top_k == kWarp ? kFullMask : ((1u << top_k) - 1u) << first_lane(top_k);
   }
+
+ private:
+  __device__ __forceinline__ Step(int top_k, int of_lane, int whole)
+      : tokens(whole), token_lane(of_lane), slot(threadIdx.x % kWarp - of_lane * top_k), used(of_lane < whole) {}
 };
 
 __device__ __forceinline__ int load_id(const Assignments& in, int64_t index) {

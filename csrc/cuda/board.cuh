@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "clip_threshold.cuh"
+#include "divisor.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "macs/params.h"
@@ -53,6 +54,26 @@ struct Scratch {
   }
 };
 
+// What the host works out: a division by what it does not know costs a block 25 instructions or, in 64 bits, 100.
+struct ApplySizes {
+  int64_t tokens_per_warp;  // and one more of the first `longer_warps`
+  int longer_warps;
+  int per_rank;                             // experts
+  int parts;                                // threads of a block that share a bound's entries
+  Divisor by_rank, by_bounds, by_top_k;     // by experts per rank, bounds, slots per token
+
+  static ApplySizes of(const ClipApplyParams& p, int64_t num_warps, int num_threads) {
+    const int per_rank = p.in.num_experts / p.num_ranks, bounds = macs::num_bounds(p.scope, p.in.num_experts, p.num_ranks);
+    return {.tokens_per_warp = p.in.num_tokens / num_warps,
+            .longer_warps = static_cast<int>(p.in.num_tokens % num_warps),
+            .per_rank = per_rank,
+            .parts = num_threads / bounds,
+            .by_rank = Divisor::of(per_rank),
+            .by_bounds = Divisor::of(bounds),
+            .by_top_k = Divisor::of(p.in.top_k)};
+  }
+};
+
 // Shared memory of a block, in ints: per expert, per bound, per (warp, bound). Addresses are worked out where they are
 // used (sizes are launch constants): a dozen pointers would not fit into the registers.
 struct Board {
@@ -82,19 +103,21 @@ struct Board {
   __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
 
   __device__ __forceinline__ void clear_own_running() const {
+#pragma unroll 1
     for (int n = threadIdx.x % kWarp; n < num_bounds; n += kWarp) own_running()[n] = 0;
     __syncwarp();
   }
 };
 
 // What does not depend on the kernels before.
-__device__ inline void clear_board(const ClipApplyParams& p, const Board& board) {
-  const int local = p.in.num_experts / p.num_ranks;
+__device__ inline void clear_board(const ClipApplyParams& p, const ApplySizes& sizes, const Board& board) {
+#pragma unroll 1
   for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) {
-    const int rank = j / local;
+    const int rank = sizes.by_rank.divide(j);
     board.rank_of()[j] = rank;
     board.bound_of()[j] = p.scope == Scope::kExpert ? j : rank;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < 6 * p.in.num_experts; i += blockDim.x) board.counts()[i] = 0;
   board.clear_own_running();
 }
@@ -102,7 +125,9 @@ __device__ inline void clear_board(const ClipApplyParams& p, const Board& board)
 // Returns whether any bound is cut.
 __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board) {
   bool any = false;
+#pragma unroll 1
   for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) board.shift()[j] = p.shift[j];
+#pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
     board.level()[n] = cut.x, board.quota()[n] = cut.y, board.room()[n] = cut.z;
@@ -116,9 +141,11 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
 __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
   __shared__ Kept pools[kMaxPools];
   const int num_pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
+#pragma unroll 1
   for (int pool = threadIdx.x; pool < num_pools; pool += blockDim.x) pools[pool] = {0, 0};
   __syncthreads();
   bool any = false;
+#pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const RawCut raw = raws[n];
     board.level()[n] = raw.cut.x, board.quota()[n] = raw.cut.y;
@@ -129,6 +156,7 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
     }
   }
   any = __syncthreads_or(any) != 0;
+#pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     int4 cut = raws[n].cut;
     cut.z = room_share(p, cut.z, pools[pool_of(p, n)]);
@@ -159,10 +187,10 @@ __device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, i
 }
 
 // The same of flagged entries, up to kMaxFlaggedBounds of them a block: waits for each.
-__device__ __forceinline__ void sum_flagged(const uint64_t* entries, unsigned flag, int num_bounds, int* all,
-                                            int* before) {
+__device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint64_t* entries, unsigned flag,
+                                            int num_bounds, int* all, int* before) {
   constexpr int kAhead = 4;  // of a thread, on their way together
-  const int blocks = gridDim.x, parts = blockDim.x / num_bounds, part = threadIdx.x / num_bounds;
+  const int blocks = gridDim.x, parts = sizes.parts, part = sizes.by_bounds.divide(threadIdx.x);
   const int n = threadIdx.x - part * num_bounds;
   if (part >= parts) return;
   int sum = 0, lower = 0;
@@ -195,12 +223,14 @@ __device__ __forceinline__ void sum_flagged(const uint64_t* entries, unsigned fl
 // the totals. `number`: of the prefix within this launch, from 0. kFlagged: where the flags were cleared before a
 // barrier, few bounds do without another one; nothing else that a block wrote is visible to the others then.
 template <bool kFlagged>
-__device__ inline void grid_prefix(const Board& board, const Scratch& scratch, Grid& grid, int number) {
+__device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, const Scratch& scratch, Grid& grid,
+                                   int number) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const bool flagged = kFlagged && board.num_bounds <= kMaxFlaggedBounds;
   uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
   int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
+#pragma unroll 1
   for (int n = warp; n < board.num_bounds; n += num_warps) {
     int* const mine = board.running(lane) + n;
     const int units = lane < num_warps ? *mine : 0;
@@ -218,7 +248,7 @@ __device__ inline void grid_prefix(const Board& board, const Scratch& scratch, G
   }
   if (flagged) {
     __syncthreads();
-    sum_flagged(totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
+    sum_flagged(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
   } else {
     grid.barrier();
     sum_blocks(plain, board.num_bounds, board.total(), board.base());
@@ -230,10 +260,12 @@ __device__ inline void grid_prefix(const Board& board, const Scratch& scratch, G
 __device__ inline void grid_take(const ClipApplyParams& p, const Board& board, const Scratch& scratch, Grid& grid) {
   __syncthreads();
   if (p.in.load == Load::kRows) {
+#pragma unroll 1
     for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
       board.room()[n] -= min(board.total()[n], board.room()[n]);
     }
   } else {
+#pragma unroll 1
     for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
       scratch.taken[blockIdx.x * board.num_bounds + n] = board.taken()[n];
       board.total()[n] = board.base()[n] = 0;
@@ -241,6 +273,7 @@ __device__ inline void grid_take(const ClipApplyParams& p, const Board& board, c
     grid.barrier();
     sum_blocks(scratch.taken, board.num_bounds, board.total(), board.base());
     __syncthreads();
+#pragma unroll 1
     for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) board.room()[n] -= board.total()[n];
   }
   __syncthreads();

@@ -31,6 +31,7 @@ constexpr int kMaxExperts = 1024;
 struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
+  ApplySizes sizes;
   GridState* state;  // the notices lie behind it
   void* scratch;
 };
@@ -74,11 +75,12 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
       notices.tell_ready(launch);
     }
   }
-  find_cuts(args.threshold, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw, notices, launch});
+  find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw, notices, launch});
   if (flagged) {
     notices.hear_all(launch, board.num_bounds, board.shift(), heard);
   } else {
     grid.barrier();
+#pragma unroll 1
     for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
   }
   return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
@@ -108,16 +110,17 @@ struct State {
 template <class Id>
 struct Walk {
   const ClipApplyParams& p;
+  const ApplySizes& sizes;
   const Board board;
   const Step step;
   int64_t begin, end;
   State first;
 
-  __device__ __forceinline__ Walk(const ClipApplyParams& params, const Board& b)
-      : p(params), board(b), step(p.in.top_k) {
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    begin = p.in.num_tokens * warp / warps, end = p.in.num_tokens * (warp + 1) / warps;
+  __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const Board& b)
+      : p(args.apply), sizes(args.sizes), board(b), step(p.in.top_k, sizes.by_top_k) {
+    const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+    begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
+    end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
   }
   // Before the wait: what is older than the chain of kernels. The weight is not.
   __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1, 0.0f, true}; }
@@ -200,7 +203,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
-  const int top_k = p.in.top_k, experts = board.experts, per_rank = experts / p.num_ranks;
+  const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
   const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
   board.clear_own_running();
@@ -215,7 +218,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
       Chooser<kKeys> tokens[kTokensAtOnce];
 #pragma unroll
       for (int t = 0; t < kTokensAtOnce; ++t) {
-        const int token = left != 0 ? (__ffs(left) - 1) / top_k : 0;
+        const int token = left != 0 ? walk.sizes.by_top_k.divide(__ffs(left) - 1) : 0;
         const unsigned of_token = slots << (token * top_k);
         const bool mine = walk.step.used && walk.step.token_lane == token;
         tokens[t].homeless = left & of_token;
@@ -261,15 +264,17 @@ __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
   });
 }
 
-// A round wants another one only if it turned somebody away: who found no candidate will find none later.
+// A round wants another one only if it turned somebody away: who found no candidate will find none later. A warp looks
+// for itself.
 __device__ __forceinline__ void read_round(const Board& board, bool& any, bool& again) {
   any = again = false;
-  for (int n = threadIdx.x; n < board.num_bounds; n += kThreads) {
+#pragma unroll 1
+  for (int n = threadIdx.x % kWarp; n < board.num_bounds; n += kWarp) {
     any |= board.total()[n] > 0;
     again |= board.total()[n] > board.room()[n];
   }
-  any = __syncthreads_or(any) != 0;
-  again = __syncthreads_or(again) != 0;
+  any = __any_sync(kFullMask, any);
+  again = __any_sync(kFullMask, again);
 }
 
 template <class Id, int kKeys, bool kFlagged>
@@ -277,7 +282,7 @@ __device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& sc
   const int rounds = walk.p.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : walk.p.reroute_rounds;
   for (int round = 0; round < rounds; ++round) {
     propose_pass<Id, kKeys>(walk);
-    grid_prefix<kFlagged>(walk.board, scratch, grid, round + 1);
+    grid_prefix<kFlagged>(walk.sizes, walk.board, scratch, grid, round + 1);
     bool any, again;
     read_round(walk.board, any, again);
     if (!any) return;
@@ -296,9 +301,9 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.scratch, board.num_bounds, gridDim.x);
-  Walk<Id> walk(p, board);
+  Walk<Id> walk(args, board);
   walk.load_first();
-  clear_board(p, board);
+  clear_board(p, args.sizes, board);
   int* const levels = reinterpret_cast<int*>(shared);
   if constexpr (kWithThreshold) {
     clear_levels(args.threshold, levels);
@@ -315,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
-    grid_prefix<kWithThreshold>(board, scratch, grid, 0);
+    grid_prefix<kWithThreshold>(args.sizes, board, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
     reroute_rounds<Id, kKeys, kWithThreshold>(walk, scratch, grid);
   } else if (!kWithThreshold) {
@@ -323,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   }
   walk.write_first();
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) {
     if (board.counts()[i] != 0) atomicAdd(p.counts + i, board.counts()[i]);
   }
@@ -375,7 +381,8 @@ cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stre
 // Scratch begins where the sums did, which are over by then.
 ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
   void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.num_experts);
-  return {threshold, apply, static_cast<GridState*>(workspace), scratch};
+  const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
+  return {threshold, apply, ApplySizes::of(apply, warps, kThreads), static_cast<GridState*>(workspace), scratch};
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
   clear_levels(p, levels);
   __syncthreads();
   wait_for_previous();
-  find_cuts(p, levels, cluster.block_rank(), num_blocks, StoreCuts{p, kept});
+  find_cuts(p, p.num_experts / p.num_ranks, levels, cluster.block_rank(), num_blocks, StoreCuts{p, kept});
   cluster.sync();
   for (int pool = threadIdx.x; pool < pools; pool += kThreads) {
     Kept sum = {0, 0};

@@ -234,16 +234,17 @@ __device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t 
 
 // This block's share of the bounds, round robin over `num_blocks`: a rank at a time, or an expert per warp. Levels are
 // cleared before. Whole warps call `sink.shift(expert, shift)` for every expert and `sink.cut(n, cut, bound)` for every
-// bound. kAligned: the histograms, to 16 bytes.
+// bound. kAligned: the histograms, to 16 bytes. per_rank: experts.
 template <int kQuads, bool kAligned, class Sink>
-__device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
-                                             const Sink& sink) {
+__device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int per_rank, int* shared, int block,
+                                             int num_blocks, const Sink& sink) {
   using Cells = ExpertCells<kQuads, kAligned>;
   const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp, num_levels = 2 * num_buckets(p.bucket_bits);
   const bool by_rank = p.scope == Scope::kRank;
-  const int experts = p.num_experts, together = by_rank ? experts / p.num_ranks : num_warps;
+  const int experts = p.num_experts, together = by_rank ? per_rank : num_warps;
   const Levels levels = levels_of(p, shared, by_rank ? 0 : warp);
-  for (int first = block * together; first < experts; first += num_blocks * together) {
+  int rank = block;
+  for (int first = block * together; first < experts; first += num_blocks * together, rank += num_blocks) {
     const int end = min(first + together, experts);
     Cells next(p, first + warp < end ? first + warp : experts);
     const Capacity capacity(p, load_four<kAligned>(p.group + experts * num_levels));
@@ -258,7 +259,7 @@ __device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int* 
     }
     __syncthreads();
     if (by_rank ? warp == 0 : first + warp < end) {
-      sink.cut(by_rank ? first / together : first + warp, warp_find_cut<4 * kQuads>(levels, num_levels, bound), bound);
+      sink.cut(by_rank ? rank : first + warp, warp_find_cut<4 * kQuads>(levels, num_levels, bound), bound);
     }
     if (first + num_blocks * together < experts) {
       __syncthreads();
@@ -273,12 +274,12 @@ __host__ __device__ inline bool aligned_histograms(const ClipThresholdParams& p)
 }
 
 template <class Sink>
-__device__ __forceinline__ void find_cuts(const ClipThresholdParams& p, int* shared, int block, int num_blocks,
-                                          const Sink& sink) {
+__device__ __forceinline__ void find_cuts(const ClipThresholdParams& p, int per_rank, int* shared, int block,
+                                          int num_blocks, const Sink& sink) {
   if (aligned_histograms(p) && num_buckets(p.bucket_bits) <= 128) {
-    find_cuts_of<2, true>(p, shared, block, num_blocks, sink);
+    find_cuts_of<2, true>(p, per_rank, shared, block, num_blocks, sink);
   } else {
-    find_cuts_of<4, false>(p, shared, block, num_blocks, sink);
+    find_cuts_of<4, false>(p, per_rank, shared, block, num_blocks, sink);
   }
 }
 

@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_apply_kernel(const __grid_c
   cluster_wait();
   wait_for_previous();
   items.load_weights(here.p.in);
-  find_cuts_of<2, true>(args.threshold, here.levels(), here.block, here.num_blocks, SendCuts{here});
+  find_cuts_of<2, true>(args.threshold, args.per_rank, here.levels(), here.block, here.num_blocks, SendCuts{here});
   mail.cuts.wait(0);
   share_rooms(here);
   clip(here, items);

@@ -11,6 +11,7 @@
 #include "macs/params.h"
 #include "macs/ptx.cuh"
 #include "notice.cuh"
+#include "reroute.cuh"
 
 namespace macs::cuda {
 
@@ -81,7 +82,7 @@ struct Board {
   int experts, num_bounds;
 
   static __host__ __device__ size_t bytes(int num_experts, int num_bounds, int num_warps) {
-    return sizeof(int) * (9 * num_experts + 6 * num_bounds + num_warps * (num_bounds + 1));
+    return sizeof(int) * (9 * num_experts + 6 * num_bounds + num_warps * (num_bounds + 1 + kStruckWords));
   }
   __device__ __forceinline__ Board(const ClipApplyParams& p, unsigned char* shared)
       : ints(reinterpret_cast<int*>(shared)), experts(p.in.num_experts),
@@ -101,6 +102,9 @@ struct Board {
   // [warps, NB + 1] units of the warps before, then of this warp so far.
   __device__ __forceinline__ int* running(int warp) const { return of_bounds(6) + warp * (num_bounds + 1); }
   __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
+  __device__ __forceinline__ unsigned* own_struck() const {  // [kStruckWords]
+    return reinterpret_cast<unsigned*>(running(blockDim.x / kWarp)) + threadIdx.x / kWarp * kStruckWords;
+  }
 
   __device__ __forceinline__ void clear_own_running() const {
 #pragma unroll 1

@@ -227,7 +227,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
         if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
       }
-      choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank));
+      choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank, board.own_struck()));
     }
     if (choice >= 0) {
       walk.put(state, -2 - choice);

@@ -193,15 +193,13 @@ struct ExpertCells {
     for (int i = 0; i < kQuads; ++i) {
       const bool is_text = first_of(i) >= buckets;
       const int e = first_of(i) - (is_text ? buckets : 0) - shift;
+      int* const target = levels + (is_text ? top : 0) + e;
       const int units[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
       int lowest = 0;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (e + j < 0) {
-          lowest += units[j];
-        } else if (units[j] != 0) {
-          atomicAdd(levels + (is_text ? top : 0) + e + j, units[j]);
-        }
+        lowest += e + j < 0 ? units[j] : 0;
+        if (e + j >= 0 && units[j] != 0) atomicAdd(target + j, units[j]);
       }
       visual += is_text ? 0 : lowest, text += is_text ? lowest : 0;
     }

@@ -57,6 +57,7 @@ struct FusedDesk {
   int taken;        // [NB]
   int counted;      // [warps, NB], to re-route
   int running;      // [warps, NB]
+  int struck;       // [warps, kStruckWords], to re-route
   int listed;       // [kMostListed] own slots of the bounds that this block cuts
   int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
   int counts;       // [3, E, 2]

@@ -154,6 +154,7 @@ template <int kKeys>
 __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
   const Rooms<kKeys> rooms(experts, b.at<int>(b.args.desk.room), b.bound_of());
+  unsigned* const words = b.at<unsigned>(b.args.desk.struck) + b.warp * kStruckWords;
 #pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
@@ -170,7 +171,7 @@ __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
     const int leader = __ffs(homeless) - 1;
     tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.load), leader);
     load_logits<kKeys>(b.me.router_logits, experts, token, tokens[0].logits);
-    const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank);
+    const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank, words);
     if (current == kHomeless) wanted[slot] = choice;
   }
 }

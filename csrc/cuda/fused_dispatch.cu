@@ -322,6 +322,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .taken = take(4 * num_bounds),
       .counted = take(counters),
       .running = take(counters),
+      .struck = take(4 * kFusedWarps * kStruckWords),
       .listed = take(4 * kMostListed),
       .cells = take(cell_bytes(p)),
       .counts = take(4 * 6 * experts),

@@ -1,7 +1,7 @@
 // Which expert a homeless assignment proposes, one warp per token.
 //
-// A lane holds the logits of experts lane, lane + 32, ... as integer keys that order like them. What a token already
-// has is struck out by one OR over the warp per 32 experts; a pick is an integer maximum and a minimum over the warp.
+// A lane holds the logits of experts lane, lane + 32, ...; -infinity is no candidate. What a token already has is struck
+// out through a word of shared memory per 32 experts; a pick is a maximum and a minimum of integers over the warp.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,11 +12,12 @@
 
 namespace macs::cuda {
 
-// Logits ordered as integers, greater first; 0 = no candidate. Adding 0 makes -0 the equal of +0.
-__device__ __forceinline__ unsigned key_of(float logit) {
-  if (!isfinite(logit)) return 0;
-  const unsigned bits = __float_as_uint(logit + 0.0f);
-  return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
+__device__ __forceinline__ float candidate_of(float logit) { return isfinite(logit) ? logit : -INFINITY; }
+
+// Integers that order like the logits. Adding 0 makes -0 the equal of +0.
+__device__ __forceinline__ int order_of(float logit) {
+  const int bits = __float_as_int(logit + 0.0f);
+  return bits ^ (bits >> 31 & 0x7fffffff);
 }
 
 // The room of this lane's experts, the same for every token of a round; -1 where there is no expert.
@@ -44,40 +45,62 @@ __device__ __forceinline__ void load_logits(const float* router_logits, int expe
   }
 }
 
-// Strikes the experts that the lanes bring (-1: none) out of a token's candidates.
-template <int kKeys>
-__device__ __forceinline__ void strike_out(unsigned (&keys)[kKeys], int expert, int other = -1) {
+// Words of shared memory that a warp needs to strike out, whatever the numbers of tokens and experts.
+constexpr int kStruckWords = 32;
+
+// Strikes the experts that the lanes bring, two each (-1: none), out of each token's candidates. `words`: of this warp.
+template <int kTokens, int kKeys>
+__device__ __forceinline__ void strike_out(float (&keys)[kTokens][kKeys], const int2 (&experts)[kTokens],
+                                           unsigned* words) {
+  static_assert(kTokens * kKeys <= kStruckWords);
   const int lane = threadIdx.x % kWarp;
+  __syncwarp();
+  if (lane < kTokens * kKeys) words[lane] = 0;
+  __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kKeys; ++i) {
-    const unsigned one = expert >= 0 && expert / kWarp == i ? 1u << (expert % kWarp) : 0;
-    const unsigned two = other >= 0 && other / kWarp == i ? 1u << (other % kWarp) : 0;
-    if ((__reduce_or_sync(kFullMask, one | two) >> lane & 1u) != 0) keys[i] = 0;
+  for (int t = 0; t < kTokens; ++t) {
+    const unsigned one = static_cast<unsigned>(experts[t].x), other = static_cast<unsigned>(experts[t].y);
+    if (experts[t].x >= 0) atomicOr(words + t * kKeys + one / kWarp, 1u << one % kWarp);
+    if (experts[t].y >= 0) atomicOr(words + t * kKeys + other / kWarp, 1u << other % kWarp);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      if ((words[t * kKeys + i] >> lane & 1u) != 0) keys[t][i] = -INFINITY;
+    }
   }
 }
 
 // The best candidate of every token, struck out for the next time; -1: none. `from`: the first expert of the only rank
 // allowed (of `per_rank` experts), or -1. The tokens go together: one alone would wait for its own last instruction.
 template <int kTokens, int kKeys>
-__device__ __forceinline__ void pick(unsigned (&keys)[kTokens][kKeys], const int (&from)[kTokens], int per_rank,
+__device__ __forceinline__ void pick(float (&keys)[kTokens][kKeys], const int (&from)[kTokens], int per_rank,
                                      int (&winner)[kTokens]) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    unsigned best = 0;
+    float allowed[kKeys], best = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) allowed[i] = keys[t][i];
+    if (from[t] >= 0) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        if (static_cast<unsigned>(i * kWarp + lane - from[t]) >= static_cast<unsigned>(per_rank)) allowed[i] = -INFINITY;
+      }
+    }
     int expert = 0;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      const int j = i * kWarp + lane;
-      const bool allowed = from[t] < 0 || static_cast<unsigned>(j - from[t]) < static_cast<unsigned>(per_rank);
-      if (keys[t][i] > best && allowed) best = keys[t][i], expert = j;
+      if (allowed[i] > best) best = allowed[i], expert = i * kWarp + lane;
     }
-    const unsigned most = __reduce_max_sync(kFullMask, best);
-    const unsigned first = __reduce_min_sync(kFullMask, best == most ? static_cast<unsigned>(expert) : 0xffffffffu);
-    winner[t] = most != 0 ? static_cast<int>(first) : -1;
+    const int order = order_of(best), most = __reduce_max_sync(kFullMask, order);
+    const unsigned first = __reduce_min_sync(kFullMask, order == most ? static_cast<unsigned>(expert) : 0xffffffffu);
+    winner[t] = most != order_of(-INFINITY) ? static_cast<int>(first) : -1;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      if (i * kWarp + lane == winner[t]) keys[t][i] = 0;
+      if (i * kWarp + lane == winner[t]) keys[t][i] = -INFINITY;
     }
   }
 }
@@ -91,19 +114,25 @@ struct Chooser {
   float logits[kKeys];
 };
 
-// Every homeless slot in turn takes the best candidate that is left. Returns this lane's choice, -1 for none.
+// Every homeless slot in turn takes the best candidate that is left. `words`: see strike_out. Returns this lane's choice,
+// -1 for none.
 template <int kTokens, int kKeys>
-__device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<kKeys> (&tokens)[kTokens],
-                                      int per_rank) {
+__device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<kKeys> (&tokens)[kTokens], int per_rank,
+                                      unsigned* words) {
   const int lane = threadIdx.x % kWarp;
-  unsigned keys[kTokens][kKeys], homeless[kTokens], all = 0;
+  float keys[kTokens][kKeys];
+  unsigned homeless[kTokens], all = 0;
+  int2 has[kTokens];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     all |= homeless[t] = tokens[t].homeless;
+    has[t] = make_int2(tokens[t].original, tokens[t].current != tokens[t].original ? tokens[t].current : -1);
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[t][i] = rooms.of[i] >= tokens[t].units ? key_of(tokens[t].logits[i]) : 0;
-    strike_out<kKeys>(keys[t], tokens[t].original, tokens[t].current);
+    for (int i = 0; i < kKeys; ++i) {
+      keys[t][i] = rooms.of[i] >= tokens[t].units ? candidate_of(tokens[t].logits[i]) : -INFINITY;
+    }
   }
+  strike_out<kTokens, kKeys>(keys, has, words);
   int choice = -1;
   while (all != 0) {
     int taker[kTokens], from[kTokens], winner[kTokens];

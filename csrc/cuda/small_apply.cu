@@ -40,6 +40,7 @@ struct Desk {
   int current;   // [T * K] expert, or -1: homeless or empty
   int wanted;    // [2, T * K] what each homeless slot proposes, by round
   int counts;    // [3, share, 2] of this block's experts
+  int struck;    // [warps, kStruckWords]
   int bytes;
 };
 
@@ -82,6 +83,7 @@ SmallApplyArgs make_args(const ClipThresholdParams& threshold, const ClipApplyPa
       .current = take(args.slots * sizeof(int)),
       .wanted = take(2 * args.slots * sizeof(int)),
       .counts = take(3 * 2 * args.share * sizeof(int)),
+      .struck = take(kWarps * kStruckWords * sizeof(unsigned)),
       .bytes = at,
   };
   args.desk.bytes = at;
@@ -118,6 +120,9 @@ struct Here {
   __device__ __forceinline__ int* wanted(int round) const { return at(args.desk.wanted) + (round & 1) * args.slots; }
   __device__ __forceinline__ int* counted(int of_warp) const { return at(args.desk.counted) + of_warp * args.bounds; }
   __device__ __forceinline__ int* running() const { return at(args.desk.running) + warp * args.bounds; }
+  __device__ __forceinline__ unsigned* struck() const {
+    return reinterpret_cast<unsigned*>(at(args.desk.struck)) + warp * kStruckWords;
+  }
   __device__ __forceinline__ bool rows() const { return p.in.load == Load::kRows; }
 
   // What does not depend on the kernels before.
@@ -202,7 +207,7 @@ template <int kKeys>
 struct Token {
   int expert;  // original, negative where there is none
   float gate;
-  unsigned keys[kKeys];  // of candidates, whether there is room or not
+  float keys[1][kKeys];  // of candidates, whether there is room or not
   float logits[kKeys];
   float reference_gate, reference_logit;
   float new_gate;     // of what the slot proposed last
@@ -220,8 +225,10 @@ struct Token {
     load_logits<kKeys>(p.router_logits, p.in.num_experts, here.token, logits);
     first_of_rank = max(expert, 0) / here.args.per_rank * here.args.per_rank;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = i * kWarp + here.lane < p.in.num_experts ? key_of(logits[i]) : 0;
-    strike_out<kKeys>(keys, expert);
+    for (int i = 0; i < kKeys; ++i) {
+      keys[0][i] = i * kWarp + here.lane < p.in.num_experts ? candidate_of(logits[i]) : -INFINITY;
+    }
+    strike_out<1, kKeys>(keys, {{expert, -1}}, here.struck());
     const Reference reference = reference_of(expert, gate, 0, p.in.top_k);
     reference_gate = reference.gate, reference_logit = logit_of(max(reference.expert, 0));
   }
@@ -319,10 +326,10 @@ __device__ __forceinline__ void propose(const Here& here, Token<kKeys>& token, i
   if (homeless == 0) return;
   const Rooms<kKeys> rooms(p.in.num_experts, here.room(), here.bound_of());
   const int units = here.rows() ? 1 : fixed_weight(__ldcg(p.in.weight + here.token));
-  if (round > 0) strike_out<kKeys>(token.keys, current);
-  unsigned keys[1][kKeys];
+  if (round > 0) strike_out<1, kKeys>(token.keys, {{current, -1}}, here.struck());
+  float keys[1][kKeys];
 #pragma unroll
-  for (int i = 0; i < kKeys; ++i) keys[0][i] = rooms.of[i] >= units ? token.keys[i] : 0;
+  for (int i = 0; i < kKeys; ++i) keys[0][i] = rooms.of[i] >= units ? token.keys[0][i] : -INFINITY;
   int choice = -1;
   for (; homeless != 0; homeless &= homeless - 1) {
     const int slot = __ffs(homeless) - 1;

@@ -201,6 +201,7 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
+  constexpr bool kAhead = kKeys <= 4;
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
@@ -213,9 +214,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
     if (left == 0) return;
     const bool local = p.reroute == Reroute::kLocal && slot.expert >= 0;
     const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
-    int choice = -1;
-    while (left != 0) {
-      Chooser<kKeys> tokens[kTokensAtOnce];
+    const auto take = [&](Chooser<kKeys>(&tokens)[kTokensAtOnce]) {
 #pragma unroll
       for (int t = 0; t < kTokensAtOnce; ++t) {
         const int token = left != 0 ? walk.sizes.by_top_k.divide(__ffs(left) - 1) : 0;
@@ -227,7 +226,17 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
         if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
       }
+    };
+    Chooser<kKeys> tokens[kTokensAtOnce], next[kTokensAtOnce];
+    take(tokens);
+    int choice = -1;
+    for (bool more = true; more;) {
+      more = left != 0;
+      if (more && kAhead) take(next);  // on their way meanwhile
       choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank, board.own_struck()));
+      if (more && !kAhead) take(next);
+#pragma unroll
+      for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];
     }
     if (choice >= 0) {
       walk.put(state, -2 - choice);

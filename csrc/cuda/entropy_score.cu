@@ -57,13 +57,7 @@ __global__ void __launch_bounds__(kWarpKernelThreads, 4)
   wait_for_previous();
   if (args.layout.sums == nullptr) return;
   __syncthreads();
-  if (warp == 0 && lane < num_warps) {  // mostly all warps have one segment: add it up once per block
-    if (lane == 0) {
-      for (int other = 1; other < num_warps; ++other) accumulators[0].absorb(accumulators[other]);
-    }
-    __syncwarp((1u << num_warps) - 1u);
-    accumulators[lane].flush(args.layout, copy + lane);
-  }
+  if (warp == 0) SegmentAccumulator::flush_all<kWarpKernelThreads / kWarp>(accumulators, args.layout, copy);
 }
 
 template <class Element, int kVectors, int kWarps, bool kExact>

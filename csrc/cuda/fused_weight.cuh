@@ -92,13 +92,7 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   for (int token = b.lane; token < b.me.num_tokens; token += kWarp) {
     if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.desk.entropies)[token]);
   }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    sums.count += __shfl_xor_sync(kFullMask, sums.count, offset);
-    sums.sum += __shfl_xor_sync(kFullMask, sums.sum, offset);
-    sums.square_low += __shfl_xor_sync(kFullMask, sums.square_low, offset);
-    sums.square_high += __shfl_xor_sync(kFullMask, sums.square_high, offset);
-  }
+  sums.add_over<kWarp>();
   return sums;
 }
 

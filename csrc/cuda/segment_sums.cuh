@@ -35,6 +35,18 @@ struct alignas(32) SegmentSums {
     square_low += square & 0xffffffffull;
     square_high += (__umul64hi(size, size) << 32) | (square >> 32);
   }
+
+  // A whole warp: the sums of each `kLanes` lanes, in all of them.
+  template <int kLanes>
+  __device__ __forceinline__ void add_over() {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      count += __shfl_xor_sync(kFullMask, count, offset);
+      sum += __shfl_xor_sync(kFullMask, sum, offset);
+      square_low += __shfl_xor_sync(kFullMask, square_low, offset);
+      square_high += __shfl_xor_sync(kFullMask, square_high, offset);
+    }
+  }
 };
 
 struct SegmentMoments {
@@ -71,16 +83,6 @@ class SegmentAccumulator {
     local_.add(entropy);
   }
 
-  // Takes over what `other` holds if it is of the same segment.
-  __device__ __forceinline__ void absorb(SegmentAccumulator& other) {
-    if (segment_ < 0 || other.segment_ != segment_) return;
-    local_.count += other.local_.count;
-    local_.sum += other.local_.sum;
-    local_.square_low += other.local_.square_low;
-    local_.square_high += other.local_.square_high;
-    other.clear();
-  }
-
   __device__ __forceinline__ void flush(const SumsLayout& layout, int copy) {
     if (segment_ >= 0) {
       wait_for_previous();  // the kernel before this one zeroes the sums
@@ -91,6 +93,22 @@ class SegmentAccumulator {
       atomicAdd(&target->square_high, local_.square_high);
     }
     clear();
+  }
+
+  // One warp, for the accumulators of `kNumber` warps: mostly they hold one segment, whose sums are then added up first.
+  template <int kNumber>
+  static __device__ __forceinline__ void flush_all(const SegmentAccumulator* of_warps, const SumsLayout& layout, int copy) {
+    const int lane = threadIdx.x % kWarp;
+    SegmentAccumulator mine;
+    mine.clear();
+    if (lane < kNumber) mine = of_warps[lane];
+    const int segment = __shfl_sync(kFullMask, mine.segment_, 0);
+    const bool joins = segment >= 0 && mine.segment_ == segment;
+    SegmentSums sums = joins ? mine.local_ : SegmentSums{0, 0, 0, 0};
+    sums.add_over<kNumber>();
+    if (joins && lane == 0) mine.local_ = sums;
+    if (joins && lane != 0) mine.clear();
+    mine.flush(layout, copy + lane);
   }
 
  private:
@@ -121,12 +139,7 @@ __device__ __forceinline__ SegmentMoments warp_moments(const SumsLayout& layout,
   const int lane = threadIdx.x % kWarp;
   SegmentSums total = {};
   if (lane < layout.copies) total = layout.sums[lane * layout.stride + segment];
-  for (int offset = kCopies / 2; offset > 0; offset /= 2) {
-    total.count += __shfl_xor_sync(kFullMask, total.count, offset);
-    total.sum += __shfl_xor_sync(kFullMask, total.sum, offset);
-    total.square_low += __shfl_xor_sync(kFullMask, total.square_low, offset);
-    total.square_high += __shfl_xor_sync(kFullMask, total.square_high, offset);
-  }
+  total.add_over<kCopies>();
   return moments_of(total);
 }
 

@@ -29,7 +29,7 @@ class OwnSlots {
  public:
   // Sends for the first of them.
   __device__ __forceinline__ explicit OwnSlots(const FusedBlock& b)
-      : in_(options_of(b)), step_(in_.top_k), base_(b.first + (kFusedWarps - 1 - b.warp) * step_.tokens) {
+      : in_(options_of(b)), step_(in_.top_k, b.args.by_top_k), base_(b.first + (kFusedWarps - 1 - b.warp) * step_.tokens) {
     load(b);
   }
 

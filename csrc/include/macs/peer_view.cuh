@@ -109,12 +109,13 @@ __device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedL
 // behind a fault, for which the thread looks that has the fewest flags to wait for.
 __device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
                                    const Patience& patience, Fault fault, int skipped = -1) {
+  const char* const flags = region + flag_offset(s, layout, kind, 0, 0);
+  const int skip_from = skipped * s.num_blocks, skip_to = skip_from + s.num_blocks;
   bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(patience);
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
-    const int source = i / s.num_blocks, block = i % s.num_blocks;
-    if (source == skipped) continue;
-    const char* const flag = region + flag_offset(s, layout, kind, source, block);
-    ok = wait_until(reinterpret_cast<const uint32_t*>(flag), patience.round, is_as_late, patience, fault, source, block);
+    if (skipped >= 0 && i >= skip_from && i < skip_to) continue;
+    const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);
+    ok = wait_until(flag, patience.round, is_as_late, patience, fault, i / s.num_blocks, i % s.num_blocks);
   }
   return __syncthreads_and(ok) != 0;
 }

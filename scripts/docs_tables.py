@@ -68,7 +68,7 @@ def straggler_table() -> str:
 
 def overhead_table() -> str:
     """The plan in front of DeepEP's low-latency dispatch and combine, on one GPU."""
-    found = results("overhead_h100")
+    found = results("overhead_h200")
     return source(found) + "\n\n" + overhead_rows(found["rows"])
 
 
@@ -195,17 +195,78 @@ def variants_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
-def unscored_table() -> str:
-    """The plan with and without scores, by number of tokens."""
-    found, times = results("kernels_h100"), {}
+def scores_table() -> str:
+    """entropy_score beside a copy of the same run."""
+    found = results("kernels")
+    rows = [
+        [row["case"]["T"], row["case"]["H"], f"{row['median_us']:.1f}", f"{row['ratio']:.0%}"]
+        for row in found["rows"]
+        if row["op"] == "score"
+    ]
+    return source(found) + "\n\n" + markdown(["T", "H", "entropy_score, us", "of the copy rate"], rows)
+
+
+def plan_table() -> str:
+    """The plan with and without scores, and what of it stands before the exchange."""
+    found = results("kernels")
+    times: dict[tuple, dict[str, dict]] = {}
     for row in found["rows"]:
         case = row["case"]
-        if (case["scope"], case["H"], case["hot"]) == ("rank", 2048, 0.5):
-            times.setdefault(case["T"], {})[row["op"]] = row["median_us"]
-    ops = ("plan_without_scores", "upto_histogram_without_scores", "plan", "upto_histogram")
-    rows = [[tokens, *(f"{of[op]:.1f}" for op in ops)] for tokens, of in times.items() if ops[0] in of]
-    header = ["T", "plan without scores, us", "of these before the exchange", "plan with scores", "before the exchange"]
+        times.setdefault((case["T"], case["H"], case["scope"], case["hot"]), {})[row["op"]] = row
+
+    def us(of: dict[str, dict], op: str) -> str:
+        return f"{of[op]['median_us']:.1f}" if op in of else ""
+
+    rows = [
+        [*key, *(us(of, op) for op in PLAN.values()), f"{of['plan']['bytes'] / found['copy_bytes_per_us']:.1f}"]
+        for key, of in times.items()
+        if "plan" in of
+    ]
+    header = ["T", "H", "bounds", "skew", *PLAN, "byte floor"]
     return source(found) + "\n\n" + markdown(header, rows)
+
+
+PLAN = {
+    "plan, us": "plan",
+    "of these before the exchange": "upto_histogram",
+    "the same inputs again": "plan_warm",
+    "five operators": "plan_one_by_one",
+    "without scores": "plan_without_scores",
+    "before the exchange": "upto_histogram_without_scores",
+}
+
+
+def timeline_table() -> str:
+    """When the plan's kernels reach their stages: the median warp and the last."""
+    found = results("timeline_plan_h200")
+    when: dict[tuple[str, str], dict[int, dict]] = {}
+    for row in found["rows"]:
+        when.setdefault((row["kernel"], row["stage"]), {})[row["case"]["T"]] = row
+    tokens = sorted({row["case"]["T"] for row in found["rows"]})
+
+    def times(of: dict[int, dict]) -> list[str]:
+        both = ((of.get(t, {}).get(f"{which}_us") for which in ("median", "last")) for t in tokens)
+        return ["" if time is None else f"{time:.1f}" for pair in both for time in pair]
+
+    rows = [[*key, *times(of)] for key, of in when.items()]
+    header = ["kernel", "stage", *(word for t in tokens for word in (f"T = {t}: median warp, us", "last"))]
+    return source(found) + "\n\n" + markdown(header, rows)
+
+
+def instructions_table() -> str:
+    """Cycles for each instruction of straight-line code, first and later passes; and for each jump through it."""
+    found = results("instructions_h200")
+    taken = {tuple(row["case"].values()): row["cycles"] for row in found["rows"]}
+    sizes = sorted({row["case"]["instructions"] for row in found["rows"]})
+    rows = []
+    for size in sizes:
+        row: list[object] = [size, f"{size * 16 // 1024} KB"]
+        for warps in (1, 16):
+            row += [f"{taken[size, 132, warps, False, cold][0] / size:.1f}" for cold in (True, False)]
+        row += [f"{taken[size, 132, 1, True, cold][0] / (size / 32):.0f}" for cold in (True, False)]
+        rows.append(row)
+    header = ["instructions", "code", "a warp a multiprocessor, L2 flushed", "not flushed", "16 warps, L2 flushed", "not flushed"]
+    return source(found) + "\n\n" + markdown([*header, "cycles a jump, L2 flushed", "not flushed"], rows)
 
 
 def serve_table() -> str:
@@ -322,7 +383,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,
-    "unscored": unscored_table,
+    "scores": scores_table,
+    "plan": plan_table,
+    "timeline": timeline_table,
+    "instructions": instructions_table,
     "compat": compat_table,
     "cost": cost_table,
     "wire": wire_table,

@@ -140,34 +140,32 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
   return __syncthreads_or(any) != 0;
 }
 
-// The same from the raw cuts, the shifts being there: every block shares the room out for itself, the first one writes the
-// result.
-__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
-  __shared__ Kept pools[kMaxPools];
-  const int num_pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
-#pragma unroll 1
-  for (int pool = threadIdx.x; pool < num_pools; pool += blockDim.x) pools[pool] = {0, 0};
-  __syncthreads();
+// The same from the raw cuts, the shifts being there: every block shares the room out for itself, a warp per pool, and the
+// first one writes the result.
+__device__ inline bool fill_bounds(const ClipThresholdParams& p, const ApplySizes& sizes, const Board& board,
+                                   const RawCut* raws) {
+  const bool local = p.reroute == Reroute::kLocal;
+  const int pools = local ? p.num_ranks : 1;
+  const int size = local ? (p.scope == Scope::kRank ? 1 : sizes.per_rank) : board.num_bounds;
   bool any = false;
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-    const RawCut raw = raws[n];
-    board.level()[n] = raw.cut.x, board.quota()[n] = raw.cut.y;
-    if (raw.cut.x >= 0) {
-      any = true;
-      atomicAdd(&pools[pool_of(p, n)].group, raw.kept.group);
-      atomicAdd(&pools[pool_of(p, n)].own, raw.kept.own);
-    }
+    const int4 cut = raws[n].cut;
+    board.level()[n] = cut.x, board.quota()[n] = cut.y;
+    any |= cut.x >= 0;
+  }
+#pragma unroll 1
+  for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
+    warp_share_rooms(p, raws, pool * size, (pool + 1) * size, board.room());
   }
   any = __syncthreads_or(any) != 0;
+  if (blockIdx.x != 0) return any;
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     int4 cut = raws[n].cut;
-    cut.z = room_share(p, cut.z, pools[pool_of(p, n)]);
-    board.room()[n] = cut.z;
-    if (blockIdx.x == 0) reinterpret_cast<int4*>(p.cut)[n] = cut;
+    cut.z = board.room()[n];
+    reinterpret_cast<int4*>(p.cut)[n] = cut;
   }
-  __syncthreads();
   return any;
 }
 

@@ -83,7 +83,7 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
 #pragma unroll 1
     for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
   }
-  return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
+  return fill_bounds(args.threshold, args.sizes, board, flagged ? heard : scratch.raw);
 }
 
 template <class Id>
@@ -358,7 +358,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.num_experts, num_bounds(p.scope, p.in.num_experts, p.num_ranks), kWarps);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
-  const int most = max_shared_bytes() - static_cast<int>(kMaxPools * sizeof(Kept) + kMaxFlaggedBounds * sizeof(RawCut));
+  const int most = max_shared_bytes() - static_cast<int>(kMaxFlaggedBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (!raised[current_device()]) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);

@@ -13,8 +13,6 @@
 
 namespace macs::cuda {
 
-constexpr int kMaxPools = 1024;  // ranks
-
 // Own and group units at the levels that a cut bound keeps in full or in part.
 struct Kept {
   unsigned long long group, own;

@@ -150,22 +150,35 @@ __device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<k
   return choice;
 }
 
-// The slot of greatest gate of a token, the lowest among equals; its slots are `top_k` lanes from `first_lane` on.
+// The slot of greatest gate of a token, the lowest among equals; its slots are `top_k` lanes from `first_lane` on, a multiple
+// of it.
 struct Reference {
   int expert;
   float gate;
 };
 
 __device__ __forceinline__ Reference reference_of(int expert, float gate, int first_lane, int top_k) {
-  Reference reference = {-1, 0.0f};
+  Reference best = {expert, gate};
+  if ((top_k & (top_k - 1)) == 0) {  // halves that exchange what they have
+    int lane = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (int offset = 1; offset < top_k; offset *= 2) {
+      const int other = __shfl_xor_sync(kFullMask, best.expert, offset), from = __shfl_xor_sync(kFullMask, lane, offset);
+      const float other_gate = __shfl_xor_sync(kFullMask, best.gate, offset);
+      const bool first = other_gate > best.gate || (other_gate == best.gate && from < lane);
+      if (other >= 0 && (best.expert < 0 || first)) best = {other, other_gate}, lane = from;
+    }
+    return best;
+  }
+  best = {-1, 0.0f};
 #pragma unroll 1
   for (int k = 0; k < top_k; ++k) {
     const int lane = min(first_lane + k, kWarp - 1);
     const int other = __shfl_sync(kFullMask, expert, lane);
     const float other_gate = __shfl_sync(kFullMask, gate, lane);
-    if (other >= 0 && (reference.expert < 0 || other_gate > reference.gate)) reference = {other, other_gate};
+    if (other >= 0 && (best.expert < 0 || other_gate > best.gate)) best = {other, other_gate};
   }
-  return reference;
+  return best;
 }
 
 // The gate of a re-routed expert: its own router probability under the scaling that the token's top-k weights had.

@@ -174,6 +174,7 @@ struct FusedBlock {
   // This block's signal to every peer. What its threads wrote before is visible to whoever sees it.
   __device__ __forceinline__ void signal_all(Flags kind) const {
     __syncthreads();
+#pragma unroll 1
     for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
       peers.signal(peer, flag_offset(p.shape, p.layout, kind, rank, block), patience);
     }

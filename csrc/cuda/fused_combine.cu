@@ -55,6 +55,7 @@ __device__ inline void sum_received(const CombineBlock& b, int* before) {
   const int local = b.p.shape.num_experts / b.p.shape.num_ranks, lane = threadIdx.x % kWarp;
   if (threadIdx.x < kWarp) {
     int sum = 0;
+#pragma unroll 1
     for (int base = 0; base < local; base += kWarp) {
       const int j = base + lane, rows = j < local ? __ldcg(b.own<int32_t>(b.p.layout.received) + j) : 0;
       const int upto = sum + warp_inclusive_sum(rows);
@@ -85,6 +86,7 @@ __device__ inline void copy_outputs(const CombineBlock& b, int* before) {
 __device__ inline void offer_outputs(const CombineBlock& b) {
   if (b.copies()) copy_outputs(b, reinterpret_cast<int*>(dynamic_shared()));
   __syncthreads();
+#pragma unroll 1
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
     if (peer == b.me.rank && !b.copies()) continue;
     const int64_t flag = flag_offset(b.p.shape, b.p.layout, Flags::kOutputs, b.me.rank, blockIdx.x);

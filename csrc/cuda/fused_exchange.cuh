@@ -306,6 +306,7 @@ __device__ __forceinline__ bool counts_unknown(const FusedBlock& b) {
 
 // Who named an expert that does not exist: on record.
 __device__ inline void report_unknown(const FusedBlock& b, int exchange) {
+#pragma unroll 1
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     if (exchange != 0 && source == b.rank) continue;
     const uint64_t* const letters = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source);

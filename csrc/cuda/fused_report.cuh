@@ -14,6 +14,7 @@ namespace macs::cuda {
 // expert follows the token's best one.
 __device__ inline void write_tokens(const FusedBlock& b) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
+#pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
     const bool inside = b.lane < top_k;
@@ -41,6 +42,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
 // A rank that gave up sends nothing and says so.
 __device__ inline void drop_tokens(const FusedBlock& b) {
   const int end = b.end * b.p.shape.top_k;
+#pragma unroll 1
   for (int slot = b.first * b.p.shape.top_k + threadIdx.x; slot < end; slot += kFusedThreads) {
     b.own<int32_t>(b.p.layout.positions)[slot] = -1;
     b.write_slot(slot, -1, 0.0f);
@@ -97,6 +99,7 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
 #pragma unroll 1
   for (int row = threadIdx.x; row < s.max_rows; row += kFusedThreads) b.me.row_experts[row] = -1;
   __syncthreads();
+#pragma unroll 1
   for (int j = b.warp; ok && j < local; j += kFusedWarps) {
     const int start = b.at<int>(b.args.desk.starts)[base + j];
     const int rows = static_cast<int>(b.group_rows()[base + j] & 0xffffu);

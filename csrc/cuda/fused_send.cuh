@@ -47,6 +47,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
+#pragma unroll 1
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
     if (peer == b.rank) continue;
     const int64_t row = b.p.layout.counts + 8LL * b.rank * experts;

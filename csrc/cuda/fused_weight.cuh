@@ -68,6 +68,7 @@ __device__ inline bool hear_entropies(const FusedBlock& b) {
   const uint64_t* const letters = b.own<uint64_t>(b.p.layout.entropy);
   float* const entropies = b.at<float>(b.args.desk.entropies);
   bool ok = true;
+#pragma unroll 1
   for (int first = b.warp * kWarp; first < b.me.num_tokens; first += kFusedThreads) {
     const int token = first + b.lane;
     const bool inside = token < b.me.num_tokens;
@@ -89,6 +90,7 @@ __device__ inline bool hear_entropies(const FusedBlock& b) {
 // One warp: the sums of a segment, token by token.
 __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, int segment) {
   SegmentSums sums = {0, 0, 0, 0};
+#pragma unroll 1
   for (int token = b.lane; token < b.me.num_tokens; token += kWarp) {
     if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.desk.entropies)[token]);
   }
@@ -130,6 +132,7 @@ __device__ inline bool report_weights(const FusedBlock& b) {
   for_each_weight(b, [&](int token, float weight) {
     b.me.weight[token] = weight;
     bool counts = false;
+#pragma unroll 1
     for (int slot = token * b.p.shape.top_k; slot < (token + 1) * b.p.shape.top_k; ++slot) {
       counts |= b.own_entry(slot).present() && !b.own_entry(slot).text();
     }

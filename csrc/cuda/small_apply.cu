@@ -266,6 +266,7 @@ struct SendCuts {
 
 // Every block for itself; the first one writes the result.
 __device__ __forceinline__ void share_rooms(const Here& here) {
+#pragma unroll 1
   for (int pool = here.warp; pool < here.args.pools; pool += kWarps) {
     const int first = pool * here.args.pool_size, end = first + here.args.pool_size;
     warp_share_rooms(here.args.threshold, here.raw(), first, end, here.room());
@@ -396,6 +397,7 @@ __device__ __forceinline__ void reroute_rounds(const Here& here, Token<kKeys>& t
     // Who found no candidate will find none later: another round is for those turned away.
     if (!accept(here, items, round) || round + 1 == rounds) return;
     items.count_homeless(here, round + 1);
+#pragma unroll 1
     for (int n = threadIdx.x; n < here.args.bounds; n += kThreads) {
       here.room()[n] -= here.taken()[n];
       here.taken()[n] = 0;

@@ -112,6 +112,7 @@ __device__ inline bool await_flags(const char* region, const FusedShape& s, cons
   const char* const flags = region + flag_offset(s, layout, kind, 0, 0);
   const int skip_from = skipped * s.num_blocks, skip_to = skip_from + s.num_blocks;
   bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(patience);
+#pragma unroll 1
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     if (skipped >= 0 && i >= skip_from && i < skip_to) continue;
     const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);

@@ -173,7 +173,7 @@ def fused_cell(timed: dict[tuple[str, float], dict], op: str, clipped: float) ->
 
 def triton_table() -> str:
     """The operators in Triton: on the GPU, and what launching them takes of the host."""
-    found = results("triton_h100")
+    found = results("triton_h200")
     by_tokens: dict[int, list[str]] = {}
     for row in found["rows"]:
         by_tokens.setdefault(row["T"], []).append(f"{row['median_us']:.0f} ({row['host_us']:.0f})")
@@ -219,7 +219,7 @@ def plan_table() -> str:
 
     rows = [
         [*key, *(us(of, op) for op in PLAN.values()), f"{of['plan']['bytes'] / found['copy_bytes_per_us']:.1f}"]
-        for key, of in times.items()
+        for key, of in sorted(times.items(), key=lambda item: (item[0][2] == "expert", item[0][3], *item[0][:2]))
         if "plan" in of
     ]
     header = ["T", "H", "bounds", "skew", *PLAN, "byte floor"]
@@ -248,7 +248,8 @@ def timeline_table() -> str:
         both = ((of.get(t, {}).get(f"{which}_us") for which in ("median", "last")) for t in tokens)
         return ["" if time is None else f"{time:.1f}" for pair in both for time in pair]
 
-    rows = [[*key, *times(of)] for key, of in when.items()]
+    in_order = sorted(when.items(), key=lambda item: item[1][tokens[-1]]["median_us"])
+    rows = [[*key, *times(of)] for key, of in in_order]
     header = ["kernel", "stage", *(word for t in tokens for word in (f"T = {t}: median warp, us", "last"))]
     return source(found) + "\n\n" + markdown(header, rows)
 
@@ -265,8 +266,10 @@ def instructions_table() -> str:
             row += [f"{taken[size, 132, warps, False, cold][0] / size:.1f}" for cold in (True, False)]
         row += [f"{taken[size, 132, 1, True, cold][0] / (size / 32):.0f}" for cold in (True, False)]
         rows.append(row)
-    header = ["instructions", "code", "a warp a multiprocessor, L2 flushed", "not flushed", "16 warps, L2 flushed", "not flushed"]
-    return source(found) + "\n\n" + markdown([*header, "cycles a jump, L2 flushed", "not flushed"], rows)
+    header = ["instructions", "code"]
+    for of in ("cycles an instruction, a warp a multiprocessor", "16 warps", "cycles a jump"):
+        header += [f"{of}, L2 flushed", "not flushed"]
+    return source(found) + "\n\n" + markdown(header, rows)
 
 
 def serve_table() -> str:

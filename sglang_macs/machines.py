@@ -21,7 +21,7 @@ H100_PLAN_US = ((128, 13.5), (1024, 20.0), (8192, 37.2), (65536, 171.5))
 # What every preset shares, and where it comes from.
 SOURCES = {
     "gemm_efficiency": f"1100 to 1300 of 1979 FP8 TFLOP/s in grouped GEMMs on H800: {DEEP_GEMM}",
-    "hbm_efficiency": f"a copy at 4.26 of 4.8 TB/s on H200: {HERE}",
+    "hbm_efficiency": f"a copy at 4.23 to 4.26 of 4.8 TB/s on H200: {HERE}",
     "nvlink_efficiency": f"DeepEP dispatches at 329 and combines at 287 of 450 GB/s on 8 H100: {TILESCALE}",
     "rdma_efficiency": f"DeepEP reaches 43 to 58 of 50 GB/s between nodes: {DEEP_EP}",
     "rdma_bytes_per_us": f"one 400 Gb/s ConnectX-7 per GPU, as in DeepEP's own measurements: {DEEP_EP}",
@@ -58,7 +58,7 @@ class Machine:
     dispatch_us: float = 20.0
     launch_us: float = 3.0
     # (tokens of the rank, us) of the plan's operators, without the exchange.
-    plan_us: tuple[tuple[int, float], ...] = ((128, 12.9), (1024, 21.6), (8192, 35.2), (65536, 148.0))
+    plan_us: tuple[tuple[int, float], ...] = ((128, 12.7), (1024, 18.0), (8192, 29.6), (65536, 132.4))
 
 
 MACHINES = {

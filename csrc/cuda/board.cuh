@@ -59,9 +59,9 @@ struct Scratch {
 struct ApplySizes {
   int64_t tokens_per_warp;  // and one more of the first `longer_warps`
   int longer_warps;
-  int per_rank;                             // experts
-  int parts;                                // threads of a block that share a bound's entries
-  Divisor by_rank, by_bounds, by_top_k;     // by experts per rank, bounds, slots per token
+  int per_rank;                          // experts
+  int parts;                             // threads of a block that share a bound's entries
+  Divisor by_rank, by_bounds, by_top_k;  // by experts per rank, bounds, slots per token
 
   static ApplySizes of(const ClipApplyParams& p, int64_t num_warps, int num_threads) {
     const int per_rank = p.in.num_experts / p.num_ranks, bounds = macs::num_bounds(p.scope, p.in.num_experts, p.num_ranks);

@@ -75,7 +75,8 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
       notices.tell_ready(launch);
     }
   }
-  find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x, StoreCuts{args.threshold, scratch.raw, notices, launch});
+  find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x,
+            StoreCuts{args.threshold, scratch.raw, notices, launch});
   if (flagged) {
     notices.hear_all(launch, board.num_bounds, board.shift(), heard);
   } else {

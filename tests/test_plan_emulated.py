@@ -312,6 +312,22 @@ def test_the_second_launcher_leaves_the_workspace_prepared(
         assert_same_bits(fused.plan(group, options | {"gamma": 1.3}, then_gamma=0.8), want)
 
 
+@pytest.mark.parametrize("top_k", [3, 4], ids=["slots_in_turn", "halves"])
+def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clusters: Launchers, top_k: int) -> None:
+    """A token's gates are equal, its logits are not: what a re-routed expert weighs says whose logit was taken."""
+    small = {"hidden_size": 2048, "num_tokens": 24, "top_k": top_k}
+    b = cases.batch(cases.generator(9), **cases.NAMED["imbalanced"] | small)
+    b = replace(b, hidden_states=b.hidden_states.bfloat16(), topk_weights=torch.full_like(b.topk_weights, 0.25))
+    group = cases.Group([b], 16, 4, torch.zeros(16, dtype=torch.int8))
+    got = one_by_one(launchers, group, USUAL)
+    routing = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
+    ids, weights, counts = ops.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
+    assert counts[2].sum() > 3 and torch.equal(got["ids"], ids)
+    torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
+    fused = with_clusters.plan(group, USUAL | {"num_ranks": 4, "scoring": group.scoring})
+    assert_same_bits(fused, got)
+
+
 @pytest.mark.parametrize("scope", FUSED_CASES)
 @pytest.mark.parametrize(("path", "num_launches"), [("launchers", 3), ("with_clusters", 2)])
 def test_fused_launchers_without_scores(request, path: str, num_launches: int, scope: str) -> None:

@@ -126,6 +126,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("build-kernels", script("kernels_c", "16"), 120),
         Step("build-models", script("serve_check", "--build-only", "--launch", *CHECKED, "2 ranks, one GPU"), 240),
         # What is timed, one after the other on a GPU.
+        Step("instructions", script("time_instructions", result="instructions.json"), 60, 1, True),
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),

@@ -261,9 +261,10 @@ def one_by_one(launchers: Launchers, group: cases.Group, options: dict[str, Any]
     return dict(zip(names, (entropy, weight, own, shift, cut, counts, weights, ids), strict=True))
 
 
-def small_group(seed: int = 5, tokens: int = 24) -> cases.Group:
+def small_group(seed: int = 5, tokens: int = 24, **changes: Any) -> cases.Group:
     """One rank's batch in bfloat16, with something to move."""
-    b = cases.batch(cases.generator(seed), **cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": tokens})
+    shape = cases.NAMED["imbalanced"] | {"hidden_size": 2048, "num_tokens": tokens} | changes
+    b = cases.batch(cases.generator(seed), **shape)
     b = replace(b, hidden_states=b.hidden_states.bfloat16())
     return cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
 
@@ -315,10 +316,9 @@ def test_the_second_launcher_leaves_the_workspace_prepared(
 @pytest.mark.parametrize("top_k", [3, 4], ids=["slots_in_turn", "halves"])
 def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clusters: Launchers, top_k: int) -> None:
     """A token's gates are equal, its logits are not: what a re-routed expert weighs says whose logit was taken."""
-    small = {"hidden_size": 2048, "num_tokens": 24, "top_k": top_k}
-    b = cases.batch(cases.generator(9), **cases.NAMED["imbalanced"] | small)
-    b = replace(b, hidden_states=b.hidden_states.bfloat16(), topk_weights=torch.full_like(b.topk_weights, 0.25))
-    group = cases.Group([b], 16, 4, torch.zeros(16, dtype=torch.int8))
+    group = small_group(seed=9, top_k=top_k)
+    b = replace(group.batches[0], topk_weights=torch.full_like(group.batches[0].topk_weights, 0.25))
+    group = replace(group, batches=[b])
     got = one_by_one(launchers, group, USUAL)
     routing = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
     ids, weights, counts = ops.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))

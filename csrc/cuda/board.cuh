@@ -31,6 +31,16 @@ __device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, c
   for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
 }
 
+// A whole block, a warp per pool, before a barrier.
+__device__ __forceinline__ void block_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int num_bounds,
+                                                  int* room) {
+  const int pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1, size = pools == 1 ? num_bounds : num_bounds / pools;
+#pragma unroll 1
+  for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
+    warp_share_rooms(p, raw, pool * size, (pool + 1) * size, room);
+  }
+}
+
 // Scratch in device memory, behind what was prepared.
 struct Scratch {
   RawCut* raw;          // [NB]
@@ -142,11 +152,7 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
 
 // The same from the raw cuts, the shifts being there: every block shares the room out for itself, a warp per pool, and the
 // first one writes the result.
-__device__ inline bool fill_bounds(const ClipThresholdParams& p, const ApplySizes& sizes, const Board& board,
-                                   const RawCut* raws) {
-  const bool local = p.reroute == Reroute::kLocal;
-  const int pools = local ? p.num_ranks : 1;
-  const int size = local ? (p.scope == Scope::kRank ? 1 : sizes.per_rank) : board.num_bounds;
+__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
   bool any = false;
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
@@ -154,10 +160,7 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const ApplySize
     board.level()[n] = cut.x, board.quota()[n] = cut.y;
     any |= cut.x >= 0;
   }
-#pragma unroll 1
-  for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
-    warp_share_rooms(p, raws, pool * size, (pool + 1) * size, board.room());
-  }
+  block_share_rooms(p, raws, board.num_bounds, board.room());
   any = __syncthreads_or(any) != 0;
   if (blockIdx.x != 0) return any;
 #pragma unroll 1

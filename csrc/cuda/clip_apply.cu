@@ -3,12 +3,13 @@
 //
 // Problem:     T * K assignments, each of which needs its place in (token, slot) order among those of its bound that
 //              stand at the cut level, and again in every round among those that propose the same bound.
-// Algorithm:   warp w of the grid's W warps owns the tokens [T w / W, T (w + 1) / W). Each ordered acceptance is two
-//              passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes over all blocks by
-//              a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the places out in order
-//              (match_any inside a step); the cuts before them are told by notices (notice.cuh). Between the passes
-//              an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert j. Slots of a warp's
-//              first step stay in registers and are written last: up to about 8000 tokens there is no other.
+// Algorithm:   the grid's W warps own T / W tokens each, in order, the first T mod W of them one more. Each ordered
+//              acceptance is two passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes
+//              over all blocks by a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the
+//              places out in order (match_any inside a step); the cuts before them are told by notices (notice.cuh).
+//              Between the passes an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert
+//              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
+//              no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
@@ -84,7 +85,7 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
 #pragma unroll 1
     for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
   }
-  return fill_bounds(args.threshold, args.sizes, board, flagged ? heard : scratch.raw);
+  return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
 }
 
 template <class Id>
@@ -202,7 +203,7 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
-  constexpr bool kAhead = kKeys <= 4;
+  constexpr bool kAhead = kTokensAtOnce > 1;  // the next ones' logits fit into the registers, too
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
@@ -228,16 +229,20 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
       }
     };
-    Chooser<kKeys> tokens[kTokensAtOnce], next[kTokensAtOnce];
+    Chooser<kKeys> tokens[kTokensAtOnce];
     take(tokens);
     int choice = -1;
     for (bool more = true; more;) {
       more = left != 0;
+      Chooser<kKeys> next[kTokensAtOnce];
       if (more && kAhead) take(next);  // on their way meanwhile
       choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank, board.own_struck()));
-      if (more && !kAhead) take(next);
+      if constexpr (kAhead) {
 #pragma unroll
-      for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];
+        for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];
+      } else if (more) {
+        take(tokens);
+      }
     }
     if (choice >= 0) {
       walk.put(state, -2 - choice);

@@ -10,6 +10,7 @@
 
 #include "launch.cuh"
 #include "macs/ptx.cuh"
+#include "order.cuh"
 
 namespace macs::cuda {
 
@@ -89,12 +90,7 @@ struct Vector<__nv_bfloat16> : PairVector<__nv_bfloat162> {
   }
 };
 
-// The greatest float of a warp through the integer that orders like it (an integer maximum is one instruction).
-__device__ __forceinline__ float warp_max(float x) {
-  const int bits = __float_as_int(x);
-  const int most = __reduce_max_sync(kFullMask, bits ^ ((bits >> 31) & 0x7fffffff));
-  return __int_as_float(most ^ ((most >> 31) & 0x7fffffff));
-}
+__device__ __forceinline__ float warp_max(float x) { return of_order(__reduce_max_sync(kFullMask, order_of(x))); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

@@ -90,11 +90,7 @@ __device__ inline void share_rooms(const FusedBlock& b) {
   if (t.reroute == Reroute::kNone) return;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
-  const int pools = t.reroute == Reroute::kLocal ? t.num_ranks : 1, pool_size = b.args.bounds / pools;
-#pragma unroll 1
-  for (int pool = b.warp; pool < pools; pool += kFusedWarps) {
-    warp_share_rooms(t, raw, pool * pool_size, (pool + 1) * pool_size, room);
-  }
+  block_share_rooms(t, raw, b.args.bounds, room);
   __syncthreads();
 #pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = room[n];

@@ -9,16 +9,11 @@
 
 #include "launch.cuh"
 #include "macs/params.h"
+#include "order.cuh"
 
 namespace macs::cuda {
 
 __device__ __forceinline__ float candidate_of(float logit) { return isfinite(logit) ? logit : -INFINITY; }
-
-// Integers that order like the logits. Adding 0 makes -0 the equal of +0.
-__device__ __forceinline__ int order_of(float logit) {
-  const int bits = __float_as_int(logit + 0.0f);
-  return bits ^ (bits >> 31 & 0x7fffffff);
-}
 
 // The room of this lane's experts, the same for every token of a round; -1 where there is no expert.
 template <int kKeys>
@@ -95,7 +90,8 @@ __device__ __forceinline__ void pick(float (&keys)[kTokens][kKeys], const int (&
     for (int i = 0; i < kKeys; ++i) {
       if (allowed[i] > best) best = allowed[i], expert = i * kWarp + lane;
     }
-    const int order = order_of(best), most = __reduce_max_sync(kFullMask, order);
+    // Adding 0 makes -0 the equal of +0.
+    const int order = order_of(best + 0.0f), most = __reduce_max_sync(kFullMask, order);
     const unsigned first = __reduce_min_sync(kFullMask, order == most ? static_cast<unsigned>(expert) : 0xffffffffu);
     winner[t] = most != order_of(-INFINITY) ? static_cast<int>(first) : -1;
 #pragma unroll

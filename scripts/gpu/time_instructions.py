@@ -17,6 +17,8 @@ from pathlib import Path
 
 import result_file
 import torch
+from kernels_c import FLAGS
+from time_kernels import COLD_BYTES
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)  # instructions of 16 bytes
 STRETCH = 32  # instructions between two jumps
@@ -58,8 +60,7 @@ extern "C" int run_{size}(int blocks, int threads, bool hops, long long* cycles)
 def build(folder: Path) -> ctypes.CDLL:
     source, library = folder / "straight.cu", folder / "straight.so"
     source.write_text("\n".join(["#include <cuda_runtime.h>", "#include <cstdint>", *map(kernel, SIZES)]))
-    flags = ["-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-shared"]
-    subprocess.run(["nvcc", *flags, "-o", str(library), str(source)], check=True)
+    subprocess.run(["nvcc", *FLAGS, "-Xcompiler", "-fPIC", "-shared", "-o", str(library), str(source)], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -67,7 +68,7 @@ def passes(library: ctypes.CDLL, size: int, shape: tuple[int, int], hops: bool, 
     """Cycles of each pass: the median over launches of the median warp."""
     blocks, warps = shape
     cycles = torch.zeros(blocks * warps, PASSES, dtype=torch.int64, device="cuda")
-    flush = torch.empty(75_000_000, device="cuda")
+    flush = torch.empty(COLD_BYTES // 4, device="cuda")
     taken = []
     for _ in range(LAUNCHES):
         if cold:

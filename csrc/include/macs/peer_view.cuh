@@ -114,7 +114,7 @@ __device__ inline bool await_flags(const char* region, const FusedShape& s, cons
   bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(patience);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
-    if (skipped >= 0 && i >= skip_from && i < skip_to) continue;
+    if (i >= skip_from && i < skip_to) continue;
     const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);
     ok = wait_until(flag, patience.round, is_as_late, patience, fault, i / s.num_blocks, i % s.num_blocks);
   }

@@ -63,6 +63,7 @@ class SharedState:
     def answer(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Of the rank that is asked or, as its own, of any other: the state of all ranks that it speaks for."""
         self._serial += 1
+        state = json.loads(json.dumps(state))  # keys as they are in what others published: strings
         if not (self._asked_with or self._asked_later):
             self.publish(state)
             return merged([state])

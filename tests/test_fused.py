@@ -349,7 +349,12 @@ def test_a_pass_with_decoded_rows_is_planned_in_front_of_deepep():
     with batch.forward(batch.Batch(segment, 1, "", group_tokens=64, leaves_alone=True)):
         dispatcher._execute("dispatch_a", hidden_states=hidden, topk_output=topk)
         output = dispatcher._execute("dispatch_b")
-    assert impl.asked == ["dispatch_a", "dispatch_b"] and not carrier.calls and counters.fused == 0 and counters.planned == 1
+    assert (
+        impl.asked == ["dispatch_a", "dispatch_b"]
+        and not carrier.calls
+        and counters.fused == 0
+        and counters.planned == 1
+    )
     assert torch.equal(output.topk_ids[40:], topk.topk_ids[40:]) and (output.topk_ids != topk.topk_ids).any()
 
 

@@ -19,6 +19,9 @@ LAYERS, TOP_K = 3, 4
 # name -> (arguments, processes of all replicas and stages)
 LAYOUTS = {
     "local token counts": ([*EP2_ARGS, "--enable-dp-lm-head", "--moe-dense-tp-size", "1"], 2),
+    "dense tp 1": ([*EP2_ARGS, "--moe-dense-tp-size", "1"], 2),
+    "data-parallel lm head": ([*EP2_ARGS, "--enable-dp-lm-head"], 2),
+    "tp 4": (["--tp", "4", "--ep-size", "4", *CPU_ARGS], 4),
     "attention-tp 2 x dp 2": (["--tp", "4", "--dp", "2", "--enable-dp-attention", "--ep-size", "4", *CPU_ARGS], 4),
     "two stages": (["--tp", "2", "--ep-size", "2", "--pp-size", "2", *CPU_ARGS], 4),
 }
@@ -36,7 +39,9 @@ def test_unequal_ranks_answer_as_transformers_do(vl_model, vl_reference, name):
     arguments, processes = LAYOUTS[name]
     env = {"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(processes)}
     flags = [*arguments, *INFINITE]
-    with Server(vl_model, flags, env=env, log=f"build/test-parallel-{processes}.log", timeout=480) as server:
+    with Server(
+        vl_model, flags, env=env, log=f"build/test-parallel-{name.replace(' ', '-')}.log", timeout=480
+    ) as server:
         for question in (PICTURE, TEXT):  # one request at a time: all other attention ranks are idle
             assert ask(server, question) == vl_reference.answer(question).ids[:NEW_TOKENS], question
         assert_bounds_held(server)

@@ -45,8 +45,10 @@ def test_the_rank_that_is_asked_speaks_for_those_asked_with_it():
     for planned in (1, 4):  # the second answer must hold the second state, though the first one is still there
         late = threading.Thread(target=lambda p=planned: (time.sleep(0.2), silent.answer(state(1, p))))
         late.start()
-        assert asked.answer(state(0, planned))["planned"] == 2 * planned
+        answer = asked.answer(state(0, planned))
         late.join()
+        assert answer["planned"] == 2 * planned
+        assert answer["expert_rows"] == {"0": [[1, 2], [4, 6]]}
 
 
 def test_a_rank_that_is_gone_makes_nobody_wait_for_ever():

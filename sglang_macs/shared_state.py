@@ -95,7 +95,7 @@ def merged(states: list[Mapping[str, Any]]) -> dict[str, Any]:
     for name in SUMMED:
         result[name] = _sum([state[name] for state in states])
     result["layers"] = {layer: facts for state in reversed(states) for layer, facts in state["layers"].items()}
-    result["ranks"] = {"ep_size": first["ep_size"], "answering": sorted({state["rank"] for state in states})}
+    result["ranks"] = {"ep_size": result.pop("ep_size"), "answering": sorted({state["rank"] for state in states})}
     return result
 
 

@@ -33,8 +33,8 @@ def number(of: type[int] | type[float], low: float, high: float) -> Callable[[st
         except ValueError:
             value = None
         if value is None or not low <= value <= high:  # NaN fails
-            kind = "a whole number" if of is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {kind} from {low:g} to {high:g}")
+            expected = f"a whole number from {low} to {high}" if of is int else f"a number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
         return value
 
     return parse

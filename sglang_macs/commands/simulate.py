@@ -111,5 +111,5 @@ def _machine(name: str, changes: list[str]):
 def _loads(args: argparse.Namespace):
     from ..simulate import loads
 
-    found = loads.load(args.loads) if args.loads else loads.published(args.visual_share)
+    found = loads.load(args.loads) if args.loads is not None else loads.published(args.visual_share)
     return found if args.noise is None else dataclasses.replace(found, noise=args.noise)

@@ -130,7 +130,7 @@ def _by_modality(rows: np.ndarray, visual_share: float, variation: float, rng: n
         visual, textual = split(strength)
         return 0.5 * np.abs(visual / visual.sum() - textual / textual.sum()).sum()
 
-    if visual_share in (0.0, 1.0):
+    if not 1e-9 < visual_share < 1 - 1e-9:  # one modality has no rows to tell it from the other by
         return np.array([rows * visual_share, rows * text])
     strengths = np.linspace(0, 8, 81)
     best = min(strengths, key=lambda s: abs(distance(s) - variation))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .choices import WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
 
@@ -208,6 +209,6 @@ class Plan:
 
 def check_batch_size(group_tokens: int, top_k: int) -> None:
     """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
-    most = (2**31 - 1) // (ops.WEIGHT_ONE * top_k)
+    most = (2**31 - 1) // (WEIGHT_ONE * top_k)
     if group_tokens > most:
         raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import __version__
-from .stats import MODALITIES
+from .choices import MODALITIES
 from .trace import CLIPPED, KEPT, REROUTED, Picture, Trace
 
 WIDTH = 960  # of charts, in pixels

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .choices import WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
-from .ops import WEIGHT_ONE
 from .plan import PlanResult
 
 SCHEMA = "sglang-macs/trace/1"

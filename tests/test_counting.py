@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs import batch
 from sglang_macs.backlog import MOST, Backlog
+from sglang_macs.choices import WEIGHT_ONE
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.ops import WEIGHT_ONE
 from sglang_macs.plan import Plan, PlanResult
 from sglang_macs.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .. import report, trace
+from ..arguments import number
 from ..errors import MacsError
 
 HELP = "a recorded trace (--macs-trace) as one HTML page"
@@ -11,10 +11,13 @@ HELP = "a recorded trace (--macs-trace) as one HTML page"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", help="the folder that --macs-trace named, with every rank's file in it")
     parser.add_argument("-o", "--output", default="report.html", help="where to write the page (default: %(default)s)")
-    parser.add_argument("--row-us", type=float, help="microseconds a row costs its rank, to show the time saved")
+    microseconds = number(float, 0, 1e9)
+    parser.add_argument("--row-us", type=microseconds, help="microseconds a row costs its rank, to show the time saved")
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import report, trace
+
     page = report.page(trace.load(args.trace), args.row_us)
     try:
         with open(args.output, "w", encoding="utf-8") as file:

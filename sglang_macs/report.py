@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import __version__
-from .stats import MODALITIES
+from .choices import MODALITIES
 from .trace import CLIPPED, KEPT, REROUTED, Picture, Trace
 
 WIDTH = 960  # of charts, in pixels
@@ -72,7 +72,11 @@ def _subtitle(trace: Trace) -> str:
     size = f"{trace.ranks} ranks, {len(trace.layers)} MoE layers, {trace.experts} experts, top-{trace.top_k}"
     seconds = trace.steps[-1].time - trace.steps[0].time
     full = " The recording stopped at its size limit." if trace.full else ""
-    return f"{what}; {size}; {len(trace.steps)} planned passes in {seconds:.1f} s.{full}"
+    of = f"replica {trace.replicas[0]}" if trace.replicas != [0] else ""
+    if len(trace.replicas) > 1:
+        of = f"replicas {', '.join(map(str, trace.replicas))} together, {trace.ranks} ranks each"
+    passes = f"{len(trace.steps)} planned passes in {seconds:.1f} s{f' of {of}' if of else ''}"
+    return f"{what}; {size}; run {trace.run}: {passes}.{full}"
 
 
 def _text(value: object) -> str:
@@ -94,7 +98,7 @@ def _imbalance(rows: np.ndarray) -> np.ndarray:
 
 def _fates(trace: Trace) -> np.ndarray:
     """[L, 3, 2] kept, clipped, re-routed by (visual | text), over all passes."""
-    return sum(step.counts.sum(axis=2) for step in trace.steps)
+    return sum(step.fates for step in trace.steps)
 
 
 def _share(part: float, whole: float) -> str:
@@ -223,11 +227,26 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 # ---- Pictures ------------------------------------------------------------------------------------------------------
 
-_PICTURES_NOTE = (
-    "Middle: the entropy weight of each visual token, averaged over the layers; dark tokens weigh little and go first. "
+_IMPORTANCES = {  # of a token's weakest assignment: what is shown, and its short name
+    "gate": ("the router's gate of each token's weakest assignment", "gate"),
+    "entropy": ("the entropy weight of each token", "entropy weight"),
+    "entropy_gate": ("entropy weight times gate of each token's weakest assignment", "weight x gate"),
+}
+_FATE_NOTE = (
     "Right: the share of a token's assignments that were given up, red where they were dropped and amber where another "
     "expert took them. Below, single layers."
 )
+
+
+def _importance(trace: Trace) -> tuple[str, str]:
+    """What the middle panel shows, long and short."""
+    return _IMPORTANCES.get(str(trace.config.get("importance")), ("what the plan went by", "importance"))
+
+
+def _pictures_note(trace: Trace) -> str:
+    note = f"Middle: {_importance(trace)[0]}, averaged over the layers; dark tokens are worth little and go first"
+    pressed = trace.config.get("scope") == "rank" and trace.config.get("alpha") != 0
+    return f"{note}{' (an overloaded expert counts for less than shown)' if pressed else ''}. {_FATE_NOTE}"
 
 
 def _pictures(trace: Trace) -> str:
@@ -235,22 +254,22 @@ def _pictures(trace: Trace) -> str:
     if not trace.pictures:
         return _section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
     chosen = sorted(trace.pictures, key=lambda p: -int(p.clipped.sum()))[:MAX_PICTURES]
-    note = f"{_PICTURES_NOTE} {len(chosen)} of {len(trace.pictures)} recorded pictures."
+    note = f"{_pictures_note(trace)} {len(chosen)} of {len(trace.pictures)} recorded pictures."
     return _section(title, note, "".join(_card(trace, picture) for picture in chosen))
 
 
 def _card(trace: Trace, picture: Picture) -> str:
-    layers, rows, columns = picture.weight.shape
+    layers, rows, columns = picture.importance.shape
     width, height = (PANEL * side / max(rows, columns) for side in (columns, rows))
-    known = ~np.isnan(picture.weight[0])
+    known = picture.known
     seen = int(known.sum()) * layers * trace.top_k
-    weight = np.where(known, np.nan_to_num(picture.weight).mean(axis=0), np.nan)
-    lost, given = int(picture.dropped.sum()), int(picture.clipped.sum())
+    importance = np.where(known, picture.importance.mean(axis=0), np.nan)
+    lost, given = int(picture.dropped[:, known].sum()), int(picture.clipped[:, known].sum())
     told = f"given up {_share(given, seen)}, dropped {_share(lost, seen)}"
-    span = f"entropy weight {np.nanmin(weight):.2f} to {np.nanmax(weight):.2f}"
+    span = f"{_importance(trace)[1]} {np.nanmin(importance):.2f} to {np.nanmax(importance):.2f}"
     panels = [
-        _view(picture, width, height, None, f"{columns} by {rows} tokens"),
-        _view(picture, width, height, _weight_png(weight), span),
+        _view(picture, width, height, None, f"{columns} by {rows} tokens{_recorded(trace, picture)}"),
+        _view(picture, width, height, _importance_png(importance), span),
         _view(picture, width, height, _fate_png(picture, slice(None), trace.top_k), told),
     ]
     small = []
@@ -261,6 +280,17 @@ def _card(trace: Trace, picture: Picture) -> str:
         f"<div class='panels{kind}'>{''.join(views)}</div>" for kind, views in (("", panels), (" small", small))
     )
     return f"<div class='card'>{''.join(rows_of_views)}</div>"
+
+
+def _recorded(trace: Trace, picture: Picture) -> str:
+    """How much of it, and where, as far as that is not plain."""
+    parts = []
+    if (share := picture.known.mean()) < 1:
+        parts.append(f"{share:.0%} of them recorded")
+    if picture.copies > 1:
+        replica = f"replica {picture.replica}, " if len(trace.replicas) > 1 else ""
+        parts.append(f"as {replica}rank {picture.rank} saw it, one of {picture.copies}")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _view(picture: Picture, width: float, height: float, overlay: bytes | None, caption: str) -> str:
@@ -274,18 +304,17 @@ def _view(picture: Picture, width: float, height: float, overlay: bytes | None, 
     return f"<figure>{box}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
-def _weight_png(weight: np.ndarray) -> bytes:
-    """Dark where a token weighs little, clear where it weighs much, scaled to this picture."""
-    low, high = np.nanmin(weight), np.nanmax(weight)
-    level = np.nan_to_num((weight - low) / max(high - low, 1e-6), nan=1.0)[..., None]
+def _importance_png(importance: np.ndarray) -> bytes:
+    """Dark where a token is worth little, clear where it is worth much, scaled to this picture; NaN shows nothing."""
+    low, high = np.nanmin(importance), np.nanmax(importance)
+    level = np.nan_to_num((importance - low) / max(high - low, 1e-6), nan=1.0)[..., None]
     colour = np.array([49, 18, 110]) * (1 - level) + np.array([253, 231, 120]) * level
-    alpha = np.where(np.isnan(weight), 0, 175)[..., None]
+    alpha = np.where(np.isnan(importance), 0, 175)[..., None]
     return _png(np.concatenate([colour, alpha], axis=-1).round().astype(np.uint8))
 
 
 def _fate_png(picture: Picture, layers: slice, top_k: int) -> bytes:
-    given = picture.clipped[layers].astype(float).mean(axis=0) / top_k
-    lost = picture.dropped[layers].astype(float).mean(axis=0) / top_k
+    given, lost = (fate[layers].mean(axis=0) / top_k for fate in (picture.clipped, picture.dropped))
     red = np.where(given > 0, lost / np.maximum(given, 1e-9), 0)[..., None]
     colour = np.array(DROPPED) * red + np.array(REROUTED_COLOUR) * (1 - red)
     alpha = np.where(given > 0, 30 + 210 * given, 0)[..., None]

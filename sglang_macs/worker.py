@@ -6,10 +6,11 @@ from typing import Any
 
 from . import __version__, profile
 from .config import MacsConfig, configured
+from .console import say
 from .dispatcher import LayerPlanner
 from .metrics import Exporter
+from .recorder import Place, Recorder, agreed_run
 from .stats import Stats
-from .trace import Recorder, shown_in
 from .transport import Transports
 
 
@@ -26,17 +27,15 @@ class Worker:
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
 
-    def recorder_of(self, rank: int) -> Recorder | None:
+    def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
         if self.config.trace and self._recorder is None:
-            self._recorder = Recorder(self.config, rank)
+            self._recorder = Recorder(self.config, place, agreed_run())
         return self._recorder
 
     def recorded(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager:
         """Around a forward pass: its pictures and plans belong together in the trace."""
-        if self._recorder is None:
-            return nullcontext()
-        return self._recorder.forward_pass(shown_in(forward_batch), attn_tp_rank)
+        return nullcontext() if self._recorder is None else self._recorder.pass_of(forward_batch, attn_tp_rank)
 
     def export_metrics(self, labels: Mapping[str, Any], rank: int) -> None:
         """Of --enable-metrics: from now on `tick` publishes the counters under SGLang's own labels."""
@@ -45,12 +44,20 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
         self.transports.check()
-        if self._exporter is not None:
+        if self._exporter is None:
+            return
+        try:
             self._exporter.tick(self.stats, idle=idle)
+        except OSError as error:  # a full disk below PROMETHEUS_MULTIPROC_DIR must not end the server
+            self._exporter = None
+            say(f"metrics are published no more: {error.strerror or error}. The server serves on.")
 
     def state(self, rank: int) -> dict[str, object]:
-        """The counters as plain JSON values, for `GET /server_info`."""
-        return {"version": __version__, "rank": rank, "config": self.config.to_json(), **self.stats.snapshot()}
+        """The counters as plain JSON values, for `GET /server_info`; with --macs-trace its state, too."""
+        about = {"version": __version__, "rank": rank, "config": self.config.to_json()}
+        if self._recorder is not None:
+            about["trace"] = self._recorder.state()
+        return about | self.stats.snapshot()
 
 
 _current: Worker | None = None

@@ -194,6 +194,7 @@ class Recorder:
             return torch.stack([sum(of(result) for result in results) for results in by_layer.values()]).cpu()
 
         units = WEIGHT_ONE if self.config.load == "effective" else 1
+        counts = sums(lambda r: r.counts)
         pictures = [self._picture(part, attn_tp_rank) for part in shown if whole and self._wanted(part)]
         line = {
             "step": self._step,
@@ -202,7 +203,7 @@ class Recorder:
             "layers": list(by_layer),
             "visual_share": [round(v / w, 4) if w else 0.5 for v, w in sums(lambda r: r.group[-2:].long()).tolist()],
             "bound": [b // units for b in sums(lambda r: r.cut[:, 3].amax().long()).tolist()],
-            "counts": _pack(sums(lambda r: r.counts).numpy().astype(np.int32)),
+            "counts": _pack(counts.numpy().astype(np.int32)) if counts.any() else "",
             "pictures": [picture for picture in pictures if picture is not None],
         }
         header = _json(self._header()) if self._step == 0 else b""

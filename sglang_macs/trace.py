@@ -289,16 +289,18 @@ def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], 
 
 def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
     """visual_share, bound [l]; counts [l, 3, R] by rank of the expert, and [l, 3, 2] by modality, over all sources."""
-    shape = (layers, 3, sizes["experts"], 2)
-    counts = np.zeros(shape, dtype=np.int64)
+    shape = (layers, 3, sizes["ranks"], sizes["experts"] // sizes["ranks"], 2)
+    counts = np.zeros((layers, 3, sizes["ranks"], 2), dtype=np.int64)
     for line in lines:
+        if line["counts"] == "":  # a rank without tokens
+            continue
         own = _unpack(line["counts"], np.int32, shape, budget)
         if own.min() < 0:
             raise ValueError("counts below 0")
-        counts += own
+        for modality in (0, 1):
+            counts[..., modality] += own[..., modality].sum(axis=-1)
     share, bound = (_numbers(lines[0][name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
-    of_rank = counts.sum(axis=-1).reshape(layers, 3, sizes["ranks"], -1).sum(axis=-1)
-    return share, bound, of_rank, counts.sum(axis=2)
+    return share, bound, counts.sum(axis=-1), counts.sum(axis=2)
 
 
 def _add_pictures(

@@ -1,7 +1,13 @@
 """What is read is what the plans did, ranks, stages and chunks put together; what is no trace is refused, cheaply."""
 
+import base64
+import functools
 import json
 import math
+import os
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +43,13 @@ def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):
     assert before.shape == (3, len(LAYERS), RANKS)
     assert (before.sum(axis=-1) == 70 * TOP_K).all()
     assert (after.max(axis=-1) <= read.steps[0].bound[0]).all() and (before.max(axis=-1) > read.steps[0].bound[0]).any()
+
+
+def test_an_idle_rank_takes_part_and_little_room(tmp_path):
+    record(tmp_path, passes=2, tokens=(40, 0))
+    assert [step.before.sum() for step in trace.load(str(tmp_path)).steps] == [40 * TOP_K * len(LAYERS)] * 2
+    lines = rank_file(tmp_path, 1).read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[1])["counts"] == ""
 
 
 def test_a_picture_has_the_fate_of_its_own_rows(tmp_path):
@@ -243,3 +256,104 @@ def recorded(tmp_path_factory) -> bytes:
     lines = [json.loads(line) for line in rank_file(folder, 0).read_text().splitlines()]
     lines[0]["ranks"] = 1
     return "\n".join(json.dumps(line) for line in lines).encode() + b"\n"
+
+
+# ---- Bounds: what is read takes memory for what is there ------------------------------------------------------------
+
+HOSTILE = """
+import resource, sys
+from sglang_macs import report, trace
+from sglang_macs.errors import MacsError
+
+assert "torch" not in sys.modules
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+for folder in sys.argv[1:]:
+    try:
+        print(len(report.page(trace.load(folder))), "characters")
+    except MacsError as error:
+        print(error)
+"""
+
+
+@functools.cache
+def zeros(size: int) -> str:
+    """That unpacks to `size` bytes, from a thousandth of them."""
+    packer, block = zlib.compressobj(), bytes(min(size, 1 << 20))
+    parts = [packer.compress(block) for _ in range(size // len(block))] + [packer.compress(bytes(size % len(block)))]
+    return base64.b64encode(b"".join(parts) + packer.flush()).decode()
+
+
+def hostile(folder, header=(), line=(), part=(), times: int = 1, raw: bytes = b"") -> str:
+    """A trace of one rank in `folder`, well formed but for what is given; `times` lines; raw: in place of the last."""
+    sizes = {"ranks": 1, "experts": 2, "top_k": 1, "stages": 1, "attn_tp": 1}
+    place = {"schema": trace.SCHEMA, "run": RUN, "replica": 0, "stage": 0, "rank": 0}
+    head = {**place, **sizes, "config": {}, **dict(header)}
+    layers = dict(line).get("layers", [0])
+    pictures = [{"key": "0", "grid": [2, 2], "first": 0, "scale": [1.0], "jpeg": None, **dict(one)} for one in part]
+    for one in pictures:
+        for name in ("importance", "clipped", "dropped"):
+            one.setdefault(name, zeros(4 * len(layers)))
+    values = [0] * len(layers)
+    body = {"time": 0, "tokens": 1, "layers": layers, "visual_share": values, "bound": values, "pictures": pictures}
+    body["counts"] = zeros(len(layers) * 3 * head["experts"] * 2 * 4)
+    lines = [json.dumps(head)] + [json.dumps({"step": i, **body, **dict(line)}) for i in range(times)]
+    folder.mkdir()
+    rank_file(folder, 0).write_bytes("\n".join(lines).encode() + b"\n" + raw)
+    return str(folder)
+
+
+def jpeg_of(side: int) -> str:
+    """That claims so many pixels a side."""
+    frame = b"\xff\xc0\x00\x11\x08" + 2 * side.to_bytes(2, "big") + b"\x03" + 9 * b"\x01"
+    return base64.b64encode(b"\xff\xd8" + frame + b"\xff\xd9").decode()
+
+
+def test_a_file_takes_memory_for_what_is_in_it_and_not_for_what_it_claims(tmp_path):
+    """Each of these took gigabytes, or would have; they get one. All but the first and the last are refused in one
+    line.
+    """
+    huge, cells = {"grid": [16384, 16384]}, {"grid": [256, 256]}
+    layers = list(range(512))
+    many = {"layers": layers, "visual_share": [0] * 512, "bound": [0] * 512}
+    folders = {
+        "good": hostile(tmp_path / "good", part=[{"jpeg": jpeg_of(512)}]),
+        "16384 x 16384 tokens in 100 bytes": hostile(tmp_path / "huge", part=[huge]),
+        "256 x 256 tokens in 512 layers": hostile(
+            tmp_path / "deep", line=many, part=[cells | {"key": str(i), "scale": [1.0] * 512} for i in range(16)]
+        ),
+        "17 pictures": hostile(tmp_path / "pictures", part=[{"key": str(i)} for i in range(17)]),
+        "counts that unpack to 1 GB each": hostile(tmp_path / "bomb", line={"counts": zeros(1 << 30)}, times=2),
+        "60 passes of 50 MB": hostile(tmp_path / "passes", {"experts": 4096}, many, times=60),
+        "weights that unpack to 1 GB": hostile(tmp_path / "weights", part=[{"importance": zeros(1 << 30)}]),
+        "a JPEG of 60,000 pixels a side": hostile(tmp_path / "jpeg", part=[{"jpeg": jpeg_of(60_000)}]),
+        "a million layers": hostile(tmp_path / "layers", line=dict.fromkeys(many, [0] * 1_000_000)),
+        "a million experts": hostile(tmp_path / "experts", {"experts": 1_000_000}, {"counts": ""}),
+        "a line of 20 MB": hostile(tmp_path / "line", raw=b"[" + b"[]," * 7_000_000),
+        "a number of 5,000 digits": hostile(tmp_path / "digits", raw=b'{"step":' + b"9" * 5000 + b"}\n"),
+        "100,000 lists in one another": hostile(tmp_path / "nested", raw=b"[" * 100_000 + b"\n"),
+        "a long good one": hostile(tmp_path / "long", times=5_000),
+    }
+    for name, kind in (("device", lambda path: path.symlink_to("/dev/zero")), ("pipe", os.mkfifo)):
+        folder = tmp_path / name
+        folder.mkdir()
+        kind(rank_file(folder, 0))
+        folders[name] = str(folder)
+    assert all(size_of(folder) < 32 << 20 for folder in folders.values())
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, *folders.values()],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = dict(zip(folders, done.stdout.splitlines(), strict=True))
+    accepted = {name for name, line in said.items() if line.endswith("characters")}
+    assert accepted == {"good", "a long good one"}, said
+    assert all(
+        line.startswith("trace: got ") and len(line) < 800 for name, line in said.items() if name not in accepted
+    )
+
+
+def size_of(folder: str) -> int:
+    return sum(os.lstat(os.path.join(folder, name)).st_size for name in os.listdir(folder))

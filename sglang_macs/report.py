@@ -31,7 +31,7 @@ p { margin: 0 0 12px; color: var(--soft); max-width: 92ch; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px; margin-top: 20px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
 .tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
-.tile b { display: block; font-size: 22px; letter-spacing: -.02em; white-space: nowrap; }
+.tile b { display: block; font-size: 20px; letter-spacing: -.02em; white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .key { font-size: 13px; color: var(--soft); display: flex; gap: 18px; flex-wrap: wrap; margin: 6px 0 12px; }
@@ -40,9 +40,10 @@ svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-
 .panels { display: flex; gap: 14px; flex-wrap: wrap; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--soft); margin-top: 4px; }
 .view { position: relative; border-radius: 6px; overflow: hidden; background: #cbd5e1; }
-.view img { position: absolute; inset: 0; width: 100%; height: 100%; }
-.view img.grid { image-rendering: pixelated; }
-.view img.dim { filter: grayscale(1) brightness(.75); }
+.photo, .grid { position: absolute; inset: 0; width: 100%; height: 100%; }
+.photo { background: var(--photo) 0 0 / 100% 100%; print-color-adjust: exact; }
+.photo.dim { filter: grayscale(1) brightness(.75); }
+.grid { image-rendering: pixelated; }
 .small { margin-top: 10px; gap: 8px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; margin-top: 8px; }
 th, td { text-align: right; padding: 4px 12px; border-bottom: 1px solid var(--line); }
@@ -266,7 +267,7 @@ def _card(trace: Trace, picture: Picture) -> str:
     importance = np.where(known, picture.importance.mean(axis=0), np.nan)
     lost, given = int(picture.dropped[:, known].sum()), int(picture.clipped[:, known].sum())
     told = f"given up {_share(given, seen)}, dropped {_share(lost, seen)}"
-    span = f"{_importance(trace)[1]} {np.nanmin(importance):.2f} to {np.nanmax(importance):.2f}"
+    span = f"{_importance(trace)[1]} {np.nanmin(importance):.3f} to {np.nanmax(importance):.3f}"
     panels = [
         _view(picture, width, height, None, f"{columns} by {rows} tokens{_recorded(trace, picture)}"),
         _view(picture, width, height, _importance_png(importance), span),
@@ -279,7 +280,10 @@ def _card(trace: Trace, picture: Picture) -> str:
     rows_of_views = (
         f"<div class='panels{kind}'>{''.join(views)}</div>" for kind, views in (("", panels), (" small", small))
     )
-    return f"<div class='card'>{''.join(rows_of_views)}</div>"
+    photo = ""
+    if picture.jpeg is not None:  # once for all views
+        photo = f" style='--photo:url(data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()})'"
+    return f"<div class='card'{photo}>{''.join(rows_of_views)}</div>"
 
 
 def _recorded(trace: Trace, picture: Picture) -> str:
@@ -296,8 +300,7 @@ def _recorded(trace: Trace, picture: Picture) -> str:
 def _view(picture: Picture, width: float, height: float, overlay: bytes | None, caption: str) -> str:
     images = ""
     if picture.jpeg is not None:
-        dim = " class='dim'" if overlay else ""
-        images += f"<img{dim} alt='' src='data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}'>"
+        images += f"<div class='photo{' dim' if overlay else ''}'></div>"
     if overlay is not None:
         images += f"<img class='grid' alt='' src='data:image/png;base64,{base64.b64encode(overlay).decode()}'>"
     box = f"<div class='view' style='width:{width:.0f}px;height:{height:.0f}px'>{images}</div>"

@@ -18,8 +18,9 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,6 @@ class _Layer:
     """One plan, on the device it was made on."""
 
     layer_id: int
-    num_ranks: int
     result: PlanResult
     importance: Tensor  # [T] f32, see `importance_of`
     clipped: Tensor  # [T] u8, slots of each row
@@ -136,7 +136,7 @@ class Recorder:
         """For `GET /server_info`: stopped is why nothing more is recorded, or ""."""
         return {"run": self.run, "bytes": self._limit - self._left, "stopped": self.stopped}
 
-    def pass_of(self, forward_batch, attn_tp_rank: int):
+    def pass_of(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager[None]:
         """`forward_pass` around one of SGLang's `ForwardBatch`es, with the pictures in it."""
         shown: list[Shown] = []
         with self._harmless():
@@ -166,7 +166,7 @@ class Recorder:
             importance = importance_of(self.config.importance, topk_ids, topk_weights, result.weight)
             clipped = (topk_ids != result.topk_ids).sum(dim=1, dtype=torch.uint8)
             dropped = ((topk_ids >= 0) & (result.topk_ids < 0)).sum(dim=1, dtype=torch.uint8)
-            self._layers.append(_Layer(layer_id, num_ranks, result, importance, clipped, dropped))
+            self._layers.append(_Layer(layer_id, result, importance, clipped, dropped))
             self._sizes = (num_ranks, result.counts.shape[1], topk_ids.shape[1])
 
     @contextmanager
@@ -336,8 +336,10 @@ def _jpeg(part: Shown) -> str | None:
     pixels = picture(part)
     if pixels is None:
         return None
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        return None
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     image.save(buffer, "JPEG", quality=85)

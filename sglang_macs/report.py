@@ -172,13 +172,15 @@ def _by_layer(trace: Trace) -> str:
 def _cells(values: np.ndarray, x: float, y: float, block: float, height: float) -> list[str]:
     """One rank a cell: red above the mean, blue below, the figure inside where it fits."""
     width = block / len(values)
+    gap = min(1.0, width / 16)  # on either side; many ranks are narrow
     parts = []
     for rank, value in enumerate(values):
         strength = min(abs(value - 1) / 0.5, 1)
         end = (220, 80, 60) if value > 1 else (70, 130, 200)
         colour = tuple(round(241 + (c - 241) * strength * 0.85) for c in end)
         title = f"<title>rank {rank}: {value:.3f} of the mean</title>"
-        box = f"x='{x + rank * width + 1:.1f}' y='{y + 1}' width='{width - 2:.1f}' height='{height - 2}' rx='3'"
+        box = f"x='{x + rank * width + gap:.2f}' y='{y + 1}' width='{width - 2 * gap:.2f}' height='{height - 2}'"
+        box += f" rx='{3 * gap:.1f}'"
         parts.append(f"<rect {box} fill='rgb{colour}'>{title}</rect>")
         if width >= 32:
             parts.append(_label(x + (rank + 0.5) * width, y + height / 2 + 4, f"{value:.2f}", "middle", "#0f172a"))

@@ -101,6 +101,15 @@ def test_the_chart_over_time_is_drawn_to_scale(recorded):
         assert y == pytest.approx(200 - rows / slowest[0].max() * 188, abs=0.06)
 
 
+@pytest.mark.parametrize("ranks", [2, 64, 1024])
+def test_every_rank_has_a_cell_of_its_own(ranks):
+    cells = [cell for cell in report._cells(np.ones(ranks), 10, 0, 270, 17) if cell.startswith("<rect")]
+    sides = [[float(re.search(rf" {name}='([^']*)'", cell)[1]) for name in ("x", "width")] for cell in cells]
+    assert len(sides) == ranks and all(width > 0.2 for _, width in sides)
+    ends = [x + width for x, width in sides]
+    assert all(end <= x for end, (x, _) in zip(ends, sides[1:], strict=False)) and ends[-1] <= 280
+
+
 def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
     read, _ = recorded
     (picture,) = read.pictures

@@ -40,7 +40,7 @@ class Transports:
         if self._sizes is None:
             self._sizes = sizes
             why = no_low_latency(self.config, mode) or (overlaps and "--enable-single-batch-overlap")
-            why = why or unsupported(self.config, sizes) or unfit_device() or peer_memory.unreachable(group)
+            why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
@@ -76,7 +76,7 @@ class Transports:
             (ranks > MAX_RANKS, f"{ranks} ranks, at most {MAX_RANKS}"),
         )
         why = next((words for refused, words in reasons if refused), "")
-        return why or unfit_device() or peer_memory.unreachable(group)
+        return why or peer_memory.unreachable(group, unfit_device())
 
     def check(self) -> None:
         """Raises MacsError for the first fault that one of them has recorded."""

@@ -35,6 +35,7 @@ from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.errors import MacsError
 from sglang_macs.plan import Plan, PlanResult
 from sglang_macs.recorder import Place, Recorder
+from sglang_macs.shared_state import merged
 from sglang_macs.stats import Stats
 
 
@@ -254,12 +255,17 @@ def test_metrics_that_cannot_be_written_end_no_pass(capsys):
 
 
 def test_the_state_of_a_trace_is_beside_the_counters(tmp_path):
-    process = worker.Worker(config(tmp_path))
-    assert "trace" not in process.state(0)
-    one = process.recorder_at(Place(0))
-    forward(one)
-    state = process.state(0)["trace"]
-    assert state == {"run": one.run, "bytes": next(tmp_path.iterdir()).stat().st_size, "stopped": ""}
+    """And an answer for several ranks says why any of them stopped."""
+    processes = [worker.Worker(config(tmp_path)) for _ in range(2)]
+    assert "trace" not in processes[0].state()
+    first, second = (process.recorder_at(Place(rank)) for rank, process in enumerate(processes))
+    forward(first)
+    size = rank_file(tmp_path, 0, first.run).stat().st_size
+    assert processes[0].state()["trace"] == {"run": first.run, "bytes": size, "stopped": ""}
+    second._file = FullDisk(errno.ENOSPC, 0)
+    forward(second)
+    answer = merged([process.state() for process in processes])
+    assert answer["trace"] == {"run": first.run, "bytes": size, "stopped": os.strerror(errno.ENOSPC)}
 
 
 # ---- Files ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import batch, stats
 from .peer_all_reduce import PeerAllReduce
 from .plan import Plan, PlanResult
-from .trace import Recorder
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class LayerPlanner:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
         self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
         if self.recorder is not None:
-            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
+            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
 
     def all_reduce(self, tensor: Tensor) -> None:

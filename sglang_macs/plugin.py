@@ -17,7 +17,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from . import batch, compat, cpu_compat, hooks, ops, profile, worker
+from . import batch, compat, cpu_compat, hooks, ops, profile, recorder, worker
 from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, from_args
 from .dispatcher import LayerPlanner, MacsDispatcher
@@ -146,7 +146,10 @@ def _check_launch(record, config: MacsConfig) -> None:
 
 def _launch_scheduler_processes(original, cls, server_args, port_args, run_scheduler_process_func, **kwargs):
     """AROUND Engine._launch_scheduler_processes: schedulers start through our own entry, which checks its hooks."""
-    entry = run_scheduler_process if configured() is not None else run_scheduler_process_func
+    entry = run_scheduler_process_func
+    if configured() is not None:
+        entry = run_scheduler_process
+        os.environ[recorder.RUN_ENV] = recorder.new_run()  # one name for the files of all schedulers
     return original(cls, server_args, port_args, entry, **kwargs)
 
 
@@ -212,13 +215,19 @@ def _layer_planner(moe_runner_config):
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    recorder = process.recorder_of(parallel.moe_ep_rank)
+    traced = process.recorder_at(_place(parallel))
     group = parallel.tp_group
     peers = process.transports.all_reduce(plan.histogram_size, group.cpu_group)
-    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, recorder, peers)
+    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers)
     process.planners[layer_id] = planner
     process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
     return planner
+
+
+def _place(parallel) -> recorder.Place:
+    """Which file of a trace is this process's. Under dp-attention the ranks of dp are ranks of one EP group."""
+    replica = (parallel.dp_rank or 0) if parallel.attn_dp_size == 1 else 0
+    return recorder.Place(parallel.moe_ep_rank, parallel.pp_rank, replica, parallel.pp_size, parallel.attn_tp_size)
 
 
 def _cpu_dispatcher(planner):

@@ -94,6 +94,9 @@ def merged(states: list[Mapping[str, Any]]) -> dict[str, Any]:
     result = dict(first)
     for name in SUMMED:
         result[name] = _sum([state[name] for state in states])
+    if "trace" in first:  # of the rank that answers, and the first reason why any rank of them stopped
+        stopped = next(filter(None, (state["trace"]["stopped"] for state in states)), "")
+        result["trace"] = first["trace"] | {"stopped": stopped}
     result["layers"] = {layer: facts for state in reversed(states) for layer, facts in state["layers"].items()}
     result["ranks"] = {"ep_size": result.pop("ep_size"), "answering": sorted({state["rank"] for state in states})}
     return result

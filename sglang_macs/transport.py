@@ -4,14 +4,13 @@ all-reduce.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.distributed as dist
 
 from . import ops, peer_memory
 from .compat import no_low_latency
 from .config import MacsConfig
+from .console import say
 from .errors import MacsNotActive
 from .fused import MAX_RANKS, FusedDispatch, Sizes, unsupported
 from .peer_all_reduce import PeerAllReduce
@@ -99,7 +98,7 @@ class Transports:
 def _say(line: str, group: dist.ProcessGroup) -> None:
     """Once for the group."""
     if dist.get_rank(group) == 0:
-        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)
+        say(line)
 
 
 def unfit_device() -> str:

@@ -9,11 +9,12 @@ from . import __version__, profile
 from .agreement import Agreement
 from .batch import Batch
 from .config import MacsConfig, configured
+from .console import say
 from .dispatcher import LayerPlanner
 from .metrics import Exporter
+from .recorder import Place, Recorder, agreed_run
 from .shared_state import SharedState
 from .stats import Stats
-from .trace import Recorder, shown_in
 from .transport import Transports
 
 
@@ -48,17 +49,15 @@ class Worker:
         self._passes += 1
         return replace(decided, measured=chosen)
 
-    def recorder_of(self, rank: int) -> Recorder | None:
+    def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
         if self.config.trace and self._recorder is None:
-            self._recorder = Recorder(self.config, rank)
+            self._recorder = Recorder(self.config, place, agreed_run())
         return self._recorder
 
     def recorded(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager:
         """Around a forward pass: its pictures and plans belong together in the trace."""
-        if self._recorder is None:
-            return nullcontext()
-        return self._recorder.forward_pass(shown_in(forward_batch), attn_tp_rank)
+        return nullcontext() if self._recorder is None else self._recorder.pass_of(forward_batch, attn_tp_rank)
 
     def export_metrics(self, labels: Mapping[str, Any]) -> None:
         """Of --enable-metrics: from now on `tick` publishes the counters under SGLang's own labels."""
@@ -67,15 +66,26 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
         self.transports.check()
-        if self._exporter is not None:
-            self._exporter.tick(self.stats, idle=idle)
+        self._export(idle)
         if idle and self._shared_state is not None and self._shared_state.is_due(self.stats.dispatches):
             self._shared_state.publish(self.state())
 
+    def _export(self, idle: bool) -> None:
+        if self._exporter is None:
+            return
+        try:
+            self._exporter.tick(self.stats, idle=idle)
+        except OSError as error:  # a full disk below PROMETHEUS_MULTIPROC_DIR must not end the server
+            self._exporter = None
+            say(f"metrics are published no more: {error.strerror or error}. The server serves on.")
+
     def state(self) -> dict[str, object]:
-        """This rank's counters as plain JSON values."""
+        """This rank's counters as plain JSON values; with --macs-trace that of the recorder, too."""
         place = {"rank": self._rank, "ep_size": self._num_ranks}
-        return {"version": __version__, **place, "config": self.config.to_json(), **self.stats.snapshot()}
+        about = {"version": __version__, **place, "config": self.config.to_json()}
+        if self._recorder is not None:
+            about["trace"] = self._recorder.state()
+        return about | self.stats.snapshot()
 
     def answer(self) -> dict[str, object]:
         """For `GET /server_info`: the counters of all ranks that this one speaks for."""

@@ -23,7 +23,7 @@ LAYOUTS = {
     "data-parallel lm head": ([*EP2_ARGS, "--enable-dp-lm-head"], 2),
     "tp 4": (["--tp", "4", "--ep-size", "4", *CPU_ARGS], 4),
     "attention-tp 2 x dp 2": (["--tp", "4", "--dp", "2", "--enable-dp-attention", "--ep-size", "4", *CPU_ARGS], 4),
-    "two stages": (["--tp", "2", "--ep-size", "2", "--pp-size", "2", *CPU_ARGS], 4),
+    "two stages": ([*EP2_ARGS, "--pp-size", "2"], 4),
 }
 
 

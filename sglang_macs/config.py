@@ -70,7 +70,7 @@ class MacsConfig:
         "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
     )
     protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
-    min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
+    min_tokens: int = _opt(32, "act on prefill batches of at least this many tokens a rank, on average")
     decode: bool = _opt(False, "act on decode batches too")
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
@@ -85,6 +85,7 @@ class MacsConfig:
     )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
+    verify_every: int = _opt(64, "without that, recount in one of so many planned passes; 0 = never")
     trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")
     trace_limit_mb: float = _opt(64.0, "megabytes that each rank records at most")
 
@@ -114,6 +115,7 @@ class MacsConfig:
             raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
         self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < 1e9, "megabytes above 0")
         self._check_range("min_tokens", self.min_tokens >= 0, "a number of tokens >= 0")
+        self._check_range("verify_every", self.verify_every >= 0, "a number of passes >= 0")
 
     def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:
         if not ok:  # NaN fails every comparison, and so ends here too

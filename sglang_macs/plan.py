@@ -1,7 +1,7 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ class PlanResult:
     group: Tensor
     cut: Tensor
     counts: Tensor
+
+    def with_rows(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> "PlanResult":
+        """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
+        rows = rows.unsqueeze(1)
+        ids = torch.where(rows, topk_ids, self.topk_ids)
+        return replace(self, topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
 
 
 class Plan:

@@ -195,6 +195,9 @@ def test_ranks_that_come_do_not_bring_their_past(monkeypatch):
 def test_a_part_of_the_ranks_is_no_profile(monkeypatch):
     part = states(GROWING[0], ranks={"ep_size": 4, "answering": [0]})
     assert "counters of 1 of 4 ranks" in refused(monkeypatch, part)
+    assert "counters of 1 of 4 ranks" in refused(monkeypatch, states(GROWING[0]), part)
+    once = watched(monkeypatch, *map(states, GROWING[:3]), part, *map(states, GROWING[3:]))
+    assert torch.equal(once.rows[2], GROWING[4] - GROWING[3])  # a rank that answered too late, once
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def state(rank: int) -> dict:
     counted.fate = torch.tensor([[50, 20], [10, 0], [6, 0]])
     rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(2):
-        counted.add_recount(CONFIG, 0, 2, rows, rows, cut)
+        counted.add_recount(stats.Recount(CONFIG, 0, 2, rows, rows, cut))
     return {"version": __version__, "rank": rank, "config": CONFIG.to_json(), **counted.snapshot()}
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_the_fingerprint_is_the_routers(tmp_path):
     assert stored("a", 1.0, 1.0) == stored("b", 1.0, 2.0) != stored("c", 2.0, 1.0)
     with pytest.raises(MacsError, match=r"no \*\.safetensors"):
         calibrate.routers(tmp_path)
+
+
+def test_the_committed_profile_is_of_the_committed_model():
+    model = Path(__file__).resolve().parent.parent / "models" / "lab-vl-moe"
+    made, routers = profile.load(str(model / "profile.json")), calibrate.routers(model)
+    assert made.evidence.fingerprint == routers.fingerprint
+    calibrate.check_layers(made.modality, routers.layers)
 
 
 # ---- From a running server -----------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ OTHERS = {
     ("simulate", "--loads"): ("", "/", "/nowhere", "/dev/zero", "\x1b[2J"),
     ("simulate", "--plot"): ("", "/", "/nowhere/a.png", "a.xyz", "/dev/null", ".png/a.png"),
     ("report", "--run"): ("", "no-such", "\x1b[2J", "x" * 5000),
+    ("report", "--output"): ("", "/", "/nowhere/page.html", "/dev/full"),
     ("report", "TRACE"): ("", "/nowhere", "/dev/null", "\x1b[2J"),
     ("top", "URL"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
     ("calibrate", "--server"): ("", "x", "file:///etc/passwd", "http://127.0.0.1:9"),
@@ -150,7 +151,7 @@ OTHERS = {
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
 }  # fmt: skip
-NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once", "--output"}  # what takes no odd value
+NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once"}  # what takes no odd value
 CASES = [
     (command, argument, odd)
     for (command, argument), values in {**NUMBERS, **OTHERS}.items()

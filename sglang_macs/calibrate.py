@@ -206,7 +206,7 @@ def _without(seen: Tensor, layers: list[int]) -> str:
 
 def _no_traffic(found: int, samples: int, patience: float, without: str) -> MacsError:
     got = f"{found} of {samples} samples, and no mixed traffic for {patience:.0f} s ({without or 'no second look'})"
-    fix = "Send it prompts meanwhile; batches under its --macs-min-tokens are not counted."
+    fix = "Send it prompts meanwhile: other than are in its prefix cache, and in batches of --macs-min-tokens or more."
     return MacsError("calibration", got, "requests with images and text", fix)
 
 

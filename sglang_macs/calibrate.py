@@ -145,13 +145,13 @@ def check_layers(recorded: Iterable[int], expected: Iterable[int]) -> None:
 def watch_server(server: Server, layers: Iterable[int], samples: int, interval: float, patience: float) -> Recording:
     """A recording of what `server` routes meanwhile: one sample per look that finds both modalities in all `layers`.
 
-    A look that gets no answer, or finds a server that has started again, begins anew with the next sample. Raises
-    MacsError if the first look gets no answer, if there is none and no mixed traffic for `patience` seconds, and
-    whenever the server's counters are not those of its whole routing before any clipping.
+    After a look without an answer of every rank, and where the server has started again, the next one begins anew.
+    Raises MacsError if the first look is such a one, after `patience` seconds without a sample, and at once where the
+    server may clip: what it counts then is not what the router chose.
     """
     layers = sorted(layers)
     found: list[Tensor] = []
-    states = server.states()
+    states = _states_of_all(server)
     last: Tensor | None = _expert_rows(states, layers)
     answering, quiet_since = ranks(states)[0], time.monotonic()
     without, trouble = "", None
@@ -160,7 +160,7 @@ def watch_server(server: Server, layers: Iterable[int], samples: int, interval: 
             raise trouble or _no_traffic(len(found), samples, patience, without)
         time.sleep(interval)
         try:
-            states, trouble = server.states(), None
+            states, trouble = _states_of_all(server), None
         except MacsError as error:
             last, trouble = None, error
             continue
@@ -175,6 +175,15 @@ def watch_server(server: Server, layers: Iterable[int], samples: int, interval: 
             found.append(new)
             last, quiet_since = now, time.monotonic()
     return Recording(torch.stack(found), layers)
+
+
+def _states_of_all(server: Server) -> list[State]:
+    """Raises MacsError where a rank's counters are missing, too."""
+    states = server.states()
+    if missing := missing_ranks(states):
+        fix = "Serve with --dp equal to --tp and --enable-dp-attention while you calibrate."
+        raise MacsError("server", missing, "every rank's", fix)
+    return states
 
 
 def _fewer(now: Tensor, last: Tensor) -> bool:
@@ -197,22 +206,19 @@ def _without(seen: Tensor, layers: list[int]) -> str:
 
 def _no_traffic(found: int, samples: int, patience: float, without: str) -> MacsError:
     got = f"{found} of {samples} samples, and no mixed traffic for {patience:.0f} s ({without or 'no second look'})"
-    fix = "Send it prompts meanwhile; batches under its --macs-min-tokens are not counted."
+    fix = "Send it prompts meanwhile: other than are in its prefix cache, and in batches of --macs-min-tokens or more."
     return MacsError("calibration", got, "requests with images and text", fix)
 
 
 def _expert_rows(states: list[State], layers: list[int]) -> Tensor:
     """Rows [layers, E, 2] i64 summed over the ranks, since the server's start; E is 0 before any traffic. Raises
-    MacsError unless the states are those of every rank at infinite gamma.
+    MacsError unless the server runs at infinite gamma.
     """
     for state in states:
         config = state.get("config")
         if isinstance(config, Mapping) and (config.get("gamma") != "inf" or config.get("preset") == "off"):
             got = f"one at gamma {config.get('gamma')}, preset {config.get('preset')}"
             raise MacsError("server", got, "one that clips nothing", "Start it with --macs-gamma inf.")
-    if missing := missing_ranks(states):
-        fix = "Serve with --dp equal to --tp and --enable-dp-attention while you calibrate."
-        raise MacsError("server", missing, "every rank's", fix)
     tables = [state.get("expert_rows") for state in states]
     try:
         named = {int(layer) for table in tables for layer in table}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from info_server import answering, body
@@ -62,6 +63,12 @@ def test_top_needs_nothing():
     assert done.returncode == 0 and "dispatches 3" in done.stdout, done.stderr
 
 
+def test_report_needs_numpy_alone(tmp_path):
+    traces.record(tmp_path / "trace")
+    done = run_alone("numpy", "report", str(tmp_path / "trace"), "-o", str(tmp_path / "page.html"))
+    assert done.returncode == 0 and "<html" in (tmp_path / "page.html").read_text(), done.stderr
+
+
 def test_simulate_needs_numpy_alone():
     done = run_alone("numpy", "simulate", "--ep", "8", "--batches", "1", "--gamma", "1.1")
     assert done.returncode == 0 and "not measured" in done.stdout, done.stderr
@@ -111,7 +118,7 @@ NUMBERS = {
     ("calibrate", "--interval"): ("-1", "inf"),
     ("calibrate", "--patience"): ("-1", "inf"),
     ("report", "--row-us"): ("-1", "inf"),
-    ("report", "--replica"): ("-1", "1.5", "inf"),
+    ("report", "--replica"): ("-1", "7", "1.5", "inf"),
     ("simulate", "--visual-share"): ("-0.1", "1.1", "inf"),
     ("simulate", "--noise"): ("-1", "3", "inf"),
     ("simulate", "--ep"): ("0", "-8", "1", "7", "12", "2048", "8,0", "8,", "8,8.0", ",".join(["8"] * 1000)),
@@ -131,6 +138,8 @@ OTHERS = {
                             "gpus_per_node=1.5", "name=3", "plan_us=3", "gpus_per_node=" + "9" * 5000),
     ("simulate", "--loads"): ("", "/", "/nowhere", "/dev/zero", "\x1b[2J"),
     ("simulate", "--plot"): ("", "/", "/nowhere/a.png", "a.xyz", "/dev/null", ".png/a.png"),
+    ("report", "--run"): ("", "no-such", "\x1b[2J", "x" * 5000),
+    ("report", "--output"): ("", "/", "/nowhere/page.html", "/dev/full"),
     ("report", "TRACE"): ("", "/nowhere", "/dev/null", "\x1b[2J"),
     ("top", "URL"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
     ("calibrate", "--server"): ("", "x", "file:///etc/passwd", "http://127.0.0.1:9"),
@@ -142,8 +151,7 @@ OTHERS = {
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
 }  # fmt: skip
-# What takes no odd value; tests/test_trace.py has those of --run, which are looked for in a trace.
-NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once", "--output", "--run"}
+NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once"}  # what takes no odd value
 CASES = [
     (command, argument, odd)
     for (command, argument), values in {**NUMBERS, **OTHERS}.items()
@@ -152,37 +160,39 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """What `calibrate` takes for a model until it looks for its image token."""
+def inputs(tmp_path_factory):
+    """A folder with `model`, which `calibrate` takes for a checkpoint until transformers load it, and `trace`."""
     import torch
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text('{"architectures": ["A"], "model_type": "no such type"}')
-    save_file({"model.layers.0.mlp.gate.weight": torch.ones(2, 2)}, str(folder / "model.safetensors"))
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"architectures": ["A"], "model_type": "no such type"}')
+    save_file({"model.layers.0.mlp.gate.weight": torch.ones(2, 2)}, str(folder / "model" / "model.safetensors"))
+    traces.record(folder / "trace")
     return folder
 
 
-def usual(command: str, checkpoint: Path, argument: str) -> dict[str, str]:
+def usual(command: str, inputs: Path, argument: str) -> dict[str, str]:
     """Arguments with which a command would run for a short while."""
     url = "https://127.0.0.1:9" if argument == "--cacert" else "http://127.0.0.1:9"
     source = {"--dataset": "/nowhere"} if argument == "--dataset" else {"--server": url}
     return {
         "simulate": {"--ep": "8", "--batches": "1", "--gamma": "1.1", "--presets": "rank"},
-        "report": {"TRACE": "/nowhere"},
+        "report": {"TRACE": str(inputs / "trace")},
         "top": {"URL": url},
-        "calibrate": {**source, "--model-path": str(checkpoint), "--out": str(checkpoint / "p.json")},
+        "calibrate": {**source, "--model-path": str(inputs / "model"), "--out": str(inputs / "p.json")},
     }[command]
 
 
 @pytest.mark.parametrize(("command", "argument", "odd"), CASES, ids=[f"{c} {a} {o[:12]!r}" for c, a, o in CASES])
-def test_odd_arguments_end_in_one_line(capsys, checkpoint, command, argument, odd):
-    given = {**usual(command, checkpoint, argument), argument: odd}
+def test_odd_arguments_end_in_one_line(capsys, inputs, command, argument, odd):
+    given = {**usual(command, inputs, argument), argument: odd}
     words = [f"{name}={value}" if name.startswith("--") else value for name, value in given.items()]
     error = ends_in_one_line(capsys, command, *words)
     wrong = {"URL": "server", "--server": "server", "TRACE": "trace"}.get(argument, argument)
     assert wrong in error and len(error) < 2000
-    assert not (checkpoint / "p.json").exists()
+    assert not (inputs / "p.json").exists()
 
 
 def test_every_argument_is_among_the_cases():
@@ -203,9 +213,9 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 
 @settings(max_examples=150, deadline=None)
 @given(case=st.sampled_from(sorted({**NUMBERS, **OTHERS})), odd=TEXT)
-def test_no_text_ends_a_command_in_a_traceback(tmp_path_factory, checkpoint, case, odd):
+def test_no_text_ends_a_command_in_a_traceback(tmp_path_factory, inputs, case, odd):
     command, argument = case
-    given = {**usual(command, checkpoint, argument), argument: odd}
+    given = {**usual(command, inputs, argument), argument: odd}
     words = [f"{name}={value}" if name.startswith("--") else value for name, value in given.items()]
     here = os.getcwd()
     os.chdir(tmp_path_factory.getbasetemp())  # where a name that can be one makes its file

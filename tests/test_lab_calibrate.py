@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_the_fingerprint_is_the_routers(tmp_path):
     assert stored("a", 1.0, 1.0) == stored("b", 1.0, 2.0) != stored("c", 2.0, 1.0)
     with pytest.raises(MacsError, match=r"no \*\.safetensors"):
         calibrate.routers(tmp_path)
+
+
+def test_the_committed_profile_is_of_the_committed_model():
+    model = Path(__file__).resolve().parent.parent / "models" / "lab-vl-moe"
+    made, routers = profile.load(str(model / "profile.json")), calibrate.routers(model)
+    assert made.evidence.fingerprint == routers.fingerprint
+    calibrate.check_layers(made.modality, routers.layers)
 
 
 # ---- From a running server -----------------------------------------------------------------------------------------
@@ -195,6 +203,9 @@ def test_ranks_that_come_do_not_bring_their_past(monkeypatch):
 def test_a_part_of_the_ranks_is_no_profile(monkeypatch):
     part = states(GROWING[0], ranks={"ep_size": 4, "answering": [0]})
     assert "counters of 1 of 4 ranks" in refused(monkeypatch, part)
+    assert "counters of 1 of 4 ranks" in refused(monkeypatch, states(GROWING[0]), part)
+    once = watched(monkeypatch, *map(states, GROWING[:3]), part, *map(states, GROWING[3:]))
+    assert torch.equal(once.rows[2], GROWING[4] - GROWING[3])  # a rank that answered too late, once
 
 
 @pytest.mark.parametrize(

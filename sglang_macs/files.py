@@ -40,9 +40,9 @@ def check_writable(path: str, what: str) -> None:
         raise MacsError(what, f"{path!r} (no regular file)", "a file's name")
 
 
-def write(path: str, text: str, what: str) -> None:
-    """Writes UTF-8 beside `path` and renames: a reader, or a full disk, sees the old file or the new one. Raises
-    MacsError about the argument `what`.
+def write(path: str, text: str, what: str, private: bool = False) -> None:
+    """Writes UTF-8 beside `path` and renames: a reader, or a full disk, sees the old file or the new one. private: for
+    its owner alone. Raises MacsError about the argument `what`.
     """
     check_writable(path, what)
     path = os.path.realpath(path)  # a link stays one
@@ -51,7 +51,8 @@ def write(path: str, text: str, what: str) -> None:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=os.path.dirname(path), delete=False) as file:
             temporary = file.name
             file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())  # as open() would have made it; a temporary file is its owner's alone
+        if not private:  # as a temporary file is
+            os.chmod(temporary, 0o666 & ~_umask())  # as open() would have made it
         os.replace(temporary, path)
     except OSError as error:
         if temporary:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import stat
 import struct
 import subprocess
 import zlib
@@ -179,6 +180,7 @@ def test_what_the_trace_says_is_escaped(recorded):
 def test_the_command_writes_the_page(recorded, tmp_path, capsys):
     out = tmp_path / "report.html"
     assert cli.main(["report", str(recorded[1]), "-o", str(out), "--row-us", "0.5"]) == 0
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600, "users' pictures are in it"
     said = capsys.readouterr().out
     assert "µs a row" in out.read_text() and str(out) in said and f"run {RUN}, the latest of 1 in" in said
     assert cli.main(["report", str(recorded[1]), "-o", str(out), "--run", RUN, "--replica", "0"]) == 0

@@ -3,7 +3,6 @@
 import argparse
 
 from ..arguments import number
-from ..errors import MacsError
 
 HELP = "a recorded trace (--macs-trace) as one HTML page"
 
@@ -19,15 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import report, trace
+    from .. import files, report, trace
 
+    files.check_writable(args.output, "--output")  # before a long trace is read
     read = trace.load(args.trace, args.run_name, args.replica)
     page = report.page(read, args.row_us)
-    try:
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        raise MacsError("--output", f"{args.output} ({error.strerror})", "a file that can be written") from error
+    files.write(args.output, page, "--output", private=True)  # users' pictures are in it
     latest = "the latest" if read.run == read.runs[-1] else "one"
     print(f"{args.output}: {len(page) / 1e6:.1f} MB, run {read.run}, {latest} of {len(read.runs)} in {args.trace}")
     return 0

@@ -1,10 +1,11 @@
-"""What the MoE layers of one forward pass need to know about its batch: which rows are visual, and whether to act.
+"""What the MoE layers of one forward pass need to know about its batch: which rows are visual, which are left alone,
+and whether to act.
 
 The engine's hook opens a `Batch` around the forward pass; dispatchers read it. Whether a batch is planned is decided
-from what every rank of the EP group knows alike, because the plan's exchange is collective.
+from what every rank of the EP group knows alike (`RankBatches`), because the plan's exchange is collective.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +19,54 @@ from .config import MacsConfig
 PAD_ID_BASE = 1_000_000
 # Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
+# Values of a segment that are not the number of one.
+TEXT, LEFT_ALONE = -1, -2
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """What each attention data-parallel rank runs in one pass, as all ranks of the EP group know it.
+
+    tokens: of each rank; prefills: whether it runs a prefill, alone or mixed with decoding; decodes: whether it decodes
+    or verifies speculated tokens, alone or mixed with a prefill.
+    """
+
+    tokens: tuple[int, ...]
+    prefills: tuple[bool, ...]
+    decodes: tuple[bool, ...]
+
+    @classmethod
+    def of_modes(cls, tokens: Sequence[int], modes: Sequence[Any]) -> "RankBatches":
+        """modes: SGLang's `ForwardMode` of each rank."""
+        return cls(
+            tuple(tokens),
+            tuple(mode.is_extend() and not mode.is_target_verify() for mode in modes),
+            tuple(mode.is_decode() or mode.is_target_verify() or mode.is_mixed() for mode in modes),
+        )
+
+    @property
+    def group_tokens(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of the ranks that run a prefill."""
+        return sum(count for count, prefill in zip(self.tokens, self.prefills, strict=True) if prefill)
+
+    @property
+    def has_decode(self) -> bool:
+        return any(count and decode for count, decode in zip(self.tokens, self.decodes, strict=True))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """segment [T] i32, unpadded and before any scattering, or None where no token of this rank is visual.
+    """segment [T] i32, unpadded and before any scattering, or None where every token of this rank is planned text.
 
     skip: "" to plan this batch, otherwise why not, one of `SKIP_REASONS`.
     group_tokens: tokens of the whole EP group, 0 where nobody counted.
     halves: (start, end) token of each half under two-batch overlap, else empty.
+    leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill. All ranks agree.
+    measured: whether the group's rows are recounted after the plan. All ranks agree.
     """
 
     segment: Tensor | None = None
@@ -34,6 +74,8 @@ class Batch:
     skip: str = "outside"
     group_tokens: int = 0
     halves: tuple[tuple[int, int], ...] = ()
+    leaves_alone: bool = False
+    measured: bool = False
     _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def segment_of_rows(
@@ -77,35 +119,53 @@ def current() -> Batch:
     return _current
 
 
-def skip_reason(config: MacsConfig, *, is_prefill: bool, group_tokens: int) -> str:
-    """Why a batch is not planned, or "". Both arguments must be the same on every rank of the EP group."""
-    if not is_prefill and not config.decode:
+def skip_reason(config: MacsConfig, ranks: RankBatches, num_ranks: int) -> str:
+    """Why a batch is not planned, or "". num_ranks: of the EP group, over which `min_tokens` is a mean."""
+    tokens = ranks.group_tokens if config.decode else ranks.prefill_tokens
+    if not any(ranks.prefills) and not config.decode:
         return "decode"
-    if group_tokens < config.min_tokens:
+    if tokens < config.min_tokens * num_ranks:
         return "small"
     return "off" if config.is_off else ""  # last: with MACS off, the batches it would act on are counted alone
 
 
-def of_forward(forward_batch: Any, config: MacsConfig) -> Batch:
-    """What the MoE layers need of one of SGLang's `ForwardBatch`es, before embedding clamps the padded ids away."""
-    mode = forward_batch.forward_mode
-    # Under dp-attention these are agreed between ranks; without it, every rank runs the same batch.
-    tokens_by_rank = forward_batch.original_global_num_tokens_cpu or forward_batch.global_num_tokens_cpu
-    if tokens_by_rank is not None:
-        is_prefill, group_tokens = forward_batch.is_extend_in_batch, sum(tokens_by_rank)
-    else:
-        is_prefill, group_tokens = mode.is_extend(), forward_batch.input_ids.numel()
-    skip = skip_reason(config, is_prefill=is_prefill, group_tokens=group_tokens)
+def of_forward(
+    forward_batch: Any, config: MacsConfig, num_ranks: int, ranks: RankBatches | None = None, decoding: int = 0
+) -> Batch:
+    """What the MoE layers need of one of SGLang's `ForwardBatch`es, before embedding clamps the padded ids away.
+
+    num_ranks: of the EP group. ranks: what each of them runs; None where attention is not data-parallel, so that all
+    run this batch. decoding: how many of the last tokens of a mixed batch are decoded ones.
+    """
+    mode, tokens = forward_batch.forward_mode, forward_batch.input_ids.numel()
+    ranks = ranks or RankBatches.of_modes([tokens], [mode])
+    skip = skip_reason(config, ranks, num_ranks)
     if skip not in ("", "off"):
         return Batch(skip=skip)
-    halves = tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ())
-    common = {"skip": skip, "group_tokens": group_tokens, "halves": halves}
-    if not (mode.is_extend() and forward_batch.contains_mm_inputs()):
-        return Batch(**common)
+    segment, num_segments = _visual_segments(forward_batch, config)
+    left_alone = 0
+    if not config.decode:
+        left_alone = decoding if mode.is_mixed() else tokens if mode.is_decode() or mode.is_target_verify() else 0
+    if left_alone:
+        segment = torch.full_like(forward_batch.input_ids, TEXT, dtype=torch.int32) if segment is None else segment
+        segment[tokens - left_alone :] = LEFT_ALONE
+    return Batch(
+        segment,
+        num_segments,
+        skip=skip,
+        group_tokens=ranks.group_tokens,
+        halves=tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ()),
+        leaves_alone=ranks.has_decode and not config.decode,
+    )
+
+
+def _visual_segments(forward_batch: Any, config: MacsConfig) -> tuple[Tensor | None, int]:
+    """What `segments` returns, or (None, 0) where no token of this rank is visual."""
+    if not (forward_batch.forward_mode.is_extend() and forward_batch.contains_mm_inputs()):
+        return None, 0
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
     audio = frozenset(i.pad_value for i in items if i.is_audio())
-    segment, num_segments = segments(forward_batch.input_ids, config.entropy_scope, audio)
-    return Batch(segment, num_segments, **common)
+    return segments(forward_batch.input_ids, config.entropy_scope, audio)
 
 
 def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:
@@ -121,7 +181,7 @@ def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] =
     visual = input_ids >= PAD_ID_BASE
     for pad_id in not_visual:
         visual &= input_ids != pad_id
-    segment = torch.full(input_ids.shape, -1, dtype=torch.int32, device=input_ids.device)
+    segment = torch.full(input_ids.shape, TEXT, dtype=torch.int32, device=input_ids.device)
     if entropy_scope == "batch":
         return segment.masked_fill_(visual, 0), 1
     items, index = torch.unique(input_ids[visual], return_inverse=True)
@@ -138,10 +198,10 @@ def align(
     for text).
     """
     if segment is None:
-        return torch.full((rows,), -1, dtype=torch.int32, device=device)
+        return torch.full((rows,), TEXT, dtype=torch.int32, device=device)
     if segment.numel() > rows * attn_tp_size:
         return None
-    return scattered(segment, rows, attn_tp_rank, attn_tp_size, fill=-1)
+    return scattered(segment, rows, attn_tp_rank, attn_tp_size, fill=TEXT)
 
 
 def scattered(values: Tensor, rows: int, attn_tp_rank: int, attn_tp_size: int, fill: int = 0) -> Tensor:

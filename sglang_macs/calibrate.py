@@ -7,21 +7,24 @@ unit of the test, not the row: rows of one image are anything but independent.
 import hashlib
 import json
 import math
+import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import __version__, files
+from .choices import MODALITIES
 from .errors import MacsError
 from .profile import Evidence, Profile
+from .server_info import Server, State, missing_ranks, ranks
 
 MIN_SAMPLES = 20  # fewer than this with both modalities, and the test's normal approximation means little
 FALSE_DISCOVERIES = 0.01  # of the experts that are called visual or text, by Benjamini and Hochberg
+ROUTER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|moe|feed_forward|block_sparse_moe)\.(?:gate|router)\.weight$")
 RATIO = 1.25  # an expert's share of one modality over its share of the other, from which on the difference matters
 
 
@@ -92,66 +95,145 @@ def agreement(one: Profile, other: Profile) -> float:
     return sum(same) / len(same)
 
 
-def fingerprint(model_path: str | Path) -> str:
-    """sha256 over the routers' weights of a safetensors checkpoint: they decide what the profile describes."""
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class Routers:
+    """Of a checkpoint: the layers that have one, and the sha256 of the weights, which say what a profile is about."""
 
-    files = sorted(Path(model_path).glob("*.safetensors"))
-    if not files:
-        raise MacsError("model", f"no *.safetensors in {model_path}", "a local checkpoint")
-    digest = hashlib.sha256()
-    for file in files:
-        with safe_open(str(file), "pt") as tensors:
-            for name in sorted(n for n in tensors.keys() if n.endswith("mlp.gate.weight")):  # noqa: SIM118
-                digest.update(name.encode())
-                digest.update(tensors.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    layers: frozenset[int]
+    fingerprint: str
+
+
+def routers(model_path: str | Path, num_layers: int | None = None) -> Routers:
+    """Reads a local safetensors checkpoint. num_layers: what lies behind so many drafts tokens, and is
+    left out of `layers`. Raises MacsError where there is no checkpoint, or none with routers.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shards = sorted(Path(model_path).glob("*.safetensors"))
+    if not shards:
+        raise MacsError("--model-path", f"no *.safetensors in {model_path}", "a local checkpoint")
+    digest, layers = hashlib.sha256(), set()
+    for file in shards:
+        try:
+            with safe_open(str(file), "pt") as tensors:
+                for name in sorted(n for n in tensors.keys() if ROUTER.search(n)):  # noqa: SIM118
+                    layers.add(int(ROUTER.search(name)[1]))
+                    digest.update(name.encode())
+                    digest.update(tensors.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+        except (SafetensorError, OSError) as error:
+            raise MacsError("--model-path", f"{file} ({error})", "a whole checkpoint") from error
+    serving = frozenset(layer for layer in layers if num_layers is None or layer < num_layers)
+    if not serving:
+        raise MacsError("--model-path", f"{model_path} without layers.N.mlp.gate.weight", "a mixture-of-experts model")
+    return Routers(serving, digest.hexdigest())
+
+
+def check_layers(recorded: Iterable[int], expected: Iterable[int]) -> None:
+    """Raises MacsError unless a recording has every layer that the model routes in, and no other."""
+    recorded, expected = set(recorded), set(expected)
+    if recorded - expected:
+        found = f"layers {sorted(recorded - expected)}, which the checkpoint does not have"
+        raise MacsError("calibration", found, "the model at --model-path", "Is it the one that is served?")
+    if expected - recorded:
+        found = f"no rows in layers {sorted(expected - recorded)}"
+        raise MacsError("calibration", found, "rows in all", "A profile without them cannot be served.")
 
 
 # -- from a running server ---------------------------------------------------------------------------------------------
 
 
-def watch_server(url: str, samples: int, interval: float, patience: float) -> Recording:
-    """A recording of what the server at `url` routes meanwhile: one sample per look that finds both modalities.
+def watch_server(server: Server, layers: Iterable[int], samples: int, interval: float, patience: float) -> Recording:
+    """A recording of what `server` routes meanwhile: one sample per look that finds both modalities in all `layers`.
 
-    Raises MacsError if the server does not answer, does not run MACS, or has no traffic for `patience` seconds.
+    A look that gets no answer, or finds a server that has started again, begins anew with the next sample. Raises
+    MacsError if the first look gets no answer, if there is none and no mixed traffic for `patience` seconds, and
+    whenever the server's counters are not those of its whole routing before any clipping.
     """
+    layers = sorted(layers)
     found: list[Tensor] = []
-    layers, last = _expert_rows(url)
-    quiet_since = time.monotonic()
+    states = server.states()
+    last: Tensor | None = _expert_rows(states, layers)
+    answering, quiet_since = ranks(states)[0], time.monotonic()
+    without, trouble = "", None
     while len(found) < samples:
+        if time.monotonic() - quiet_since > patience:
+            raise trouble or _no_traffic(len(found), samples, patience, without)
         time.sleep(interval)
-        layers, now = _expert_rows(url)
-        new = now - last if last.shape == now.shape else now
-        if (new.sum(1) > 0).all():  # rows of both modalities in every layer
+        try:
+            states, trouble = server.states(), None
+        except MacsError as error:
+            last, trouble = None, error
+            continue
+        now = _expert_rows(states, layers)
+        if last is None or _fewer(now, last) or ranks(states)[0] != answering:
+            last, answering = now, ranks(states)[0]
+            continue
+        new = now - last if now.shape == last.shape else now
+        seen = new.sum(1) > 0  # [layers, 2]
+        without = _without(seen, layers)
+        if not without:
             found.append(new)
             last, quiet_since = now, time.monotonic()
-        elif time.monotonic() - quiet_since > patience:
-            raise MacsError(
-                "calibration",
-                f"{len(found)} of {samples} samples, and no mixed traffic for {patience:.0f} s",
-                "requests with images and text",
-                "Send prompts to the server, started with --macs-gamma inf.",
-            )
     return Recording(torch.stack(found), layers)
 
 
-def _expert_rows(url: str) -> tuple[list[int], Tensor]:
-    """Layer ids, and rows [layers, E, 2] i64 summed over the ranks, since the server's start."""
+def _fewer(now: Tensor, last: Tensor) -> bool:
+    """Whether counters fell, as they do where a server has started again. E is 0 before any traffic."""
+    return now.shape[1] < last.shape[1] or (now.shape == last.shape and bool((now < last).any()))
+
+
+def _without(seen: Tensor, layers: list[int]) -> str:
+    """In words, what of [layers, 2] is missing; "" if nothing is."""
+    if seen.all():
+        return ""
+    if not seen.any():
+        return "no rows in any layer"
+    lacking = {
+        modality: [layer for layer, there in zip(layers, column, strict=True) if not there]
+        for modality, column in zip(MODALITIES, seen.T.tolist(), strict=True)
+    }
+    return " and ".join(f"no {modality} rows in layers {of}" for modality, of in lacking.items() if of)
+
+
+def _no_traffic(found: int, samples: int, patience: float, without: str) -> MacsError:
+    got = f"{found} of {samples} samples, and no mixed traffic for {patience:.0f} s ({without or 'no second look'})"
+    fix = "Send it prompts meanwhile; batches under its --macs-min-tokens are not counted."
+    return MacsError("calibration", got, "requests with images and text", fix)
+
+
+def _expert_rows(states: list[State], layers: list[int]) -> Tensor:
+    """Rows [layers, E, 2] i64 summed over the ranks, since the server's start; E is 0 before any traffic. Raises
+    MacsError unless the states are those of every rank at infinite gamma.
+    """
+    for state in states:
+        config = state.get("config")
+        if isinstance(config, Mapping) and (config.get("gamma") != "inf" or config.get("preset") == "off"):
+            got = f"one at gamma {config.get('gamma')}, preset {config.get('preset')}"
+            raise MacsError("server", got, "one that clips nothing", "Start it with --macs-gamma inf.")
+    if missing := missing_ranks(states):
+        fix = "Serve with --dp equal to --tp and --enable-dp-attention while you calibrate."
+        raise MacsError("server", missing, "every rank's", fix)
+    tables = [state.get("expert_rows") for state in states]
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=30) as answer:
-            info = json.load(answer)
-    except (urllib.error.URLError, ValueError, OSError) as error:
-        raise MacsError("--server", f"{url} ({error})", "a running server's address") from error
-    states = [s["macs"] for s in info.get("internal_states", []) if s.get("macs")]
-    if not states:
-        raise MacsError("--server", f"{url} without MACS", "a server with --moe-a2a-backend macs")
-    tables = [s.get("expert_rows", {}) for s in states]
-    layers = sorted({int(layer) for table in tables for layer in table})
-    if not layers:
-        return [], torch.zeros(0, 0, 2, dtype=torch.long)
-    rows = [sum(torch.tensor(t[str(layer)]) for t in tables if str(layer) in t) for layer in layers]
-    return layers, torch.stack(rows)
+        named = {int(layer) for table in tables for layer in table}
+        check_layers(named.union(layers), layers)  # one without rows so far is there later, or missed then
+        found = {layer: [_rows(table[str(layer)]) for table in tables if str(layer) in table] for layer in layers}
+        experts = next((rows[0].shape[0] for rows in found.values() if rows), 0)
+        return torch.stack([sum(found[layer], torch.zeros(experts, 2, dtype=torch.long)) for layer in layers])
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, MacsError):
+            raise
+        versions = ", ".join(sorted({str(state.get("version")) for state in states}))
+        got = f"expert_rows of another form from sglang-macs {versions} ({error})"
+        raise MacsError("server", got, f"those of {__version__}", "Calibrate with the server's own version.") from error
+
+
+def _rows(table: object) -> Tensor:
+    """[E, 2] i64. Raises TypeError, ValueError, RuntimeError for what is no table of counters."""
+    rows = torch.tensor(table)
+    if rows.dtype != torch.int64 or rows.ndim != 2 or rows.shape[1] != 2 or (rows < 0).any():
+        raise ValueError(f"{rows.dtype} of shape {list(rows.shape)}")
+    return rows
 
 
 # -- from a dataset ----------------------------------------------------------------------------------------------------
@@ -162,20 +244,15 @@ def replay(model_path: str, dataset: str, per_sample: int = 2) -> Recording:
 
     dataset: JSON lines {"text": ..., "images": [paths]}, paths relative to the file.
     """
-    from .cpu_compat import allow_torchvision
-
-    allow_torchvision()
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(model_path)
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
-    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    lines = files.read(dataset, "--dataset").splitlines()
+    processor, model = _load(model_path)
+    gates = {int(found[1]): m for n, m in model.named_modules() if (found := ROUTER.search(f"{n}.weight"))}
     experts, image_token = model.config.text_config.num_experts, model.config.image_token_id
     seen: list[Tensor] = []
-    for router in routers:
-        router.register_forward_hook(lambda _, __, output: seen.append(output[2]))  # (logits, weights, ids [T, K])
-    found, current, prompts = [], torch.zeros(len(routers), experts, 2, dtype=torch.long), 0
-    for inputs in _prompts(processor, dataset):
+    for gate in gates.values():
+        gate.register_forward_hook(lambda _, __, output: seen.append(output[2]))  # (logits, weights, ids [T, K])
+    found, current, prompts = [], torch.zeros(len(gates), experts, 2, dtype=torch.long), 0
+    for inputs in _prompts(processor, dataset, lines):
         seen.clear()
         with torch.no_grad():
             model(**inputs)
@@ -187,7 +264,24 @@ def replay(model_path: str, dataset: str, per_sample: int = 2) -> Recording:
             current = torch.zeros_like(current)
     if not found:
         raise MacsError("--dataset", f"{dataset} with {prompts} prompts", f"at least {per_sample * MIN_SAMPLES}")
-    return Recording(torch.stack(found), list(range(len(routers))))
+    return Recording(torch.stack(found), list(gates))
+
+
+def _load(model_path: str):
+    """transformers' processor and model. Raises MacsError for what they cannot load."""
+    from .cpu_compat import allow_torchvision
+
+    allow_torchvision()
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
+        model.config.text_config.num_experts, model.config.image_token_id  # noqa: B018
+    except Exception as error:  # each model and each format has its own
+        expected = "a model with images and experts that transformers loads"
+        raise MacsError("--model-path", f"{model_path} ({error})", expected, "Or record a server: --server.") from error
+    return processor, model
 
 
 def count_rows(ids: Tensor, text: Tensor, num_experts: int) -> Tensor:
@@ -196,20 +290,24 @@ def count_rows(ids: Tensor, text: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(cells, minlength=2 * num_experts + 1)[:-1].view(num_experts, 2)
 
 
-def _prompts(processor, dataset: str) -> Iterator[dict]:
+def _prompts(processor, dataset: str, lines: list[bytes]) -> Iterator[dict]:
     from PIL import Image
 
     path = Path(dataset)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise MacsError("--dataset", f"{path} ({error.strerror})", "a readable file of JSON lines") from error
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
             images = [Image.open(path.parent / name).convert("RGB") for name in item.get("images", [])]
-            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": item["text"]}]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "" + item["text"]}]
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OSError,
+            RecursionError,
+            Image.DecompressionBombError,
+        ) as error:
             raise MacsError(
                 "--dataset", f"line {number} of {path} ({error!r})", '{"text": ..., "images": [...]}'
             ) from error

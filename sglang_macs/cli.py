@@ -1,17 +1,23 @@
-"""The command `sglang-macs`: finds its subcommands in `sglang_macs/commands`, one module each."""
+"""The command `sglang-macs`: finds its subcommands in `sglang_macs/commands`, one module each.
+
+A subcommand imports what it works with when it runs: `--help`, `top` and `simulate` do not wait for torch, nor need it.
+"""
 
 import argparse
 import importlib
+import io
+import os
 import pkgutil
 import sys
 
 from . import __version__, commands
+from .arguments import Parser
 from .errors import MacsError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; `args.run(args)` runs the chosen one and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="sglang-macs", description="Tools around SGLang served with MACS.")
+    parser = Parser(prog="sglang-macs", description="Tools around SGLang served with MACS.")
     parser.add_argument("--version", action="version", version=f"sglang-macs {__version__}")
     chosen = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in sorted(module.name for module in pkgutil.iter_modules(commands.__path__)):
@@ -24,11 +30,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. Bad input ends in one line on stderr and status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows bars as question marks
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except MacsError as error:
-        print(f"sglang-macs {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(args.command, error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__package__):
+            raise
+        fix = f"pip install {error.name.partition('.')[0]}"
+        return _fail(args.command, MacsError("environment", f"no module {error.name}", "it installed", fix))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `sglang-macs top | head`: nobody reads on, and Python must not try again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _fail(command: str, error: MacsError) -> int:
+    print(f"sglang-macs {command}: {error}", file=sys.stderr)
+    return 2

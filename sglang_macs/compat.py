@@ -158,3 +158,25 @@ def check(launch: Launch) -> None:
     for rule in RULES:
         if got := rule.refuses(launch):
             raise MacsError(rule.what, got, f"{rule.expected} (MACS)", rule.fix)
+
+
+PARALLEL_FLAGS = (
+    "tp_size",
+    "dp_size",
+    "ep_size",
+    "pp_size",
+    "attn_dp_size",
+    "enable_dp_attention",
+    "enable_dp_lm_head",
+    "moe_dense_tp_size",
+    "enable_two_batch_overlap",
+    "enable_mixed_chunk",
+)
+
+
+def parallel_flags(flags: Any) -> str:
+    """Those of a launch that say how ranks share their work, as they are set."""
+    given = {name: getattr(flags, name, None) for name in PARALLEL_FLAGS}
+    return " ".join(
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, False)
+    )

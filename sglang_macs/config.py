@@ -9,8 +9,8 @@ import math
 import os
 from dataclasses import dataclass, field
 
+from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
-from .ops import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
 
@@ -70,7 +70,7 @@ class MacsConfig:
         "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
     )
     protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
-    min_tokens: int = _opt(64, "act on prefill batches of at least this many tokens over the group")
+    min_tokens: int = _opt(32, "act on prefill batches of at least this many tokens a rank, on average")
     decode: bool = _opt(False, "act on decode batches too")
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
@@ -85,14 +85,15 @@ class MacsConfig:
     )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
+    verify_every: int = _opt(64, "without that, recount in one of so many planned passes; 0 = never")
     trace: str | None = _opt(None, "folder to record every plan into, for `sglang-macs report`")
     trace_limit_mb: float = _opt(64.0, "megabytes that each rank records at most")
 
     @classmethod
     def from_preset(cls, preset: str = "rank", **options) -> "MacsConfig":
         """The preset with `options` over it, validated. Raises MacsError."""
-        if preset not in PRESETS:
-            raise MacsError("--macs-preset", repr(preset), f"one of {', '.join(PRESETS)}")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise MacsError("--macs-preset", _shown(preset), f"one of {', '.join(PRESETS)}")
         unknown = options.keys() - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise MacsError("MACS option", ", ".join(sorted(unknown)), "a field of MacsConfig")
@@ -100,6 +101,8 @@ class MacsConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
+            if expected := _wrong_type(f, getattr(self, f.name)):
+                raise MacsError(flag(f.name), _shown(getattr(self, f.name)), expected)
             if f.metadata["choices"] is not None and getattr(self, f.name) not in f.metadata["choices"]:
                 raise MacsError(flag(f.name), repr(getattr(self, f.name)), f"one of {_listed(f.metadata['choices'])}")
         self._check_range("gamma", self.gamma > 0, "a number above 0", "inf turns clipping off.")
@@ -110,8 +113,9 @@ class MacsConfig:
         self._check_range("reroute_rounds", 0 <= self.reroute_rounds <= 64, "0 to 64")
         if self.is_off and not math.isinf(self.gamma):
             raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
-        self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < math.inf, "a number of megabytes above 0")
+        self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < 1e9, "megabytes above 0")
         self._check_range("min_tokens", self.min_tokens >= 0, "a number of tokens >= 0")
+        self._check_range("verify_every", self.verify_every >= 0, "a number of passes >= 0")
 
     def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:
         if not ok:  # NaN fails every comparison, and so ends here too
@@ -132,17 +136,32 @@ class MacsConfig:
         return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, object]) -> "MacsConfig":
-        return cls(**{k: math.inf if v == "inf" else v for k, v in values.items()})
+    def from_json(cls, values: object) -> "MacsConfig":
+        """Of what `to_json` gave. Raises MacsError for anything else."""
+        if not isinstance(values, dict):
+            raise MacsError("MACS options", _shown(values), "a JSON object of them")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := values.keys() - fields.keys():
+            raise MacsError("MACS options", ", ".join(sorted(map(str, unknown))), "fields of MacsConfig")
+        infinite = {k: math.inf for k, v in values.items() if v == "inf" and _type_of(fields[k]) == "float"}
+        return cls(**{**values, **infinite})
 
 
 # The configuration of a process tree travels in one environment variable, which spawned processes inherit.
 
 
 def configured() -> MacsConfig | None:
-    """The configuration this process tree serves with, or None: MACS was not asked for."""
+    """The configuration this process tree serves with, or None: MACS was not asked for. Raises MacsError if the
+    environment holds none that can be read.
+    """
     raw = os.environ.get(CONFIG_ENV)
-    return MacsConfig.from_json(json.loads(raw)) if raw else None
+    if not raw:
+        return None
+    try:
+        return MacsConfig.from_json(json.loads(raw))
+    except (ValueError, RecursionError) as error:  # a MacsError, too: whoever reads it must know where the value stands
+        fix = "Unset it: the flags and configure() write it."
+        raise MacsError(CONFIG_ENV, f"{raw[:80]!r}... ({error})", "what configure() writes", fix) from error
 
 
 def configure(config: MacsConfig | None) -> None:
@@ -151,6 +170,40 @@ def configure(config: MacsConfig | None) -> None:
         os.environ.pop(CONFIG_ENV, None)
     else:
         os.environ[CONFIG_ENV] = json.dumps(config.to_json())
+
+
+def _type_of(f: dataclasses.Field) -> str:
+    """bool, int, float, str, or str | None."""
+    return getattr(f.type, "__name__", str(f.type))
+
+
+def _wrong_type(f: dataclasses.Field, value: object) -> str:
+    """What is expected where `value` is not of the field's type; "" where it is."""
+    kind = _type_of(f)
+    if kind == "bool":
+        return "" if isinstance(value, bool) else "true or false"
+    if kind in ("int", "float"):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        fits = whole or (kind == "float" and isinstance(value, float))
+        return "" if fits else "a whole number" if kind == "int" else "a number"
+    if kind == "str":
+        return "" if isinstance(value, str) else "a name"
+    return "" if value is None or (isinstance(value, str) and _is_path(value)) else "a path"
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """`value` as Python writes it; numbers that it does not write, in words."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _listed(choices: tuple) -> str:
@@ -169,7 +222,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parser_of(f: dataclasses.Field):
-    return {"bool": _parse_bool, "int": int, "float": float}.get(getattr(f.type, "__name__", str(f.type)), str)
+    return {"bool": _parse_bool, "int": int, "float": float}.get(_type_of(f), str)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import batch, stats
 from .peer_all_reduce import PeerAllReduce
 from .plan import Plan, PlanResult
-from .trace import Recorder
+from .recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,14 @@ class Planned:
     """What one layer dispatches: ids and weights [T, K]; the plan's result, if it planned.
 
     segment [T] is None for a batch that MACS leaves alone and does not count (decode, small): that path does nothing.
+    left_alone: [T] bool, rows that went past the plan; None in a pass where no rank has any.
     """
 
     topk_ids: Tensor
     topk_weights: Tensor
-    segment: Tensor | None
-    result: PlanResult | None
+    segment: Tensor | None = None
+    result: PlanResult | None = None
+    left_alone: Tensor | None = None
 
 
 class LayerPlanner:
@@ -156,17 +158,30 @@ class LayerPlanner:
         self.counters.dispatches += 1
         if now.skip:
             self.counters.skipped[now.skip] += 1
-            segment = self._segment(now, half, topk_ids) if now.skip == "off" else None
-            return Planned(topk_ids, topk_weights, segment, None)
+            if now.skip != "off":
+                return Planned(topk_ids, topk_weights)
         segment = self._segment(now, half, topk_ids)
+        left_alone = segment == batch.LEFT_ALONE if now.leaves_alone else None
+        if now.skip:
+            return Planned(topk_ids, topk_weights, segment, None, left_alone)
+        planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
         start = time.perf_counter()
         plan = plan or partial(self.plan, all_reduce=self.all_reduce)
-        result = plan(hidden_states, topk_ids, topk_weights, router_logits, segment, now.num_segments)
+        result = plan(
+            hidden_states,
+            planned_ids,
+            topk_weights,
+            router_logits,
+            segment if left_alone is None else segment.clamp(min=batch.TEXT),
+            now.num_segments,
+        )
         self.counters.plan_seconds += time.perf_counter() - start
+        if left_alone is not None:
+            result = result.with_rows(left_alone, topk_ids, topk_weights)
         self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
         if self.recorder is not None:
-            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, result)
-        return Planned(result.topk_ids, result.topk_weights, segment, result)
+            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result)
+        return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the EP group, in place."""
@@ -178,14 +193,24 @@ class LayerPlanner:
     def recount(self, topk_ids: Tensor, planned: Planned) -> Tensor:
         """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
         weight = planned.result.weight if planned.result else None
-        plan = self.plan
-        return stats.recount(plan.config, plan.num_experts, topk_ids, planned.topk_ids, weight, planned.segment)
+        segment = planned.segment if batch.current().measured else None
+        sent, left_alone = planned.topk_ids, planned.left_alone
+        return stats.recount(self.plan.num_experts, topk_ids, sent, weight, segment, left_alone)
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
         if planned.segment is not None:
             cut = planned.result.cut if planned.result else None
-            self.counters.add_recount(self.plan.config, self.layer_id, self.plan.num_ranks, own, group, cut)
+            counted = stats.Recount(self.plan.config, self.layer_id, self.plan.num_ranks, own, group, cut)
+            self.counters.add_recount(counted._replace(left_alone=planned.left_alone is not None))
+
+    def measure(self, topk_ids: Tensor, planned: Planned) -> None:
+        """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
+        if batch.current().measured and planned.segment is not None:
+            own = self.recount(topk_ids, planned)
+            group = own.clone()
+            self.all_reduce(group)
+            self.prove(planned, own, group)
 
     def expected_rows(self, top_k: int) -> int | None:
         """Rows that an expert has to expect of the batch that is running: the group's mean, never more than gamma times

@@ -47,8 +47,13 @@ class FusedLowLatency:
             setattr(impl, name, partial(getattr(self, "_" + name), getattr(impl, name)))
 
     def takes(self) -> bool:
-        """Whether the dispatch that comes now goes through the fused kernels: agreed on by all ranks of the group."""
-        return not batch.current().skip and self.format() is not None and self.impl.overlap_args is None
+        """Whether the dispatch that comes now goes through the fused kernels: agreed on by all ranks of the group.
+
+        Not where rows are left alone: the kernel plans every row that it sends.
+        """
+        now = batch.current()
+        planned = not now.skip and not now.leaves_alone
+        return planned and self.format() is not None and self.impl.overlap_args is None
 
     def format(self) -> str | None:
         """Of the rows, as the runner wants them; None: not one of ours."""

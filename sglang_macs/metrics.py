@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .batch import SKIP_REASONS
+from .choices import CLAIMS, MODALITIES
 from .config import MacsConfig
-from .stats import CLAIMS, MODALITIES, Stats
+from .stats import Stats
 
 PREFIX = "sglang:macs_"
 BUSY_SECONDS = 5.0

@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .choices import IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
-SCOPES = ("expert", "rank")
-LOADS = ("rows", "effective")
-IMPORTANCES = ("entropy", "gate", "entropy_gate")
-REROUTES = ("none", "local", "global")
 SCORINGS = ("softmax", "sigmoid")
 FORMATS = ("bf16", "fp8", "fp8_power_of_two", "fp8_ue8m0")  # of rows on their way (csrc/include/macs/fused.h)
 PHASES = ("both", "send", "receive")
-BUCKETS = (32, 64, 128, 256)
-WEIGHT_ONE = 256  # fixed-point 1.0 of an entropy weight, and the units of one row under load=effective
 NUM_SUMS = 4  # N, N_visual, W_visual, W behind the histogram's [E, 2, B] cells
 
 

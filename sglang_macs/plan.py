@@ -1,12 +1,13 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .choices import WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
 
@@ -30,6 +31,12 @@ class PlanResult:
     group: Tensor
     cut: Tensor
     counts: Tensor
+
+    def with_rows(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> "PlanResult":
+        """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
+        rows = rows.unsqueeze(1)
+        ids = torch.where(rows, topk_ids, self.topk_ids)
+        return replace(self, topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
 
 
 class Plan:
@@ -202,6 +209,6 @@ class Plan:
 
 def check_batch_size(group_tokens: int, top_k: int) -> None:
     """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
-    most = (2**31 - 1) // (ops.WEIGHT_ONE * top_k)
+    most = (2**31 - 1) // (WEIGHT_ONE * top_k)
     if group_tokens > most:
         raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -17,7 +17,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from . import batch, compat, cpu_compat, hooks, ops, profile, worker
+from . import batch, compat, cpu_compat, hooks, ops, profile, recorder, worker
+from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, from_args
 from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
@@ -25,6 +26,7 @@ from .fused import Sizes
 from .hooks import Hook
 from .low_latency import FusedLowLatency
 from .plan import Plan, check_batch_size
+from .shared_state import SharedState
 
 RUNNER = "macs"
 
@@ -145,7 +147,10 @@ def _check_launch(record, config: MacsConfig) -> None:
 
 def _launch_scheduler_processes(original, cls, server_args, port_args, run_scheduler_process_func, **kwargs):
     """AROUND Engine._launch_scheduler_processes: schedulers start through our own entry, which checks its hooks."""
-    entry = run_scheduler_process if configured() is not None else run_scheduler_process_func
+    entry = run_scheduler_process_func
+    if configured() is not None:
+        entry = run_scheduler_process
+        os.environ[recorder.RUN_ENV] = recorder.new_run()  # one name for the files of all schedulers
     return original(cls, server_args, port_args, entry, **kwargs)
 
 
@@ -211,13 +216,19 @@ def _layer_planner(moe_runner_config):
         _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
-    recorder = process.recorder_of(parallel.moe_ep_rank)
+    traced = process.recorder_at(_place(parallel))
     group = parallel.tp_group
     peers = process.transports.all_reduce(plan.histogram_size, group.cpu_group)
-    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, recorder, peers)
+    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers)
     process.planners[layer_id] = planner
     process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
     return planner
+
+
+def _place(parallel) -> recorder.Place:
+    """Which file of a trace is this process's. Under dp-attention the ranks of dp are ranks of one EP group."""
+    replica = (parallel.dp_rank or 0) if parallel.attn_dp_size == 1 else 0
+    return recorder.Place(parallel.moe_ep_rank, parallel.pp_rank, replica, parallel.pp_size, parallel.attn_tp_size)
 
 
 def _cpu_dispatcher(planner):
@@ -282,11 +293,7 @@ def _plan_before_deepep(dispatcher, planner, fused=()):
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
         takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
         planned = planner(hidden_states, ids, weights, _logits(topk_output), half, fused.plan if takes else None)
-        if planner.plan.config.verify and planned.segment is not None:
-            own = planner.recount(ids, planned)
-            group = own.clone()
-            planner.all_reduce(group)
-            planner.prove(planned, own, group)
+        planner.measure(ids, planned)
         output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
         return dispatch_a(hidden_states=hidden_states, topk_output=output)
 
@@ -325,17 +332,47 @@ def _scoring(routing_method_type) -> str:
     return "sigmoid" if name in ("DeepSeekV3", "MiniMax2", "Sigmoid", "SigmoidRenorm", "Llama4") else "softmax"
 
 
+def _update_gather_batch(result, schedule_batch, sync_info, *args, **kwargs):
+    """AFTER _update_gather_batch: keeps what every rank runs, which SGLang's schedulers have just told each other.
+
+    With --moe-dense-tp-size and --enable-dp-lm-head SGLang hands a rank its own token count alone.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    told = sync_info.tp0_info_cpu  # [attention-DP ranks, fields]; None where the exchange was left out
+    modes = [] if told is None else [ForwardMode(mode) for mode in told[:, 5].tolist()]
+    schedule_batch.macs_ranks = batch.RankBatches.of_modes(told[:, 0].tolist(), modes) if modes else None
+
+
+def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
+    """AFTER ForwardBatch.init_new: what the scheduler's batch knows and this one does not take along."""
+    result.macs_ranks = getattr(schedule_batch, "macs_ranks", None)
+    result.macs_decoding = len(schedule_batch.decoding_reqs or ())
+
+
+def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, ranks = get_parallel(), getattr(forward_batch, "macs_ranks", None)
+    if ranks is None and parallel.attn_dp_size > 1:
+        return batch.Batch()  # not from a scheduler
+    decoding = getattr(forward_batch, "macs_decoding", 0)
+    return batch.of_forward(forward_batch, config, parallel.moe_ep_size, ranks, decoding)
+
+
 def _forward(original, self, forward_batch, *args, **kwargs):
-    """AROUND ModelRunner.forward: the visual mask, before embedding clamps the padded ids away."""
+    """AROUND ModelRunner.forward: what this pass is to MACS, before embedding clamps the padded ids away."""
     from sglang.srt.runtime_context import get_parallel
 
     if self.is_draft_worker:
         with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
     process = worker.current()
-    acts_on = batch.of_forward(forward_batch, process.config)
+    acts_on = process.measured(_batch_of(forward_batch, process.config))
     if not acts_on.skip:
         check_batch_size(acts_on.group_tokens, process.top_k)
+    if acts_on.skip != "outside" and process.agreement is not None:
+        process.agreement.check(acts_on, forward_batch.input_ids.numel())
     with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):
         result = original(self, forward_batch, *args, **kwargs)
     process.tick()
@@ -361,16 +398,58 @@ def _group_coordinator_init(original, self, *args, **kwargs):
 
 def _scheduler_init(result, self, *args, **kwargs):
     """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_observability, get_parallel
 
     process = worker.current()
     if not process.planners:
         raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
-    ranks = next(iter(process.planners.values())).plan.num_ranks
-    line = f"sglang-macs: active on {len(process.planners)} MoE layers, {ranks} ranks, {process.config}"
+    parallel = get_parallel()
+    _check_exchange_of_schedulers(parallel)
+    line = f"sglang-macs: active on {len(process.planners)} MoE layers, {parallel.moe_ep_size} ranks, {process.config}"
     print(line, file=sys.stderr, flush=True)
-    if self.metrics_collector is not None:
-        process.export_metrics(self.metrics_collector.labels, get_parallel().moe_ep_rank)
+    agreement = Agreement(parallel.tp_group.cpu_group, compat.parallel_flags(self.server_args))
+    process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
+    if get_observability().enable_metrics:
+        process.export_metrics(_metric_labels(self.metrics_collector, parallel))
+
+
+def _check_exchange_of_schedulers(parallel) -> None:
+    from sglang.srt.environ import envs
+
+    if parallel.attn_dp_size > 1 and envs.SGLANG_SCHEDULER_SKIP_ALL_GATHER.get():
+        raise MacsNotActive("with SGLANG_SCHEDULER_SKIP_ALL_GATHER ranks do not know of each other's batches; unset it")
+
+
+def _shared_state(parallel) -> SharedState:
+    """Of this rank. Attention-TP rank 0 of stage 0 is asked, and speaks for its attention-TP group in all stages."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    first = parallel.tp_rank - parallel.attn_tp_rank
+    group = range(first, first + parallel.attn_tp_size)
+    with_us, later = [], []
+    if parallel.attn_tp_rank == 0 and parallel.pp_rank == 0:
+        with_us = [(0, rank) for rank in group if rank != first]
+        later = [(stage, rank) for stage in range(1, parallel.pp_size) for rank in group]
+    return SharedState(_get_default_store(), (parallel.pp_rank, parallel.tp_rank), with_us, later)
+
+
+def _metric_labels(collector, parallel) -> dict[str, Any]:
+    """SGLang's own labels; made alike on ranks that export nothing of SGLang's (attention-TP)."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+    from sglang.srt.runtime_context import get_disagg, get_observability, get_serving
+
+    if collector is not None:
+        return dict(collector.labels)
+    labels = {
+        "model_name": get_serving().served_model_name,
+        "engine_type": DisaggregationMode.to_engine_type(get_disagg().disaggregation_mode),
+        "tp_rank": parallel.tp_rank,
+        "pp_rank": parallel.pp_rank,
+        "moe_ep_rank": parallel.moe_ep_rank,
+    }
+    if parallel.dp_rank is not None:
+        labels["dp_rank"] = parallel.dp_rank
+    return labels | (get_observability().extra_metric_labels or {})
 
 
 def _run_event_loop(original, self):
@@ -389,9 +468,7 @@ def _run_event_loop(original, self):
 
 def _get_internal_state(result, self, *args, **kwargs):
     """AFTER Scheduler.get_internal_state: counters under `internal_states[*].macs` of GET /server_info."""
-    from sglang.srt.runtime_context import get_parallel
-
-    result.internal_state["macs"] = worker.current().state(get_parallel().moe_ep_rank)
+    result.internal_state["macs"] = worker.current().answer()
 
 
 def _add_deepstack(original, hidden_states, forward_batch, extra):
@@ -473,6 +550,8 @@ _UNQUANT = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
 SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.utils.is_deepep_class_backend", _is_deepep_class_backend, "around"),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
+    Hook("sglang.srt.managers.scheduler_components.dp_attn._update_gather_batch", _update_gather_batch, "after"),
+    Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", _forward_batch_init_new, "after"),
     Hook("sglang.srt.model_executor.model_runner.ModelRunner.forward", _forward, "around"),
     Hook("sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", _group_coordinator_init, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import __version__
-from .stats import MODALITIES
+from .choices import MODALITIES
 from .trace import CLIPPED, KEPT, REROUTED, Picture, Trace
 
 WIDTH = 960  # of charts, in pixels
@@ -31,7 +31,7 @@ p { margin: 0 0 12px; color: var(--soft); max-width: 92ch; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px; margin-top: 20px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
 .tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
-.tile b { display: block; font-size: 22px; letter-spacing: -.02em; white-space: nowrap; }
+.tile b { display: block; font-size: 20px; letter-spacing: -.02em; white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .key { font-size: 13px; color: var(--soft); display: flex; gap: 18px; flex-wrap: wrap; margin: 6px 0 12px; }
@@ -40,9 +40,10 @@ svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-
 .panels { display: flex; gap: 14px; flex-wrap: wrap; }
 figure { margin: 0; } figcaption { font-size: 12px; color: var(--soft); margin-top: 4px; }
 .view { position: relative; border-radius: 6px; overflow: hidden; background: #cbd5e1; }
-.view img { position: absolute; inset: 0; width: 100%; height: 100%; }
-.view img.grid { image-rendering: pixelated; }
-.view img.dim { filter: grayscale(1) brightness(.75); }
+.photo, .grid { position: absolute; inset: 0; width: 100%; height: 100%; }
+.photo { background: var(--photo) 0 0 / 100% 100%; print-color-adjust: exact; }
+.photo.dim { filter: grayscale(1) brightness(.75); }
+.grid { image-rendering: pixelated; }
 .small { margin-top: 10px; gap: 8px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; margin-top: 8px; }
 th, td { text-align: right; padding: 4px 12px; border-bottom: 1px solid var(--line); }
@@ -72,7 +73,11 @@ def _subtitle(trace: Trace) -> str:
     size = f"{trace.ranks} ranks, {len(trace.layers)} MoE layers, {trace.experts} experts, top-{trace.top_k}"
     seconds = trace.steps[-1].time - trace.steps[0].time
     full = " The recording stopped at its size limit." if trace.full else ""
-    return f"{what}; {size}; {len(trace.steps)} planned passes in {seconds:.1f} s.{full}"
+    of = f"replica {trace.replicas[0]}" if trace.replicas != [0] else ""
+    if len(trace.replicas) > 1:
+        of = f"replicas {', '.join(map(str, trace.replicas))} together, {trace.ranks} ranks each"
+    passes = f"{len(trace.steps)} planned passes in {seconds:.1f} s{f' of {of}' if of else ''}"
+    return f"{what}; {size}; run {trace.run}: {passes}.{full}"
 
 
 def _text(value: object) -> str:
@@ -94,7 +99,7 @@ def _imbalance(rows: np.ndarray) -> np.ndarray:
 
 def _fates(trace: Trace) -> np.ndarray:
     """[L, 3, 2] kept, clipped, re-routed by (visual | text), over all passes."""
-    return sum(step.counts.sum(axis=2) for step in trace.steps)
+    return sum(step.fates for step in trace.steps)
 
 
 def _share(part: float, whole: float) -> str:
@@ -167,13 +172,15 @@ def _by_layer(trace: Trace) -> str:
 def _cells(values: np.ndarray, x: float, y: float, block: float, height: float) -> list[str]:
     """One rank a cell: red above the mean, blue below, the figure inside where it fits."""
     width = block / len(values)
+    gap = min(1.0, width / 16)  # on either side; many ranks are narrow
     parts = []
     for rank, value in enumerate(values):
         strength = min(abs(value - 1) / 0.5, 1)
         end = (220, 80, 60) if value > 1 else (70, 130, 200)
         colour = tuple(round(241 + (c - 241) * strength * 0.85) for c in end)
         title = f"<title>rank {rank}: {value:.3f} of the mean</title>"
-        box = f"x='{x + rank * width + 1:.1f}' y='{y + 1}' width='{width - 2:.1f}' height='{height - 2}' rx='3'"
+        box = f"x='{x + rank * width + gap:.2f}' y='{y + 1}' width='{width - 2 * gap:.2f}' height='{height - 2}'"
+        box += f" rx='{3 * gap:.1f}'"
         parts.append(f"<rect {box} fill='rgb{colour}'>{title}</rect>")
         if width >= 32:
             parts.append(_label(x + (rank + 0.5) * width, y + height / 2 + 4, f"{value:.2f}", "middle", "#0f172a"))
@@ -223,11 +230,26 @@ def _thinned(values: np.ndarray) -> np.ndarray:
 
 # ---- Pictures ------------------------------------------------------------------------------------------------------
 
-_PICTURES_NOTE = (
-    "Middle: the entropy weight of each visual token, averaged over the layers; dark tokens weigh little and go first. "
+_IMPORTANCES = {  # of a token's weakest assignment: what is shown, and its short name
+    "gate": ("the router's gate of each token's weakest assignment", "gate"),
+    "entropy": ("the entropy weight of each token", "entropy weight"),
+    "entropy_gate": ("entropy weight times gate of each token's weakest assignment", "weight x gate"),
+}
+_FATE_NOTE = (
     "Right: the share of a token's assignments that were given up, red where they were dropped and amber where another "
     "expert took them. Below, single layers."
 )
+
+
+def _importance(trace: Trace) -> tuple[str, str]:
+    """What the middle panel shows, long and short."""
+    return _IMPORTANCES.get(str(trace.config.get("importance")), ("what the plan went by", "importance"))
+
+
+def _pictures_note(trace: Trace) -> str:
+    note = f"Middle: {_importance(trace)[0]}, averaged over the layers; dark tokens are worth little and go first"
+    pressed = trace.config.get("scope") == "rank" and trace.config.get("alpha") != 0
+    return f"{note}{' (an overloaded expert counts for less than shown)' if pressed else ''}. {_FATE_NOTE}"
 
 
 def _pictures(trace: Trace) -> str:
@@ -235,22 +257,22 @@ def _pictures(trace: Trace) -> str:
     if not trace.pictures:
         return _section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
     chosen = sorted(trace.pictures, key=lambda p: -int(p.clipped.sum()))[:MAX_PICTURES]
-    note = f"{_PICTURES_NOTE} {len(chosen)} of {len(trace.pictures)} recorded pictures."
+    note = f"{_pictures_note(trace)} {len(chosen)} of {len(trace.pictures)} recorded pictures."
     return _section(title, note, "".join(_card(trace, picture) for picture in chosen))
 
 
 def _card(trace: Trace, picture: Picture) -> str:
-    layers, rows, columns = picture.weight.shape
+    layers, rows, columns = picture.importance.shape
     width, height = (PANEL * side / max(rows, columns) for side in (columns, rows))
-    known = ~np.isnan(picture.weight[0])
+    known = picture.known
     seen = int(known.sum()) * layers * trace.top_k
-    weight = np.where(known, np.nan_to_num(picture.weight).mean(axis=0), np.nan)
-    lost, given = int(picture.dropped.sum()), int(picture.clipped.sum())
+    importance = np.where(known, picture.importance.mean(axis=0), np.nan)
+    lost, given = int(picture.dropped[:, known].sum()), int(picture.clipped[:, known].sum())
     told = f"given up {_share(given, seen)}, dropped {_share(lost, seen)}"
-    span = f"entropy weight {np.nanmin(weight):.2f} to {np.nanmax(weight):.2f}"
+    span = f"{_importance(trace)[1]} {np.nanmin(importance):.3f} to {np.nanmax(importance):.3f}"
     panels = [
-        _view(picture, width, height, None, f"{columns} by {rows} tokens"),
-        _view(picture, width, height, _weight_png(weight), span),
+        _view(picture, width, height, None, f"{columns} by {rows} tokens{_recorded(trace, picture)}"),
+        _view(picture, width, height, _importance_png(importance), span),
         _view(picture, width, height, _fate_png(picture, slice(None), trace.top_k), told),
     ]
     small = []
@@ -260,32 +282,44 @@ def _card(trace: Trace, picture: Picture) -> str:
     rows_of_views = (
         f"<div class='panels{kind}'>{''.join(views)}</div>" for kind, views in (("", panels), (" small", small))
     )
-    return f"<div class='card'>{''.join(rows_of_views)}</div>"
+    photo = ""
+    if picture.jpeg is not None:  # once for all views
+        photo = f" style='--photo:url(data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()})'"
+    return f"<div class='card'{photo}>{''.join(rows_of_views)}</div>"
+
+
+def _recorded(trace: Trace, picture: Picture) -> str:
+    """How much of it, and where, as far as that is not plain."""
+    parts = []
+    if (share := picture.known.mean()) < 1:
+        parts.append(f"{share:.0%} of them recorded")
+    if picture.copies > 1:
+        replica = f"replica {picture.replica}, " if len(trace.replicas) > 1 else ""
+        parts.append(f"as {replica}rank {picture.rank} saw it, one of {picture.copies}")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _view(picture: Picture, width: float, height: float, overlay: bytes | None, caption: str) -> str:
     images = ""
     if picture.jpeg is not None:
-        dim = " class='dim'" if overlay else ""
-        images += f"<img{dim} alt='' src='data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}'>"
+        images += f"<div class='photo{' dim' if overlay else ''}'></div>"
     if overlay is not None:
         images += f"<img class='grid' alt='' src='data:image/png;base64,{base64.b64encode(overlay).decode()}'>"
     box = f"<div class='view' style='width:{width:.0f}px;height:{height:.0f}px'>{images}</div>"
     return f"<figure>{box}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
-def _weight_png(weight: np.ndarray) -> bytes:
-    """Dark where a token weighs little, clear where it weighs much, scaled to this picture."""
-    low, high = np.nanmin(weight), np.nanmax(weight)
-    level = np.nan_to_num((weight - low) / max(high - low, 1e-6), nan=1.0)[..., None]
+def _importance_png(importance: np.ndarray) -> bytes:
+    """Dark where a token is worth little, clear where it is worth much, scaled to this picture; NaN shows nothing."""
+    low, high = np.nanmin(importance), np.nanmax(importance)
+    level = np.nan_to_num((importance - low) / max(high - low, 1e-6), nan=1.0)[..., None]
     colour = np.array([49, 18, 110]) * (1 - level) + np.array([253, 231, 120]) * level
-    alpha = np.where(np.isnan(weight), 0, 175)[..., None]
+    alpha = np.where(np.isnan(importance), 0, 175)[..., None]
     return _png(np.concatenate([colour, alpha], axis=-1).round().astype(np.uint8))
 
 
 def _fate_png(picture: Picture, layers: slice, top_k: int) -> bytes:
-    given = picture.clipped[layers].astype(float).mean(axis=0) / top_k
-    lost = picture.dropped[layers].astype(float).mean(axis=0) / top_k
+    given, lost = (fate[layers].mean(axis=0) / top_k for fate in (picture.clipped, picture.dropped))
     red = np.where(given > 0, lost / np.maximum(given, 1e-9), 0)[..., None]
     colour = np.array(DROPPED) * red + np.array(REROUTED_COLOUR) * (1 - red)
     alpha = np.where(given > 0, 30 + 210 * given, 0)[..., None]

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from .backlog import Backlog, SumsByLayer, to_host
+from .choices import MODALITIES, WEIGHT_ONE
 from .config import MacsConfig
-from .ops import NUM_SUMS, WEIGHT_ONE
+from .ops import NUM_SUMS
 from .plan import PlanResult
 
 BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount
-CLAIMS = ("bound", "text_last")  # what is checked
-MODALITIES = ("visual", "text")
 
 
 def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
@@ -35,21 +34,32 @@ def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tens
 
 
 def recount(
-    config: MacsConfig, num_experts: int, ids: Tensor, sent: Tensor, weight: Tensor | None, segment: Tensor | None
+    num_experts: int,
+    ids: Tensor,
+    sent: Tensor,
+    weight: Tensor | None,
+    segment: Tensor | None,
+    left_alone: Tensor | None = None,
 ) -> Tensor:
     """This rank's rows, counted from the ids that were routed and those that are sent, both [T, K].
 
-    Returns [2, E] i64, before and after; with `verify` [5, E], what the claims on text and on effective load need, too.
-    weight [T] is the plan's, None without a plan; segment [T] is None for a batch whose claims are not tested.
+    Returns [2, E] i64, before and after; with a segment [T] [5, E], what the claims on text and on effective load need,
+    too. weight [T] is the plan's, None without a plan. left_alone [T] bool, rows that no bound speaks of: their counts
+    are one row more, the last.
     """
-    if not (config.verify and segment is not None):
-        return rows_of(torch.stack([ids, sent]), num_experts)
-    clipped, text = sent != ids, (segment < 0).unsqueeze(1)
-    kept_visual, clipped_text = ids.masked_fill(clipped | text, -1), ids.masked_fill(~(clipped & text), -1)
-    counted = torch.stack([ids, sent, kept_visual, clipped_text, sent])
-    each = torch.ones_like(counted)
-    each[UNITS] = WEIGHT_ONE if weight is None else (weight * WEIGHT_ONE).round_().clamp_(min=1).unsqueeze(1)
-    return rows_of(counted, num_experts, each)
+    planned = sent if left_alone is None else sent.masked_fill(left_alone.unsqueeze(1), -1)
+    counted = [ids, sent]
+    if segment is not None:
+        clipped, text = sent != ids, (segment < 0).unsqueeze(1)
+        kept_visual, clipped_text = ids.masked_fill(clipped | text, -1), ids.masked_fill(~(clipped & text), -1)
+        counted += [kept_visual, clipped_text, planned]
+    if left_alone is not None:
+        counted.append(sent.masked_fill(~left_alone.unsqueeze(1), -1))
+    each = None
+    if segment is not None:
+        each = torch.ones((len(counted), *ids.shape), dtype=torch.int64, device=ids.device)
+        each[UNITS] = WEIGHT_ONE if weight is None else (weight * WEIGHT_ONE).round_().clamp_(min=1).unsqueeze(1)
+    return rows_of(torch.stack(counted), num_experts, each)
 
 
 def rows_per_bound(rows: Tensor, num_bounds: int) -> Tensor:
@@ -75,8 +85,10 @@ class _Plan(NamedTuple):
     sums: Tensor
 
 
-class _Recount(NamedTuple):
-    """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group, cut [NB, 4] of the plan."""
+class Recount(NamedTuple):
+    """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group; cut [NB, 4] of the plan,
+    None without one; left_alone: whether the last row of a recount is of rows that no bound speaks of.
+    """
 
     config: MacsConfig
     layer_id: int
@@ -84,6 +96,7 @@ class _Recount(NamedTuple):
     own: Tensor
     group: Tensor
     cut: Tensor | None
+    left_alone: bool = False
 
 
 @dataclass
@@ -140,38 +153,39 @@ class Stats:
             rows = self.expert_rows.setdefault(counts.shape[2], SumsByLayer())
             rows.add([plan.layer_id for plan in plans], counts[:, :2].sum(dim=1, dtype=torch.int64))
 
-    def add_recount(
-        self, config: MacsConfig, layer_id: int, num_ranks: int, own: Tensor, group: Tensor, cut: Tensor | None
-    ) -> None:
-        """The rows of one dispatch of a batch that MACS acts on: [S, E] recounts of this rank and summed over the EP
-        group. They are held against the bounds of the plan's cut; None without a plan.
-        """
-        self.measured[layer_id] += 1
-        alike = (config, num_ranks, group.shape, None if cut is None else cut.shape)
-        self._recounts.add(_Recount(config, layer_id, num_ranks, own, group, cut), group.device, alike)
+    def add_recount(self, counted: Recount) -> None:
+        """The rows of one dispatch of a batch that MACS acts on. They are held against the bounds of the plan's cut."""
+        self.measured[counted.layer_id] += 1
+        cut, group = counted.cut, counted.group
+        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, None if cut is None else cut.shape)
+        self._recounts.add(counted, group.device, alike)
 
-    def _count_recounts(self, recounts: Sequence[_Recount]) -> None:
-        config, layer_ids = recounts[0].config, [one.layer_id for one in recounts]
+    def _count_recounts(self, recounts: Sequence[Recount]) -> None:
+        first, layer_ids = recounts[0], [one.layer_id for one in recounts]
         group = torch.stack([one.group for one in recounts])
-        rows = rows_per_bound(group[:, : AFTER + 1], recounts[0].num_ranks)
+        rows = rows_per_bound(group[:, : AFTER + 1], first.num_ranks)
         self.rows.add(layer_ids, rows)
         self.max_over_mean.add(layer_ids, imbalance(rows))
-        if recounts[0].cut is None:
+        if first.cut is None:
             self.cut.add(layer_ids, rows.new_zeros(len(recounts)))
             return
         cut = torch.stack([one.cut for one in recounts])
         self.cut.add(layer_ids, (cut[:, :, 0] >= 0).any(dim=1).long())
         # With exchange=local a rank promises its own share only.
-        promised = group if config.exchange == "group" else torch.stack([one.own for one in recounts])
-        self._prove(config, rows_per_bound(promised, cut.shape[1]), cut[:, :, 3])
+        promised = group if first.config.exchange == "group" else torch.stack([one.own for one in recounts])
+        if first.left_alone:
+            planned = promised[:, AFTER] - promised[:, -1]
+            promised = torch.cat([promised[:, :AFTER], planned.unsqueeze(1), promised[:, AFTER + 1 : -1]], dim=1)
+        self._prove(first.config, rows_per_bound(promised, cut.shape[1]), cut[:, :, 3])
 
     def _prove(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
-        """Holds N recounts [N, S, NB] against their bounds [N, NB]."""
+        """Holds N recounts [N, S, NB] of planned rows against their bounds [N, NB]."""
+        in_full = per_bound.shape[1] > UNITS
         if config.load == "rows":
             self._check("bound", per_bound[:, AFTER] > bound)
-        elif config.verify:
+        elif in_full:
             self._check("bound", per_bound[:, UNITS] > bound)
-        if config.verify and config.protect_text:
+        if in_full and config.protect_text:
             self._check("text_last", (per_bound[:, CLIPPED_TEXT] > 0) & (per_bound[:, KEPT_VISUAL] > 0))
 
     def _check(self, claim: str, violated: Tensor) -> None:

@@ -1,117 +1,193 @@
-"""What a running server's MACS is doing, as text for a terminal: read `GET /server_info`, draw, repeat."""
+"""What a running server's MACS is doing, as text for a terminal: read `GET /server_info`, draw, repeat.
 
-import json
+The server may be older or newer than this tool: what is missing, or not what it is taken for, is left out.
+"""
+
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
-from .errors import MacsError
-from .stats import MODALITIES
+from . import __version__
+from .choices import MODALITIES
+from .errors import printable
+from .server_info import Server, State, missing_ranks, ranks
 
 HOME_AND_CLEAR = "\033[H\033[J"
 BAR_WIDTH = 28
-NOT_COUNTERS = ("version", "rank", "config")
-
-
-def fetch(url: str) -> list[dict[str, Any]]:
-    """The counters of every data-parallel rank of the server at `url`. Raises MacsError where there are none."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/server_info", timeout=10) as answer:
-            states = json.load(answer)["internal_states"]
-        found = [state["macs"] for state in states if "macs" in state]
-    except (OSError, urllib.error.URLError, ValueError, KeyError, TypeError) as error:
-        fix = "Is the server up, and is this its address?"
-        raise MacsError("server", f"{url} ({error})", "an SGLang server's /server_info", fix) from error
-    if not found:
-        raise MacsError("server", f"{url} without MACS", "one launched with MACS", "Add --moe-a2a-backend macs.")
-    return found
+MOST_RANKS = 256  # that are drawn
+NOT_COUNTERS = ("version", "rank", "ranks", "config")
+SINCE_START = "since the server's start"
 
 
 def since(now: Any, before: Any) -> Any:
     """`now - before` for every counter in two snapshots; the names in NOT_COUNTERS stay as they are now."""
     if isinstance(now, Mapping):
-        before = before if isinstance(before, Mapping) else {}
+        before = _mapping(before)
         return {k: v if k in NOT_COUNTERS else since(v, before.get(k)) for k, v in now.items()}
     if isinstance(now, list):
-        before = before if isinstance(before, list) else [0] * len(now)
-        return [since(a, b) for a, b in zip(now, before, strict=True)]
-    return now - (before or 0)
+        before = before if isinstance(before, list) else []
+        return [since(a, b) for a, b in zip(now, before + [0] * len(now), strict=False)]
+    return _number(now) - _number(before)
 
 
-def frame(states: list[dict[str, Any]], period: str) -> str:
-    """One screen of `states` (of `fetch`, or of `since`), over the time that `period` names."""
-    first, config = states[0], states[0]["config"]
-    head = f"MACS {config['preset']}, scope {config['scope']}, gamma {config['gamma']}"
-    lines = [f"{head}, {len(first['layers'])} layers, {period}", "", *_dispatches(first), ""]
-    lines += _ranks(list(first["layers"].values()))
-    lines += ["", *_fates(states), "", _proof(states)]
-    return "\n".join(lines)
+def frame(states: Sequence[State], period: str) -> str:
+    """One screen of `states` (of `Server.states`, or of `since`), over the time that `period` names."""
+    layers = _sum([_mapping(layer) for state in states for layer in _mapping(state.get("layers")).values()])
+    count = len({layer for state in states for layer in _mapping(state.get("layers"))})
+    config = _mapping(states[0].get("config"))
+    preset, scope, gamma = (printable(config.get(name, "?"), 16) for name in ("preset", "scope", "gamma"))
+    head = f"MACS {preset}, scope {scope}, gamma {gamma}"
+    sections = (_notes(states), _dispatches(states), _ranks(layers), _fates(states), _proof(states))
+    shown = ["\n".join(section) for section in sections if section]
+    return "\n\n".join([f"{head}, {f'{count} layers, ' if count else ''}{period}", *shown])
 
 
-def _dispatches(state: Mapping[str, Any]) -> list[str]:
-    planned = state["planned"]
-    skipped = ", ".join(f"{name} {count}" for name, count in sorted(state["skipped"].items()) if count) or "none"
-    lines = [f"dispatches {state['dispatches']}   planned {planned}   left alone: {skipped}"]
+def _notes(states: Sequence[State]) -> list[str]:
+    """What a reader must know about the figures: another version, counters that are not there."""
+    versions = sorted({printable(state.get("version", "unknown"), 24) for state in states})
+    notes = []
+    if versions != [__version__]:
+        notes.append(f"the server has sglang-macs {', '.join(versions[:4])}, this is {__version__}")
+    if missing := missing_ranks(states):
+        notes.append(f"{missing}: the others do not answer /server_info")
+    return notes
+
+
+def _dispatches(states: Sequence[State]) -> list[str]:
+    total = _sum([{k: v for k, v in state.items() if k not in NOT_COUNTERS} for state in states])
+    if "dispatches" not in total:
+        return []
+    planned, skipped = _number(total.get("planned")), _mapping(total.get("skipped"))
+    reasons = [f"{printable(name, 24)} {count:.0f}" for name, count in sorted(skipped.items())[:12] if _number(count)]
+    dispatches, of = _number(total["dispatches"]), max(len(ranks(states)[0]), 1)
+    lines = [
+        f"dispatches {dispatches:.0f} of {of} rank{'s' * (of > 1)}   planned {planned:.0f}   "
+        f"left alone: {', '.join(reasons) or 'none'}"
+    ]
     if planned:
-        share, plan = state["visual_share_sum"] / planned, state["plan_seconds"] / planned * 1e3
-        lines.append(f"visual share R_v {share:.2f}   plan {plan:.2f} ms of the host a dispatch")
+        share, plan = (_number(total.get(name)) / planned for name in ("visual_share_sum", "plan_seconds"))
+        lines.append(f"visual share R_v {share:.2f}   plan {plan * 1e3:.2f} ms of the host a dispatch")
     return lines
 
 
-def _ranks(layers: list[Mapping[str, Any]]) -> list[str]:
-    count = sum(layer["dispatches"] for layer in layers)
-    if not count:
-        return ["rows of each rank: none counted (a GPU server counts them with --macs-verify true)"]
-    before, after = (
-        [sum(ranks) for ranks in zip(*(layer[f"rows_{stage}"] for layer in layers if layer["dispatches"]), strict=True)]
-        for stage in ("before", "after")
-    )
+def _ranks(layers: Mapping[str, Any]) -> list[str]:
+    """Of the counters of all layers together, which every rank has for the whole group."""
+    count = _number(layers.get("dispatches"))
+    before, after = ([_number(n) for n in _list(layers.get(f"rows_{stage}"))] for stage in ("before", "after"))
+    if not count or not before or len(before) != len(after):
+        return ["rows of each rank: none counted yet"]
     mean, most = max(sum(before) / len(before), 1), max(*before, *after, 1)
     lines = [f"{'rows / mean':<12} {'routed':<{BAR_WIDTH + 6}}dispatched"]
-    for rank, (b, a) in enumerate(zip(before, after, strict=True)):
+    for rank, (b, a) in enumerate(zip(before[:MOST_RANKS], after[:MOST_RANKS], strict=True)):
         bars = [f"{_bar(rows / most):<{BAR_WIDTH}} {rows / mean:4.2f} " for rows in (b, a)]
         lines.append(f"{f'rank {rank}':<12} {''.join(bars)}")
-    b, a = (sum(layer[f"max_over_mean_{stage}"] for layer in layers) / count for stage in ("before", "after"))
-    cut = sum(layer["cut"] for layer in layers) / count
+    if len(before) > MOST_RANKS:
+        lines.append(f"and {len(before) - MOST_RANKS} more")
+    names = ("max_over_mean_before", "max_over_mean_after", "cut")
+    b, a, cut = (_number(layers.get(name)) / count for name in names)
     return [*lines, f"most loaded rank over mean, per dispatch: {b:.3f} -> {a:.3f}; a bound cut in {cut:.0%}"]
 
 
 def _bar(share: float) -> str:
-    eighths = round(share * BAR_WIDTH * 8)
+    eighths = max(round(share * BAR_WIDTH * 8), 0)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _fates(states: list[dict[str, Any]]) -> list[str]:
+def _fates(states: Sequence[State]) -> list[str]:
+    own = _sum([_mapping(state.get("own")) for state in states])
+    if not own:
+        return []
     lines = [f"{'assignments':<12}{'planned':>12}{'clipped':>20}{'re-routed':>12}{'dropped':>12}"]
     for modality in MODALITIES:
         planned, clipped, rerouted, dropped = (
-            sum(state["own"][f"{fate}_{modality}"] for state in states)
-            for fate in ("assignments", "clipped", "rerouted", "dropped")
+            int(_number(own.get(f"{fate}_{modality}"))) for fate in ("assignments", "clipped", "rerouted", "dropped")
         )
         share = f"({clipped / planned:.1%})" if planned else ""
         lines.append(f"{modality:<12}{planned:>12}{f'{clipped} {share}':>20}{rerouted:>12}{dropped:>12}")
     return lines
 
 
-def _proof(states: list[dict[str, Any]]) -> str:
-    checks, violations = (sum(sum(state[key].values()) for state in states) for key in ("checks", "violations"))
-    misaligned = sum(state["misaligned"] for state in states)
+def _proof(states: Sequence[State]) -> list[str]:
+    if not any({"checks", "violations", "misaligned"} & state.keys() for state in states):
+        return []
+    checks, violations = (
+        sum(int(_number(n)) for state in states for n in _mapping(state.get(key)).values())
+        for key in ("checks", "violations")
+    )
+    misaligned = sum(int(_number(state.get("misaligned"))) for state in states)
     bad = " <-- must be 0" if violations or misaligned else ""
-    return f"claims checked {checks}, violated {violations}; plans without a mask {misaligned}{bad}"
+    return [f"claims checked {checks}, violated {violations}; plans without a mask {misaligned}{bad}"]
 
 
-def watch(url: str, interval_s: float, once: bool) -> None:
+# ---- Counters of any shape -----------------------------------------------------------------------------------------
+
+
+def _sum(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of counters, lists of them, and tables of them, by name."""
+    by_name: dict[str, list[Any]] = {}
+    for table in tables:
+        for name, value in table.items():
+            by_name.setdefault(name, []).append(value)
+    return {name: _added(values) for name, values in by_name.items()}
+
+
+def _added(values: list[Any]) -> Any:
+    if any(isinstance(value, Mapping) for value in values):
+        return _sum([_mapping(value) for value in values])
+    if any(isinstance(value, list) for value in values):
+        return [_added(list(together)) for together in zip_longest(*map(_list, values), fillvalue=0)]
+    return sum(map(_number, values))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float:
+    """A counter, 0 for whatever is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 2**63 else 0  # NaN is not below it
+
+
+# ---- Frame after frame ---------------------------------------------------------------------------------------------
+
+
+def watch(server: Server, interval_s: float, once: bool) -> None:
     """Draws a first frame of everything since the server's start, then one of every interval, until interrupted."""
-    states = fetch(url)
-    print(frame(states, "since the server's start"), flush=True)
+    states = server.states()
+    print(frame(states, SINCE_START), flush=True)
     while not once:
         time.sleep(interval_s)
-        before, states = states, fetch(url)
-        restarted = any(now["dispatches"] < old["dispatches"] for now, old in zip(states, before, strict=True))
-        shown = states if restarted else [since(now, old) for now, old in zip(states, before, strict=True)]
-        period = "since the server's start" if restarted else f"last {interval_s:g} s"
+        before, states = states, server.states()
         clear = HOME_AND_CLEAR if sys.stdout.isatty() else "\n"
-        print(clear + frame(shown, period), flush=True)
+        print(clear + next_frame(states, before, interval_s), flush=True)
+
+
+def next_frame(states: Sequence[State], before: Sequence[State], interval_s: float) -> str:
+    """What came since the look before; everything where that cannot be said: ranks came, went or started again."""
+    old, new = _by_rank(before), _by_rank(states)
+    if old.keys() != new.keys() or any(_dispatched(new[key]) < _dispatched(old[key]) for key in new):
+        return frame(states, SINCE_START)
+    return frame([since(new[key], old[key]) for key in new], f"last {interval_s:g} s")
+
+
+def _dispatched(state: State) -> float:
+    return _number(state.get("dispatches"))
+
+
+def _by_rank(states: Sequence[State]) -> dict[tuple[str, int], State]:
+    """By expert-parallel rank, and which one of that rank: every pipeline stage has its own."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for state in states:
+        rank = repr(state.get("rank"))
+        found[rank, seen[rank]] = state
+        seen[rank] += 1
+    return found

@@ -1,290 +1,95 @@
-"""Recording what each plan did, and reading it back: `--macs-trace FOLDER`, one JSON-lines file a rank.
+"""Reading what `--macs-trace FOLDER` recorded (recorder.py writes it); needs no torch.
 
-A line a planned forward pass holds this rank's own counts by layer, expert and modality; summed over the ranks' files
-they are the group's loads, before and after. For the first few pictures a line also holds, per visual token and layer,
-its weight and how many of its assignments were clipped and dropped, and the picture itself, made smaller.
-
-Writing makes the host wait for each planned pass (decode passes are not planned): for studies, not for every day.
+Every start of a server is a *run*, with one JSON-lines file a rank: a header, then a line a planned pass. Whatever is
+read is bounded by what is really there: a file is read line by line, and what it makes of itself when it is
+decompressed comes out of a budget that grows with its size.
 """
 
 import base64
-import io
 import json
-import math
 import os
-import time
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from . import __version__
-from .config import MacsConfig
 from .errors import MacsError
-from .ops import WEIGHT_ONE
-from .plan import PlanResult
 
-SCHEMA = "sglang-macs/trace/1"
+SCHEMA = "sglang-macs/trace/2"
 MAX_PICTURES = 16  # of each rank
 MAX_SIDE = 512  # pixels of a stored picture
+MAX_LINE = 16 << 20  # bytes
 KEPT, CLIPPED, REROUTED = range(3)  # rows of a plan's counts
 
+MAX_CELLS = 1 << 16  # visual tokens of one picture
+MAX_JPEG = 2 << 20  # bytes
+MAX_SIZES = {"ranks": 1024, "experts": 4096, "top_k": 64, "stages": 256, "attn_tp": 1024}
+MAX_LAYERS = 512
+FREE_BYTES, BYTES_A_BYTE = 64 << 20, 64  # what a trace may decompress to: some, and so much for each byte of its files
 
-@dataclass(frozen=True)
-class Shown:
-    """The part of an image that lies in a batch: its tokens [first, first + count) are the batch's rows from `row` on.
-
-    grid: (frames, height, width) in patches; tokens: of the whole image; pixels: [patches, values] as Qwen's processors
-    make them, or None.
-    """
-
-    key: int
-    row: int
-    first: int
-    count: int
-    tokens: int
-    grid: tuple[int, int, int]
-    pixels: Tensor | None
-
-    @property
-    def token_grid(self) -> tuple[int, int] | None:
-        """(rows, columns) of the image's tokens, or None where it is no plain grid: a video, another processor."""
-        frames, height, width = self.grid
-        merge = math.isqrt(height * width // max(self.tokens, 1))
-        if frames != 1 or not merge or merge * merge * self.tokens != height * width:
-            return None
-        return height // merge, width // merge
+_FILE = re.compile(
+    r"(?P<run>.+)\.replica-(?P<replica>\d{1,4})\.stage-(?P<stage>\d{1,4})\.rank-(?P<rank>\d{1,4})\.jsonl"
+)
+_FIX = "Record it again."
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One plan, on the device it was made on."""
-
-    layer_id: int
-    num_ranks: int
-    result: PlanResult
-    clipped: Tensor  # [T] u8, slots of each row
-    dropped: Tensor  # [T] u8
-
-
-class Recorder:
-    """Writes one rank's file.
-
-    Args:
-        config: its `trace` is the folder, `trace_limit_mb` the most that is written.
-        rank: of the expert-parallel group.
-    """
-
-    def __init__(self, config: MacsConfig, rank: int) -> None:
-        self.config, self.rank = config, rank
-        self._left = int(config.trace_limit_mb * 1e6)
-        self._started = time.monotonic()
-        self._step = 0
-        self._layers: list[_Layer] = []
-        self._sizes = (0, 0, 0)  # ranks, experts, top-k
-        self._parts: set[tuple[int, int]] = set()  # (key, first) of the pictures recorded
-        try:
-            os.makedirs(config.trace, exist_ok=True)
-            self._file = open(os.path.join(config.trace, f"rank-{rank}.jsonl"), "w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise MacsError("--macs-trace", f"{config.trace} ({error.strerror})", "a folder to write into") from error
-
-    @contextmanager
-    def forward_pass(self, shown: Sequence[Shown], attn_tp_rank: int) -> Iterator[None]:
-        """Around one forward pass: writes its line if it was planned. attn_tp_rank says which rows are this rank's."""
-        self._layers.clear()
-        try:
-            yield
-        finally:
-            if self._layers and self._left > 0:
-                self._write(shown, attn_tp_rank)
-            self._step += bool(self._layers)
-            self._layers.clear()
-
-    def add(self, layer_id: int, num_ranks: int, topk_ids: Tensor, result: PlanResult) -> None:
-        """One layer's plan. topk_ids [T, K] are those before it."""
-        clipped = (topk_ids != result.topk_ids).sum(dim=1, dtype=torch.uint8)
-        dropped = ((topk_ids >= 0) & (result.topk_ids < 0)).sum(dim=1, dtype=torch.uint8)
-        self._layers.append(_Layer(layer_id, num_ranks, result, clipped, dropped))
-        self._sizes = (num_ranks, result.counts.shape[1], topk_ids.shape[1])
-
-    def _write(self, shown: Sequence[Shown], attn_tp_rank: int) -> None:
-        by_layer: dict[int, list[PlanResult]] = {}  # two a layer where SGLang overlaps the halves of a batch
-        for layer in self._layers:
-            by_layer.setdefault(layer.layer_id, []).append(layer.result)
-        whole = len(by_layer) == len(self._layers)  # the halves' rows would have to be put together again
-
-        def sums(of: Callable[[PlanResult], Tensor]) -> Tensor:
-            return torch.stack([sum(of(result) for result in results) for results in by_layer.values()]).cpu()
-
-        units = WEIGHT_ONE if self.config.load == "effective" else 1
-        line = {
-            "step": self._step,
-            "time": round(time.monotonic() - self._started, 4),
-            "tokens": sum(result.weight.shape[0] for result in next(iter(by_layer.values()))),
-            "layers": list(by_layer),
-            "visual_share": [round(v / w, 4) if w else 0.5 for v, w in sums(lambda r: r.group[-2:].long()).tolist()],
-            "bound": [b // units for b in sums(lambda r: r.cut[:, 3].amax().long()).tolist()],
-            "counts": _pack(sums(lambda r: r.counts).numpy().astype(np.int32)),
-            "pictures": [self._picture(part, attn_tp_rank) for part in shown if whole and self._wanted(part)],
-        }
-        if self._step == 0:
-            self._emit(self._header())
-        self._emit(line)
-
-    def _header(self) -> dict[str, object]:
-        ranks, experts, top_k = self._sizes
-        sizes = {"rank": self.rank, "ranks": ranks, "experts": experts, "top_k": top_k}
-        return {"schema": SCHEMA, "version": __version__, **sizes, "config": self.config.to_json()}
-
-    def _emit(self, line: dict[str, object]) -> None:
-        text = json.dumps(line, separators=(",", ":")) + "\n"
-        self._left -= len(text)
-        if self._left < 0:
-            self._left, text = 0, '{"full":true}\n'
-        self._file.write(text)
-        self._file.flush()
-
-    def _wanted(self, part: Shown) -> bool:
-        """Whether to record this part; remembers it. Requests repeat pictures, and chunks split them."""
-        known = {key for key, _ in self._parts}
-        fresh = (part.key, part.first) not in self._parts and (part.key in known or len(known) < MAX_PICTURES)
-        if part.token_grid is None or not fresh:
-            return False
-        self._parts.add((part.key, part.first))
-        return True
-
-    def _picture(self, part: Shown, attn_tp_rank: int) -> dict[str, object]:
-        """What became of this rank's rows of the part, layer by layer; with attention-TP a rank has a share of them."""
-        layers = self._layers
-        rows = layers[0].result.weight.shape[0]
-        origin = attn_tp_rank * rows
-        start, stop = max(part.row, origin), min(part.row + part.count, origin + rows)
-        mine = slice(max(start - origin, 0), max(stop - origin, 0))
-        weight = torch.stack([layer.result.weight[mine] for layer in layers])
-        return {
-            "key": f"{part.key & 0xFFFFFFFF:08x}",
-            "grid": part.token_grid,
-            "first": part.first + max(start - part.row, 0),
-            "weight": _pack((weight * 255).round().to(torch.uint8).cpu().numpy()),
-            "clipped": _pack(torch.stack([layer.clipped[mine] for layer in layers]).cpu().numpy()),
-            "dropped": _pack(torch.stack([layer.dropped[mine] for layer in layers]).cpu().numpy()),
-            "jpeg": None if part.first or part.pixels is None else _jpeg(part),
-        }
-
-
-def shown_in(forward_batch) -> list[Shown]:
-    """The images' parts in one of SGLang's `ForwardBatch`es."""
-    if not forward_batch.mm_inputs or forward_batch.extend_seq_lens_cpu is None:
-        return []
-    found, row = [], 0
-    lengths = zip(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True)
-    for inputs, (prefix, length) in zip(forward_batch.mm_inputs, lengths, strict=True):
-        for item in inputs.mm_items if inputs is not None else ():
-            part = _part(item, prefix, length)
-            if part is not None:
-                found.append(replace(part, row=row + part.row))
-        row += length
-    return found
-
-
-def _part(item, prefix: int, length: int) -> Shown | None:
-    """The part of SGLang's multimodal `item` in tokens [prefix, prefix + length) of its request."""
-    grid = item.model_specific_data.get("image_grid_thw")
-    if not item.is_image() or grid is None or len(item.offsets or ()) != 1:
-        return None
-    begin, last = item.offsets[0]
-    start, stop = max(begin, prefix), min(last + 1, prefix + length)
-    if start >= stop:
-        return None
-    pixels = item.feature if isinstance(item.feature, Tensor) and item.feature.ndim == 2 else None
-    frames, height, width = torch.as_tensor(grid).reshape(-1, 3)[0].tolist()
-    return Shown(
-        key=item.pad_value,
-        row=start - prefix,
-        first=start - begin,
-        count=stop - start,
-        tokens=last + 1 - begin,
-        grid=(frames, height, width),
-        pixels=pixels,
-    )
-
-
-def picture(part: Shown) -> np.ndarray | None:
-    """[height, width, 3] u8 from patches in the order of Qwen's processors; None where they are not of that kind."""
-    (_, height, width), values = part.grid, part.pixels.shape[1]
-    side = math.isqrt(values // 6)  # 3 colours, 2 frames
-    if part.pixels.shape[0] != height * width or side * side * 6 != values:
-        return None
-    rows, columns = part.token_grid
-    merge = height // rows
-    patches = part.pixels.float().cpu().view(rows, columns, merge, merge, 3, 2, side, side)[:, :, :, :, :, 0]
-    pixels = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * side, width * side, 3)
-    low, high = pixels.min(), pixels.max()  # the processor's normalisation, undone but for contrast
-    return ((pixels - low) / (high - low).clamp(min=1e-6) * 255).round().to(torch.uint8).numpy()
-
-
-def _jpeg(part: Shown) -> str | None:
-    """The picture at most MAX_SIDE wide and high, as base64; None without Pillow or for other patches."""
-    pixels = picture(part)
-    if pixels is None:
-        return None
-    from PIL import Image
-
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    image.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _pack(array: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode()
-
-
-# ---- Reading -------------------------------------------------------------------------------------------------------
+def file_name(run: str, replica: int, stage: int, rank: int) -> str:
+    """Of one rank of one start."""
+    return f"{run}.replica-{replica}.stage-{stage}.rank-{rank}.jsonl"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One planned forward pass over the whole group. L layers, R ranks, E experts.
+    """One planned forward pass over the whole EP group. L layers of all stages, R ranks.
 
-    time in seconds; tokens: over all ranks; visual_share, bound [L]; counts [L, 3, E, 2] i64 kept, clipped, re-routed
-    in, by (visual | text), summed over the ranks.
+    time in seconds; tokens: over all ranks; visual_share, bound [L]; before, after [L, R] i64: rows of each rank,
+    experts placed linearly; fates [L, 3, 2] i64 kept, clipped, re-routed in, by (visual | text).
     """
 
     time: float
     tokens: int
     visual_share: np.ndarray
     bound: np.ndarray
-    counts: np.ndarray
-
-    def expert_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """[L, E] rows before and after."""
-        before = self.counts[:, KEPT] + self.counts[:, CLIPPED]
-        after = self.counts[:, KEPT] + self.counts[:, REROUTED]
-        return before.sum(axis=-1), after.sum(axis=-1)
+    before: np.ndarray
+    after: np.ndarray
+    fates: np.ndarray
 
 
 @dataclass
 class Picture:
-    """One image's fate on the rank that had it. weight [L, rows, columns] f32, NaN where not recorded; clipped,
-    dropped [L, rows, columns] u8 of its tokens' top-k assignments.
+    """One image's fate where it was first recorded most completely: by the ranks of an EP group that share a batch.
+
+    importance [L, rows, columns] f32: what the plan went by for a token's weakest assignment, NaN where not recorded;
+    clipped, dropped [L, rows, columns] u8 of its tokens' top-k assignments. replica, rank: who recorded it (the first
+    rank); copies: how often it was recorded, each time in another batch.
     """
 
+    replica: int
+    rank: int
     jpeg: bytes | None
-    weight: np.ndarray
+    importance: np.ndarray
     clipped: np.ndarray
     dropped: np.ndarray
+    copies: int = 1
+
+    @property
+    def known(self) -> np.ndarray:
+        """[rows, columns] bool: the tokens that are recorded in every layer."""
+        return ~np.isnan(self.importance).any(axis=0)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A recorded run. full: whether a rank stopped at its limit."""
+    """A recorded run. runs: all in the folder, oldest first; replicas: those whose passes are in here, one EP group
+    each; full: whether a rank stopped at its limit.
+    """
 
+    run: str
+    runs: list[str]
+    replicas: list[int]
     ranks: int
     experts: int
     top_k: int
@@ -295,103 +100,304 @@ class Trace:
     full: bool
 
     def rank_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """[steps, L, R] rows before and after, experts placed linearly."""
-        pairs = [step.expert_rows() for step in self.steps]
-        shape = (len(pairs), len(self.layers), self.ranks, -1)
-        before, after = (np.stack([pair[i] for pair in pairs]).reshape(shape).sum(axis=-1) for i in (0, 1))
-        return before, after
+        """[steps, L, R] rows before and after."""
+        return np.stack([step.before for step in self.steps]), np.stack([step.after for step in self.steps])
 
 
-def load(folder: str) -> Trace:
-    """Reads every rank's file below `folder`. A last line that a crash cut short is left out; anything else that is
-    not a trace raises MacsError.
+def load(folder: str, run: str | None = None, replica: int | None = None) -> Trace:
+    """Reads one run below `folder`: the latest, or that of this name. Replicas serve side by side, each with ranks of
+    its own: all their passes together, in the order of time, or those of one.
+
+    A last line that a crash cut short is left out; anything else that is not a trace raises MacsError.
     """
     try:
-        names = sorted(name for name in os.listdir(folder) if name.startswith("rank-") and name.endswith(".jsonl"))
-        if not names:
-            raise MacsError("trace", f"{folder} without rank-N.jsonl", "a folder that --macs-trace wrote")
-        files = [_lines(os.path.join(folder, name)) for name in names]
+        run, runs, files = _files_of(folder, run, replica)
+        budget = _Budget(FREE_BYTES + BYTES_A_BYTE * sum(map(os.path.getsize, chain(*files.values()))))
+        groups = [group for number, paths in files.items() if (group := _group(number, paths, budget)) is not None]
+        if not groups:
+            fix = "Send a prefill of --macs-min-tokens tokens, or name an earlier run."
+            raise MacsError("trace", f"no planned pass in run {run}", "at least one", fix)
+        return _together(run, runs, groups)
     except OSError as error:
         raise MacsError("trace", f"{folder} ({error.strerror})", "a folder that --macs-trace wrote") from error
-    try:
-        return _combine([file[0] for file in files], [file[1:] for file in files])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, zlib.error) as error:
         if isinstance(error, MacsError):
             raise
-        raise MacsError("trace", f"{folder} ({error!r})", SCHEMA, "Record it again.") from error
+        what = " ".join(str(error).split())[:200]
+        raise MacsError("trace", f"{folder} ({type(error).__name__}: {what})", SCHEMA, _FIX) from error
 
 
-def _lines(path: str) -> list[dict]:
-    with open(path, "rb") as file:
-        raw = file.read().split(b"\n")
-    lines = []
-    for number, text in enumerate(raw):
-        if not text:
-            continue
+def _files_of(folder: str, run: str | None, replica: int | None) -> tuple[str, list[str], dict[int, list[str]]]:
+    """(run, all runs, {replica: its files})."""
+    names = sorted(os.listdir(folder))
+    found = [match for match in map(_FILE.fullmatch, names) if match]
+    if not found:
+        old = any(re.fullmatch(r"rank-\d+\.jsonl", name) for name in names)
+        got = f"{folder} with the files of an older version" if old else f"{folder} without RUN.replica-N....jsonl"
+        raise MacsError("trace", got, "a folder that --macs-trace wrote", _FIX if old else "")
+    runs = sorted({match["run"] for match in found})
+    run = runs[-1] if run is None else run
+    if run not in runs:
+        raise MacsError("--run", run, f"one of {', '.join(runs[-4:])}")
+    files: dict[int, list[str]] = {}
+    for match in (match for match in found if match["run"] == run):
+        files.setdefault(int(match["replica"]), []).append(os.path.join(folder, match.string))
+    if replica is not None and replica not in files:
+        raise MacsError("--replica", replica, f"one of {', '.join(map(str, sorted(files)))}, which run {run} has")
+    return run, runs, {number: files[number] for number in sorted(files) if replica in (None, number)}
+
+
+class _Budget:
+    """Bytes that may still come out of a trace."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def take(self, size: int, what: str) -> None:
+        """Raises ValueError where less is left."""
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"{what} would take {size} bytes, more than files of this size hold")
+
+
+class _File:
+    """One rank's file, line by line."""
+
+    def __init__(self, path: str) -> None:
+        if not os.path.isfile(path):
+            raise MacsError("trace", f"{path}, which is no file", "a file that --macs-trace wrote")
+        self.path, self._number = path, 0
+        self._file = open(path, "rb")  # noqa: SIM115
+
+    def close(self) -> None:
+        self._file.close()
+
+    def next(self) -> dict | None:
+        """None at the end, or where the process was killed while it wrote. Raises MacsError for what is no line."""
+        text = self._file.readline(MAX_LINE + 1)
+        self._number += 1
+        where = f"line {self._number} of {self.path}"
+        if len(text) > MAX_LINE:
+            raise MacsError("trace", f"{where} of more than {MAX_LINE} bytes", "shorter lines", _FIX)
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text) if text else None
         except (ValueError, RecursionError) as error:  # also what is no UTF-8
-            if number == len(raw) - 1:
-                break  # no newline behind it: the process was killed while it wrote
-            raise MacsError("trace", f"line {number + 1} of {path} ({error})", "JSON", "Record it again.") from error
-    if not lines or not isinstance(lines[0], dict) or lines[0].get("schema") != SCHEMA:
-        raise MacsError("trace", f"{path} without a header", SCHEMA, "Was any batch planned while it was recorded?")
-    return lines
+            if not text.endswith(b"\n"):
+                return None
+            raise MacsError("trace", f"{where} ({str(error)[:120]})", "JSON", _FIX) from error
+        if not isinstance(line, dict | None):
+            raise MacsError("trace", f"{where}, a {type(line).__name__}", "an object", _FIX)
+        return line
 
 
-def _combine(headers: list[dict], files: list[list[dict]]) -> Trace:
-    ranks, experts, top_k = (_count(headers[0][name]) for name in ("ranks", "experts", "top_k"))
-    if sorted(header["rank"] for header in headers) != list(range(ranks)) or experts % ranks:
-        found = f"files of ranks {[header['rank'] for header in headers]} and {experts} experts"
-        raise MacsError("trace", found, f"one of each of {ranks} ranks", "Copy the other hosts' files into the folder.")
-    by_rank = [[line for line in file if "step" in line] for file in files]
-    length = min(len(lines) for lines in by_rank)
-    if not length:
-        raise MacsError("trace", "no planned pass", "at least one", "Send a prefill of --macs-min-tokens tokens.")
-    layers = [int(layer) for layer in by_rank[0][0]["layers"]]
-    if any(line["layers"] != layers for lines in by_rank for line in lines[:length]):
-        raise MacsError("trace", "passes over different layers", f"layers {layers} in each", "Record it again.")
-    steps = [_step([lines[i] for lines in by_rank], len(layers), experts) for i in range(length)]
-    pictures = [p for lines in by_rank for p in _pictures(lines[:length], len(layers))]
-    full = any("full" in line for file in files for line in file)
-    return Trace(ranks, experts, top_k, dict(headers[0]["config"]), layers, steps, pictures, full)
+@dataclass(frozen=True)
+class _Group:
+    """What one replica recorded, all its stages and ranks."""
+
+    replica: int
+    header: dict
+    layers: list[int]
+    steps: list[Step]
+    pictures: dict[tuple[int, str], Picture]
+    full: bool
 
 
-def _step(lines: list[dict], layers: int, experts: int) -> Step:
-    if len({line["step"] for line in lines}) != 1:
-        raise MacsError(
-            "trace", f"steps {[line['step'] for line in lines]}", "the same on each rank", "Record it again."
-        )
-    counts = sum(_unpack(line["counts"], np.int32, (layers, 3, experts, 2)).astype(np.int64) for line in lines)
-    share, bound = (_numbers(lines[0][name], (layers,), high) for name, high in (("visual_share", 1), ("bound", 2**33)))
-    if counts.min() < 0 or (counts[:, REROUTED].sum() > counts[:, CLIPPED].sum()):
+def _group(replica: int, paths: Sequence[str], budget: _Budget) -> _Group | None:
+    """One replica's files, pass by pass; None where none of them holds a pass."""
+    files: list[_File] = []
+    try:
+        for path in paths:
+            files.append(_File(path))
+        headers = [file.next() for file in files]
+        if not any(headers):
+            return None
+        for header, path in zip(headers, paths, strict=True):
+            if not header or header.get("schema") != SCHEMA:
+                got = f"{path} of schema {str(header.get('schema'))[:40]!r}" if header else f"{path} without a header"
+                raise MacsError("trace", got, SCHEMA, _FIX)
+        return _passes(replica, headers, files, budget)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _passes(replica: int, headers: list[dict], files: list[_File], budget: _Budget) -> _Group | None:
+    sizes = _sizes(replica, headers)
+    stages = _by_stage(replica, headers, sizes)
+    layers: list[list[int]] = []  # of each stage
+    steps: list[Step] = []
+    pictures: dict[tuple[int, str], Picture] = {}
+    while True:
+        lines = [file.next() for file in files]
+        full = any(line is not None and "full" in line for line in lines)
+        if full or None in lines:
+            break
+        by_stage = [[lines[i] for i in stage] for stage in stages]
+        layers = layers or [_layer_ids(stage[0]["layers"]) for stage in by_stage]
+        if any(line["layers"] != ids for stage, ids in zip(by_stage, layers, strict=True) for line in stage):
+            raise MacsError("trace", "passes over different layers", f"layers {layers} in each", _FIX)
+        if len({line["step"] for line in lines}) != 1:
+            raise MacsError("trace", f"steps {[line['step'] for line in lines]}", "the same on each rank", _FIX)
+        steps.append(_step(by_stage, [len(ids) for ids in layers], sizes, budget))
+        _add_pictures(pictures, replica, by_stage, [len(ids) for ids in layers], sizes["attn_tp"], budget)
+    if not steps:
+        return None
+    ids = list(chain(*layers))
+    if len(set(ids)) < len(ids):
+        raise MacsError("trace", f"layers {layers}", "each layer in one stage", _FIX)
+    known = {key: picture for key, picture in pictures.items() if picture.known.any()}
+    return _Group(replica, headers[0], ids, steps, known, full)
+
+
+def _sizes(replica: int, headers: list[dict]) -> dict[str, int]:
+    sizes = {name: _count(headers[0][name], most) for name, most in MAX_SIZES.items()}
+    if any(header[name] != size for header in headers for name, size in sizes.items()):
+        raise MacsError("trace", f"ranks of replica {replica} of other sizes", f"{sizes} on each", _FIX)
+    if sizes["experts"] % sizes["ranks"] or sizes["ranks"] % sizes["attn_tp"]:
+        raise ValueError(f"sizes {sizes}")
+    return sizes
+
+
+def _by_stage(replica: int, headers: list[dict], sizes: dict[str, int]) -> list[list[int]]:
+    """[stage][rank] indices of the headers."""
+    places = {(header["stage"], header["rank"]): i for i, header in enumerate(headers)}
+    expected = [[(stage, rank) for rank in range(sizes["ranks"])] for stage in range(sizes["stages"])]
+    if sorted(places) != list(chain(*expected)) or len(places) < len(headers):
+        found = f"(stage, rank) {[(header['stage'], header['rank']) for header in headers]} of replica {replica}"
+        want = f"one of each of {sizes['ranks']} ranks of {sizes['stages']} stages"
+        raise MacsError("trace", found, want, "Copy the other hosts' files into the folder.")
+    return [[places[place] for place in stage] for stage in expected]
+
+
+def _layer_ids(value: object) -> list[int]:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_LAYERS:
+        raise ValueError(f"layers that are no list of 1 to {MAX_LAYERS}")
+    return [_count(layer + 1, 1 << 20) - 1 for layer in value]
+
+
+def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: _Budget) -> Step:
+    """One pass; its lines by stage and rank."""
+    stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
+    share, bound, of_rank, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
+    if fates[:, REROUTED].sum() > fates[:, CLIPPED].sum():
         raise ValueError("counts that no plan makes")
-    time_s = float(_numbers(lines[0]["time"], (), 1e12))
-    return Step(time_s, sum(int(_numbers(line["tokens"], (), 2**31)) for line in lines), share, bound, counts)
+    before, after = of_rank[:, KEPT] + of_rank[:, CLIPPED], of_rank[:, KEPT] + of_rank[:, REROUTED]
+    first = by_stage[0]
+    tokens = sum(int(_numbers(line["tokens"], (), 2**31)) for line in first)
+    return Step(float(_numbers(first[0]["time"], (), 1e12)), tokens, share, bound, before, after, fates)
 
 
-def _pictures(lines: list[dict], layers: int) -> list[Picture]:
-    """One rank's pictures; the parts of chunked ones put together."""
-    found: dict[str, Picture] = {}
-    for part in (part for line in lines for part in line["pictures"]):
-        rows, columns = (_count(size) for size in part["grid"])
-        if part["key"] not in found:
-            blank = np.zeros((layers, rows, columns), dtype=np.uint8)
-            found[part["key"]] = Picture(None, np.full(blank.shape, np.nan, dtype=np.float32), blank, blank.copy())
-        one, first = found[part["key"]], int(part["first"])
-        if part["jpeg"] is not None:
-            one.jpeg = base64.b64decode(part["jpeg"], validate=True)
-        weight = _unpack(part["weight"], np.uint8, (layers, -1))
-        where = slice(first, first + weight.shape[1])
-        one.weight.reshape(layers, -1)[:, where] = weight / np.float32(255)
-        for name in ("clipped", "dropped"):
-            getattr(one, name).reshape(layers, -1)[:, where] = _unpack(part[name], np.uint8, (layers, -1))
-    return list(found.values())
+def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
+    """visual_share, bound [l]; counts [l, 3, R] by rank of the expert, and [l, 3, 2] by modality, over all sources."""
+    shape = (layers, 3, sizes["ranks"], sizes["experts"] // sizes["ranks"], 2)
+    counts = np.zeros((layers, 3, sizes["ranks"], 2), dtype=np.int64)
+    for line in lines:
+        if line["counts"] == "":  # a rank without tokens
+            continue
+        own = _unpack(line["counts"], np.int32, shape, budget)
+        if own.min() < 0:
+            raise ValueError("counts below 0")
+        for modality in (0, 1):
+            counts[..., modality] += own[..., modality].sum(axis=-1)
+    share, bound = (_numbers(lines[0][name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
+    return share, bound, counts.sum(axis=-1), counts.sum(axis=2)
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 < value < 2**20:  # True is an int, too
-        raise ValueError(f"a size of {value!r}")
+def _add_pictures(
+    found: dict[tuple[int, str], Picture],
+    replica: int,
+    by_stage: list[list[dict]],
+    layers: list[int],
+    attn_tp: int,
+    budget: _Budget,
+) -> None:
+    """Puts the parts of one pass into their pictures: parts of chunks, of ranks that share a batch, and of stages."""
+    starts = np.cumsum([0, *layers])
+    for stage, lines in enumerate(by_stage):
+        for rank, line in enumerate(lines):
+            group = rank // attn_tp * attn_tp  # its first rank
+            for part in line["pictures"]:
+                key = (group, str(part["key"]))
+                grid = tuple(_count(side, MAX_CELLS) for side in part["grid"])
+                if key not in found:
+                    if sum(of == group for of, _ in found) == MAX_PICTURES:
+                        raise ValueError(f"more than {MAX_PICTURES} pictures of one rank")
+                    found[key] = _blank(replica, group, (int(starts[-1]), *grid), budget)
+                _add_part(found[key], part, slice(starts[stage], starts[stage + 1]), grid, budget)
+
+
+def _blank(replica: int, rank: int, shape: tuple[int, int, int], budget: _Budget) -> Picture:
+    layers, rows, columns = shape
+    if rows * columns > MAX_CELLS:
+        raise ValueError(f"a picture of {rows} x {columns} tokens, more than {MAX_CELLS}")
+    budget.take(layers * rows * columns * 6, f"a picture of {rows} x {columns} tokens")
+    blank = np.zeros(shape, dtype=np.uint8)
+    return Picture(replica, rank, None, np.full(shape, np.nan, dtype=np.float32), blank, blank.copy())
+
+
+def _add_part(one: Picture, part: dict, layers: slice, grid: tuple[int, ...], budget: _Budget) -> None:
+    if one.clipped.shape[1:] != grid:
+        raise ValueError(f"a picture of {grid} tokens, and of {one.clipped.shape[1:]}")
+    first, cells = int(_numbers(part["first"], (), MAX_CELLS)), grid[0] * grid[1]
+    if part["jpeg"] is not None:
+        one.jpeg = _jpeg(part["jpeg"])
+    count = layers.stop - layers.start
+    level = _unpack(part["importance"], np.uint8, (count, -1), budget, count * max(cells - first, 0))
+    where = slice(first, first + level.shape[1])
+    scale = _numbers(part["scale"], (count,), 1e9).astype(np.float32)[:, None]
+    one.importance.reshape(-1, cells)[layers, where] = level * (scale / 255)
+    for name in ("clipped", "dropped"):
+        one_of = getattr(one, name).reshape(-1, cells)
+        one_of[layers, where] = _unpack(part[name], np.uint8, level.shape, budget)
+
+
+def _jpeg(text: str) -> bytes:
+    """A JPEG file of at most MAX_SIDE by MAX_SIDE. Raises ValueError for others: a browser would take the memory."""
+    data = base64.b64decode(text, validate=True)
+    frame = re.search(rb"\xff[\xc0\xc1\xc2]\x00.\x08(.{2})(.{2})", data[:4096], re.DOTALL)  # height, width
+    sides = [int.from_bytes(side, "big") for side in frame.groups()] if frame else [0]
+    if len(data) > MAX_JPEG or not data.startswith(b"\xff\xd8") or not all(0 < side <= MAX_SIDE for side in sides):
+        raise ValueError(f"a picture file of {len(data)} bytes and {sides} pixels")
+    return data
+
+
+def _together(run: str, runs: list[str], groups: list[_Group]) -> Trace:
+    first = groups[0]
+    for group in groups[1:]:
+        sizes = [[one.header[name] for name in ("ranks", "experts", "top_k")] + one.layers for one in (first, group)]
+        if sizes[0] != sizes[1]:
+            raise MacsError("trace", f"replicas {first.replica} and {group.replica} of other sizes", "one model", _FIX)
+    return Trace(
+        run=run,
+        runs=runs,
+        replicas=[group.replica for group in groups],
+        ranks=first.header["ranks"],
+        experts=first.header["experts"],
+        top_k=first.header["top_k"],
+        config=dict(first.header["config"]),
+        layers=first.layers,
+        steps=sorted((step for group in groups for step in group.steps), key=lambda step: step.time),
+        pictures=_each_once(groups),
+        full=any(group.full for group in groups),
+    )
+
+
+def _each_once(groups: list[_Group]) -> list[Picture]:
+    """Every picture once, where most of it was recorded; groups of ranks record the same picture on their own."""
+    best: dict[str, Picture] = {}
+    for group in groups:
+        for (_, key), picture in group.pictures.items():
+            other = best.get(key)
+            if other is None or picture.known.sum() > other.known.sum():
+                best[key] = replace(picture, copies=1 if other is None else other.copies + 1)
+            else:
+                other.copies += 1
+    return list(best.values())
+
+
+def _count(value: object, most: int) -> int:
+    if type(value) is not int or not 0 < value <= most:  # True is an int, too
+        raise ValueError(f"a size of {str(value)[:40]}, expected 1 to {most}")
     return value
 
 
@@ -399,12 +405,17 @@ def _numbers(value: object, shape: tuple[int, ...], high: float) -> np.ndarray:
     """`value` as f64 of `shape`, each in [0, high]. Raises ValueError, TypeError."""
     numbers = np.array(value, dtype=float).reshape(shape)
     if not ((numbers >= 0) & (numbers <= high)).all():  # NaN fails, too
-        raise ValueError(f"{value!r} beyond 0 to {high:g}")
+        raise ValueError(f"{str(value)[:80]} beyond 0 to {high:g}")
     return numbers
 
 
-def _unpack(text: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Raises ValueError for another size. At most a little more than `shape` is decompressed, so no line is a bomb."""
-    most = 64 << 20
-    raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), most)
+def _unpack(text: str, dtype: type, shape: tuple[int, ...], budget: _Budget, most: int | None = None) -> np.ndarray:
+    """Raises ValueError for another size. most: values, where `shape` leaves their number open. One byte more than
+    expected is decompressed at most, so no line is a bomb.
+    """
+    size = (int(np.prod(shape)) if most is None else most) * np.dtype(dtype).itemsize
+    raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    budget.take(len(raw), "a line")
+    if len(raw) > size or (most is None and len(raw) < size):
+        raise ValueError(f"{len(raw)} bytes in place of {size}")
     return np.frombuffer(raw, dtype=dtype).reshape(shape)

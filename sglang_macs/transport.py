@@ -4,14 +4,13 @@ all-reduce.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.distributed as dist
 
 from . import ops, peer_memory
 from .compat import no_low_latency
 from .config import MacsConfig
+from .console import say
 from .errors import MacsNotActive
 from .fused import MAX_RANKS, FusedDispatch, Sizes, unsupported
 from .peer_all_reduce import PeerAllReduce
@@ -41,7 +40,7 @@ class Transports:
         if self._sizes is None:
             self._sizes = sizes
             why = no_low_latency(self.config, mode) or (overlaps and "--enable-single-batch-overlap")
-            why = why or unsupported(self.config, sizes) or unfit_device() or peer_memory.unreachable(group)
+            why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
@@ -77,7 +76,7 @@ class Transports:
             (ranks > MAX_RANKS, f"{ranks} ranks, at most {MAX_RANKS}"),
         )
         why = next((words for refused, words in reasons if refused), "")
-        return why or unfit_device() or peer_memory.unreachable(group)
+        return why or peer_memory.unreachable(group, unfit_device())
 
     def check(self) -> None:
         """Raises MacsError for the first fault that one of them has recorded."""
@@ -99,7 +98,7 @@ class Transports:
 def _say(line: str, group: dist.ProcessGroup) -> None:
     """Once for the group."""
     if dist.get_rank(group) == 0:
-        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)
+        say(line)
 
 
 def unfit_device() -> str:

@@ -2,14 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from . import __version__, profile
+from .agreement import Agreement
+from .batch import Batch
 from .config import MacsConfig, configured
+from .console import say
 from .dispatcher import LayerPlanner
 from .metrics import Exporter
+from .recorder import Place, Recorder, agreed_run
+from .shared_state import SharedState
 from .stats import Stats
-from .trace import Recorder, shown_in
 from .transport import Transports
 
 
@@ -23,34 +28,68 @@ class Worker:
         self.planners: dict[int, LayerPlanner] = {}
         self.transports = Transports(config)
         self.top_k = 1  # the largest of the model's MoE layers
+        self.agreement: Agreement | None = None
+        self._rank, self._num_ranks = 0, 1
+        self._shared_state: SharedState | None = None
+        self._passes = 0  # that were planned or, with MACS off, would have been
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
 
-    def recorder_of(self, rank: int) -> Recorder | None:
+    def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
+        """Takes its place among the expert-parallel ranks, once the process groups are there."""
+        self._rank, self._num_ranks = rank, num_ranks
+        self.agreement, self._shared_state = agreement, shared_state
+
+    def measured(self, decided: Batch) -> Batch:
+        """`decided`, marked where its rows are to be recounted: by a count of passes that all ranks keep alike."""
+        if decided.skip not in ("", "off"):
+            return decided
+        every = self.config.verify_every
+        chosen = self.config.verify or (every > 0 and self._passes % every == 0)
+        self._passes += 1
+        return replace(decided, measured=chosen)
+
+    def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
         if self.config.trace and self._recorder is None:
-            self._recorder = Recorder(self.config, rank)
+            self._recorder = Recorder(self.config, place, agreed_run())
         return self._recorder
 
     def recorded(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager:
         """Around a forward pass: its pictures and plans belong together in the trace."""
-        if self._recorder is None:
-            return nullcontext()
-        return self._recorder.forward_pass(shown_in(forward_batch), attn_tp_rank)
+        return nullcontext() if self._recorder is None else self._recorder.pass_of(forward_batch, attn_tp_rank)
 
-    def export_metrics(self, labels: Mapping[str, Any], rank: int) -> None:
+    def export_metrics(self, labels: Mapping[str, Any]) -> None:
         """Of --enable-metrics: from now on `tick` publishes the counters under SGLang's own labels."""
-        self._exporter = Exporter(labels, self.config, rank)
+        self._exporter = Exporter(labels, self.config, self._rank)
 
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
         self.transports.check()
-        if self._exporter is not None:
-            self._exporter.tick(self.stats, idle=idle)
+        self._export(idle)
+        if idle and self._shared_state is not None and self._shared_state.is_due(self.stats.dispatches):
+            self._shared_state.publish(self.state())
 
-    def state(self, rank: int) -> dict[str, object]:
-        """The counters as plain JSON values, for `GET /server_info`."""
-        return {"version": __version__, "rank": rank, "config": self.config.to_json(), **self.stats.snapshot()}
+    def _export(self, idle: bool) -> None:
+        if self._exporter is None:
+            return
+        try:
+            self._exporter.tick(self.stats, idle=idle)
+        except OSError as error:  # a full disk below PROMETHEUS_MULTIPROC_DIR must not end the server
+            self._exporter = None
+            say(f"metrics are published no more: {error.strerror or error}. The server serves on.")
+
+    def state(self) -> dict[str, object]:
+        """This rank's counters as plain JSON values; with --macs-trace that of the recorder, too."""
+        place = {"rank": self._rank, "ep_size": self._num_ranks}
+        about = {"version": __version__, **place, "config": self.config.to_json()}
+        if self._recorder is not None:
+            about["trace"] = self._recorder.state()
+        return about | self.stats.snapshot()
+
+    def answer(self) -> dict[str, object]:
+        """For `GET /server_info`: the counters of all ranks that this one speaks for."""
+        return self._shared_state.answer(self.state())
 
 
 _current: Worker | None = None

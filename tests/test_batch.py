@@ -1,5 +1,7 @@
 """Which tokens are visual, which rows of the MoE layer they are, and when MACS acts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,21 +32,90 @@ def test_rows_that_cannot_be_this_batch_are_refused():
     assert batch.align(torch.zeros(5, dtype=torch.int32), 2, 0, 2, torch.device("cpu")) is None
 
 
+class Mode:
+    """SGLang's `ForwardMode`, as far as it is asked."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def is_extend(self) -> bool:
+        return self.name in ("EXTEND", "MIXED", "TARGET_VERIFY")
+
+    def is_target_verify(self) -> bool:
+        return self.name == "TARGET_VERIFY"
+
+    def is_decode(self) -> bool:
+        return self.name == "DECODE"
+
+    def is_mixed(self) -> bool:
+        return self.name == "MIXED"
+
+
+def ranks(*batches: tuple[str, int]) -> batch.RankBatches:
+    return batch.RankBatches.of_modes([tokens for _, tokens in batches], [Mode(mode) for mode, _ in batches])
+
+
 @pytest.mark.parametrize(
-    ("options", "is_prefill", "tokens", "expected"),
+    ("options", "of_ranks", "expected"),
     [
-        ({}, True, 64, ""),
-        ({}, True, 63, "small"),
-        ({}, False, 4096, "decode"),
-        ({"decode": True}, False, 4096, ""),
-        ({"preset": "off"}, True, 4096, "off"),
-        ({"preset": "off"}, False, 4096, "decode"),
-        ({"preset": "off"}, True, 63, "small"),
+        ({}, [("EXTEND", 64), ("IDLE", 0)], ""),
+        ({}, [("EXTEND", 63), ("IDLE", 0)], "small"),
+        ({}, [("EXTEND", 63), ("DECODE", 8)], "small"),  # decoded tokens are left alone, so they do not count
+        ({}, [("EXTEND", 32), ("MIXED", 32)], ""),
+        ({}, [("DECODE", 2048), ("DECODE", 2048)], "decode"),
+        ({}, [("TARGET_VERIFY", 2048), ("IDLE", 0)], "decode"),
+        ({"decode": True}, [("DECODE", 2048), ("IDLE", 0)], ""),
+        ({"decode": True}, [("EXTEND", 60), ("DECODE", 8)], ""),
+        ({"preset": "off"}, [("EXTEND", 4096), ("IDLE", 0)], "off"),
+        ({"preset": "off"}, [("DECODE", 4096), ("IDLE", 0)], "decode"),
+        ({"preset": "off"}, [("EXTEND", 63), ("IDLE", 0)], "small"),
     ],
 )
-def test_when_macs_acts(options, is_prefill, tokens, expected):
-    config = MacsConfig.from_preset(**options)
-    assert batch.skip_reason(config, is_prefill=is_prefill, group_tokens=tokens) == expected
+def test_when_macs_acts(options, of_ranks, expected):
+    config = MacsConfig.from_preset(min_tokens=32, **options)
+    assert batch.skip_reason(config, ranks(*of_ranks), 2) == expected
+
+
+def passing(mode: str, input_ids: list[int]) -> SimpleNamespace:
+    """A `ForwardBatch` with one picture wherever ids say so."""
+    return SimpleNamespace(
+        forward_mode=Mode(mode),
+        input_ids=torch.tensor(input_ids),
+        tbo_children=None,
+        contains_mm_inputs=lambda: max(input_ids, default=0) >= batch.PAD_ID_BASE,
+        mm_inputs=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "ids", "decoding", "segment"),
+    [
+        ("EXTEND", [5, CAT, 6], 0, [-1, 0, -1]),
+        ("MIXED", [5, CAT, 6, 7], 2, [-1, 0, -2, -2]),
+        ("MIXED", [5, 6, 7], 1, [-1, -1, -2]),
+        ("DECODE", [5, 6], 0, [-2, -2]),
+        ("TARGET_VERIFY", [5, 6, 7], 0, [-2, -2, -2]),
+    ],
+)
+def test_decoded_tokens_beside_a_prefill_are_left_alone(mode, ids, decoding, segment):
+    everyone = ranks((mode, len(ids)), ("EXTEND", 100))
+    config = MacsConfig.from_preset(min_tokens=1)
+    made = batch.of_forward(passing(mode, ids), config, 2, everyone, decoding)
+    assert made.skip == "" and made.segment.tolist() == segment
+    assert made.leaves_alone == (mode != "EXTEND") and made.group_tokens == 100 + len(ids)
+    asked = batch.of_forward(
+        passing(mode, ids), MacsConfig.from_preset(min_tokens=1, decode=True), 2, everyone, decoding
+    )
+    assert not asked.leaves_alone and (asked.segment is None or batch.LEFT_ALONE not in asked.segment)
+
+
+def test_ranks_with_different_work_decide_alike():
+    """Whatever each of them runs itself."""
+    everyone = ranks(("EXTEND", 100), ("DECODE", 3), ("IDLE", 0), ("MIXED", 20))
+    own = [("EXTEND", [CAT] * 100, 0), ("DECODE", [1] * 3, 0), ("IDLE", [], 0), ("MIXED", [1] * 20, 4)]
+    config = MacsConfig.from_preset()
+    made = [batch.of_forward(passing(mode, ids), config, 4, everyone, decoding) for mode, ids, decoding in own]
+    assert len({(one.skip, one.group_tokens, one.leaves_alone) for one in made}) == 1
 
 
 def test_the_current_batch_is_restored_after_an_error():

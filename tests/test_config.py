@@ -4,6 +4,7 @@ expected.
 
 import argparse
 import dataclasses
+import json
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def test_every_field_has_a_flag_that_reaches_it():
     values = {"preset": "paper", "gamma": "1.5", "scope": "rank", "load": "rows", "importance": "entropy_gate"}
     values |= {"reroute": "none", "reroute_rounds": "2", "exchange": "local", "delta": "0.5", "rho": "0.25"}
     values |= {"alpha": "2", "c_min": "3", "entropy_scope": "image", "protect_text": "false", "min_tokens": "7"}
-    values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1"}
+    values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1", "verify_every": "5"}
     values |= {"trace": "/t", "trace_limit_mb": "8", "dispatch": "auto", "all_reduce": "auto"}
     names = {f.name for f in dataclasses.fields(MacsConfig)}
     assert names == values.keys()
@@ -96,3 +97,48 @@ def test_flag_table_names_every_field():
     table = config.flag_table()
     for field in dataclasses.fields(MacsConfig):
         assert f"`{config.flag(field.name)}`" in table
+
+
+# ---- Odd values, and the environment -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd", ["high", None, [], {}, True, object(), 10**400, 10**5000, "\0", "\ud800", 1j], ids=range(11)
+)
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(MacsConfig)])
+def test_a_value_of_another_type_is_refused_in_one_line(name, odd):
+    try:
+        made = MacsConfig.from_preset(**{name: odd})
+    except MacsError as error:
+        assert str(error).startswith(config.flag(name)) and str(error).isprintable() and len(str(error)) < 1000
+    else:
+        json.dumps(made.to_json())
+        assert type(odd) in (str, bool, type(None)) or isinstance(getattr(made, name), int)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", " ", "{", "[]", "4", "null", "\x1b[2J",
+     '{"gamma": "high"}', '{"gamma": NaN}', '{"gamma": [1]}', '{"speed": 3}',
+     '{"preset": {"a": 1}}', '{"verify": "yes"}', '{"profile": 4}', '{"trace": "a\\u0000b"}', '{"buckets": true}',
+     '{"min_tokens": ' + "9" * 5000 + "}", '{"gamma": 1e999, "preset": "fast"}',
+     "[" * 50_000, '{"a":' * 5000,
+     '{"' + "x" * 100_000 + '": 1}'],
+    ids=range(21),
+)  # fmt: skip
+def test_an_environment_that_holds_no_configuration_ends_in_one_line(monkeypatch, raw):
+    monkeypatch.setenv(config.CONFIG_ENV, raw)
+    if not raw:
+        assert config.configured() is None
+        return
+    with pytest.raises(MacsError) as caught:
+        config.configured()
+    text = str(caught.value)
+    assert text.startswith(config.CONFIG_ENV) and text.isprintable() and len(text) < 1000
+
+
+def test_what_is_configured_is_read_back(monkeypatch):
+    monkeypatch.setenv(config.CONFIG_ENV, "")
+    for made in (MacsConfig.from_preset("off"), MacsConfig.from_preset(profile="inf", trace="/a b/é")):
+        config.configure(made)
+        assert config.configured() == made  # a profile called "inf" is no number

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs import batch
 from sglang_macs.backlog import MOST, Backlog
+from sglang_macs.choices import WEIGHT_ONE
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.ops import WEIGHT_ONE
 from sglang_macs.plan import Plan, PlanResult
 from sglang_macs.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
 
@@ -77,6 +77,10 @@ class OneByOne:
             self.violations["text_last"] += bool(((held[CLIPPED_TEXT] > 0) & (held[KEPT_VISUAL] > 0)).any())
 
 
+def planned_batch(config: MacsConfig, segment: torch.Tensor) -> batch.Batch:
+    return batch.Batch(segment, 1, "", group_tokens=TOKENS * RANKS, measured=config.verify)
+
+
 def spoilt(result: PlanResult) -> PlanResult:
     """A result whose bound its rows exceed."""
     cut = result.cut.clone()
@@ -92,7 +96,7 @@ def test_sums_are_those_of_dispatches_counted_one_by_one(name, dispatches):
     for step in range(dispatches):
         one = planners[step % LAYERS]
         hidden, ids, weights, logits, segment = routed(step % 7)
-        with batch.forward(batch.Batch(segment, 1, "", group_tokens=TOKENS * RANKS)):
+        with batch.forward(planned_batch(config, segment)):
             planned = one(hidden, ids, weights, logits)
             if step % 5 == 0:
                 planned = replace(planned, result=spoilt(planned.result))
@@ -129,9 +133,10 @@ def test_sums_may_be_beyond_32_bits():
 
 def test_only_so_many_dispatches_are_kept():
     counters, kept = Stats(), []
-    one, (hidden, ids, weights, logits, segment) = planner(CONFIGS["rank"], counters), routed(0)
+    config = CONFIGS["rank"]
+    one, (hidden, ids, weights, logits, segment) = planner(config, counters), routed(0)
     for _ in range(3 * MOST):
-        with batch.forward(batch.Batch(segment, 1, "", group_tokens=TOKENS)):
+        with batch.forward(planned_batch(config, segment)):
             result = one(hidden, ids, weights, logits).result
         kept.append([weakref.ref(result.counts), weakref.ref(result.group)])
         del result
@@ -187,7 +192,7 @@ def test_layers_of_different_sizes_are_counted_apart():
     for layer_id in (0, 1, 0, 1):
         experts = EXPERTS * (1 + layer_id)
         one, (hidden, ids, weights, logits, segment) = planner(config, counters, layer_id, experts), routed(5, experts)
-        with batch.forward(batch.Batch(segment, 1, "", group_tokens=TOKENS)):
+        with batch.forward(planned_batch(config, segment)):
             planned = one(hidden, ids, weights, logits)
             own = one.recount(ids, planned)
             one.prove(planned, own, own)
@@ -200,10 +205,11 @@ def test_layers_of_different_sizes_are_counted_apart():
 
 def test_a_copy_on_the_host_does_not_count_on():
     counters = Stats()
-    one, (hidden, ids, weights, logits, segment) = planner(CONFIGS["infinite gamma"], counters), routed(0)
+    config = CONFIGS["infinite gamma"]
+    one, (hidden, ids, weights, logits, segment) = planner(config, counters), routed(0)
     states = []
     for _ in range(2):
-        with batch.forward(batch.Batch(segment, 1, "", group_tokens=TOKENS)):
+        with batch.forward(planned_batch(config, segment)):
             planned = one(hidden, ids, weights, logits)
             own = one.recount(ids, planned)
             one.prove(planned, own, own)
@@ -232,11 +238,30 @@ def test_a_recount_is_that_of_its_definition():
             if after >= 0:
                 want[AFTER, after] += 1
                 want[UNITS, after] += max(1, int((weight[t] * WEIGHT_ONE).round()))
-    verified = CONFIGS["rank, verified"]
-    assert torch.equal(recount(verified, EXPERTS, ids, sent, weight, segment), want)
-    assert torch.equal(recount(CONFIGS["rank"], EXPERTS, ids, sent, weight, segment), want[:2])
-    assert torch.equal(recount(verified, EXPERTS, ids, sent, weight, None), want[:2])
-    assert recount(verified, EXPERTS, ids, sent, None, segment).is_contiguous(), "it is sent to the other ranks"
+    assert torch.equal(recount(EXPERTS, ids, sent, weight, segment), want)
+    assert torch.equal(recount(EXPERTS, ids, sent, weight, None), want[:2])
+    assert recount(EXPERTS, ids, sent, None, segment).is_contiguous(), "it is sent to the other ranks"
+
+
+def test_rows_left_alone_are_counted_and_promised_nothing():
+    """Decoded rows beside a prefill: they are load, but no bound speaks of them."""
+    config, counters = CONFIGS["rank, verified"], Stats()
+    one, (hidden, ids, weights, logits, segment) = planner(config, counters), routed(0)
+    segment[-7:] = batch.LEFT_ALONE
+    with batch.forward(replace(planned_batch(config, segment), leaves_alone=True)):
+        planned = one(hidden, ids, weights, logits)
+        own = one.recount(ids, planned)
+        one.prove(planned, own, own * RANKS)
+    assert torch.equal(planned.topk_ids[-7:], ids[-7:]) and torch.equal(planned.topk_weights[-7:], weights[-7:])
+    assert (planned.topk_ids[:-7] != ids[:-7]).any(), "a case that clips nothing proves nothing"
+    left = torch.bincount(ids[-7:].flatten(), minlength=EXPERTS)
+    assert torch.equal(own[-1], left) and own[BEFORE].sum() == TOKENS * TOP_K
+    bound = planned.result.cut[:, 3]
+    assert (RANKS * own[AFTER].view(RANKS, -1).sum(1) > bound).any(), "with them a rank is above its bound"
+    got = counters.snapshot()
+    assert got["violations"] == {"bound": 0, "text_last": 0} and got["checks"] == {"bound": 1, "text_last": 1}
+    assert sum(got["own"][f"assignments_{m}"] for m in ("visual", "text")) == (TOKENS - 7) * TOP_K
+    assert sum(got["layers"]["0"]["rows_after"]) == RANKS * int((planned.topk_ids >= 0).sum())
 
 
 class Operations(TorchDispatchMode):
@@ -269,7 +294,7 @@ def test_a_planned_dispatch_asks_for_hardly_more_than_its_plan(name, proves, mos
 
     def serve() -> None:
         for _ in range(passes):
-            with batch.forward(batch.Batch(segment, 1, "", group_tokens=TOKENS)):
+            with batch.forward(planned_batch(config, segment)):
                 for one in planners:
                     planned = one(hidden, ids, weights, logits)
                     if proves:

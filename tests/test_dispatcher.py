@@ -89,7 +89,8 @@ def _serve_all(rank: int, world: int) -> dict[str, dict]:
         dispatcher = MacsDispatcher(LayerPlanner(0, Plan(config, EXPERTS, world), dist.group.WORLD, counters))
         hidden, ids, weights, logits = tokens(rank, COUNTS[rank])
         segment = torch.where(torch.arange(COUNTS[rank]) % 4 < 3, 0, -1).int()
-        with batch.forward(batch.Batch(segment, 1, name if name in ("off", "decode") else "")):
+        skip = name if name in ("off", "decode") else ""
+        with batch.forward(batch.Batch(segment, 1, skip, measured=skip != "decode")):
             received, local = dispatcher.dispatch(hidden, ids, weights, logits)
         out = dispatcher.combine(expert_output(received, local + rank * EXPERTS // world))
         rows = torch.bincount(local, minlength=EXPERTS // world)

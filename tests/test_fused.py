@@ -122,7 +122,7 @@ def test_operators_trace():
 def alone(monkeypatch):
     """A group of this process alone, on a GPU that would do."""
     monkeypatch.setattr(transport, "unfit_device", lambda: "")
-    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group: "")
+    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group, unfit: unfit)
     monkeypatch.setattr(transport.dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(transport, "make", lambda config, sizes, group: SimpleNamespace(
         num_blocks=4, region_bytes=FusedDispatch.region_bytes, saved_bytes=FusedDispatch.saved_bytes
@@ -195,9 +195,8 @@ def test_handles_stay_on_the_host_while_a_model_is_loaded(monkeypatch):
     opened = []
     monkeypatch.setattr(ops, "allocate_shared", lambda size: (torch.zeros(size, device="cpu"),) * 2)
     monkeypatch.setattr(ops, "open_shared", lambda handle: opened.append(handle.device.type) or 7)
-    monkeypatch.setattr(peer_memory, "everyone", lambda value, group: [[0] * 64] * 3)
+    monkeypatch.setattr(peer_memory, "everyone", lambda value, group: [value] * 3)
     monkeypatch.setattr(peer_memory.dist, "get_rank", lambda group: 1)
-    monkeypatch.setattr(peer_memory.dist, "barrier", lambda group: None)
     with torch.device("meta"):
         shared = peer_memory.share(8, group=None)
     assert opened == ["cpu", "cpu"] and shared.addresses[0] == shared.addresses[2] == 7
@@ -320,7 +319,7 @@ def routed(tokens: int = 64):
 
 
 def forward(skip: str = ""):
-    return batch.forward(batch.Batch(torch.zeros(64, dtype=torch.int32), 1, skip, group_tokens=64))
+    return batch.forward(batch.Batch(torch.zeros(64, dtype=torch.int32), 1, skip, group_tokens=64, measured=not skip))
 
 
 def test_a_planned_batch_goes_through_the_fused_kernels():
@@ -339,6 +338,24 @@ def test_a_planned_batch_goes_through_the_fused_kernels():
     assert [call[0] for call in carrier.calls] == ["send", "receive", "offer", "combine"]
     assert carrier.calls[2][1] is rows and torch.equal(carrier.calls[3][1], output.topk_ids)
     assert counters.fused == counters.planned == 1 and counters.snapshot()["violations"]["bound"] == 0
+
+
+def test_a_pass_with_decoded_rows_is_planned_in_front_of_deepep():
+    """The fused kernel plans every row that it sends, and those are to be left alone."""
+    dispatcher, impl, carrier, counters = make()
+    hidden, topk = routed()
+    segment = torch.zeros(64, dtype=torch.int32)
+    segment[40:] = batch.LEFT_ALONE
+    with batch.forward(batch.Batch(segment, 1, "", group_tokens=64, leaves_alone=True)):
+        dispatcher._execute("dispatch_a", hidden_states=hidden, topk_output=topk)
+        output = dispatcher._execute("dispatch_b")
+    assert (
+        impl.asked == ["dispatch_a", "dispatch_b"]
+        and not carrier.calls
+        and counters.fused == 0
+        and counters.planned == 1
+    )
+    assert torch.equal(output.topk_ids[40:], topk.topk_ids[40:]) and (output.topk_ids != topk.topk_ids).any()
 
 
 @pytest.mark.parametrize("skip", ["decode", "small", "outside"])

@@ -173,7 +173,7 @@ def test_counting_never_makes_the_host_wait_and_is_right_across_streams(verify):
         seen = []
         for i in (layer % len(batches) for layer in range(layers)):
             hidden, ids, weights, logits, segment = batches[i]
-            with forward(Batch(segment, 1, "", group_tokens=256)):
+            with forward(Batch(segment, 1, "", group_tokens=256, measured=verify)):
                 planned = planners[i](hidden, ids, weights, logits)
                 own = planners[i].recount(ids, planned)
                 planners[i].prove(planned, own, own)

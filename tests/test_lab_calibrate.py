@@ -2,11 +2,10 @@
 
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from info_server import answering, body
 from PIL import Image
 from serving import photograph_files
 
@@ -77,53 +76,189 @@ def test_the_fingerprint_is_the_routers(tmp_path):
         (tmp_path / name).mkdir()
         tensors = {"layers.0.mlp.gate.weight": torch.full((2, 2), router).bfloat16(), "x": torch.full((2,), other)}
         save_file(tensors, str(tmp_path / name / "model.safetensors"))
-        return calibrate.fingerprint(tmp_path / name)
+        return calibrate.routers(tmp_path / name).fingerprint
 
     assert stored("a", 1.0, 1.0) == stored("b", 1.0, 2.0) != stored("c", 2.0, 1.0)
     with pytest.raises(MacsError, match=r"no \*\.safetensors"):
-        calibrate.fingerprint(tmp_path)
+        calibrate.routers(tmp_path)
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """/server_info of two ranks whose counters grow by a sample of `source` at every look."""
-
-    source = recording(planted=1.0)
-    looks = 0
-
-    def do_GET(self):
-        rows = self.source.rows[: FakeServer.looks].sum(0)
-        FakeServer.looks += 1
-        states = [
-            {"macs": {"expert_rows": {str(layer): (rows[layer] // 2 + part).tolist() for layer in range(LAYERS)}}}
-            for part in ((rows[0] * 0), rows[0] % 2)
-        ]
-        body = json.dumps({"internal_states": states}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+# ---- From a running server -----------------------------------------------------------------------------------------
 
 
-def test_a_running_server_is_watched():
-    FakeServer.looks = 0
-    server = HTTPServer(("127.0.0.1", 0), FakeServer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}"
-        watched = calibrate.watch_server(url, samples=30, interval=0.0, patience=5.0)
-        assert watched.rows.shape == (30, LAYERS, EXPERTS, 2)
-        assert torch.equal(watched.rows[:, 0], FakeServer.source.rows[:30, 0])
-        assert calibrate.modalities(watched)[0][0, :2].tolist() == [1, -1]
-        FakeServer.looks = 60  # traffic has ended
-        with pytest.raises(MacsError, match="no mixed traffic"):
-            calibrate.watch_server(url, samples=3, interval=0.01, patience=0.1)
-    finally:
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(MacsError, match="--server"):
-        calibrate.watch_server(url, samples=1, interval=0.0, patience=0.1)
+class Server:
+    """Answers each look with the next of some lists of states, or errors; the last for ever. It has its own clock."""
+
+    def __init__(self, *answers) -> None:
+        self.answers, self.now = list(answers), 0.0
+
+    def states(self) -> list[dict]:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, MacsError):
+            raise answer
+        return answer
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def states(rows: torch.Tensor | None, layers=range(LAYERS), **changes) -> list[dict]:
+    """Of two ranks at infinite gamma that have half of rows [LAYERS, E, 2] each."""
+    halves = [] if rows is None else [rows // 2, rows - rows // 2]
+    tables = [{str(i): half[i].tolist() for i in layers} for half in halves] or [{}, {}]
+    config = {"gamma": "inf", "preset": "rank"}
+    return [{"version": "0", "rank": i, "config": config, "expert_rows": t, **changes} for i, t in enumerate(tables)]
+
+
+GROWING = recording(planted=1.0).rows.cumsum(0)  # what a server has counted after each sample
+
+
+def watched(monkeypatch, *answers, samples: int = 20) -> Recording:
+    server = Server(*answers)
+    monkeypatch.setattr(calibrate, "time", server)
+    return calibrate.watch_server(server, range(LAYERS), samples, interval=1.0, patience=5.0)
+
+
+def refused(monkeypatch, *answers) -> str:
+    with pytest.raises(MacsError) as caught:
+        watched(monkeypatch, *answers)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def test_a_running_server_is_watched(monkeypatch):
+    found = watched(monkeypatch, *map(states, GROWING), samples=30)
+    assert found.layers == [0, 1] and torch.equal(found.rows, GROWING[1:31] - GROWING[:30])
+    assert calibrate.modalities(found)[0][0, :2].tolist() == [1, -1]
+
+
+def test_a_server_is_watched_from_before_its_traffic(monkeypatch):
+    """No layer has been counted yet, then one, then all."""
+    late = (states(None), states(None), states(GROWING[0], layers=[1]))
+    found = watched(monkeypatch, *late, *map(states, GROWING))
+    assert torch.equal(found.rows[0], GROWING[0]) and torch.equal(found.rows[1], GROWING[1] - GROWING[0])
+
+
+def test_a_sample_is_whole_before_it_counts(monkeypatch):
+    """Looks between which a layer had one modality only are put together with the next."""
+    only_text = GROWING[0].clone()
+    only_text[0, :, 0] = 0
+    found = watched(monkeypatch, states(GROWING[0] * 0), states(only_text), *map(states, GROWING[1:]))
+    assert torch.equal(found.rows[0], GROWING[1])
+
+
+def test_a_server_without_traffic_is_no_profile(monkeypatch):
+    error = refused(monkeypatch, states(None))
+    assert "0 of 20 samples" in error and "no rows in any layer" in error
+    assert "3 of 20 samples" in refused(monkeypatch, *map(states, GROWING[:4]))
+
+
+def test_layers_and_modalities_that_never_come_are_named(monkeypatch):
+    text = GROWING.clone()
+    text[:, 1, :, 0] = 0
+    assert "no visual rows in layers [1]" in refused(monkeypatch, *map(states, text), states(text[-1]))
+    first = [states(rows, layers=[0]) for rows in GROWING]  # the other stages of a pipeline do not answer
+    assert "layers [1]" in refused(monkeypatch, *first)
+    other = [{**state, "expert_rows": {"7": GROWING[0, 0].tolist()}} for state in states(None)]
+    assert "layers [7], which the checkpoint does not have" in refused(monkeypatch, other)
+
+
+@pytest.mark.parametrize("config", [{"gamma": 1.1, "preset": "rank"}, {"gamma": "inf", "preset": "off"}, {}])
+def test_a_server_that_does_not_count_experts_is_refused_at_once(monkeypatch, config):
+    assert "Start it with --macs-gamma inf" in refused(monkeypatch, states(GROWING[0], config=config))
+    restarted = (states(GROWING[0]), states(GROWING[1]), states(None, config=config))
+    assert "Start it with --macs-gamma inf" in refused(monkeypatch, *restarted)
+
+
+def test_a_server_that_starts_again_costs_a_sample(monkeypatch):
+    down = MacsError("server", "nothing", "an answer")
+    before, after = list(map(states, GROWING[:11])), list(map(states, GROWING[:12]))
+    whole = [rows.tolist() for rows in (*GROWING[:1], *(GROWING[1:12] - GROWING[:11]))]
+    for between in ([], [down], [down, states(None)], [states(None)]):
+        found = watched(monkeypatch, *before, *between, *after)
+        assert torch.equal(found.rows[:10], GROWING[1:11] - GROWING[:10])
+        assert all(rows in whole for rows in found.rows[10:].tolist())
+    assert "got nothing, expected an answer" in refused(monkeypatch, *before, down)
+
+
+def test_ranks_that_come_do_not_bring_their_past(monkeypatch):
+    """The rows that a second rank counted before it first answered are no sample."""
+    alone = [states(rows)[:1] for rows in GROWING[:5]]
+    both = list(map(states, GROWING[5:30]))
+    found = watched(monkeypatch, *alone, *both)
+    assert torch.equal(found.rows[4], GROWING[6] - GROWING[5])
+
+
+def test_a_part_of_the_ranks_is_no_profile(monkeypatch):
+    part = states(GROWING[0], ranks={"ep_size": 4, "answering": [0]})
+    assert "counters of 1 of 4 ranks" in refused(monkeypatch, part)
+
+
+@pytest.mark.parametrize(
+    "table", [None, 4, "x", {"0": 4}, {"0": [[1, 2], [3]]}, {"0": [[1.5, 2]]}, {"0": [[-1, 2]]}, {"0": [1, 2]},
+              {"zero": [[1, 2]]}, {"0": [[1, 2]], "1": [[1, 2], [3, 4]]}, {"0": [["1", 2]]}, {"0": [[10**30, 2]]}],
+    ids=str,
+)  # fmt: skip
+def test_counters_of_another_form_are_refused(monkeypatch, table):
+    assert "expert_rows of another form from sglang-macs 0" in refused(
+        monkeypatch, states(GROWING[0], expert_rows=table)
+    )
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """config.json and routers of LAYERS layers, and of one behind them that drafts."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"architectures": ["AForCausalLM"], "text_config": {"num_hidden_layers": LAYERS}}
+    (folder / "config.json").write_text(json.dumps(config))
+    routers = {f"model.layers.{i}.mlp.gate.weight": torch.ones(EXPERTS, 4) for i in range(LAYERS + 1)}
+    save_file(routers, str(folder / "model.safetensors"))
+    return folder
+
+
+def test_the_command_writes_a_profile_of_a_running_server(checkpoint, tmp_path, capsys):
+    looks = iter(GROWING)
+    arguments = ["--model-path", str(checkpoint), "--out", str(tmp_path / "p.json"), "--api-key", "k"]
+    with answering(lambda: body(states(next(looks))), api_key="k") as url:
+        assert main(["calibrate", "--server", url, *arguments, "--samples", "20", "--interval", "0"]) == 0
+    made = profile.load(str(tmp_path / "p.json"))
+    assert list(made.modality) == [0, 1] and made.modality[0][:2] == [1, -1] and made.architecture == "AForCausalLM"
+    assert "from 20 samples" in capsys.readouterr().out
+
+
+def test_no_profile_is_written_where_the_server_gave_none(checkpoint, tmp_path, capsys):
+    out = tmp_path / "p.json"
+    out.write_text("the last one")
+    arguments = ["--model-path", str(checkpoint), "--out", str(out), "--interval", "0", "--patience", "0"]
+    for found in (states(None), states(GROWING[0], config={"gamma": 1.1})):
+        with answering(body(found)) as url:
+            assert main(["calibrate", "--server", url, *arguments]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1 and out.read_text() == "the last one"
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"architectures": []}', '{"architectures": [4]}', "[" * 50_000,
+                                    '{"architectures": ["A"], "text_config": 3}'], ids=range(7))  # fmt: skip
+def test_a_checkpoint_without_a_model_is_refused_in_one_line(checkpoint, tmp_path, capsys, config):
+    (checkpoint / "config.json").write_text(config)
+    arguments = ["--model-path", str(checkpoint), "--out", str(tmp_path / "p.json")]
+    assert main(["calibrate", "--server", "http://127.0.0.1:9", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "--model-path" in error and len(error.splitlines()) == 1
+
+
+def test_layers_that_a_recording_lacks_are_named():
+    calibrate.check_layers([1, 0], {0, 1})
+    with pytest.raises(MacsError, match=r"no rows in layers \[2\]"):
+        calibrate.check_layers([0, 1], {0, 1, 2})
 
 
 def test_a_dataset_is_replayed_by_the_command(vl_model, tmp_path, capsys):
@@ -137,7 +272,7 @@ def test_a_dataset_is_replayed_by_the_command(vl_model, tmp_path, capsys):
     arguments = ["calibrate", "--model-path", str(model), "--out", str(out)]
     assert main([*arguments, "--dataset", str(tmp_path / "d.jsonl")]) == 0
     made = profile.load(str(out))
-    assert made.evidence.samples == 20 and made.evidence.fingerprint == calibrate.fingerprint(model)
+    assert made.evidence.samples == 20 and made.evidence.fingerprint == calibrate.routers(model).fingerprint
     # The tiny model is built so that its first half serves images (tiny_models.VISUAL_PULL).
     first = [m for row in made.modality.values() for m in row[: made.num_experts // 2]]
     second = [m for row in made.modality.values() for m in row[made.num_experts // 2 :]]

@@ -10,7 +10,7 @@ import torch
 
 from sglang_macs import metrics
 from sglang_macs.config import MacsConfig
-from sglang_macs.stats import Stats
+from sglang_macs.stats import Recount, Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)
@@ -42,7 +42,7 @@ def counted(factor: int = 1) -> Stats:
     stats.fate = torch.tensor([[50, 20], [10, 4], [6, 1]]) * factor
     rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(factor):
-        stats.add_recount(CONFIG, 0, 2, rows, rows, cut)
+        stats.add_recount(Recount(CONFIG, 0, 2, rows, rows, cut))
     return stats
 
 

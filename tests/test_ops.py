@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs import ops
+from sglang_macs.choices import BUCKETS
 
 HISTOGRAM = ("buckets", "load", "importance")
 THRESHOLD = ("buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min")
@@ -176,7 +177,7 @@ def test_ids_keep_their_dtype(ids_dtype: torch.dtype) -> None:
 
 
 @cases.PROPERTY
-@given(st.lists(st.floats(width=32), min_size=1, max_size=8), st.sampled_from(ops.BUCKETS))
+@given(st.lists(st.floats(width=32), min_size=1, max_size=8), st.sampled_from(BUCKETS))
 def test_any_gate_has_the_oracle_s_bucket(gates: list[float], buckets: int) -> None:
     """Zeros, subnormals, infinities and NaN included."""
     ids = torch.zeros(len(gates), 1, dtype=torch.int32)

@@ -45,7 +45,7 @@ def test_it_is_as_large_as_what_a_plan_exchanges():
 def two_ranks(monkeypatch):
     """A group of two, of which this process is the first, on GPUs that would do; memory is not shared."""
     monkeypatch.setattr(transport, "unfit_device", lambda: "")
-    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group: "")
+    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group, unfit: unfit)
     monkeypatch.setattr(
         transport.peer_memory, "share", lambda size, group: PeerMemory(0, torch.zeros(size).byte(), [0, 0])
     )
@@ -78,7 +78,7 @@ def test_where_nothing_is_exchanged_auto_says_why_not(two_ranks, capsys, options
 
 
 def test_ranks_that_cannot_reach_each_other_fall_back(two_ranks, monkeypatch, capsys):
-    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group: "rank 1 runs on another host")
+    monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group, unfit: "rank 1 runs on another host")
     assert chosen(all_reduce="auto") is None
     assert "rank 1 runs on another host" in capsys.readouterr().err
 

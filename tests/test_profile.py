@@ -1,6 +1,7 @@
 """Profiles: what is read back is what was written, and nothing else is taken for a profile."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -113,3 +114,75 @@ def test_a_nest_too_deep_for_the_parser_is_refused(tmp_path):
     (tmp_path / "p.json").write_text("[" * 100_000)
     with pytest.raises(MacsError):
         profile.load(str(tmp_path / "p.json"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modality": {}},
+        {"modality": {"-1": [0, 0, 0, 0]}},
+        {"modality": {"01": [0, 0, 0, 0]}},
+        {"modality": {"٣": [0, 0, 0, 0]}},
+        {"modality": {"123456": [0, 0, 0, 0]}},
+        {"modality": {"0": [0.9, 0, 0, 0]}},
+        {"modality": {"0": [float("nan"), 0, 0, 0]}},
+        {"modality": {"0": [True, 0, 0, 0]}},
+        {"modality": {"0": ["1", 0, 0, 0]}},
+        {"modality": {"0": "1000"}},
+        {"modality": {"0": {"0": 1, "1": 1, "2": 1, "3": 1}}},
+        {"num_experts": "4"},
+        {"num_experts": 4.0},
+        {"num_experts": 0, "modality": {"0": []}},
+        {"num_experts": -4},
+        {"architecture": 4},
+        {"architecture": None},
+        {"evidence": []},
+        {"evidence": {"samples": 0.5, "rows": {}, "p_value": {}, "fingerprint": ""}},
+        {"evidence": {"samples": 1, "rows": {"0": [[1]] * 4}, "p_value": {}, "fingerprint": ""}},
+        {"evidence": {"samples": 1, "rows": {}, "p_value": {"0": [2.0] * 4}, "fingerprint": ""}},
+        {"evidence": {"samples": 1, "rows": {}, "p_value": {}, "fingerprint": 4}},
+    ],
+    ids=str,
+)
+def test_values_of_another_type_or_size_are_refused_in_one_line(tmp_path, changes):
+    with pytest.raises(MacsError) as caught:
+        profile.load(write(tmp_path / "p.json", **changes))
+    assert str(caught.value).startswith("--macs-profile: got") and str(caught.value).isprintable()
+
+
+def test_a_number_of_thousands_of_digits_is_refused(tmp_path):
+    path = tmp_path / "p.json"
+    profile.save(GOOD, str(path))
+    path.write_text(path.read_text().replace('"num_experts": 4', '"num_experts": ' + "4" * 5000))
+    with pytest.raises(MacsError, match="--macs-profile"):
+        profile.load(str(path))
+
+
+@pytest.mark.parametrize("what", ["/dev/zero", "/", "", "a\0b", "fifo"])
+def test_only_a_regular_file_is_read(tmp_path, what):
+    if what == "fifo":
+        os.mkfifo(tmp_path / "fifo")  # nobody writes: opening it must not wait
+        what = str(tmp_path / "fifo")
+    with pytest.raises(MacsError, match="--macs-profile"):
+        profile.load(what)
+
+
+def test_a_profile_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "p.json"
+    profile.save(GOOD, str(path))
+    before = path.read_bytes()
+    with pytest.raises(MacsError, match="no layers"):
+        profile.save(Profile("A", 4, {}), str(path))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(MacsError, match="No space left"):
+        profile.save(Profile("A", 4, {0: [0, 0, 0, 0]}), str(path))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_profile_goes_where_a_link_points_and_over_no_device(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "p.json")
+    profile.save(GOOD, str(tmp_path / "link.json"))
+    assert (tmp_path / "link.json").is_symlink() and profile.load(str(tmp_path / "p.json")) == GOOD
+    for path in ("/dev/null", str(tmp_path), "/nowhere/p.json", ""):
+        with pytest.raises(MacsError, match="--out"):
+            profile.save(GOOD, path)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from traces import COLUMNS, LAYERS, ROWS, record
+from traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
 
 from sglang_macs import cli, report, trace
 
@@ -72,7 +72,9 @@ def test_the_page_is_whole_and_loads_nothing(recorded):
         assert tag not in ("script", "link", "iframe")
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
-    assert "url(" not in report.page(recorded[0]) and "@import" not in report.page(recorded[0])
+    text = report.page(recorded[0])
+    assert set(re.findall(r"url\(.{5}", text)) == {"url(data:"} and "@import" not in text
+    assert text.count("image/jpeg") == len(recorded[0].pictures), "once, however many views show it"
 
 
 def test_the_figures_are_the_traces(recorded):
@@ -99,6 +101,15 @@ def test_the_chart_over_time_is_drawn_to_scale(recorded):
         assert y == pytest.approx(200 - rows / slowest[0].max() * 188, abs=0.06)
 
 
+@pytest.mark.parametrize("ranks", [2, 64, 1024])
+def test_every_rank_has_a_cell_of_its_own(ranks):
+    cells = [cell for cell in report._cells(np.ones(ranks), 10, 0, 270, 17) if cell.startswith("<rect")]
+    sides = [[float(re.search(rf" {name}='([^']*)'", cell)[1]) for name in ("x", "width")] for cell in cells]
+    assert len(sides) == ranks and all(width > 0.2 for _, width in sides)
+    ends = [x + width for x, width in sides]
+    assert all(end <= x for end, (x, _) in zip(ends, sides[1:], strict=False)) and ends[-1] <= 280
+
+
 def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
     read, _ = recorded
     (picture,) = read.pictures
@@ -109,9 +120,48 @@ def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
     assert lost.min() == 0 < lost.max(), "a case in which all or none lose something proves little"
     assert drawn[..., 3][lost == lost.max()].min() == drawn[..., 3].max() > drawn[..., 3][lost == 1].max()
     assert (drawn[lost > 0][:, :3] == report.DROPPED).all()
-    weight = unpng(report._weight_png(picture.weight[0]))
-    brightness = weight[..., :3].astype(int).sum(axis=-1)
-    assert brightness.argmin() == picture.weight[0].argmin() and brightness.argmax() == picture.weight[0].argmax()
+    drawn = unpng(report._importance_png(picture.importance[0]))
+    brightness = drawn[..., :3].astype(int).sum(axis=-1)
+    assert brightness.argmin() == picture.importance[0].argmin()
+    assert brightness.argmax() == picture.importance[0].argmax()
+
+
+@pytest.mark.parametrize(
+    ("preset", "importance", "words", "short"),
+    [
+        ("rank", "gate", "the router's gate of each token's weakest assignment", "gate"),
+        ("paper", "entropy", "the entropy weight of each token", "entropy weight"),
+        ("rank", "entropy_gate", "entropy weight times gate of each token's weakest assignment", "weight x gate"),
+    ],
+)
+def test_the_middle_panel_shows_what_the_plan_went_by_and_says_so(tmp_path, preset, importance, words, short):
+    record(tmp_path, passes=1, preset=preset, importance=importance)
+    read = trace.load(str(tmp_path))
+    text = Page(report.page(read)).text
+    mean = read.pictures[0].importance.mean(axis=0)
+    assert words in text and f"{short} {mean.min():.3f} to {mean.max():.3f}" in text
+    assert mean.std() > 0.01, "a panel of one colour shows nothing"
+    assert ("overloaded expert" in text) == (preset == "rank"), "scope expert has no pressure"
+
+
+def test_a_picture_that_was_recorded_in_part_has_figures_for_that_part(tmp_path):
+    """The rest of its tokens came from the prefix cache: no NaN is shown, and shares are of what is known."""
+    record(tmp_path, passes=1, parts=[[shown(0, 10, 14)]], reroute="none")
+    read = trace.load(str(tmp_path))
+    page = Page(report.page(read)).text
+    assert not re.search(r"\bnan\b", page) and "58% of them recorded" in page
+    (picture,) = read.pictures
+    given = picture.clipped.sum() / (14 * len(LAYERS) * read.top_k)
+    assert f"given up {given:.1%}" in page and given > 0
+
+
+def test_the_page_says_which_run_and_which_replicas_it_shows(tmp_path):
+    for replica in range(2):
+        record(tmp_path, passes=1, replica=replica)
+    text = Page(report.page(trace.load(str(tmp_path)))).text
+    assert f"run {RUN}: 2 planned passes" in text and "replicas 0, 1 together, 2 ranks each" in text
+    assert "as replica 0, rank 0 saw it, one of 2" in text
+    assert "of replica 1." in Page(report.page(trace.load(str(tmp_path), replica=1))).text
 
 
 def test_a_long_trace_is_thinned_to_means_of_neighbours():
@@ -129,7 +179,11 @@ def test_what_the_trace_says_is_escaped(recorded):
 def test_the_command_writes_the_page(recorded, tmp_path, capsys):
     out = tmp_path / "report.html"
     assert cli.main(["report", str(recorded[1]), "-o", str(out), "--row-us", "0.5"]) == 0
-    assert "µs a row" in out.read_text() and str(out) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "µs a row" in out.read_text() and str(out) in said and f"run {RUN}, the latest of 1 in" in said
+    assert cli.main(["report", str(recorded[1]), "-o", str(out), "--run", RUN, "--replica", "0"]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", str(recorded[1]), "-o", str(out), "--run", "another"]) == 2
     assert cli.main(["report", str(tmp_path / "nowhere"), "-o", str(out)]) == 2
     assert cli.main(["report", str(recorded[1]), "-o", str(tmp_path / "no" / "folder.html")]) == 2
     assert all(line.startswith("sglang-macs report: ") for line in capsys.readouterr().err.splitlines())

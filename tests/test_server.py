@@ -165,7 +165,7 @@ def assert_trace_is_the_counters(server: Server, folder: Path) -> None:
         got = Image.open(io.BytesIO(picture.jpeg)).convert("L")
         resized = [np.asarray(Image.fromarray(photo).resize(got.size)) for photo in sent]
         likeness = [np.corrcoef(np.asarray(got, float).ravel(), photo.ravel())[0, 1] for photo in resized]
-        assert max(likeness) > 0.97 and not np.isnan(picture.weight).any()
+        assert max(likeness) > 0.97 and not np.isnan(picture.importance).any()
 
 
 def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model, tmp_path):

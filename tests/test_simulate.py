@@ -284,19 +284,6 @@ def test_the_command_prints_a_table_json_and_a_picture(tmp_path, capsys):
     assert answer["settings"]["machine"]["dispatch_us"] == 7 and len(answer["rows"]) == 2 * 7
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--ep", "12"], ["--ep", "1"], ["--presets", "fast"], ["--set", "speed=3"], ["--set", "launch_us=-1"],
-     ["--gamma", "0"],
-     ["--loads", "/nowhere"], ["--visual-share", "2"], ["--noise", "-1"], ["--tokens", "0"],
-     ["--plot", "/nowhere/a.png"]],
-)  # fmt: skip
-def test_bad_arguments_end_in_one_line_and_status_2(capsys, arguments):
-    assert cli.main(["simulate", "--batches", "1", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("sglang-macs simulate: ") and len(error.splitlines()) == 1
-
-
 # ---- Validation script ---------------------------------------------------------------------------------------------
 
 

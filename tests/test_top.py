@@ -1,15 +1,14 @@
 """`sglang-macs top` draws what the counters say."""
 
 import copy
-import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from info_server import answering, body
 
-from sglang_macs import cli, stats, top
+from sglang_macs import __version__, cli, stats, top
 from sglang_macs.config import MacsConfig
 
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)
@@ -22,14 +21,14 @@ def state(rank: int) -> dict:
     counted.fate = torch.tensor([[50, 20], [10, 0], [6, 0]])
     rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(2):
-        counted.add_recount(CONFIG, 0, 2, rows, rows, cut)
-    return {"version": "0", "rank": rank, "config": CONFIG.to_json(), **counted.snapshot()}
+        counted.add_recount(stats.Recount(CONFIG, 0, 2, rows, rows, cut))
+    return {"version": __version__, "rank": rank, "config": CONFIG.to_json(), **counted.snapshot()}
 
 
 def test_a_frame_holds_the_figures():
     text = top.frame([state(0), state(1)], "since then")
     assert "gamma 1.25, 1 layers, since then" in text
-    assert "planned 2   left alone: decode 3" in text
+    assert "dispatches 10 of 2 ranks   planned 4   left alone: decode 6" in text
     assert "R_v 0.75   plan 2.00 ms" in text
     assert "1.500 -> 1.250; a bound cut in 100%" in text
     rank0 = next(line for line in text.splitlines() if line.startswith("rank 0"))
@@ -37,6 +36,7 @@ def test_a_frame_holds_the_figures():
     visual = next(line for line in text.splitlines() if line.startswith("visual ") and "R_v" not in line)
     assert visual.split() == ["visual", "120", "20", "(16.7%)", "12", "8"]  # both ranks
     assert "checked 4, violated 0" in text and "must be 0" not in text
+    assert "server has" not in text and "counters of" not in text
 
 
 def test_violations_stand_out():
@@ -57,35 +57,17 @@ def test_a_difference_counts_only_what_came_since():
     top.frame([got], "")  # nothing divides by zero where nothing happened
 
 
-@contextmanager
-def answering(body: bytes):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 def test_the_command_prints_one_frame(capsys):
-    with answering(json.dumps({"internal_states": [{"macs": state(0)}, {"macs": state(1)}]}).encode()) as url:
+    with answering(body([state(0), state(1)])) as url:
         assert cli.main(["top", url, "--once"]) == 0
     assert "1.500 -> 1.250" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("body", "says"), [(b"<html>", "expected an SGLang server"), (b'{"internal_states": [{}]}', "without MACS")]
+    ("answer", "says"), [(b"<html>", "expected an SGLang server"), (b'{"internal_states": [{}]}', "without MACS")]
 )
-def test_other_servers_end_in_one_line(capsys, body, says):
-    with answering(body) as url:
+def test_other_servers_end_in_one_line(capsys, answer, says):
+    with answering(answer) as url:
         assert cli.main(["top", url, "--once"]) == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1
@@ -94,3 +76,82 @@ def test_other_servers_end_in_one_line(capsys, body, says):
 def test_no_server_ends_in_one_line(capsys):
     assert cli.main(["top", "http://127.0.0.1:9", "--once"]) == 2
     assert "Is the server up" in capsys.readouterr().err
+
+
+# ---- Servers of other versions, ranks that come and go ---------------------------------------------------------------
+
+
+def test_a_rank_without_rows_says_so():
+    bare = {**state(0), "layers": {}}
+    assert "rows of each rank: none counted yet" in top.frame([bare], "")
+
+
+def test_ranks_that_do_not_answer_are_named():
+    assert "counters of 1 of 2 ranks" in top.frame([state(0)], "")
+
+
+def test_stages_of_a_pipeline_are_put_together():
+    first, second = state(0), state(0)
+    second["layers"] = {"1": second["layers"]["0"]}
+    assert "2 layers" in top.frame([first, second], "") and "1.500 -> 1.250" in top.frame([first, second], "")
+
+
+def test_another_version_is_named_and_what_it_has_is_shown():
+    other = {"version": "9.1", "rank": 0, "dispatches": 7, "new": {"a": ["b"]}}
+    text = top.frame([other], "since then")
+    assert f"the server has sglang-macs 9.1, this is {__version__}" in text and "dispatches 7 of 1 rank " in text
+    assert "assignments" not in text and "claims" not in text  # not there: not shown as 0
+    assert "sglang-macs unknown" in top.frame([{}], "")
+
+
+def test_nothing_that_a_server_sends_steers_the_terminal():
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\r\n"
+    bad = state(0)
+    bad["version"] = evil
+    bad["config"] = dict.fromkeys(bad["config"], evil)
+    bad["skipped"] = {evil: 3}
+    bad["layers"][evil] = bad["layers"]["0"]
+    assert all(line.isprintable() for line in top.frame([bad], "").split("\n"))
+
+
+def names(value: object) -> list[tuple]:
+    """The paths to everything in nested tables and lists."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, inner in pairs for path in ((key,), *((key, *rest) for rest in names(inner)))]
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=6) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_state_of_another_server_ends_in_an_error(data):
+    """One value of a state replaced by something else, or taken away, in one of two frames."""
+    good, odd = state(0), state(1)
+    *where, last = data.draw(st.sampled_from(names(odd)))
+    table = odd
+    for key in where:
+        table = table[key]
+    if data.draw(st.booleans()):
+        table[last] = data.draw(ODD)
+    else:
+        del table[last]
+    for states in ([odd], [odd, good], [good, odd]):
+        assert top.frame(states, "since then")
+    for now, before in (([odd], [state(1)]), ([state(1)], [odd]), ([good, odd], [good, state(1)])):
+        assert top.next_frame(now, before, 2)
+
+
+def test_a_frame_is_of_the_interval_until_a_rank_comes_goes_or_restarts():
+    old, new = [state(0), state(1)], [state(0), state(1)]
+    new[1]["dispatches"] += 2
+    assert "last 2 s" in top.next_frame(new, old, 2) and "dispatches 2 of 2 ranks" in top.next_frame(new, old, 2)
+    assert "last 2 s" in top.next_frame(new[::-1], old, 2)  # by rank, not by place
+    fresh = [state(0), {**state(1), "dispatches": 1}]
+    for states in (old[:1], [*old, state(2)], fresh):
+        text = top.next_frame(states, old, 2)
+        assert top.SINCE_START in text and "last 2 s" not in text

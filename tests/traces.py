@@ -7,11 +7,13 @@ import torch
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan import Plan, PlanResult
-from sglang_macs.trace import Recorder, Shown
+from sglang_macs.recorder import Place, Recorder, Shown
+from sglang_macs.trace import file_name
 
 EXPERTS, RANKS, TOP_K, LAYERS = 8, 2, 2, (0, 2, 5)
 ROWS, COLUMNS, SIDE = 4, 6, 4  # tokens of the picture, pixels of a patch; 2 x 2 patches a token
 KEY = 1_234_567
+RUN = "20261130T120000Z-0000"
 
 
 def config(folder: Path, **options) -> MacsConfig:
@@ -40,35 +42,52 @@ def shown(row: int = 3, first: int = 0, count: int = ROWS * COLUMNS, key: int = 
 
 
 def record(
-    folder: Path, passes: int = 3, tokens: tuple[int, ...] = (40, 30), parts: list[list[Shown]] | None = None, **options
+    folder: Path,
+    passes: int = 3,
+    tokens: tuple[int, ...] = (40, 30),
+    parts: list[list[Shown]] | None = None,
+    run: str = RUN,
+    replica: int = 0,
+    stages: int = 1,
+    **options,
 ) -> list[list[list[PlanResult]]]:
     """Writes a trace of `passes` forward passes; returns the plans, [pass][layer][rank].
 
     Rank 0 has a picture, `parts[pass]` (by default whole, from row 3 on, in the first pass); every rank `tokens` rows.
+    stages: the last layer is recorded by the second of two.
     """
     settings = config(folder, **options)
-    recorders = [Recorder(settings, rank) for rank in range(RANKS)]
+    recorders = [
+        [Recorder(settings, Place(rank, stage, replica, stages), run) for rank in range(RANKS)]
+        for stage in range(stages)
+    ]
     plan = Plan(settings, EXPERTS, RANKS)
     parts = [[shown()] if i == 0 else [] for i in range(passes)] if parts is None else parts
-    return [_pass(i, plan, recorders, tokens, parts[i]) for i in range(passes)]
+    return [_pass(i + 1000 * replica, plan, recorders, tokens, parts[i]) for i in range(passes)]
 
 
-def _pass(number: int, plan: Plan, recorders: list[Recorder], tokens: tuple[int, ...], parts: list[Shown]):
+def _pass(number: int, plan: Plan, recorders: list[list[Recorder]], tokens: tuple[int, ...], parts: list[Shown]):
     results = []
     with ExitStack() as passes:
-        for rank, recorder in enumerate(recorders):
-            passes.enter_context(recorder.forward_pass(parts if rank == 0 else [], 0))
+        for stage in recorders:
+            for rank, recorder in enumerate(stage):
+                passes.enter_context(recorder.forward_pass(parts if rank == 0 else [], 0))
         for layer in LAYERS:
             batches = [
-                _batch(count, 100 * number + 10 * layer + rank, parts if rank == 0 else [])
+                batch(count, 100 * number + 10 * layer + rank, parts if rank == 0 else [])
                 for rank, count in enumerate(tokens)
             ]
             group_sum = _replace_by(sum(_histogram(plan, batch) for batch in batches))
             plans = [plan(**batch, all_reduce=group_sum) for batch in batches]
-            for recorder, batch, result in zip(recorders, batches, plans, strict=True):
-                recorder.add(layer, RANKS, batch["topk_ids"], result)
+            stage = recorders[-1] if layer == LAYERS[-1] else recorders[0]
+            for recorder, one, result in zip(stage, batches, plans, strict=True):
+                recorder.add(layer, RANKS, one["topk_ids"], one["topk_weights"], result)
             results.append(plans)
     return results
+
+
+def rank_file(folder: Path, rank: int, run: str = RUN) -> Path:
+    return folder / file_name(run, 0, 0, rank)
 
 
 def _replace_by(group: torch.Tensor):
@@ -81,7 +100,7 @@ def _histogram(plan: Plan, batch: dict) -> torch.Tensor:
     return plan.histogram(batch["topk_ids"], batch["topk_weights"], weight, batch["segment"])
 
 
-def _batch(count: int, seed: int, parts: list[Shown]) -> dict:
+def batch(count: int, seed: int, parts: list[Shown]) -> dict:
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(count, EXPERTS, generator=g) + torch.linspace(0.5, 0, EXPERTS)
     weights, ids = torch.softmax(logits, -1).topk(TOP_K)

@@ -136,7 +136,7 @@ def main() -> None:
     make = Maker(words, lab_material.load("train", path=options.material, variants=2), "train")
     with torch.no_grad():
         recorded = record(model, make, {}, 0, torch.float32)
-    made = calibrate.make_profile(recorded.recording, ARCHITECTURE, calibrate.fingerprint(options.checkpoint))
+    made = calibrate.make_profile(recorded.recording, ARCHITECTURE, calibrate.routers(options.checkpoint).fingerprint)
     profile.save(made, str(options.checkpoint / "profile.json"))
     print({name: sum(row.count(m) for row in made.modality.values()) for name, m in SIGNS.items()})
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 
-from .. import calibrate, profile
+from ..arguments import add_server, number
 from ..errors import MacsError
 
 HELP = "record which experts serve which modality, and write the profile"
@@ -16,19 +16,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--dataset", metavar="FILE", help='run the model here over JSON lines {"text", "images"}')
     parser.add_argument("--model-path", required=True, help="the checkpoint, whose routers are fingerprinted")
     parser.add_argument("--out", required=True, help="where the profile goes")
-    parser.add_argument("--samples", type=int, default=64, help="looks at the server that found new rows")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between looks")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds without mixed traffic before giving up")
+    samples, seconds = number(int, 20, 100_000), number(float, 0, 86400)
+    parser.add_argument("--samples", type=samples, default=64, help="looks at the server that found new rows")
+    parser.add_argument("--interval", type=seconds, default=1.0, help="seconds between looks")
+    parser.add_argument("--patience", type=seconds, default=60.0, help="seconds without mixed traffic before giving up")
+    add_server(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    with open_config(args.model_path) as file:
-        architecture = json.load(file)["architectures"][0]
-    if args.server:
-        recording = calibrate.watch_server(args.server, args.samples, args.interval, args.patience)
+    from .. import calibrate, files, profile, server_info
+
+    files.check_writable(args.out, "--out")  # not after minutes of recording
+    architecture, num_layers = _model(args.model_path)
+    routers = calibrate.routers(args.model_path, num_layers)
+    if args.server is not None:
+        server = server_info.of_arguments(args.server, args)
+        recording = calibrate.watch_server(server, routers.layers, args.samples, args.interval, args.patience)
     else:
         recording = calibrate.replay(args.model_path, args.dataset)
-    made = calibrate.make_profile(recording, architecture, calibrate.fingerprint(args.model_path))
+    calibrate.check_layers(recording.layers, routers.layers)
+    made = calibrate.make_profile(recording, architecture, routers.fingerprint)
     profile.save(made, args.out)
     for layer, row in made.modality.items():
         print(f"layer {layer}: {row.count(1)} visual, {row.count(-1)} text, {row.count(0)} shared experts")
@@ -36,8 +43,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_config(path: str):
+def _model(path: str) -> tuple[str, int | None]:
+    """The architecture and the number of layers that a checkpoint's config.json names, None where it names none."""
+    from .. import files
+
+    raw = files.read(os.path.join(path, "config.json"), "--model-path", fix="Name a local checkpoint.")
     try:
-        return open(os.path.join(path, "config.json"), encoding="utf-8")
-    except OSError as error:
-        raise MacsError("--model-path", f"{path} ({error.strerror})", "a local checkpoint with config.json") from error
+        config = json.loads(raw)
+        architecture, text = config["architectures"][0], config.get("text_config", config)
+        num_layers = text.get("num_hidden_layers")
+        if not isinstance(architecture, str) or type(num_layers) not in (int, type(None)):
+            raise TypeError("architectures or num_hidden_layers of another type")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise MacsError("--model-path", f"config.json in {path} ({error!r})", "that of a model") from error
+    return architecture, num_layers

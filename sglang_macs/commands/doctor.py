@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 
-from .. import doctor
-
 HELP = "check that this machine, and a launch, can serve with MACS; each failure comes with its fix"
 
 
@@ -15,6 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import doctor
+
     checks = doctor.run(args.server_flags)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))

@@ -3,21 +3,15 @@
 import argparse
 import dataclasses
 import json
-import math
 from pathlib import Path
 
-from ..errors import MacsError
+from ..arguments import number, several
+from ..errors import MacsError, printable
 from ..machines import MACHINES, MODELS, SOURCES
 
 HELP = "what MACS would buy on a cluster, from expert loads and a machine description"
 DEFAULT_MACHINE, DEFAULT_MODEL = "h200", "qwen3-vl-30b-a3b"
-
-
-def _numbers(of: type):
-    def parse(text: str) -> tuple:
-        return tuple(of(part) for part in text.split(","))
-
-    return parse
+LEAST, MOST = 1e-6, 1e15  # of a machine's figures: no time made of them is infinite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,31 +19,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=NUMBER", help="change a machine's figure")
     parser.add_argument("--model", choices=list(MODELS), default=DEFAULT_MODEL)
     parser.add_argument("--loads", help="JSON of loads (docs/simulate.md); default: the published ones")
-    parser.add_argument("--visual-share", type=float, default=0.9, help="of the tokens, for the published loads")
-    parser.add_argument("--noise", type=float, help="spread of an expert's share between batches, over its mean")
-    parser.add_argument("--ep", type=_numbers(int), default=(8, 16, 32, 64, 128), metavar="N,N")
-    parser.add_argument("--presets", type=_numbers(str), default=("cai", "paper", "rank"), metavar="NAME,NAME")
-    parser.add_argument("--gamma", type=_numbers(float), default=(1.0, 1.05, 1.1, 1.2, 1.5), metavar="G,G")
-    parser.add_argument("--tokens", type=int, default=8192, help="prefill tokens per rank and forward pass")
-    parser.add_argument("--context", type=int, default=2048, help="tokens that attention looks at")
-    parser.add_argument("--batches", type=int, default=100)
-    parser.add_argument("--tile", type=int, default=128, help="rows to which grouped GEMMs pad an expert")
+    parser.add_argument(
+        "--visual-share", type=number(float, 0, 1), default=0.9, help="of the tokens, for the published loads"
+    )
+    parser.add_argument(
+        "--noise", type=number(float, 0, 2), help="spread of an expert's share between batches, over its mean"
+    )
+    parser.add_argument("--ep", type=several(number(int, 2, 1024)), default=(8, 16, 32, 64, 128), metavar="N,N")
+    parser.add_argument("--presets", type=several(str), default=("cai", "paper", "rank"), metavar="NAME,NAME")
+    parser.add_argument(
+        "--gamma", type=several(number(float, 0.01, 100)), default=(1.0, 1.05, 1.1, 1.2, 1.5), metavar="G,G"
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, 1, 2**20), default=8192, help="prefill tokens per rank and forward pass"
+    )
+    parser.add_argument("--context", type=number(int, 0, 2**24), default=2048, help="tokens that attention looks at")
+    parser.add_argument("--batches", type=number(int, 1, 1000), default=100, help="random batches to average over")
+    parser.add_argument(
+        "--tile", type=number(int, 1, 2**20), default=128, help="rows to which grouped GEMMs pad an expert"
+    )
     parser.add_argument("--fp8", action="store_true", help="experts and dispatch in FP8")
     parser.add_argument("--low-latency", action="store_true", help="DeepEP's low-latency mode: one row an assignment")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random batches")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the study, too")
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import files
     from ..simulate import picture, study
 
+    if args.plot is not None:
+        if Path(args.plot).suffix != ".png":
+            raise MacsError("--plot", repr(args.plot), "a file whose name ends in .png")
+        files.check_writable(args.plot, "--plot")  # not after the study
     settings = _settings(args)
     loads = _loads(args)
     rows = study.run(settings, loads)
     if args.plot:
-        if not Path(args.plot).resolve().parent.is_dir():
-            raise MacsError("--plot", args.plot, "a file in a folder that exists")
         title = (
             f"{args.model} on {args.machine}, {args.tokens} tokens a rank ({'FP8' if args.fp8 else 'bf16'}); simulated"
         )
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(study.to_json(settings, loads, rows), indent=1))
     else:
-        print(f"{study.table(rows)}\n\nSimulated, not measured. Loads: {loads.source}")
+        print(f"{study.table(rows)}\n\nSimulated, not measured. Loads: {printable(loads.source)}")
         print(f"Machine: {settings.machine.source}; " + "; ".join(f"{k}: {v}" for k, v in SOURCES.items()))
     return 0
 
@@ -69,9 +76,6 @@ def _settings(args: argparse.Namespace):
     for name in args.presets:
         if name not in PRESETS or name == "off":
             raise MacsError("--presets", repr(name), "names among rank, paper, cai", "off is always shown.")
-    for name, least in (("tokens", 1), ("batches", 1), ("tile", 1), ("context", 0)):
-        if getattr(args, name) < least:
-            raise MacsError(f"--{name}", getattr(args, name), f"a number >= {least}")
     return Settings(
         machine=_machine(args.machine, args.set),
         model=MODELS[args.model],
@@ -98,8 +102,8 @@ def _machine(name: str, changes: list[str]):
             value = numbers[field](text)
         except (KeyError, ValueError) as error:
             raise MacsError("--set", repr(change), f"FIELD=NUMBER with FIELD among {', '.join(numbers)}") from error
-        if not 0 < value < math.inf:
-            raise MacsError("--set", repr(change), "a number above 0")
+        if not LEAST <= value <= MOST:
+            raise MacsError("--set", repr(change), f"a number from {LEAST:g} to {MOST:g}")
         machine = dataclasses.replace(machine, **{field: value})
     return machine
 
@@ -107,11 +111,5 @@ def _machine(name: str, changes: list[str]):
 def _loads(args: argparse.Namespace):
     from ..simulate import loads
 
-    if not 0 <= args.visual_share <= 1:
-        raise MacsError("--visual-share", args.visual_share, "0 to 1")
-    found = loads.load(args.loads) if args.loads else loads.published(args.visual_share)
-    if args.noise is None:
-        return found
-    if not 0 <= args.noise <= 2:
-        raise MacsError("--noise", args.noise, "0 to 2")
-    return dataclasses.replace(found, noise=args.noise)
+    found = loads.load(args.loads) if args.loads is not None else loads.published(args.visual_share)
+    return found if args.noise is None else dataclasses.replace(found, noise=args.noise)

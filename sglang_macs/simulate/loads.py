@@ -3,13 +3,14 @@
 import json
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
+from .. import files
 from ..errors import MacsError
 
 SCHEMA = "sglang-macs/loads/1"
+MOST_LAYERS, MOST_ROWS = 256, 1e12
 VISUAL, TEXT = 0, 1
 PUBLISHED = "qwen3vl_30b_a3b.json"
 # Spread of an expert's share from batch to batch. At 0.38 the published rows of layers 0 and 3 give the maximum over
@@ -43,7 +44,7 @@ class Loads:
         """[L, batches, 2, E] i64: rows of random batches; each layer's add up to tokens * top_k."""
         layers, recorded, _, experts = self.rows.shape
         share = self.rows[:, np.arange(batches) % recorded].astype(float)
-        if self.noise > 0:
+        if self.noise > 1e-6:  # less shows in no batch, and its square is soon 0
             shape = 1 / self.noise**2
             share *= rng.gamma(shape, 1 / shape, (layers, batches, 1, experts))
         share = share.reshape(layers, batches, -1)
@@ -64,19 +65,21 @@ def load(path: str) -> Loads:
      "layers": {"0": [[[visual rows of each expert], [text rows of each expert]], ... one pair a batch]}}
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(files.read(path, "--loads"))
         if raw["schema"] != SCHEMA:
             raise ValueError(f"schema {raw['schema']!r}")
         rows = np.array([raw["layers"][name] for name in sorted(raw["layers"], key=int)], dtype=float)
         loads = Loads(str(raw["source"]), int(raw["top_k"]), rows)
-    except OSError as error:
-        raise MacsError("--loads", f"{path} ({error.strerror})", "a readable file") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        if isinstance(error, MacsError):
+            raise
         raise MacsError(
             "--loads", f"{path} ({error})", f"JSON of {SCHEMA}", "docs/simulate.md has the format."
         ) from error
-    if rows.ndim != 4 or rows.shape[2] != 2 or not rows.size or not np.isfinite(rows).all() or (rows < 0).any():
-        raise MacsError("--loads", f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts], >= 0")
+    if rows.ndim != 4 or rows.shape[2] != 2 or not rows.size or len(rows) > MOST_LAYERS:
+        raise MacsError("--loads", f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts]")
+    if not ((rows >= 0) & (rows <= MOST_ROWS)).all():  # NaN fails
+        raise MacsError("--loads", f"{path} with rows beyond 0 to {MOST_ROWS:g}", "numbers of rows")
     if (rows.sum((2, 3)) == 0).any():
         raise MacsError("--loads", f"{path} with a batch without rows", "rows in every layer and batch")
     return loads
@@ -127,7 +130,7 @@ def _by_modality(rows: np.ndarray, visual_share: float, variation: float, rng: n
         visual, textual = split(strength)
         return 0.5 * np.abs(visual / visual.sum() - textual / textual.sum()).sum()
 
-    if visual_share in (0.0, 1.0):
+    if not 1e-9 < visual_share < 1 - 1e-9:  # one modality has no rows to tell it from the other by
         return np.array([rows * visual_share, rows * text])
     strengths = np.linspace(0, 8, 81)
     best = min(strengths, key=lambda s: abs(distance(s) - variation))

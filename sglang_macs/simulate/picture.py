@@ -1,17 +1,16 @@
 """The study as a picture: speed-up over what is given up, one panel an EP size."""
 
+from ..errors import MacsError
 from .study import Row
 
 COLOURS = {"cai": "C1", "paper": "C2", "rank": "C0"}
 
 
 def draw(rows: list[Row], title: str, path: str) -> None:
-    """Writes a PNG. Raises MacsError if matplotlib is missing."""
+    """Writes a PNG. Raises MacsError if matplotlib is missing, or the file cannot be written."""
     try:
         import matplotlib
     except ImportError as error:
-        from ..errors import MacsError
-
         raise MacsError("--plot", "no matplotlib", "it installed", "pip install matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -26,8 +25,12 @@ def draw(rows: list[Row], title: str, path: str) -> None:
     axes[0][len(sizes) // 2].set_xlabel("assignments clipped, % (open markers: dropped)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise MacsError("--plot", f"{path} ({error.strerror})", "a file that can be written") from error
+    finally:
+        plt.close(figure)
 
 
 def _panel(axis, rows: list[Row]) -> None:

@@ -1,0 +1,10 @@
+"""What a serving process says: one line on stderr."""
+
+import sys
+from contextlib import suppress
+
+
+def say(line: str) -> None:
+    """Never raises: stderr may be a file on a full disk, or a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError):
+        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""Ranks that would not decide alike are found in the first pass, on every one of them, instead of waiting for ever."""
+
+import torch.distributed as dist
+from ranks import run_ranks
+
+from sglang_macs.agreement import PASSES, Agreement
+from sglang_macs.batch import Batch
+from sglang_macs.errors import MacsNotActive
+
+FLAGS = "--moe-dense-tp-size=1 --enable-dp-lm-head=True"
+
+
+def _decide(rank: int, world: int, decided: list[Batch], tokens: list[int]) -> str:
+    try:
+        Agreement(dist.group.WORLD, FLAGS).check(decided[rank], tokens[rank])
+    except MacsNotActive as error:
+        return str(error)
+    return ""
+
+
+def test_each_rank_says_who_decided_what_and_names_the_flags():
+    said = run_ranks(2, _decide, [Batch(skip="", group_tokens=180), Batch(skip="small")], [180, 0])
+    for line in said:
+        assert (
+            "rank 0 plans 180 tokens (180 its own), rank 1 skips as small 0 tokens (0 its own)" in line
+            and FLAGS in line
+        )
+
+
+def test_ranks_that_count_differently_are_found_though_both_plan():
+    assert all(run_ranks(2, _decide, [Batch(skip="", group_tokens=n) for n in (180, 200)], [180, 200]))
+
+
+def _passes(rank: int, world: int, tokens: list[list[int]]) -> int:
+    """How many of the passes were compared."""
+    agreement, compared = Agreement(dist.group.WORLD, FLAGS), 0
+    for counts in tokens:
+        before = agreement._left
+        agreement.check(Batch(skip="", group_tokens=sum(counts)), counts[rank])
+        compared += before > 0
+    return compared
+
+
+def test_all_ranks_stop_comparing_after_the_same_pass():
+    assert run_ranks(3, _passes, [[5, 5, 5], [5, 5, 5], [5, 0, 9], [5, 5, 5]]) == [3] * 3
+    assert run_ranks(2, _passes, [[4, 4]] * (PASSES + 3)) == [PASSES] * 2

@@ -1,15 +1,19 @@
 """Alert rules and dashboard, evaluated by Prometheus's own promtool: a server that is well, idle or ill."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from serving import reserve_port
 
 from sglang_macs import metrics
+from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -86,6 +90,33 @@ def test_nothing_looked_at_is_grey_and_not_green(title):
     assert base == {"color": "#808080", "value": None}
     assert [(step["color"], step["value"]) for step in steps] == [("green", 0), ("red", 1)]
     assert defaults["mappings"][0]["options"]["-1"]["text"].startswith("not")
+
+
+SECOND_NODE = """
+import sys, time, urllib.request
+from sglang.srt.utils.common import launch_dummy_health_check_server
+from sglang_macs.config import MacsConfig
+from sglang_macs.metrics import Exporter
+Exporter({"model_name": "m", "moe_ep_rank": "8"}, MacsConfig.from_preset(), 8)  # as one of its schedulers does
+launch_dummy_health_check_server("127.0.0.1", int(sys.argv[1]), True)
+for attempt in range(200):
+    try:
+        print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/metrics").read().decode())
+        break
+    except OSError:
+        time.sleep(0.1)
+"""
+
+
+@pytest.mark.server
+def test_a_second_node_serves_the_metrics_of_its_own_ranks(tmp_path):
+    """By what SGLang starts there in place of its HTTP server (Engine._launch_subprocesses)."""
+    env = {**os.environ, **environment(ranks=1), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    port, reservation = reserve_port()
+    with reservation:
+        command = [sys.executable, "-c", SECOND_NODE, str(port)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert 'sglang:macs_active{model_name="m",moe_ep_rank="8"' in done.stdout, done.stderr[-2000:]
 
 
 def test_every_pod_and_node_is_scraped():

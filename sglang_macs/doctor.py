@@ -120,7 +120,9 @@ def _gpus() -> list[str]:
 def _cpu() -> Iterator[Check]:
     yield Check("GPU", SKIP, "serving on the CPU")
     wanted = cpu_compat.environment()
-    shims = str(cpu_compat.SITE_DIR) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    # By its last names: in a clone it is the clone's, which `_extension` has a word on.
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    shims = any(Path(entry).parts[-3:] == cpu_compat.SITE_DIR.parts[-3:] for entry in entries)
     missing = [name for name in ("SGLANG_USE_CPU_ENGINE",) if os.environ.get(name) != wanted[name]]
     missing += [] if shims else ["PYTHONPATH"]
     yield _check(

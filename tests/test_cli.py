@@ -111,6 +111,7 @@ NUMBERS = {
     ("calibrate", "--interval"): ("-1", "inf"),
     ("calibrate", "--patience"): ("-1", "inf"),
     ("report", "--row-us"): ("-1", "inf"),
+    ("report", "--replica"): ("-1", "1.5", "inf"),
     ("simulate", "--visual-share"): ("-0.1", "1.1", "inf"),
     ("simulate", "--noise"): ("-1", "3", "inf"),
     ("simulate", "--ep"): ("0", "-8", "1", "7", "12", "2048", "8,0", "8,", "8,8.0", ",".join(["8"] * 1000)),
@@ -141,7 +142,8 @@ OTHERS = {
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
 }  # fmt: skip
-NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once", "--output"}  # what takes no odd value
+# What takes no odd value; tests/test_trace.py has those of --run, which are looked for in a trace.
+NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once", "--output", "--run"}
 CASES = [
     (command, argument, odd)
     for (command, argument), values in {**NUMBERS, **OTHERS}.items()

@@ -97,6 +97,15 @@ def test_what_the_fused_dispatch_needs_is_said_and_fails_nothing(monkeypatch, un
     assert check.status == status and found in check.found and bool(check.fix) == (status == SKIP)
 
 
+def test_the_threshold_is_where_the_simulation_begins_to_pay(capsys):
+    def speedup(tokens: int) -> float:
+        assert cli.main(f"simulate --ep 8 --gamma 1.1 --presets rank --tokens {tokens} --json".split()) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return next(row["speedup"] for row in rows if row["preset"] == "rank")
+
+    assert speedup(doctor.TOKENS_THAT_PAY_ON_GPUS // 2) < 1 < speedup(doctor.TOKENS_THAT_PAY_ON_GPUS)
+
+
 def test_a_build_for_another_torch_fails(monkeypatch):
     import sglang_macs
 

@@ -27,7 +27,7 @@ TORCH = ("2.13", "2.14")
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
 # Tokens of a rank's prefill chunk from which a bound saves more than the plan costs, by device; the defaults of
-# --macs-min-tokens. GPUs: EP8, simulated (docs/simulate.md).
+# --macs-min-tokens. GPUs: EP8, simulated (docs/choosing.md).
 TOKENS_THAT_PAY = {"cpu": 32}
 TOKENS_THAT_PAY_ON_GPUS = 2048
 

@@ -9,7 +9,6 @@ The server is its own process group on 127.0.0.1; leaving the `with` block ends 
 
 import base64
 import contextlib
-import fcntl
 import importlib.resources
 import itertools
 import os
@@ -17,11 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import requests
 
@@ -32,6 +30,7 @@ HOST = "127.0.0.1"
 # takes for itself later. Away from SGLang's default 30000.
 BASE_PORT, LAST_PORT = 20100, 29000
 PORTS_PER_SERVER = 500  # with dp-attention SGLang takes further ports, up to about 240 above the one it serves on
+RESERVATION = PORTS_PER_SERVER - 2  # above a server's port; the last one of its range is for NCCL
 CPU_ARGS = [
     "--device", "cpu",
     # Without a bound, SGLang sizes the KV cache to the machine's memory: 12 GB, and 23 s to allocate.
@@ -58,23 +57,25 @@ class Generation:
     meta: dict[str, Any]
 
 
-def reserve_port(start: int = BASE_PORT) -> tuple[int, IO]:
-    """A port from `start` on, in steps of `PORTS_PER_SERVER`, that nobody listens on, and the lock that reserves it.
+def reserve_port(start: int = BASE_PORT) -> tuple[int, socket.socket]:
+    """A port from `start` on, in steps of `PORTS_PER_SERVER`, that nobody listens on, and what reserves it.
 
-    SGLang listens only when its model is loaded: without the lock, two servers started together would get one port, and
-    each would take the other's health for its own. The lock goes when the file is closed or the process ends.
+    SGLang listens only when its model is loaded: without a reservation two servers started together would get one port,
+    and each would take the other's health for its own. It is a socket bound to a port that SGLang leaves alone: unlike
+    a file in a shared folder, it holds among users and nobody can stand in its way by a name. It goes when it is closed
+    or the process ends.
     """
     for port in range(start, LAST_PORT, PORTS_PER_SERVER):
-        lock = (Path(tempfile.gettempdir()) / f"sglang-macs-port-{port}.lock").open("w")
+        reservation = socket.socket()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            reservation.bind((HOST, port + RESERVATION))
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
                 probe.bind((HOST, port))
         except OSError:
-            lock.close()
+            reservation.close()
             continue
-        return port, lock
+        return port, reservation
     raise ServerError(f"no free port on {HOST}: tried {start} to {LAST_PORT}; end servers that are no longer needed")
 
 
@@ -121,7 +122,7 @@ class Server:
             {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, _cpu_environment(args), env or {}
         )
         self.log, self.port = Path(log), BASE_PORT  # the real port is taken on entry
-        self._port_lock: IO | None = None
+        self._port_reservation: socket.socket | None = None
         self.process: subprocess.Popen | None = None
         self.start_seconds = float("nan")  # launch to healthy
 
@@ -142,7 +143,7 @@ class Server:
     def __enter__(self) -> "Server":
         if not (self.model / "config.json").exists():
             raise ServerError(f"no checkpoint at {self.model}: build one with `python -m sglang_macs.tiny_models`")
-        self.port, self._port_lock = reserve_port()
+        self.port, self._port_reservation = reserve_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
             # A session of its own, so that the whole family of processes can be ended by its group id.
@@ -196,7 +197,7 @@ class Server:
             _group_ends(group, self.process, 5.0)
         self.process.wait()
         self.process = None
-        self._port_lock.close()
+        self._port_reservation.close()
 
     def pause(self) -> None:
         """Stop all its processes where they are, so that measuring another server has the cores to itself."""

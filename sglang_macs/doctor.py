@@ -16,20 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from . import cpu_compat
+from . import cpu_compat, extension
 from .compat import SGLANG
 from .errors import MacsError
 
 TORCH = ("2.13", "2.14")
-OK, FAIL, SKIP = "ok", "FAIL", "skip"
+OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
+# Tokens of a rank's prefill chunk from which a bound saves more than the plan costs, by device; the defaults of
+# --macs-min-tokens. GPUs: EP8, simulated (docs/choosing.md).
+TOKENS_THAT_PAY = {"cpu": 32}
+TOKENS_THAT_PAY_ON_GPUS = 2048
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. status: OK, FAIL, or SKIP where it does not apply; fix: what to do, for a FAIL, or
-    what it would take, for a SKIP.
+    """One finding. status: OK, FAIL, WARN where MACS would serve and not pay, or SKIP where it does not apply; fix:
+    what to do, for a FAIL or a WARN, or what it would take, for a SKIP.
     """
 
     name: str
@@ -44,10 +50,12 @@ def _check(name: str, ok: bool, found: str, fix: str) -> Check:
 
 def run(server_flags: list[str]) -> list[Check]:
     """Every check, in order; `server_flags` are those of the launch to try, or none."""
-    checks = [*_versions(), _extension()]
+    imported = _imported()
+    operators = _extension(imported)
+    checks, built = [*_versions(), *_package(imported), operators], operators.status == OK
     on_cpu = "--device=cpu" in server_flags or ("--device", "cpu") in pairwise(server_flags) or not _gpus()
-    checks += _cpu() if on_cpu else _cuda()
-    return [*checks, _entry_point(), *_in_sglang(server_flags, on_cpu)]
+    checks += _cpu() if on_cpu else _cuda(built)
+    return [*checks, _entry_point(), *_in_sglang(server_flags, on_cpu, built)]
 
 
 # ---- Without SGLang ------------------------------------------------------------------------------------------------
@@ -69,14 +77,38 @@ def _version_of(distribution: str) -> str | None:
         return None
 
 
-def _extension() -> Check:
+def _imported() -> Path:
+    """Folder of the package that a `python -m` started here imports: the current folder comes first on its path."""
+    done = _python("import sglang_macs; print(*sglang_macs.__path__)", dict(os.environ))
+    return Path(done.stdout.strip() or Path(__file__).parent)
+
+
+def _package(imported: Path) -> Iterator[Check]:
+    own = Path(__file__).parent
+    if not imported.samefile(own) and extension.library_in(imported):
+        fix = "Start it in another folder, unless that one is meant."
+        yield Check("package", WARN, f"python -m in this folder takes {imported}, not {own}", fix)
+
+
+def _extension(imported: Path) -> Check:
+    if extension.library_in(imported) is None:
+        return Check("extension", FAIL, *_found_and_fix(str(extension.missing(imported))))
     try:
         from . import ops
 
+        ops.check()
         gpu = {"cuda": "built for CPU and CUDA", "triton": "built for CPU; on GPUs the operators run in Triton"}
         return Check("extension", OK, gpu.get(ops.cuda_backend(), "built for CPU"))
-    except (MacsError, OSError, ImportError) as error:  # OSError: built against another torch
+    except MacsError as error:
+        return Check("extension", FAIL, *_found_and_fix(str(error)))
+    except ImportError as error:
         return Check("extension", FAIL, _last_line(str(error)), "Build it against this torch: make build.")
+
+
+def _found_and_fix(line: str) -> tuple[str, str]:
+    """A MacsError's line in two: what was found, and the fix behind it."""
+    found, fix = re.fullmatch(r"(.*?)(?:\. (\S.*))?", line).groups()
+    return found.removesuffix("."), fix or ""
 
 
 def _gpus() -> list[str]:
@@ -88,7 +120,9 @@ def _gpus() -> list[str]:
 def _cpu() -> Iterator[Check]:
     yield Check("GPU", SKIP, "serving on the CPU")
     wanted = cpu_compat.environment()
-    shims = str(cpu_compat.SITE_DIR) in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    # By its last names: in a clone it is the clone's, which `_extension` has a word on.
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    shims = any(Path(entry).parts[-3:] == cpu_compat.SITE_DIR.parts[-3:] for entry in entries)
     missing = [name for name in ("SGLANG_USE_CPU_ENGINE",) if os.environ.get(name) != wanted[name]]
     missing += [] if shims else ["PYTHONPATH"]
     yield _check(
@@ -99,9 +133,10 @@ def _cpu() -> Iterator[Check]:
     )
 
 
-def _cuda() -> Iterator[Check]:
+def _cuda(built: bool) -> Iterator[Check]:
     yield Check("GPU", OK, ", ".join(_gpus()))
-    yield _operators_on_gpu()
+    if built:
+        yield _operators_on_gpu()
     yield _peers()
     yield _fused()
     for module, fix in (
@@ -184,40 +219,70 @@ import json, sys
 from sglang_macs import plugin
 print("HOOKS " + json.dumps(plugin.probe(sys.argv[1])), flush=True)
 if sys.argv[2:]:
-    plugin.try_launch(sys.argv[2:])
-    print("TAKEN", flush=True)
+    print("TAKEN " + json.dumps(plugin.try_launch(sys.argv[2:])), flush=True)
 """
 
 
-def _in_sglang(server_flags: list[str], on_cpu: bool) -> list[Check]:
+def _in_sglang(server_flags: list[str], on_cpu: bool, built: bool) -> list[Check]:
     if importlib.util.find_spec("sglang") is None:
         return [Check("hooks", SKIP, "no sglang")]
     env = {**os.environ, **(cpu_compat.environment() if on_cpu else {})}
     with ThreadPoolExecutor(2) as pool:
-        launcher = pool.submit(_python, _PROBE, env, "launcher", *server_flags)
+        launcher = pool.submit(_python, _PROBE, env, "launcher", *(server_flags if built else ()))
         scheduler = pool.submit(_python, _PROBE, env, "scheduler")
     checks = [*_hooks("launcher", launcher.result()), *_hooks("scheduler", scheduler.result())]
-    return [*checks, _launch(server_flags, launcher.result())]
+    if server_flags and not built:
+        return [*checks, Check("server flags", SKIP, "no extension, without which every launch is refused")]
+    return [*checks, *_launch(server_flags, launcher.result())]
 
 
 def _hooks(side: str, done: subprocess.CompletedProcess) -> list[Check]:
     fix = f"Install sglang=={SGLANG[0]}, or a version of sglang-macs that is made for {_version_of('sglang')}."
-    for line in done.stdout.splitlines():
-        if line.startswith("HOOKS "):
-            hooks = json.loads(line.removeprefix("HOOKS "))
-            return [_check(f"{side} hook", not trouble, trouble or target, fix) for target, trouble in hooks.items()]
-    return [Check(f"{side} hooks", FAIL, _last_line(done.stderr), "SGLang itself does not import: reinstall it.")]
+    if (hooks := _said("HOOKS ", done)) is not None:
+        return [_check(f"{side} hook", not trouble, trouble or target, fix) for target, trouble in hooks.items()]
+    if refusals := _refusals(done):
+        return [Check(f"{side} hooks", FAIL, *refusals[-1])]
+    return [Check(f"{side} hooks", FAIL, _last_line(done.stderr), "Install again what does not import.")]
 
 
-def _launch(server_flags: list[str], done: subprocess.CompletedProcess) -> Check:
+def _launch(server_flags: list[str], done: subprocess.CompletedProcess) -> Iterator[Check]:
     name = "server flags"
     if not server_flags:
-        return Check(name, SKIP, "none given: sglang-macs doctor -- --model-path MODEL --tp N ...")
-    if "TAKEN" in done.stdout.splitlines():
-        return Check(name, OK, "model and flags are taken")
-    refusals = re.findall(r"^sglang-macs: (.*?)(?:\. (\S.*))?$", done.stderr, re.MULTILINE)
-    found, fix = refusals[-1] if refusals else (_last_line(done.stderr), "SGLang itself refuses: change what it names.")
-    return Check(name, FAIL, found, fix or "Change that flag.")
+        yield Check(name, SKIP, "none given: sglang-macs doctor -- --model-path MODEL --tp N ...")
+    elif (flags := _said("TAKEN ", done)) is not None:
+        yield Check(name, OK, "model and flags are taken")
+        yield _chunk_size(flags)
+    else:
+        refusals = _refusals(done)
+        found, fix = (
+            refusals[-1] if refusals else (_last_line(done.stderr), "SGLang itself refuses: change what it names.")
+        )
+        yield Check(name, FAIL, found, fix or "Change that flag.")
+
+
+def _chunk_size(flags: dict[str, Any]) -> Check:
+    """Whether a rank's prefill chunk pays: under dp-attention SGLang divides --chunked-prefill-size by dp (in
+    arg_groups/parallel_hook.py). flags: SGLang's, resolved.
+    """
+    name, tokens = "tokens a rank", flags["chunked_prefill_size"]
+    pays = TOKENS_THAT_PAY.get(flags["device"], TOKENS_THAT_PAY_ON_GPUS)
+    if not 0 < tokens < pays:
+        return Check(name, OK, f"prefill chunks of {tokens}" if tokens > 0 else "prefill is not chunked")
+    groups = flags["dp_size"] if flags["enable_dp_attention"] else 1
+    found = f"prefill chunks of {tokens} (--chunked-prefill-size over dp {groups}): MACS pays from about {pays}"
+    fix = f"Pass --chunked-prefill-size {groups * 8192}, with --mem-fraction-static: SGLang sizes memory by the whole."
+    return Check(name, WARN, found, fix)
+
+
+def _said(word: str, done: subprocess.CompletedProcess) -> Any:
+    """The JSON behind `word` at the start of a line of the probe's output, or None."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(word)]
+    return json.loads(lines[-1].removeprefix(word)) if lines else None
+
+
+def _refusals(done: subprocess.CompletedProcess) -> list[tuple[str, str]]:
+    """What MACS printed when it ended a process: what was found, and the fix."""
+    return [_found_and_fix(line) for line in re.findall(r"^sglang-macs: (.*)$", done.stderr, re.MULTILINE)]
 
 
 def _python(program: str, env: dict[str, str], *args: str) -> subprocess.CompletedProcess:
@@ -242,5 +307,7 @@ def report(checks: list[Check]) -> str:
         elif check is took[0]:
             lines.append(f"{OK:<5} {'hooks':<22} {len(took)} took")
     failed = sum(check.status == FAIL for check in checks)
-    verdict = f"{failed} of {len(checks)} checks failed" if failed else "Ready to serve with MACS"
+    warned = sum(check.status == WARN for check in checks)
+    ready = f"Ready to serve with MACS; {warned} to look at" if warned else "Ready to serve with MACS"
+    verdict = f"{failed} of {len(checks)} checks failed" if failed else ready
     return "\n".join([*lines, "", f"{verdict}."])

@@ -7,14 +7,15 @@ Choices are strings here and integers in the schema. All of them raise ValueErro
 choice.
 """
 
-import glob
 import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import extension
 from .choices import IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
@@ -25,15 +26,18 @@ NUM_SUMS = 4  # N, N_visual, W_visual, W behind the histogram's [E, 2, B] cells
 
 
 def _load_library() -> None:
-    here = os.path.dirname(__file__)
-    found = glob.glob(os.path.join(here, "_C*.so"))
-    if not found:
-        raise MacsError("sglang_macs._C", "no built extension", f"_C*.so in {here}", "Build it: make build")
-    torch.ops.load_library(found[0])
-
-
-_load_library()
-_ops = torch.ops.sglang_macs
+    """Registers the operators of the extension beside this file. Raises MacsError."""
+    package = Path(__file__).parent
+    library = extension.library_in(package)
+    if library is None:
+        raise extension.missing(package)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # built against another torch
+        why = str(error).strip().splitlines()[-1]
+        raise MacsError(
+            extension.NAME, why, f"a build for torch {torch.__version__}", "Build it: make build"
+        ) from error
 
 
 def _choose_cuda_backend() -> str | None:
@@ -47,11 +51,36 @@ def _choose_cuda_backend() -> str | None:
     return backend
 
 
-_cuda_backend = _choose_cuda_backend()
+class _Unavailable:
+    """In place of the operators that could not be loaded: the first use of one says why."""
+
+    def __init__(self, why: MacsError) -> None:
+        self.why = why
+
+    def __getattr__(self, operator: str):
+        raise self.why
+
+
+# An exception here would reach SGLang's loader of plugins, which swallows it, and the launch would end with a usage
+# message that does not know `macs`. So it is kept, and raised by `check` and by every operator.
+_cuda_backend: str | None = None
+try:
+    _load_library()
+    _cuda_backend = _choose_cuda_backend()
+    _ops = torch.ops.sglang_macs
+except MacsError as error:
+    _ops = _Unavailable(error)
+
 if _cuda_backend == "triton":
     from . import triton_ops
 
     _triton_library = triton_ops.register("CUDA")
+
+
+def check() -> None:
+    """Raises the MacsError that kept the operators from being loaded, if one did."""
+    if isinstance(_ops, _Unavailable):
+        raise _ops.why
 
 
 def cuda_backend() -> str | None:

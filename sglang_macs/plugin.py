@@ -111,6 +111,7 @@ def _translate(record) -> None:
     """`macs` becomes the backend whose code paths SGLang takes: deepep on CUDA, the open `customized` on CPU."""
     if record.moe_a2a_backend == "customized":
         return  # a copy of a record that was translated before
+    ops.check()
     compat.check_a2a(record.moe_a2a_backend)
     if record.device == "cpu":
         record.moe_a2a_backend = "customized"
@@ -593,18 +594,24 @@ def probe(side: str) -> dict[str, str]:
     return {hook.target: hooks.trouble(hook) for hook in side_hooks}
 
 
-def try_launch(argv: list[str]) -> None:
-    """Resolves a server's flags as its launcher would, after `probe("launcher")`. Ends the process where that would."""
+def try_launch(argv: list[str]) -> dict[str, Any]:
+    """Resolves a server's flags as its launcher would, after `probe("launcher")`. Ends the process where that would.
+    Returns those that `sglang-macs doctor` looks at.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.server_args import prepare_server_args
 
     configure(None)
-    prepare_server_args(argv).resolve_once()
+    record = prepare_server_args(argv)
+    record.resolve_once()
     if configured() is None:
         _exit(MacsError("server flags", "none that turn MACS on", "MACS", "Add --moe-a2a-backend macs."))
+    flags = resolved_view(record)
+    return {name: getattr(flags, name) for name in ("device", "dp_size", "enable_dp_attention", "chunked_prefill_size")}
 
 
 def register() -> None:
-    """Entry point of the `sglang.srt.plugins` group: called once in the launcher and in every scheduler process."""
+    """Called by the entry point (entry_point.py), once in the launcher and in every scheduler process."""
     from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES, add_moe_runner_backend_choices
 
     if RUNNER not in MOE_RUNNER_BACKEND_CHOICES:

@@ -1,7 +1,10 @@
-"""The launch files for clusters: what each node would really start, through SGLang's own parser."""
+"""The launches that deployment files and pages name: what each would really start, through SGLang's own parser, and
+resolved as `sglang-macs doctor -- FLAGS` does, with a tiny model in place of theirs.
+"""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sglang_macs import doctor
 from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "deploy" / "slurm" / "serve.sbatch"
 KUBERNETES = ROOT / "deploy" / "kubernetes" / "leaderworkerset.yaml"
+PAGES = {"README": ROOT / "README.md", **{page.stem: page for page in (ROOT / "docs").glob("*.md")}}
 NODES = 2
+DEFAULT_CHUNK = {"cuda": 8192, "cpu": 4096}  # SGLang's on an H100 or H200, and without a GPU
 
 # Programs that only say what they were asked for; `srun` runs its command once for each node.
 STUBS = {
@@ -23,6 +29,7 @@ STUBS = {
     "scontrol": 'printf "node-a\\nnode-b\\n"',
     "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
 }
+STUBS |= dict.fromkeys(("python", "sglang-macs"), STUBS["python3"])
 
 
 def started(tmp_path: Path, command: list[str], **variables: str) -> list[list[str]]:
@@ -62,6 +69,28 @@ def argv(tmp_path_factory, documents) -> dict[str, list[list[str]]]:
     return {"slurm": slurm, "kubernetes": kubernetes}
 
 
+def launches_on(page: Path) -> str:
+    """The lines of a page's indented blocks that set FLAGS, launch a server or have the doctor look at one."""
+    lines = re.findall(r"^ {4}(\S(?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE)
+    wanted = [
+        line for line in lines if re.match(r"FLAGS=|python3? -m sglang.launch_server|sglang-macs doctor -- ", line)
+    ]
+    return "\n".join(line.replace("--node-rank RANK", "--node-rank 1") for line in wanted if " ... " not in line)
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory) -> dict[str, list[list[str]]]:
+    """The flags of each launch that a page names, by page, as a shell would pass them."""
+    found = {}
+    for name, page in PAGES.items():
+        if script := launches_on(page):
+            argv = started(tmp_path_factory.mktemp(name), ["bash", "-euc", script])
+            found[name] = [words[2:] for words in argv]  # behind `-m sglang.launch_server`, or `doctor --`
+    assert found.keys() >= {"README", "quickstart", "multinode", "operations"}
+    assert len(found["quickstart"]) == 4
+    return found
+
+
 PARSE = """
 import argparse, json, os, sys
 from sglang.srt.plugins import load_plugins
@@ -70,24 +99,50 @@ from sglang.srt.server_args import ServerArgs
 from sglang_macs import plugin
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
+names = ("nnodes", "node_rank", "dist_init_addr", "tp_size", "dp_size", "ep_size", "moe_a2a_backend", "port", "device")
+names += ("enable_dp_attention", "chunked_prefill_size", "mem_fraction_static", "enable_metrics")
 for argv in json.load(sys.stdin):
     args = parser.parse_args(argv)
     config = plugin.from_args(args)
-    names = ("nnodes", "node_rank", "dist_init_addr", "tp_size", "dp_size", "ep_size", "moe_a2a_backend", "port")
-    print("PARSED", json.dumps({name: getattr(args, name) for name in names} | {"gamma": config.gamma}))
+    found = {name: getattr(args, name) for name in names} | {"gamma": config.gamma}
+    resolved = plugin.try_launch([*argv, "--model-path", sys.argv[1], "--device", "cpu"])
+    print("PARSED", json.dumps(found | {"resolved": resolved}))
 """
 
 
 @pytest.fixture(scope="module")
-def parsed(argv) -> dict[str, list[dict]]:
-    """The same after SGLang's parser, our plugin loaded."""
-    every = [node[2:] for nodes in argv.values() for node in nodes]
-    env = {**os.environ, **environment(ranks=1)}
-    command = [sys.executable, "-c", PARSE]
+def parsed(argv, documented, vl_model) -> dict[str, list[dict]]:
+    """The same after SGLang's parser, our plugin loaded; `resolved`: what the doctor's probe says of it."""
+    launches = {name: [node[2:] for node in nodes] for name, nodes in argv.items()} | documented
+    every = [flags for of_name in launches.values() for flags in of_name]
+    env = {**os.environ, **environment(ranks=1), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PARSE, str(vl_model)]
     done = subprocess.run(command, input=json.dumps(every), env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("PARSED ")]
-    return {name: [lines.pop(0) for _ in nodes] for name, nodes in argv.items()}
+    return {name: [lines.pop(0) for _ in of_name] for name, of_name in launches.items()}
+
+
+def test_every_documented_launch_gives_its_ranks_chunks_that_pay(parsed):
+    """SGLang divides --chunked-prefill-size by dp under dp-attention."""
+    for name, launches in parsed.items():
+        for flags in launches:
+            device = flags["device"] or "cuda"
+            groups = flags["dp_size"] if flags["enable_dp_attention"] else 1
+            tokens = (flags["chunked_prefill_size"] or DEFAULT_CHUNK[device]) // groups
+            assert tokens >= doctor.TOKENS_THAT_PAY.get(device, doctor.TOKENS_THAT_PAY_ON_GPUS), (name, flags)
+            if flags["chunked_prefill_size"]:
+                assert flags["resolved"]["chunked_prefill_size"] == tokens, (name, flags)
+            if (flags["chunked_prefill_size"] or 0) > 16384:  # SGLang would set aside 1.5 MB for each, undivided
+                assert flags["mem_fraction_static"] == 0.7, (name, flags)
+
+
+def test_every_page_and_file_launches_the_same_two_nodes(parsed):
+    differing = {"node_rank", "dist_init_addr"}
+    nodes = [{k: v for k, v in flags.items() if k not in differing} for of in parsed.values() for flags in of]
+    nodes = [flags for flags in nodes if flags["nnodes"] == NODES]
+    assert len(nodes) == 6 and all(flags == nodes[0] for flags in nodes)
+    assert nodes[0]["enable_metrics"]
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_launch import BREAK
 
 from sglang_macs import cli, doctor
 from sglang_macs.cpu_compat import environment
-from sglang_macs.doctor import FAIL, OK, SKIP, Check
+from sglang_macs.doctor import FAIL, OK, SKIP, WARN, Check
 from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
+PACKAGE = Path(doctor.__file__).parent
 
 
 def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
@@ -36,6 +39,7 @@ def test_a_machine_and_a_launch_that_are_fine(vl_model):
         found = {check["found"] for check in checks[f"{side} hook"]}
         assert {hook.target for hook in hooks} <= found
     assert checks["server flags"][0]["status"] == checks["extension"][0]["status"] == OK
+    assert checks["tokens a rank"][0]["found"] == "prefill chunks of 4096"  # SGLang's default without a GPU
 
 
 @pytest.mark.server
@@ -55,7 +59,8 @@ def test_a_lost_hook_and_a_bad_flag_are_named(tmp_path, vl_model):
 
 
 def test_the_exit_status_follows_the_checks(monkeypatch, capsys):
-    for checks, status in (([Check("a", OK, "x"), Check("b", SKIP, "y")], 0), ([Check("a", FAIL, "x", "do z")], 1)):
+    fine = [Check("a", OK, "x"), Check("b", SKIP, "y"), Check("c", WARN, "x", "do y")]
+    for checks, status in ((fine, 0), ([Check("a", FAIL, "x", "do z")], 1)):
         monkeypatch.setattr(doctor, "run", lambda flags, checks=checks: checks)
         assert cli.main(["doctor"]) == status
     assert "fix: do z" in capsys.readouterr().out
@@ -92,12 +97,72 @@ def test_what_the_fused_dispatch_needs_is_said_and_fails_nothing(monkeypatch, un
     assert check.status == status and found in check.found and bool(check.fix) == (status == SKIP)
 
 
+def test_the_threshold_is_where_the_simulation_begins_to_pay(capsys):
+    def speedup(tokens: int) -> float:
+        assert cli.main(f"simulate --ep 8 --gamma 1.1 --presets rank --tokens {tokens} --json".split()) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return next(row["speedup"] for row in rows if row["preset"] == "rank")
+
+    assert speedup(doctor.TOKENS_THAT_PAY_ON_GPUS // 2) < 1 < speedup(doctor.TOKENS_THAT_PAY_ON_GPUS)
+
+
 def test_a_build_for_another_torch_fails(monkeypatch):
     import sglang_macs
 
     monkeypatch.delattr(sglang_macs, "ops", raising=False)
     monkeypatch.setitem(sys.modules, "sglang_macs.ops", None)  # its import raises ImportError
-    assert doctor._extension().status == FAIL and "make build" in doctor._extension().fix
+    found = doctor._extension(PACKAGE)
+    assert found.status == FAIL and "make build" in found.fix
+
+
+def shadow(tmp_path, monkeypatch) -> Path:
+    """The current folder becomes a clone that nothing was built in; returns its package."""
+    package = tmp_path / "sglang_macs"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    return package
+
+
+def test_a_clone_that_shadows_the_installed_package_is_the_only_thing_wrong(tmp_path, monkeypatch):
+    package = shadow(tmp_path, monkeypatch)
+    for name, value in environment(ranks=2).items():
+        monkeypatch.setenv(name, value if name != "PYTHONPATH" else f"{value}{os.pathsep}{PACKAGE.parent}")
+    checks = doctor.run([*EP2, "--moe-a2a-backend", "macs"])
+    (failed,) = [check for check in checks if check.status in (FAIL, WARN)]
+    assert failed.name == "extension"
+    assert f"no extension in {package}, while the installed package lies in {PACKAGE}" in failed.found
+    assert failed.fix.startswith("Run it from another folder, or: pip install") and failed.fix.endswith(str(tmp_path))
+    (flags,) = [check for check in checks if check.name == "server flags"]
+    assert flags.status == SKIP and "no extension" in flags.found
+
+
+def test_another_build_that_a_launch_here_would_take_is_named(tmp_path, monkeypatch):
+    package = shadow(tmp_path, monkeypatch)
+    shutil.copy(doctor.extension.library_in(PACKAGE), package)
+    (found,) = doctor._package(doctor._imported())
+    assert found.status == WARN and str(package) in found.found and str(PACKAGE) in found.found
+    assert not list(doctor._package(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("device", "groups", "tokens", "status"),
+    [
+        ("cuda", 8, 1024, WARN),  # SGLang's default of 8192 over dp 8
+        ("cuda", 16, 512, WARN),
+        ("cuda", 8, 8192, OK),
+        ("cuda", 8, 2048, OK),
+        ("cuda", 1, -1, OK),  # not chunked
+        ("cpu", 2, 2048, OK),
+        ("cpu", 2, 16, WARN),
+    ],
+)
+def test_chunks_in_which_macs_does_not_pay_are_warned_of(device, groups, tokens, status):
+    flags = {"device": device, "dp_size": groups, "enable_dp_attention": groups > 1, "chunked_prefill_size": tokens}
+    found = doctor._chunk_size(flags)
+    assert found.status == status and (str(tokens) in found.found) == (tokens > 0)
+    assert (f"--chunked-prefill-size {groups * 8192}" in found.fix) == (status == WARN)
 
 
 def test_a_plugin_list_without_macs_fails(monkeypatch):

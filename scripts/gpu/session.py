@@ -343,7 +343,9 @@ def main() -> int:
     if unknown := set(options.only or ()) - {step.name for step in every}:
         parser.error(f"no such step: {' '.join(sorted(unknown))}; see --list")
     for place in (folder, options.out, JIT):
-        place.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True, mode=0o700 if place == JIT else 0o777)
+    if JIT.is_symlink() or JIT.stat().st_uid != os.getuid():  # what lies there is run
+        parser.error(f"{JIT} belongs to somebody else: remove it")
     (folder / "go").unlink(missing_ok=True)
     if options.jit and options.jit.exists():
         unpack_compiled(options.jit, JIT)

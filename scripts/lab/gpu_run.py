@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,9 +140,8 @@ def shared(gpus: Gpus) -> Gpus:
     """The GPUs through MPS, so that processes run side by side on one; as they are where its daemon does not work."""
     if not gpus.names or shutil.which("nvidia-cuda-mps-control") is None:
         return gpus
-    folders = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/lab-mps", "CUDA_MPS_LOG_DIRECTORY": "/tmp/lab-mps-log"}
-    for folder in folders.values():
-        Path(folder).mkdir(exist_ok=True)
+    # mkdtemp: the user's alone. Whoever can write to the pipes of the daemon commands it.
+    folders = {f"CUDA_MPS_{of}_DIRECTORY": tempfile.mkdtemp(prefix="lab-mps-") for of in ("PIPE", "LOG")}
     # The daemon counts anew those of the GPUs that it is shown: its clients see them as 0, 1, ...
     made = Gpus(tuple(map(str, range(len(gpus.names)))), folders)
     daemon = os.environ | folders | {"CUDA_VISIBLE_DEVICES": ",".join(gpus.names)}
@@ -163,6 +163,8 @@ def stop_sharing(gpus: Gpus) -> None:
     if gpus.environment:
         quit_ = {"input": "quit\n", "text": True, "env": os.environ | gpus.environment}
         subprocess.run(["nvidia-cuda-mps-control"], check=False, timeout=30, **quit_)
+        for folder in gpus.environment.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_command(cuda: bool) -> tuple[list[str], dict[str, str]]:

@@ -18,12 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 E2E = ROOT / "scripts" / "e2e"
 sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
 
+import docs_tables  # noqa: E402
 import e2e_routing  # noqa: E402
 import kernel_trace  # noqa: E402
+import plot  # noqa: E402
+import prefill  # noqa: E402
 import servers  # noqa: E402
 import summary  # noqa: E402
 from rounds import Run, Workload, picture_tokens  # noqa: E402
 from servers import STOCK, Variant, chosen_variants, grouped  # noqa: E402
+from serving import ServerError  # noqa: E402
 from summary import Samples  # noqa: E402
 
 CASE = {"tokens": 8192, "variant": "rank-1.05"}
@@ -258,6 +262,94 @@ def test_model_has_the_real_dimensions_and_no_weights():
     assert (text["num_hidden_layers"], text["num_local_experts"], text["hidden_size"]) == (24, 128, 2048)
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     assert not list(model.glob("*.safetensors"))
+
+
+# ---- Measuring, without servers ------------------------------------------------------------------------------------
+
+
+class FakeClient:
+    """In the place of a server: every round takes `seconds`, the `slow`-th of them ten times as long; None fails."""
+
+    def __init__(self, seconds: float | None, slow: int | None = None) -> None:
+        self.seconds, self.slow, self.rounds, self.chosen = seconds, slow, 0, []
+
+    def choose(self, routing: int, tokens: int) -> None:
+        self.chosen.append((routing, tokens))
+
+    def counters(self) -> tuple[float, int]:
+        return self.rounds * 4e-4, self.rounds * 8  # 50 us a plan
+
+    def run(self, body: dict) -> Run:
+        if self.seconds is None:
+            raise ServerError("died")
+        self.rounds += 1
+        took = self.seconds * (10 if self.rounds == self.slow else 1)
+        passes = [[(i * took / 2, 64) for i in range(2)] for _ in range(2)]
+        log = "Compiling a kernel\n" if self.rounds == self.slow else ""
+        return Run(took, took / 2, passes, 0.0, took, log)
+
+
+def options_of(out: Path):
+    flags = "--device cpu --layers 3 --tokens 64 128 --prompt-tokens 32 --passes 2 --rounds 8"
+    return prefill.parse(["--out", str(out), "--cache", str(out.parent / "cache"), *flags.split()])
+
+
+def measured_group(tmp_path: Path, clients: dict, variants: list[Variant]) -> dict:
+    """The result file of one group over fake servers."""
+    report = prefill.Report(options_of(tmp_path / "out.json"))
+    launch = prefill.launch_of(report.options, {})
+    group = prefill.Group(variants, clients, launch, report)
+    for tokens in report.options.tokens:
+        group.measure(prefill.Cell(tokens, 1.0), 0.0, float("inf"))
+    return json.loads(report.options.out.read_text())
+
+
+FAKES = [Variant("stock", "gloo", ("s",)), Variant("balanced", "gloo", ("s",), balanced=True)]
+FAKES += [Variant("rank-1.05", "gloo", ("r",)), Variant("inf", "gloo", ("i",))]
+
+
+def test_rounds_become_rows_and_outliers_are_explained(tmp_path):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8, slow=4), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    assert {(row["case"]["variant"], row["case"]["tokens"]) for row in found["rows"]} == {
+        (variant.name, tokens) for variant in FAKES for tokens in (64, 128)
+    }
+    row = next(row for row in found["rows"] if row["case"]["variant"] == "rank-1.05")
+    assert row["ratio"] == row["ttft_ratio"] == pytest.approx(0.8) and row["ci95"] is None and row["rounds"] == 5
+    assert row["host_us_per_layer"] == pytest.approx(50) and row["full"] == 6
+    (outlier,) = found["outliers"]
+    assert outlier["case"] == row["case"] and outlier["round"] == 2 and outlier["seconds"] == pytest.approx(8)
+    assert outlier["found"] == ["the log: Compiling a kernel"]
+    # Perfect balance is routing 0; uniform is the second of the two skews, after it.
+    assert set(clients["s",].chosen) == {(0, 64), (2, 64), (0, 128), (2, 128)}
+
+
+def test_a_server_that_fails_is_left_out_and_stock_is_not(tmp_path):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(None), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    assert {row["case"]["variant"] for row in found["rows"]} == {"stock", "balanced", "inf"}
+    with pytest.raises(ServerError):
+        measured_group(tmp_path, {("s",): FakeClient(None)}, FAKES)
+
+
+def test_page_and_picture_show_a_result(tmp_path, monkeypatch):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    found["rows"][-1] |= {"ci95": [0.9, 1.1], "share_of_ideal": 0.5, "share_of_ideal_ci95": None, "busy": 0.67}
+    cells = [cell(found["rows"][-1]) for cell in docs_tables.E2E.values()]
+    assert cells[:4] == ["128", "1", "inf", "gloo"] and cells[4] == "1.010 [0.900, 1.100]"
+    assert cells[6:] == ["50%", "", "67%", "50", "6"]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "found.json"), str(tmp_path / "found.png")])
+    plot.main()
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    assert set(plot.lines(found["rows"], 1.0)) == {(v.name, "gloo") for v in FAKES[1:]}
+
+
+def test_prompts_must_fill_a_pass(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prefill.parse(["--out", str(tmp_path / "x.json"), "--tokens", "3000"])
+    assert "3000 is no multiple of --prompt-tokens 2048" in capsys.readouterr().err
 
 
 # ---- The whole program ---------------------------------------------------------------------------------------------

@@ -29,17 +29,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "gpu"),
 
 import kernel_trace  # noqa: E402
 import mps  # noqa: E402
+import requests  # noqa: E402
 import result_file  # noqa: E402
 import servers  # noqa: E402
 import summary  # noqa: E402
 from rounds import Client, Run, Workload  # noqa: E402
 from servers import Launch, Variant  # noqa: E402
-from serving import Server  # noqa: E402
+from serving import Server, ServerError  # noqa: E402
 from summary import Samples  # noqa: E402
 
 TOKENS = [8192, 4096, 16384, 2048, 512]  # a rank and pass, the most telling first
 SKEWS = [1.27, 1.0]  # maximum over mean of the ranks, mean of the layers; 1 is uniform
-PROFILED = ("stock", "rank-1.05", "off", "balanced")
+FEWEST_ROUNDS = 6  # fewer bound no median
+PROFILED = ("stock", "off", "rank-1.05")
 PROFILE_SECONDS = 12  # what a profile takes, reserved at a group's end
 WORTH_STARTING = 90  # seconds for a further group; its servers need most of them
 EPOCH = time.time() - time.perf_counter()
@@ -75,6 +77,10 @@ class Report:
         if row := self.rows.get(json.dumps(self.case(variant, cell))):
             row.update(found)
 
+    def has(self, variant: Variant, cell: Cell, name: str) -> bool:
+        """Whether the row is there and its `name` known."""
+        return self.rows.get(json.dumps(self.case(variant, cell)), {}).get(name) is not None
+
     def write(self) -> None:
         gpus = "" if self.options.ranks == 1 or self.options.share_gpu else f" x {self.options.ranks}"
         result = {
@@ -95,7 +101,9 @@ class Report:
 
 @contextlib.contextmanager
 def running(group: list[Variant], launch: Launch, model: Path, stagger: float) -> Iterator[dict[tuple, Client]]:
-    """Clients of the group's servers by their flags. Started side by side, warmed up one after the other."""
+    """Clients by the flags of their servers, which start side by side. One that does not is left out, unless it is
+    stock SGLang: then ServerError is raised.
+    """
     servers_of: dict[tuple, tuple[Server, Path]] = {}
     for variant in group:
         if variant.flags not in servers_of:
@@ -107,21 +115,27 @@ def running(group: list[Variant], launch: Launch, model: Path, stagger: float) -
         server.__enter__()
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers_of)) as pool:
-        jobs = []
-        for place, (server, _) in enumerate(servers_of.values()):
+        jobs, clients = {}, {}
+        for place, (flags, (server, _)) in enumerate(servers_of.items()):
             stack.callback(server.stop)
-            jobs.append(pool.submit(start, place, server))
-        for job in jobs:
-            job.result()
-        yield {flags: Client(server, folder / "passes") for flags, (server, folder) in servers_of.items()}
+            jobs[flags] = pool.submit(start, place, server)
+        for flags, (server, folder) in servers_of.items():
+            try:
+                jobs[flags].result()
+                clients[flags] = Client(server, folder / "passes")
+            except ServerError as error:
+                if flags == group[0].flags:
+                    raise
+                print(f"prefill: left out, {error}", flush=True)
+        yield clients
 
 
 class Group:
     """Measures the cells of one group of variants."""
 
     def __init__(self, variants: list[Variant], clients: dict[tuple, Client], launch: Launch, report: Report) -> None:
-        self.variants, self.clients, self.launch, self.report = variants, clients, launch, report
-        self.options = report.options
+        self.variants = [variant for variant in variants if variant.flags in clients]
+        self.clients, self.launch, self.report, self.options = clients, launch, report, report.options
 
     def workload(self, cell: Cell) -> Workload:
         return workload(self.options, cell.tokens)
@@ -133,21 +147,35 @@ class Group:
         client.choose(routing, cell.tokens)
         return client
 
-    def measure(self, cell: Cell, until: float) -> None:
-        """Rounds until the clock says `until`; at least two, at most --rounds. The first ones only warm up."""
+    def drop(self, variant: Variant, error: ServerError) -> None:
+        """Goes on without the variants of a server that failed. Raises the error where that is stock SGLang."""
+        if variant.flags == self.variants[0].flags:
+            raise error
+        print(f"prefill: left out from here on, {error}", flush=True)
+        self.variants = [other for other in self.variants if other.flags != variant.flags]
+
+    def measure(self, cell: Cell, until: float, end: float) -> None:
+        """Rounds, the first ones to warm up, until the clock says `until`: at least six, unless it says `end`."""
         body = self.workload(cell).body()
         runs: dict[Variant, list[Run]] = {variant: [] for variant in self.variants}
         counted = {}
         for turn in range(-self.options.warm_ups, self.options.rounds):
             if turn == 0:
                 counted = {v: self.clients[v.flags].counters() for v in self.variants}
-            if turn >= 2 and time.monotonic() > until:
+            if turn > 0 and time.monotonic() > (until if turn >= FEWEST_ROUNDS else end):
                 break
-            for variant in self.variants if turn % 2 == 0 else reversed(self.variants):
-                run = self.ready(variant, cell).run(body)
+            for variant in self.variants if turn % 2 == 0 else self.variants[::-1]:
+                if variant not in self.variants:
+                    continue
+                try:
+                    run = self.ready(variant, cell).run(body)
+                except ServerError as error:
+                    self.drop(variant, error)
+                    continue
                 if turn >= 0:
                     runs[variant].append(run)
-        self.report_cell(cell, runs, {v: self.host_us(v, before) for v, before in counted.items()})
+        runs = {variant: runs[variant] for variant in self.variants}
+        self.report_cell(cell, runs, {variant: self.host_us(variant, counted[variant]) for variant in runs})
 
     def host_us(self, variant: Variant, before: tuple[float, int]) -> float | None:
         """Microseconds that a plan took of the host, for each layer of a pass. None where nothing was planned."""
@@ -191,11 +219,15 @@ class Group:
         own = {"round": place, "seconds": run.seconds, "median": kept.median_seconds(), "found": found}
         return {"case": self.report.case(variant, cell), **own}
 
+    def to_profile(self, cell: Cell) -> list[Variant]:
+        """Those that were not profiled in an earlier group."""
+        return [v for v in self.variants if v.name in PROFILED and not self.report.has(v, cell, "busy")]
+
     def profile(self, cell: Cell) -> None:
         """`busy` of one round of the cell, into the rows that are there."""
         body = self.workload(cell).body()
         activity = "CPU" if self.options.device == "cpu" else "GPU"
-        for variant in (v for v in self.variants if v.name in PROFILED):
+        for variant in self.to_profile(cell):
             folder = servers.BUILD / "traces" / f"{variant.dispatch}-{variant.name}-{time.time():.0f}"
             folder.mkdir(parents=True)
             files = self.ready(variant, cell).profile(body, folder, activity, self.options.ranks)
@@ -219,13 +251,13 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
     with running(group, launch, model, options.stagger) as clients:
         print(f"prefill: {len(clients)} servers up", flush=True)
         measuring = Group(group, clients, launch, report)
-        reserved = PROFILE_SECONDS * sum(v.name in PROFILED for v in group) if profiled else 0
+        end = until - (PROFILE_SECONDS * len(measuring.to_profile(profiled)) if profiled else 0)
         for place, cell in enumerate(cells):
-            left = until - reserved - time.monotonic()
+            left = end - time.monotonic()
             if place and left < 0:
                 print(f"prefill: no time for {cell}", flush=True)
                 continue
-            measuring.measure(cell, time.monotonic() + left / (len(cells) - place))
+            measuring.measure(cell, time.monotonic() + left / (len(cells) - place), end)
         if profiled:
             measuring.profile(profiled)
 
@@ -249,7 +281,7 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
     )
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result_file.add_options(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny model, for a smoke run")
@@ -278,7 +310,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill-graphs", action="store_true", help="breakable prefill CUDA graphs in every server")
     parser.add_argument("--share-gpu", action="store_true", help="all ranks on the first GPU, by CUDA MPS: a smoke run")
     parser.add_argument("--cache", type=Path, help="folder for compiled kernels, to be kept for the next run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.out = Path(options.out).resolve()
     options.cache = options.cache and options.cache.resolve()
     for tokens in options.tokens:
@@ -300,7 +332,10 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
         if place and share < WORTH_STARTING:
             print(f"prefill: no time for {[v.name for v in group]}", flush=True)
             continue
-        measure_group(group, launch, model, report, time.monotonic() + share)
+        try:
+            measure_group(group, launch, model, report, time.monotonic() + share)
+        except (ServerError, requests.RequestException) as error:  # what other groups measure stays
+            print(f"prefill: a group failed, {error}", flush=True)
     return report
 
 

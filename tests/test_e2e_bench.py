@@ -315,8 +315,8 @@ def test_rounds_become_rows_and_outliers_are_explained(tmp_path):
         (variant.name, tokens) for variant in FAKES for tokens in (64, 128)
     }
     row = next(row for row in found["rows"] if row["case"]["variant"] == "rank-1.05")
-    assert row["ratio"] == row["ttft_ratio"] == pytest.approx(0.8) and row["ci95"] is None and row["rounds"] == 5
-    assert row["host_us_per_layer"] == pytest.approx(50) and row["full"] == 6
+    assert row["ratio"] == row["ttft_ratio"] == pytest.approx(0.8) and row["ci95"] == pytest.approx([0.8, 0.8])
+    assert row["rounds"] == 6 and row["host_us_per_layer"] == pytest.approx(50) and row["full"] == 7
     (outlier,) = found["outliers"]
     assert outlier["case"] == row["case"] and outlier["round"] == 2 and outlier["seconds"] == pytest.approx(8)
     assert outlier["found"] == ["the log: Compiling a kernel"]
@@ -338,7 +338,7 @@ def test_page_and_picture_show_a_result(tmp_path, monkeypatch):
     found["rows"][-1] |= {"ci95": [0.9, 1.1], "share_of_ideal": 0.5, "share_of_ideal_ci95": None, "busy": 0.67}
     cells = [cell(found["rows"][-1]) for cell in docs_tables.E2E.values()]
     assert cells[:4] == ["128", "1", "inf", "gloo"] and cells[4] == "1.010 [0.900, 1.100]"
-    assert cells[6:] == ["50%", "", "67%", "50", "6"]
+    assert cells[6:] == ["50%", "", "67%", "50", "7"]
     (tmp_path / "found.json").write_text(json.dumps(found))
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "found.json"), str(tmp_path / "found.png")])
     plot.main()

@@ -40,7 +40,7 @@ from summary import Samples  # noqa: E402
 
 TOKENS = [8192, 4096, 16384, 2048, 512]  # a rank and pass, the most telling first
 SKEWS = [1.27, 1.0]  # maximum over mean of the ranks, mean of the layers; 1 is uniform
-FEWEST_ROUNDS = 6  # fewer bound no median
+FEWEST_ROUNDS = 7  # six bound a median, and one may be left out
 PROFILED = ("stock", "off", "rank-1.05")
 PROFILE_SECONDS = 12  # what a profile takes, reserved at a group's end
 WORTH_STARTING = 90  # seconds for a further group; its servers need most of them
@@ -155,7 +155,7 @@ class Group:
         self.variants = [other for other in self.variants if other.flags != variant.flags]
 
     def measure(self, cell: Cell, until: float, end: float) -> None:
-        """Rounds, the first ones to warm up, until the clock says `until`: at least six, unless it says `end`."""
+        """Rounds, the first ones to warm up, until the clock says `until`: at least seven, unless it says `end`."""
         body = self.workload(cell).body()
         runs: dict[Variant, list[Run]] = {variant: [] for variant in self.variants}
         counted = {}

@@ -33,7 +33,7 @@ class Workload:
     @classmethod
     def of(cls, tokens: int, prompt: int, ranks: int, pictures: bool, passes: int | None = None) -> Workload:
         """A round of 4 to 16 passes unless `passes` says how many; prompts of at most `prompt` tokens."""
-        return cls(tokens, passes or min(16, max(4, 65536 // tokens)), min(tokens, prompt), ranks, pictures)
+        return cls(tokens, passes or min(16, max(4, 49152 // tokens)), min(tokens, prompt), ranks, pictures)
 
     @property
     def prompts(self) -> int:

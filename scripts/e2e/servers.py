@@ -176,13 +176,8 @@ def build_model(layers: int, dtype: str, real: bool) -> Path:
 # ---- Launches ------------------------------------------------------------------------------------------------------
 
 
-CACHES = {
-    "SGLANG_CACHE_DIR": "sglang",
-    "TRITON_CACHE_DIR": "triton",
-    "TVM_FFI_CACHE_DIR": "tvm-ffi",
-    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-}
+# Below --cache, as scripts/gpu/session.py has them: those of Triton, FlashInfer and DeepGEMM lie in the first.
+CACHES = {"SGLANG_CACHE_DIR": "", "SGLANG_JIT_CACHE_DIR": "sglang", "TVM_FFI_CACHE_DIR": "tvm-ffi"}
 
 
 @dataclass(frozen=True)
@@ -256,9 +251,9 @@ class Launch:
 
     def caches(self) -> list[Path]:
         """Where a server puts kernels that it compiles."""
-        home = Path.home()
-        own = (".triton", ".cache/sglang", ".cache/flashinfer", ".cache/tvm-ffi", ".cache/deep_gemm", ".deep_gemm")
-        return [self.cache] if self.cache else [home / folder for folder in own]
+        named = [Path(os.environ[name]) for name in CACHES if name in os.environ]
+        usual = [Path.home() / ".cache" / name for name in ("sglang", "flashinfer", "tvm-ffi")]
+        return [self.cache] if self.cache else [*named, *usual, Path.home() / ".triton"]
 
     def server(self, variant: Variant, model: Path, folder: Path) -> Server:
         """Not started. `folder` gets its log and the record of its passes."""

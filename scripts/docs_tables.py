@@ -317,6 +317,43 @@ def bench_table() -> str:
     return "\n\n".join(parts)
 
 
+def e2e_table() -> str:
+    """The prefill of a real server against SGLang without the plugin; a table for every run in docs/results."""
+    parts = []
+    for found in matching("e2e_prefill_*"):
+        case = found["rows"][0]["case"]
+        what = f"{case['layers']} layers, {case['dtype']}, {case['prompts']}, {case['ranks']} ranks."
+        rows = [[cell(row) for cell in E2E.values()] for row in found["rows"] if row["case"]["variant"] != "stock"]
+        parts.append(f"{source(found)} {what}\n\n{markdown(E2E, rows)}")
+        parts += [f"Outlying runs left out: {len(found['outliers'])}; the file lists what was found about each."]
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+def measured(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def with_bounds(row: dict, name: str, bounds: str, form: str) -> str:
+    """A figure of a row, with its 95 % interval if it has one."""
+    interval = row[bounds] and f" [{', '.join(format(bound, form) for bound in row[bounds])}]"
+    return measured(row[name], form) + (interval or "")
+
+
+E2E: dict[str, Callable[[dict], str]] = {
+    "tokens a rank": lambda row: f"{row['case']['tokens']:,}",
+    "max/mean": lambda row: f"{row['case']['skew']:g}",
+    "variant": lambda row: row["case"]["variant"],
+    "dispatch": lambda row: row["case"]["dispatch"],
+    "time": lambda row: with_bounds(row, "ratio", "ci95", ".3f"),
+    "TTFT": lambda row: with_bounds(row, "ttft_ratio", "ttft_ci95", ".3f"),
+    "of the ideal gain": lambda row: with_bounds(row, "share_of_ideal", "share_of_ideal_ci95", ".0%"),
+    "of balance's alone": lambda row: with_bounds(row, "share_of_balance", "share_of_balance_ci95", ".0%"),
+    "kernels run": lambda row: measured(row["busy"], ".0%"),
+    "plan, us a layer of the host": lambda row: measured(row["host_us_per_layer"], ".0f"),
+    "rounds": lambda row: str(row["rounds"]),
+}
+
+
 def newcomer_table() -> str:
     """Seconds from pip install to the first answer."""
     found = results(only("newcomer_*"))
@@ -383,6 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead_several": overhead_several_table,
     "serve": serve_table,
     "bench": bench_table,
+    "e2e": e2e_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,

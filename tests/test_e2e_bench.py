@@ -1,0 +1,375 @@
+"""The end-to-end prefill benchmark: its statistics, traces, routings and variants; and a smoke run over CPU servers."""
+
+import base64
+import gzip
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sglang_macs.cpu_compat import allow_torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+E2E = ROOT / "scripts" / "e2e"
+sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
+
+import docs_tables  # noqa: E402
+import e2e_routing  # noqa: E402
+import kernel_trace  # noqa: E402
+import plot  # noqa: E402
+import prefill  # noqa: E402
+import servers  # noqa: E402
+import summary  # noqa: E402
+from rounds import Run, Workload, picture_tokens  # noqa: E402
+from servers import STOCK, Variant, chosen_variants, grouped  # noqa: E402
+from serving import ServerError  # noqa: E402
+from summary import Samples  # noqa: E402
+
+CASE = {"tokens": 8192, "variant": "rank-1.05"}
+
+
+# ---- Statistics ----------------------------------------------------------------------------------------------------
+
+
+def drifting(factor: float, rounds: int = 9) -> list[float]:
+    """Seconds of a variant on a machine that grows slower from round to round."""
+    return [factor * (1 + 0.05 * i) for i in range(rounds)]
+
+
+def test_ratio_is_that_of_paired_rounds():
+    ours, stock = (Samples(drifting(f), drifting(f / 2)) for f in (0.8, 1.0))
+    row = summary.row(CASE, ours, stock, None, None, {})
+    assert row["op"] == "e2e_prefill" and row["case"] == CASE and row["against"] == "stock"
+    assert row["ratio"] == pytest.approx(0.8) and row["ci95"] == pytest.approx([0.8, 0.8])
+    assert row["ttft_ratio"] == pytest.approx(0.8)
+    assert row["share_of_ideal"] is None and row["busy"] is None and row["host_us_per_layer"] is None
+
+
+def test_interval_contains_the_median_and_needs_six_rounds():
+    ours, stock = [0.9, 0.8, 0.85, 0.7, 0.95, 0.88], [1.0] * 6
+    row = summary.row(CASE, Samples(ours, ours), Samples(stock, stock), None, None, {})
+    assert row["ci95"] == [0.7, 0.95] and row["ratio"] == pytest.approx(0.865)
+    few = summary.row(CASE, Samples(ours[:5], ours[:5]), Samples(stock[:5], stock[:5]), None, None, {})
+    assert few["ci95"] is None and few["rounds"] == 5
+
+
+def test_shares_have_the_dispatch_in_them_or_not():
+    """Stock 1, the preset off under the other dispatch 0.8, rank 0.71, balanced 0.7."""
+    ours, stock, ideal, off = (Samples(drifting(f), drifting(f)) for f in (0.71, 1.0, 0.70, 0.80))
+    row = summary.row(CASE, ours, stock, ideal, off, {})
+    assert row["share_of_ideal"] == pytest.approx(0.29 / 0.30)
+    assert row["share_of_ideal_ci95"] == pytest.approx([0.29 / 0.30] * 2)
+    assert row["share_of_balance"] == pytest.approx(0.9)
+
+
+def test_share_interval_covers_the_rounds_noise():
+    noise = [0.01, -0.01, 0.0, 0.005, -0.005, 0.002, -0.002, 0.008]
+    share, bounds = summary.share_of_ideal([1.0] * 8, [0.96 + n for n in noise], [0.94] * 8)
+    assert share == pytest.approx(0.6667, abs=0.03)
+    assert bounds[0] < share < bounds[1] and bounds[0] > 0.4 and bounds[1] < 0.9
+
+
+def test_no_share_of_a_gain_that_is_not_there():
+    assert summary.share_of_ideal([1.0] * 8, [0.99] * 8, [1.01] * 8) == (None, None)
+    by_chance = [0.99, 1.02, 0.98, 1.01, 0.985, 1.015, 0.99, 0.99]
+    share, bounds = summary.share_of_ideal([1.0] * 8, [0.995] * 8, by_chance)
+    assert share is not None and bounds is None
+
+
+def test_outliers_are_left_out_on_both_sides_and_named():
+    ours, outliers = Samples([1.0, 1.1, 4.0, 0.9, 1.0, 1.0, 1.0, 1.1], [1.0] * 8).without_outliers()
+    assert outliers == [2] and ours.seconds[2] is None and ours.ttft[2] is None
+    stock, _ = Samples([1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0] * 8).without_outliers()
+    row = summary.row(CASE, ours, stock, None, None, {})
+    assert row["rounds"] == 6 and row["ci95"] == [0.9, 1.1]
+
+
+def run_of(passes, log="", answered=4.0) -> Run:
+    return Run(seconds=3.0, ttft=2.0, passes=passes, sent=0.0, answered=answered, log=log)
+
+
+def test_reasons_of_an_outlier(tmp_path):
+    workload = Workload(tokens=64, passes=4, prompt=32, ranks=2)
+    even = [[(i * 0.1, 64) for i in range(4)] + [(0.4, 0)] for _ in range(2)]
+    run = run_of(even, log="Compiling kernel foo\nPrefill batch, #new-seq: 2\nCompiling kernel foo\n", answered=0.5)
+    assert run.full(workload)
+    assert summary.reasons(run, True, [tmp_path], 0.0, 1e12) == ["the log: Compiling kernel foo"]
+    (tmp_path / "kernel.cubin").touch()
+    uneven = [[(0.0, 64), (0.1, 32), (0.2, 64), (3.9, 64)], [(0.0, 64)] * 4]
+    run = run_of(uneven)
+    found = summary.reasons(run, run.full(workload), [tmp_path], 0.0, 1e12)
+    assert found[0] == "passes were not full: 64, 32, 64, 64; 64, 64, 64, 64"
+    assert found[1] == "compiled 1 files, such as kernel.cubin"
+    assert found[2] == "pass 3 of 4 took 3.70 s"
+    assert summary.reasons(run_of(even, answered=0.5), True, [], 0.0, 0.0) == ["nothing found"]
+
+
+# ---- Traces --------------------------------------------------------------------------------------------------------
+
+
+def event(start: float, length: float, name: str = "gemm", cat: str = "kernel") -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": length}
+
+
+def test_busy_is_the_union_of_kernels(tmp_path):
+    events = [
+        event(0, 1000, cat="cpu_op"),
+        event(100, 20),
+        event(110, 20),  # half of it beside the first, on another stream
+        event(112, 3),  # within
+        event(150, 10, "void deep_ep::intranode::notify_dispatch<2>"),
+        event(190, 10, "Memcpy DtoD", "gpu_memcpy"),
+        {"ph": "i", "cat": "kernel", "name": "no length", "ts": 500},
+    ]
+    assert kernel_trace.busy(events) == {"busy": pytest.approx(0.5), "working": pytest.approx(0.4)}
+    assert kernel_trace.busy(events[:1]) is None
+    other = [event(0, 90), event(95, 5)]
+    for name, rank in (("TP-0", events), ("TP-1", other)):
+        with gzip.open(tmp_path / f"{name}.trace.json.gz", "wt") as file:
+            json.dump({"traceEvents": rank}, file)
+    found = kernel_trace.of_ranks(list(tmp_path.glob("*.gz")))
+    assert found["busy_of_ranks"] == pytest.approx([0.5, 0.95])
+    assert found["busy"] == pytest.approx(0.725) and found["working"] == pytest.approx(0.675)
+    assert kernel_trace.of_ranks([]) is None
+
+
+# ---- Routing -------------------------------------------------------------------------------------------------------
+
+EXPERTS, TOP_K, TOKENS = 128, 8, 2048
+
+
+def routed(routing, layer: int, num_ranks: int, rank: int = 0) -> torch.Tensor:
+    """Ids [T, K] of a router whose logits the plugin has replaced."""
+    table = e2e_routing.Routings([routing], rank, num_ranks)
+    logits = table.logits(layer, torch.zeros(TOKENS, EXPERTS, dtype=torch.bfloat16), TOP_K)
+    assert logits.shape == (TOKENS, EXPERTS) and logits.dtype == torch.bfloat16
+    return logits.float().topk(TOP_K).indices
+
+
+def rows_of_ranks(ids: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    return torch.bincount(ids.flatten(), minlength=EXPERTS).view(num_ranks, -1).sum(1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_routing_has_the_spread_asked_for_and_hot_ranks_alternate(num_ranks):
+    asked = servers.published_spread(24, 1.27)
+    for layer in (0, 1, 15):
+        rows = rows_of_ranks(routed(asked, layer, num_ranks), num_ranks)
+        assert rows.sum() == TOKENS * TOP_K and rows.argmax() == layer % num_ranks
+        assert rows.max() / rows.float().mean() == pytest.approx(asked[layer], abs=0.005)
+
+
+def test_spread_is_that_published_and_has_the_mean_asked_for():
+    for layers in (3, 24, 48):
+        spread = servers.published_spread(layers, 1.27)
+        assert len(spread) == layers and sum(spread) / layers == pytest.approx(1.27)
+    published = json.loads(servers.LOADS.read_text())["rank_max_over_mean_ep8"]["per_layer_mean"]
+    assert servers.published_spread(48, sum(published) / 48) == pytest.approx(published)
+    assert servers.routings(3, [1.27, 1.0])[2] == [1.0] * 3
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_balance_is_perfect(num_ranks):
+    ids = routed("balanced", 1, num_ranks)
+    assert torch.bincount(ids.flatten()).tolist() == [TOKENS * TOP_K // EXPERTS] * EXPERTS
+    assert (ids.sort(1).values.diff(dim=1) > 0).all()  # no expert twice
+    of_token = (ids // (EXPERTS // num_ranks)).sort(1).values  # every token alone is balanced
+    assert (of_token == of_token[0]).all()
+
+
+def test_uniform_routing_favours_nobody():
+    rows = rows_of_ranks(routed([1.0], 0, 8), 8)
+    assert rows.max() / rows.float().mean() < 1.05
+
+
+def test_routings_differ_by_rank_and_are_made_once():
+    table, other = (e2e_routing.Routings([[1.2], "balanced"], rank, 2) for rank in (0, 1))
+    like = torch.zeros(100, EXPERTS)
+    first = table.logits(0, like, TOP_K)
+    assert table.logits(0, like[:50], TOP_K).data_ptr() == first.data_ptr()
+    assert not torch.equal(first, other.logits(0, like, TOP_K))
+    table.chosen = 1
+    assert not torch.equal(first, table.logits(0, like, TOP_K))
+    assert table.logits(0, like[:0], TOP_K).shape == (0, EXPERTS)
+    assert table.logits(0, torch.zeros(1000, EXPERTS), TOP_K).shape == (1000, EXPERTS)
+
+
+# ---- Variants, prompts, model --------------------------------------------------------------------------------------
+
+
+def test_stock_is_served_without_the_plugin(tmp_path):
+    launch = servers.Launch("cuda", 2, 24, "bf16", 16384, 64, ["balanced"], attention="triton")
+    plugins = {v.name: launch.environment(v, tmp_path)["SGLANG_PLUGINS"] for v in chosen_variants(None, None, "cuda")}
+    assert plugins["stock"] == "e2e_routing" and plugins["rank-1.05"] == "macs,e2e_routing"
+    flags = " ".join(launch.arguments())
+    assert "--chunked-prefill-size 32768" in flags and "--max-prefill-tokens 16384" in flags
+    assert "macs" not in " ".join([flags, *STOCK])
+
+
+def test_plugin_needs_nothing_of_this_project():
+    program = "import sys; import e2e_routing; assert not [m for m in sys.modules if m.startswith('sglang')]"
+    subprocess.run([sys.executable, "-c", program], cwd=E2E / "routing_site", env={"PATH": ""}, check=True)
+
+
+def test_every_group_has_stock_and_only_so_many_servers():
+    names = [("stock", STOCK), ("balanced", STOCK), ("a", ("1",)), ("b", ("2",)), ("c", ("3",)), ("d", ("3",))]
+    variants = [Variant(name, "deepep", flags) for name, flags in names]
+    groups = [[v.name for v in group] for group in grouped(variants, 3)]
+    assert groups == [["stock", "balanced", "a", "b"], ["stock", "balanced", "c", "d"]]
+    assert [[v.name for v in group] for group in grouped(variants[:2], 3)] == [["stock", "balanced"]]
+
+
+def test_variants_of_one_dispatch():
+    chosen = chosen_variants(["rank-1.05"], ["deepep"], "cuda")
+    assert [(v.name, v.dispatch) for v in chosen] == [(n, "deepep") for n in ("stock", "balanced", "rank-1.05")]
+    assert {v.dispatch for v in chosen_variants(None, None, "cpu")} == {"gloo"}
+
+
+@pytest.mark.parametrize("tokens", [512, 2048, 4096, 8192, 16384])
+def test_a_round_fills_its_passes(tokens):
+    workload = Workload.of(tokens, 2048, 2, False)
+    assert workload.prompts * workload.prompt == tokens * workload.passes * 2
+    assert workload.prompt <= 2048 and 4 <= workload.passes <= 16
+
+
+def test_text_prompts_have_the_length_asked_for():
+    body = Workload.of(512, 128, 2, False, passes=2).body()
+    assert {len(ids) for ids in body["input_ids"]} == {128} and len(body["input_ids"]) == 16
+
+
+@pytest.mark.parametrize("prompt", [64, 512, 2048])
+def test_picture_prompts_have_the_length_asked_for(prompt):
+    allow_torchvision()
+    from transformers import AutoProcessor
+
+    model = servers.build_model(3, "bf16", real=False)
+    rows, columns = picture_tokens(prompt)
+    body = Workload.of(prompt, prompt, 1, True, passes=1).body()
+    image = Image.open(io.BytesIO(base64.b64decode(body["image_data"][0].partition(",")[2])))
+    ids = AutoProcessor.from_pretrained(model)(text=body["text"][0], images=[image])["input_ids"][0]
+    assert len(ids) == prompt and rows * columns >= 0.8 * prompt
+
+
+def test_model_has_the_real_dimensions_and_no_weights():
+    model = servers.build_model(24, "fp8", real=True)
+    config = json.loads((model / "config.json").read_text())
+    text = config["text_config"]
+    assert (text["num_hidden_layers"], text["num_local_experts"], text["hidden_size"]) == (24, 128, 2048)
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert not list(model.glob("*.safetensors"))
+
+
+# ---- Measuring, without servers ------------------------------------------------------------------------------------
+
+
+class FakeClient:
+    """In the place of a server: every round takes `seconds`, the `slow`-th of them ten times as long; None fails."""
+
+    def __init__(self, seconds: float | None, slow: int | None = None) -> None:
+        self.seconds, self.slow, self.rounds, self.chosen = seconds, slow, 0, []
+
+    def choose(self, routing: int, tokens: int) -> None:
+        self.chosen.append((routing, tokens))
+
+    def counters(self) -> tuple[float, int]:
+        return self.rounds * 4e-4, self.rounds * 8  # 50 us a plan
+
+    def run(self, body: dict) -> Run:
+        if self.seconds is None:
+            raise ServerError("died")
+        self.rounds += 1
+        took = self.seconds * (10 if self.rounds == self.slow else 1)
+        passes = [[(i * took / 2, 64) for i in range(2)] for _ in range(2)]
+        log = "Compiling a kernel\n" if self.rounds == self.slow else ""
+        return Run(took, took / 2, passes, 0.0, took, log)
+
+
+def options_of(out: Path):
+    flags = "--device cpu --layers 3 --tokens 64 128 --prompt-tokens 32 --passes 2 --rounds 8"
+    return prefill.parse(["--out", str(out), "--cache", str(out.parent / "cache"), *flags.split()])
+
+
+def measured_group(tmp_path: Path, clients: dict, variants: list[Variant]) -> dict:
+    """The result file of one group over fake servers."""
+    report = prefill.Report(options_of(tmp_path / "out.json"))
+    launch = prefill.launch_of(report.options, {})
+    group = prefill.Group(variants, clients, launch, report)
+    for tokens in report.options.tokens:
+        group.measure(prefill.Cell(tokens, 1.0), 0.0, float("inf"))
+    return json.loads(report.options.out.read_text())
+
+
+FAKES = [Variant("stock", "gloo", ("s",)), Variant("balanced", "gloo", ("s",), balanced=True)]
+FAKES += [Variant("rank-1.05", "gloo", ("r",)), Variant("inf", "gloo", ("i",))]
+
+
+def test_rounds_become_rows_and_outliers_are_explained(tmp_path):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8, slow=4), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    assert {(row["case"]["variant"], row["case"]["tokens"]) for row in found["rows"]} == {
+        (variant.name, tokens) for variant in FAKES for tokens in (64, 128)
+    }
+    row = next(row for row in found["rows"] if row["case"]["variant"] == "rank-1.05")
+    assert row["ratio"] == row["ttft_ratio"] == pytest.approx(0.8) and row["ci95"] == pytest.approx([0.8, 0.8])
+    assert row["rounds"] == 6 and row["host_us_per_layer"] == pytest.approx(50) and row["full"] == 7
+    (outlier,) = found["outliers"]
+    assert outlier["case"] == row["case"] and outlier["round"] == 2 and outlier["seconds"] == pytest.approx(8)
+    assert outlier["found"] == ["the log: Compiling a kernel"]
+    # Perfect balance is routing 0; uniform is the second of the two skews, after it.
+    assert set(clients["s",].chosen) == {(0, 64), (2, 64), (0, 128), (2, 128)}
+
+
+def test_a_server_that_fails_is_left_out_and_stock_is_not(tmp_path):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(None), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    assert {row["case"]["variant"] for row in found["rows"]} == {"stock", "balanced", "inf"}
+    with pytest.raises(ServerError):
+        measured_group(tmp_path, {("s",): FakeClient(None)}, FAKES)
+
+
+def test_page_and_picture_show_a_result(tmp_path, monkeypatch):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    found["rows"][-1] |= {"ci95": [0.9, 1.1], "share_of_ideal": 0.5, "share_of_ideal_ci95": None, "busy": 0.67}
+    cells = [cell(found["rows"][-1]) for cell in docs_tables.E2E.values()]
+    assert cells[:4] == ["128", "1", "inf", "gloo"] and cells[4] == "1.010 [0.900, 1.100]"
+    assert cells[6:] == ["50%", "", "67%", "50", "7"]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "found.json"), str(tmp_path / "found.png")])
+    plot.main()
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    assert set(plot.lines(found["rows"], 1.0)) == {(v.name, "gloo") for v in FAKES[1:]}
+
+
+def test_prompts_must_fill_a_pass(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prefill.parse(["--out", str(tmp_path / "x.json"), "--tokens", "3000"])
+    assert "3000 is no multiple of --prompt-tokens 2048" in capsys.readouterr().err
+
+
+# ---- The whole program ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+def test_smoke_run_on_cpu(tmp_path):
+    """Two servers of the tiny model: rows of the form documented, passes as full as asked for."""
+    out = tmp_path / "e2e.json"
+    flags = "--device cpu --layers 3 --tokens 64 --prompt-tokens 32 --passes 2 --skews 1.27 --variants rank-1.05"
+    flags += " --rounds 2 --warm-ups 1 --minutes 3 --stagger 0 --profile-tokens 0"
+    command = [sys.executable, str(E2E / "prefill.py"), "--out", str(out), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["command"].startswith("python3 scripts/e2e/prefill.py --device cpu")
+    rows = {row["case"]["variant"]: row for row in result["rows"]}
+    assert set(rows) == {"stock", "balanced", "rank-1.05"}
+    expected = {"tokens": 64, "skew": 1.27, "variant": "rank-1.05", "dispatch": "gloo", "layers": 3, "dtype": "bf16"}
+    assert rows["rank-1.05"]["case"] == expected | {"ranks": 2, "prompts": "text"}
+    assert all(row["full"] == 2 for row in rows.values())  # both rounds, on both ranks
+    assert rows["stock"]["ratio"] == 1.0 and rows["rank-1.05"]["ratio"] > 0
+    assert rows["rank-1.05"]["host_us_per_layer"] > 0 and rows["stock"]["host_us_per_layer"] is None

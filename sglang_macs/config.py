@@ -127,6 +127,11 @@ class MacsConfig:
         """Whether nothing is planned at all. (Infinite gamma plans, and finds nothing to clip.)"""
         return self.preset == "off"
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
+        return math.isinf(self.gamma)
+
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads back; infinity as the string "inf"."""
         return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}

@@ -22,12 +22,18 @@ REFUSED_ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What the rules look at: SGLang's resolved flags, the plan's options, the model's architecture and its experts."""
+    """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
+
+    top_k: 0 where it does not say. special_routing: `moe_config.special_routing`. context_length: in tokens.
+    """
 
     flags: Any
     config: MacsConfig
     architecture: str
     num_experts: int
+    top_k: int = 0
+    special_routing: str = ""
+    context_length: int = 0
 
     def flag(self, name: str, default: object = None) -> Any:
         return getattr(self.flags, name, default)
@@ -47,6 +53,15 @@ def _if(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str
     return lambda launch: got if condition(launch) else ""
 
 
+def _if_routing_changes(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
+    """For promises of other flags that hold as long as no assignment is moved or dropped."""
+    return lambda launch: got if not launch.config.changes_nothing and condition(launch) else ""
+
+
+def _on(*names: str) -> Callable[[Launch], bool]:
+    return lambda launch: any(launch.flag(name) for name in names)
+
+
 def _architecture(launch: Launch) -> str:
     for name, reason in REFUSED_ARCHITECTURES.items():
         if launch.architecture.startswith(name):
@@ -63,6 +78,42 @@ def _expert_parallel(launch: Launch) -> str:
     if ep == 1 and launch.flag("device") == "cuda" and launch.flag("deepep_mode") != "low_latency":
         return "one rank, which DeepEP's normal mode does not take (use --deepep-mode low_latency)"
     return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
+
+
+def _overlap(launch: Launch) -> str:
+    for name in ("enable_two_batch_overlap", "enable_single_batch_overlap"):
+        if launch.flag(name) and launch.flag("device") == "cpu":
+            return f"--{name.replace('_', '-')} on the CPU, whose dispatcher sends and waits in one"
+    return ""
+
+
+def _routing(launch: Launch) -> str:
+    if launch.config.reroute == "none" or launch.config.changes_nothing or not launch.special_routing:
+        return ""
+    return f"{launch.config.reroute} for {launch.architecture}, which routes by {launch.special_routing}"
+
+
+def largest_prefill(launch: Launch) -> tuple[int, int]:
+    """(data-parallel ranks of the EP group, tokens that SGLang puts at most into a prefill batch of each).
+
+    SGLang has divided --chunked-prefill-size by the ranks already; without chunks a request is not split.
+    """
+    attention_dp = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
+    ranks = launch.flag("attn_dp_size") or attention_dp  # the former from 0.5.22 on
+    chunk = launch.flag("chunked_prefill_size") or -1
+    return ranks, chunk if chunk > 0 else max(launch.flag("max_prefill_tokens") or 0, launch.context_length)
+
+
+def _prefill(launch: Launch) -> str:
+    from .plan import most_tokens  # imports torch, which `sglang-macs doctor` may find missing
+
+    (ranks, tokens), most = largest_prefill(launch), most_tokens(max(1, launch.top_k), launch.config.load)
+    return f"{ranks * tokens} tokens a prefill batch ({ranks} x {tokens})" if ranks * tokens > most else ""
+
+
+def _decode_only(launch: Launch) -> bool:
+    is_decode = launch.flag("disaggregation_mode") == "decode" and not launch.flag("enable_pd_role_switch")
+    return is_decode and not launch.config.decode
 
 
 def no_low_latency(config: MacsConfig, mode: str) -> str:
@@ -86,13 +137,41 @@ def _fused(launch: Launch) -> str:
     return no_low_latency(launch.config, launch.flag("deepep_mode", "auto"))
 
 
+_LEAVE_OUT = "Leave it out, or pass --macs-preset off."
+
 RULES = (
+    Rule("--use-ray", _if(_on("use_ray"), "Ray actors"), "schedulers that load plugins", "Leave it out."),
+    Rule(
+        "--smg-grpc-mode",
+        _if(_on("smg_grpc_mode", "grpc_mode"), "a gRPC server that starts schedulers in its own way"),
+        "schedulers that load plugins",
+        "Use --grpc-port, which stands beside the HTTP server.",
+    ),
+    Rule("--encoder-only", _if(_on("encoder_only"), "an encoder server"), "MoE layers", "Serve it without MACS."),
     Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
     Rule(
         "expert parallelism",
         _expert_parallel,
         "ep equal to tp, dividing the experts",
         "Pass --tp N --ep-size N, on one GPU --macs-scope expert.",
+    ),
+    Rule(
+        "--macs-reroute",
+        _routing,
+        "none: other experts are ranked and weighted as softmax over the logits alone has them",
+        "Pass --macs-reroute none.",
+    ),
+    Rule(
+        "--chunked-prefill-size",
+        _prefill,
+        "a prefill batch of the EP group whose load histograms hold in 32 bits (docs/method.md, 3)",
+        "Lower it.",
+    ),
+    Rule(
+        "--disaggregation-mode",
+        _if_routing_changes(_decode_only, "decode, which has no prefill batches to act on"),
+        "prefill, or --macs-decode true",
+        "Serve this side without MACS.",
     ),
     Rule(
         "--enable-prefill-cp",
@@ -104,44 +183,94 @@ RULES = (
     ),
     Rule(
         "--elastic-ep-backend",
-        _if(lambda x: x.flag("elastic_ep_backend") is not None, "elastic EP"),
+        _if(
+            lambda x: any(x.flag(name) is not None for name in ("elastic_ep_backend", "ep_join_mode", "max_ep_size")),
+            "elastic EP",
+        ),
         "none",
         "Leave it out.",
     ),
     Rule("--dwdp-size", _if(lambda x: (x.flag("dwdp_size") or 1) > 1, "DWDP"), "none", "Leave it out."),
     Rule(
         "--enable-waterfill",
-        _if(lambda x: bool(x.flag("enable_waterfill")), "Waterfill"),
+        _if(_on("enable_waterfill"), "Waterfill"),
         "none: its shared-expert column must not be clipped",
         "Leave it out.",
     ),
     Rule(
         "--enable-eplb, redundant experts",
-        _if(
-            lambda x: bool(x.flag("enable_eplb")) or (x.flag("ep_num_redundant_experts") or 0) > 0, "replicated experts"
-        ),
+        _if(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts"),
         "experts in their own order: re-routing reads logical router logits",
         "Leave EPLB out.",
     ),
     Rule(
+        "--init-expert-location",
+        _if_routing_changes(lambda x: (x.flag("init_expert_location") or "trivial") != "trivial", "moved experts"),
+        "trivial: router logits and profiles count experts in the model's own order",
+        _LEAVE_OUT,
+    ),
+    Rule(
         "--ep-dispatch-algorithm",
-        _if(lambda x: x.flag("ep_dispatch_algorithm") == "lp", "lp"),
-        "static or none: LPLB decides on unclipped loads",
-        "Choose another algorithm.",
+        _if_routing_changes(_on("ep_dispatch_algorithm"), "physical experts"),
+        "none: router logits and profiles count experts in the model's own order",
+        _LEAVE_OUT,
     ),
     Rule(
         "--enforce-shared-experts-fusion",
-        _if(lambda x: bool(x.flag("enforce_shared_experts_fusion")), "fused shared experts"),
+        _if(_on("enforce_shared_experts_fusion"), "fused shared experts"),
         "shared experts of their own: a fused one must not be clipped",
         "Leave it out.",
     ),
+    Rule(
+        "--enable-deterministic-inference",
+        _if_routing_changes(_on("enable_deterministic_inference", "rl_on_policy_target"), "batch-invariant answers"),
+        "answers that may depend on what else is in the batch",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--enable-return-routed-experts",
+        _if_routing_changes(_on("enable_return_routed_experts"), "experts noted before MACS re-routes and drops"),
+        "none",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--expert-distribution-recorder-mode",
+        _if_routing_changes(
+            lambda x: (
+                x.flag("expert_distribution_recorder_mode") == "stat_approx"
+                or (x.flag("expert_distribution_recorder_mode") and x.flag("deepep_mode") == "low_latency")
+            ),
+            "loads counted behind the dispatch, where MACS has cut them",
+        ),
+        "loads as the router asked for them (stat, per_pass or per_token with --deepep-mode normal)",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--enable-pdmux",
+        _if_routing_changes(_on("enable_pdmux"), "prefill split by layers"),
+        "prefill in one pass: later parts no longer know which tokens are visual",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--dllm-algorithm",
+        _if_routing_changes(_on("dllm_algorithm"), "a diffusion model, which decodes by prefill passes"),
+        "decoding that is told from prefill",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--kt-weight-path",
+        _if_routing_changes(_on("kt_weight_path"), "experts computed on the CPU beside the GPU"),
+        "ranks whose time follows from their rows",
+        _LEAVE_OUT,
+    ),
+    Rule("overlap", _overlap, "none on the CPU", "Leave it out."),
     Rule(
         "--macs-dispatch",
         _fused,
         "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
         "Or pass --macs-dispatch deepep.",
     ),
-    Rule("--enable-lora", _if(lambda x: bool(x.flag("enable_lora")), "LoRA"), "none on MoE layers", "Leave it out."),
+    Rule("--enable-lora", _if(_on("enable_lora"), "LoRA"), "none on MoE layers", "Leave it out."),
 )
 
 

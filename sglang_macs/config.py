@@ -131,6 +131,11 @@ class MacsConfig:
         """Whether nothing is planned at all. (Infinite gamma plans, and finds nothing to clip.)"""
         return self.preset == "off"
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
+        return math.isinf(self.gamma)
+
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads back; infinity as the string "inf"."""
         return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
@@ -147,12 +152,13 @@ class MacsConfig:
         return cls(**{**values, **infinite})
 
 
-# The configuration of a process tree travels in one environment variable, which spawned processes inherit.
+# A scheduler process serves with what stands in one environment variable. In a program that starts engines it holds
+# what an engine gets that asks for MACS without options; the engine itself carries its own (sglang_macs/plugin.py).
 
 
 def configured() -> MacsConfig | None:
-    """The configuration this process tree serves with, or None: MACS was not asked for. Raises MacsError if the
-    environment holds none that can be read.
+    """What `configure` was given in this process, or None. Raises MacsError if the environment holds what cannot be
+    read.
     """
     raw = os.environ.get(CONFIG_ENV)
     if not raw:
@@ -165,7 +171,9 @@ def configured() -> MacsConfig | None:
 
 
 def configure(config: MacsConfig | None) -> None:
-    """Turns MACS on for servers and engines that this process starts from now on; None turns it off."""
+    """What engines get that this process starts from now on with `moe_a2a_backend="macs"` and no `macs_*` option of
+    their own; None: the default preset. Engines that do not ask for MACS stay without it.
+    """
     if config is None:
         os.environ.pop(CONFIG_ENV, None)
     else:
@@ -242,13 +250,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def from_args(args: argparse.Namespace) -> MacsConfig:
-    """The configuration that parsed flags ask for. Raises MacsError."""
-    given = {f.name: getattr(args, "macs_" + f.name, None) for f in dataclasses.fields(MacsConfig)}
-    given = {k: v for k, v in given.items() if v is not None}
+def given_options(options: dict[str, object]) -> dict[str, object]:
+    """The `macs_*` options that are given, among all those of a command line, a file or `sglang.Engine(...)`."""
+    not_given = (None, "None")  # the latter is how SGLang hands on a null in a --config file
+    return {name: v for name, v in options.items() if name.startswith("macs_") and v not in not_given}
+
+
+def from_options(options: dict[str, object]) -> MacsConfig:
+    """The configuration that `macs_*` options ask for; text is read as on the command line. Raises MacsError."""
+    fields = {f.name: f for f in dataclasses.fields(MacsConfig)}
+    given = {name.removeprefix("macs_"): value for name, value in given_options(options).items()}
+    given = {k: _value(fields[k], v) if k in fields else v for k, v in given.items()}
     if given.get("profile"):
         given["profile"] = os.path.abspath(given["profile"])  # workers may start elsewhere
     return MacsConfig.from_preset(given.pop("preset", "rank"), **given)
+
+
+def _value(f: dataclasses.Field, given: object) -> object:
+    text = str(given)
+    if text.lower() == "false" and "off" in (f.metadata["choices"] or ()):
+        return "off"  # what an unquoted off is in YAML
+    try:
+        return _parser_of(f)(text)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise MacsError(flag(f.name), repr(given), f"a value like {f.default}") from error
 
 
 def flag_table() -> str:

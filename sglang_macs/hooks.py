@@ -15,7 +15,9 @@ from .errors import MacsNotActive
 
 @dataclass(frozen=True)
 class Hook:
-    """One target in SGLang, what replaces or wraps it, and how ("before", "after", "around")."""
+    """One target in SGLang, what replaces or wraps it, and how ("before", "after", "around"; "class": around what
+    makes objects of a class).
+    """
 
     target: str
     function: Callable[..., Any]
@@ -36,7 +38,21 @@ def trouble(hook: Hook) -> str:
         now = getattr(pkgutil.resolve_name(owner), name)
     except Exception as error:
         return f"hook target {hook.target} is gone ({error})"
-    return "" if _is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
+    return "" if is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
+
+
+def construct_through(target: str, function: Callable[..., Any]) -> None:
+    """Puts `function(original, ...)` in place of the class that is called at the dotted path `target`, an attribute of
+    another class. HookRegistry would put it in place of the class everywhere else, too.
+    """
+    owner, name = target.rsplit(".", 1)
+    holder = pkgutil.resolve_name(owner)
+    original = getattr(holder, name)
+
+    def construct(*args, **kwargs):
+        return function(original, *args, **kwargs)
+
+    setattr(holder, name, staticmethod(construct))
 
 
 def define_missing(target: str, value: Any) -> None:
@@ -46,7 +62,7 @@ def define_missing(target: str, value: Any) -> None:
         setattr(found, name, value)
 
 
-def _is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
+def is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
     """Whether `function` is among the closures of SGLang's chain of wrappers around a target."""
     now = getattr(now, "__func__", now)
     while now is not None:

@@ -207,8 +207,14 @@ class Plan:
         )
 
 
-def check_batch_size(group_tokens: int, top_k: int) -> None:
+def most_tokens(top_k: int, load: str) -> int:
+    """Tokens of the EP group whose histograms hold in i32: `units` an assignment, and 256 a token for R_v's sums."""
+    units = WEIGHT_ONE if load == "effective" else 1
+    return (2**31 - 1) // max(WEIGHT_ONE, units * top_k)
+
+
+def check_batch_size(group_tokens: int, top_k: int, load: str = "rows") -> None:
     """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
-    most = (2**31 - 1) // (WEIGHT_ONE * top_k)
+    most = most_tokens(top_k, load)
     if group_tokens > most:
         raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -1,10 +1,11 @@
 """The SGLang plugin, and the only module that imports sglang: flags, hooks, dispatcher, runner.
 
-Order of events. The launcher loads plugins, parses flags (`_from_cli_args`) and resolves them (`_resolve_once`):
-MACS is translated into a backend SGLang knows, and refused here if a flag or the model rules it out. Scheduler
-processes are started through `run_scheduler_process` below, which applies the model-side hooks and checks that every
-one took: SGLang logs and swallows exceptions of plugins and hooks, and would serve on without MACS. Without a
-configuration (`config.configured`) nothing is hooked on the model side.
+Order of events. The launcher loads plugins, parses flags (`_from_cli_args`, `_engine_args`) and resolves them
+(`_resolve_once`): MACS is translated into a backend SGLang knows, and refused here if a flag or the model rules it out.
+The configuration stays with SGLang's record of the server: two engines of one process each have their own, or none.
+Scheduler processes are started with it through `run_scheduler_process` below, which applies the model-side hooks and
+checks that every one took: SGLang logs and swallows exceptions of plugins and hooks, and would serve on without MACS.
+Without a configuration nothing is hooked on the model side.
 
 docs/hooks.md says why each target is hooked.
 """
@@ -13,13 +14,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from itertools import zip_longest
 from typing import Any
 
-from . import batch, compat, cpu_compat, hooks, ops, profile, recorder, worker
+from . import batch, compat, cpu_compat, hooks, moe_config, ops, profile, recorder, worker
 from .agreement import Agreement
-from .config import MacsConfig, add_flags, configure, configured, from_args
+from .config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
 from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
 from .fused import Sizes
@@ -39,18 +40,18 @@ def _exit(error: Exception) -> None:
 # ---- Launcher: flags and refusals ----------------------------------------------------------------------------------
 
 
-class _EnableMacs(argparse.Action):
-    """A switch that looks at the launcher's hooks itself: with the other ones missing, nobody else would read it."""
+class _EnableMacs(argparse._StoreTrueAction):
+    """A switch that looks at the launcher's hooks itself: with the other ones missing, nobody else would read it.
 
-    def __init__(self, option_strings, dest, **kwargs) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=False, **kwargs)
+    Of the class that SGLang's --config files take for a switch.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
             hooks.check(LAUNCHER_HOOKS)
         except MacsNotActive as error:
             _exit(error)
-        setattr(namespace, self.dest, True)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _add_cli_args(result, parser):
@@ -62,39 +63,59 @@ def _add_cli_args(result, parser):
     parser.add_argument("--enable-macs", action=_EnableMacs, help="bound the expert-parallel load with MACS")
 
 
+def _is_asked(options: dict[str, Any], backend: str) -> bool:
+    """Whether a command line's or an engine's options ask for MACS. Raises MacsError, MacsNotActive."""
+    given = next(iter(given_options(options)), None)
+    if not (options.get("enable_macs") or backend == "macs"):
+        if given is not None:
+            what, expected = flag(given.removeprefix("macs_")), "it beside every --macs- flag"
+            raise MacsError(what, "no --enable-macs", expected, "Add --enable-macs.")
+        return False
+    hooks.check(LAUNCHER_HOOKS)
+    compat.check_a2a(backend)
+    return True
+
+
 def _from_cli_args(original, cls, args):
-    """AROUND ServerArgs.from_cli_args: flags -> environment; the record never sees `macs`."""
-    given = [name for name, value in vars(args).items() if name.startswith("macs_") and value is not None]
-    if not (args.enable_macs or args.moe_a2a_backend == "macs"):
-        if given:
-            _exit(
-                MacsError(
-                    "--" + given[0].replace("_", "-"),
-                    "no --enable-macs",
-                    "it beside every --macs- flag",
-                    "Add --enable-macs.",
-                )
-            )
-        return original(cls, args)
+    """AROUND ServerArgs.from_cli_args: flags -> what the record carries; SGLang never sees `macs`."""
+    options = vars(args)
     try:
-        hooks.check(LAUNCHER_HOOKS)
-        compat.check_a2a(args.moe_a2a_backend)
-        configure(from_args(args))
+        config = from_options(options) if _is_asked(options, args.moe_a2a_backend) else None
     except (MacsError, MacsNotActive) as error:
         _exit(error)
     record = original(cls, args)
-    record._macs_from_cli = True
+    if config is not None:
+        record._macs_config, record._macs_from_cli = config.to_json(), True
     return record
+
+
+def _engine_args(original, **kwargs):
+    """AROUND Engine.server_args_class: `enable_macs` and `macs_*` beside SGLang's own arguments."""
+    options = {name: kwargs.pop(name) for name in list(kwargs) if name == "enable_macs" or name.startswith("macs_")}
+    asked = _is_asked(options, kwargs.get("moe_a2a_backend", "none"))
+    record = original(**kwargs)
+    if asked:
+        record._macs_config = (from_options(options) if given_options(options) else _default_config()).to_json()
+    return record
+
+
+def _default_config() -> MacsConfig:
+    return configured() or MacsConfig.from_preset()
+
+
+def _config_of(record) -> MacsConfig | None:
+    """The configuration that SGLang's record of a server carries, or None: MACS was not asked for."""
+    if record.moe_a2a_backend == "macs" and not hasattr(record, "_macs_config"):  # a record made by hand
+        record._macs_config = _default_config().to_json()
+    values = getattr(record, "_macs_config", None)
+    return None if values is None else MacsConfig.from_json(values)
 
 
 def _resolve_once(original, self):
     """AROUND ServerArgs.resolve_once: translate the backend before SGLang resolves, refuse what MACS cannot serve
     after.
     """
-    if self.moe_a2a_backend == "macs" and configured() is None:
-        configure(MacsConfig.from_preset())  # Engine(moe_a2a_backend="macs") with nothing else said
-    config = configured()
-    if config is None or getattr(self, "_resolution_finished", False):
+    if getattr(self, "_resolution_finished", False) or (config := _config_of(self)) is None:
         return original(self)
     try:
         hooks.check(LAUNCHER_HOOKS)
@@ -136,21 +157,41 @@ def _translate_for_cuda(record) -> None:
 def _check_launch(record, config: MacsConfig) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
-    model = model_config_of(record).hf_config
-    text = getattr(model, "text_config", None) or model
-    experts = getattr(text, "num_experts", None) or getattr(text, "n_routed_experts", None) or 0
-    architecture = (model.architectures or ["unknown"])[0]
-    compat.check(compat.Launch(resolved_view(record), config, architecture, experts))
+    model = model_config_of(record)
+    architecture, text = (model.hf_config.architectures or ["unknown"])[0], model.hf_text_config
+    launch = compat.Launch(
+        resolved_view(record),
+        config,
+        architecture,
+        moe_config.num_experts(text),
+        moe_config.top_k(text),
+        moe_config.special_routing(text),
+        model.context_len,
+    )
+    compat.check(launch)
     if config.profile:
-        profile.load(config.profile).check_model(architecture, experts)
+        of_model = profile.load(config.profile)
+        of_model.check_model(architecture, launch.num_experts)
+        for layer in moe_config.layers(text) or ():
+            of_model.of_layer(layer)
+
+
+def _launch_subprocesses(original, cls, server_args, *args, **kwargs):
+    """AROUND Engine._launch_subprocesses: a kind of engine that starts schedulers in its own way (RayEngine) would
+    start them without MACS.
+    """
+    ours = hooks.is_wrapped_by(cls._launch_scheduler_processes, _launch_scheduler_processes)
+    if not ours and _config_of(server_args) is not None:
+        got = f"{cls.__name__}, which starts schedulers in its own way"
+        raise MacsError("engine", got, "one whose schedulers load plugins (MACS)", "Use sglang.Engine.")
+    return original(cls, server_args, *args, **kwargs)
 
 
 def _launch_scheduler_processes(original, cls, server_args, port_args, run_scheduler_process_func, **kwargs):
     """AROUND Engine._launch_scheduler_processes: schedulers start through our own entry, which checks its hooks."""
-    entry = run_scheduler_process_func
-    if configured() is not None:
-        entry = run_scheduler_process
-        os.environ[recorder.RUN_ENV] = recorder.new_run()  # one name for the files of all schedulers
+    config, entry = _config_of(server_args), run_scheduler_process_func
+    if config is not None:  # one name for the trace files of all schedulers
+        entry = partial(run_scheduler_process, config.to_json(), recorder.new_run())
     return original(cls, server_args, port_args, entry, **kwargs)
 
 
@@ -158,6 +199,8 @@ LAUNCHER_HOOKS = (
     Hook("sglang.srt.server_args.ServerArgs.add_cli_args", _add_cli_args, "after"),
     Hook("sglang.srt.server_args.ServerArgs.from_cli_args", _from_cli_args, "around"),
     Hook("sglang.srt.server_args.ServerArgs.resolve_once", _resolve_once, "around"),
+    Hook("sglang.srt.entrypoints.engine.Engine.server_args_class", _engine_args, "class"),
+    Hook("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", _launch_subprocesses, "around"),
     Hook("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", _launch_scheduler_processes, "around"),
 )
 
@@ -165,12 +208,17 @@ LAUNCHER_HOOKS = (
 # ---- Scheduler: the model side -------------------------------------------------------------------------------------
 
 
-def run_scheduler_process(*args, **kwargs):
-    """Entry of a scheduler process: hooks applied and checked, then SGLang's own entry."""
+def run_scheduler_process(config: dict[str, object], run: str, *args, **kwargs):
+    """Entry of a scheduler process: hooks applied and checked, then SGLang's own entry.
+
+    config: `MacsConfig.to_json` of the server that this process belongs to; run: the name of its start, for a trace.
+    """
     from sglang.srt.plugins import load_plugins
 
     global _in_scheduler
     _in_scheduler = True
+    configure(MacsConfig.from_json(config))
+    os.environ[recorder.RUN_ENV] = run
     load_plugins()
     try:
         hooks.check((*SCHEDULER_HOOKS, *_registered))
@@ -188,6 +236,39 @@ def _is_deepep_class_backend(original):
     return get_moe_a2a_backend().is_customized() or original()
 
 
+def _or_exit(function):
+    """Ends the process with one line where `function` refuses: SGLang would make a page of traceback of it."""
+
+    @wraps(function)
+    def refusing(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (MacsError, MacsNotActive) as error:
+            _exit(error)
+
+    return refusing
+
+
+@_or_exit
+def _topk_init(result, self, *args, **kwargs):
+    """AFTER TopK.__init__: how this layer routes, whatever the model's configuration made the launcher believe."""
+    config, topk = worker.current().config, self.topk_config
+    if config.reroute == "none" or config.changes_nothing:
+        return
+    special = ""
+    if topk.custom_routing_function is not None:
+        special = "a routing function of the model's own"
+    elif topk.correction_bias is not None:
+        special = "a correction bias in the selection"
+    elif topk.scoring_func != "softmax":
+        special = f"{topk.scoring_func} scores"
+    elif topk.use_grouped_topk:
+        special = moe_config.group_limit(topk.num_expert_group, topk.topk_group)
+    if special:
+        raise MacsNotActive(f"re-routing cannot follow {special}; pass --macs-reroute none")
+
+
+@_or_exit
 def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     """AROUND: our dispatcher for the `customized` backend (CPU); our plan in front of DeepEP's own."""
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
@@ -213,7 +294,6 @@ def _layer_planner(moe_runner_config):
         moe_runner_config.num_experts,
         parallel.moe_ep_size,
         process.profile.of_layer(layer_id) if process.profile else None,
-        _scoring(moe_runner_config.routing_method_type),
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
     traced = process.recorder_at(_place(parallel))
@@ -326,12 +406,6 @@ def _routed_nowhere(topk_output, rows: int):
     return topk_output._replace(topk_ids=nowhere, topk_weights=topk_output.topk_weights.new_zeros((rows, top_k)))
 
 
-def _scoring(routing_method_type) -> str:
-    """How SGLang's router turns logits into probabilities; re-routed weights follow it."""
-    name = getattr(routing_method_type, "name", "Default")
-    return "sigmoid" if name in ("DeepSeekV3", "MiniMax2", "Sigmoid", "SigmoidRenorm", "Llama4") else "softmax"
-
-
 def _update_gather_batch(result, schedule_batch, sync_info, *args, **kwargs):
     """AFTER _update_gather_batch: keeps what every rank runs, which SGLang's schedulers have just told each other.
 
@@ -370,7 +444,7 @@ def _forward(original, self, forward_batch, *args, **kwargs):
     process = worker.current()
     acts_on = process.measured(_batch_of(forward_batch, process.config))
     if not acts_on.skip:
-        check_batch_size(acts_on.group_tokens, process.top_k)
+        check_batch_size(acts_on.group_tokens, process.top_k, process.config.load)
     if acts_on.skip != "outside" and process.agreement is not None:
         process.agreement.check(acts_on, forward_batch.input_ids.numel())
     with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):
@@ -548,6 +622,7 @@ def _forward_moe(original, self, layer, dispatch_output):
 
 _UNQUANT = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
 SCHEDULER_HOOKS = (
+    Hook("sglang.srt.layers.moe.topk.TopK.__init__", _topk_init, "after"),
     Hook("sglang.srt.layers.moe.utils.is_deepep_class_backend", _is_deepep_class_backend, "around"),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.managers.scheduler_components.dp_attn._update_gather_batch", _update_gather_batch, "after"),
@@ -576,7 +651,10 @@ def _hook(target: str, function: Callable[..., Any], kind: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     _registered.append(Hook(target, function, kind))
-    HookRegistry.register(target, function, HookType(kind))
+    if kind == "class":
+        hooks.construct_through(target, function)
+    else:
+        HookRegistry.register(target, function, HookType(kind))
 
 
 def probe(side: str) -> dict[str, str]:
@@ -601,10 +679,9 @@ def try_launch(argv: list[str]) -> dict[str, Any]:
     from sglang.srt.arg_groups.model_override_base import resolved_view
     from sglang.srt.server_args import prepare_server_args
 
-    configure(None)
     record = prepare_server_args(argv)
     record.resolve_once()
-    if configured() is None:
+    if _config_of(record) is None:
         _exit(MacsError("server flags", "none that turn MACS on", "MACS", "Add --moe-a2a-backend macs."))
     flags = resolved_view(record)
     return {name: getattr(flags, name) for name in ("device", "dp_size", "enable_dp_attention", "chunked_prefill_size")}

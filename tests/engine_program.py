@@ -1,4 +1,4 @@
-"""Run as a program: `sglang.Engine` in this process, with MACS configured from Python. Prints one JSON line.
+"""Run as a program: one `sglang.Engine` with MACS in this process, then one without. Prints one JSON line.
 
 python engine_program.py MODEL < list of prompts as JSON
 """
@@ -6,28 +6,28 @@ python engine_program.py MODEL < list of prompts as JSON
 import json
 import sys
 
+SAMPLING = {"temperature": 0, "max_new_tokens": 12}
+
 
 def main() -> None:
     import sglang
 
-    from sglang_macs.config import MacsConfig, configure
-
-    configure(MacsConfig.from_preset("rank", gamma=float("inf"), min_tokens=0, verify=True))
-    engine = sglang.Engine(
-        model_path=sys.argv[1],
-        device="cpu",
-        tp_size=2,
-        moe_a2a_backend="macs",
-        max_total_tokens=4096,
-        max_running_requests=4,
-    )
+    prompts = json.load(sys.stdin)
+    common = {"model_path": sys.argv[1], "device": "cpu", "max_total_tokens": 4096, "max_running_requests": 4}
+    options = {"macs_gamma": float("inf"), "macs_min_tokens": 0, "macs_verify": True}
+    engine = sglang.Engine(**common, tp_size=2, moe_a2a_backend="macs", **options)
     try:
-        sampling = {"temperature": 0, "max_new_tokens": 12}
-        ids = [engine.generate(text, sampling)["output_ids"] for text in json.load(sys.stdin)]
+        ids = [engine.generate(text, SAMPLING)["output_ids"] for text in prompts]
         state = engine.get_server_info()["internal_states"][0]["macs"]
     finally:
         engine.shutdown()
-    print(json.dumps({"ids": ids, "macs": state}))
+    engine = sglang.Engine(**common)
+    try:
+        after = engine.generate(prompts[0], SAMPLING)["output_ids"]
+        without = "macs" not in engine.get_server_info()["internal_states"][0]
+    finally:
+        engine.shutdown()
+    print(json.dumps({"ids": ids, "macs": state, "after": after, "without": without}))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,35 @@
-"""Run as a program: what the launcher does with each command line, as JSON. One process, since importing SGLang
-takes seconds.
+"""Run as a program: what the launcher does with each case, as JSON. One process, since importing SGLang takes seconds.
 
-stdin: a list of argv lists. stdout, last line: a list of {"code": exit code or null, "error": stderr of that case,
-"backend": the resolved record's all-to-all backend, "config": the configuration variable}.
+stdin: a list of cases, each an argv list or the keyword arguments of an Engine as an object. stdout, last line: a list
+of {"code": exit code or null, "error": stderr of that case, "raised": the exception's text or null, "backend": the
+resolved record's all-to-all backend, "config": the record's MACS configuration or null}.
 """
 
 import contextlib
 import io
 import json
-import os
 import sys
 
+from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from sglang_macs.config import CONFIG_ENV
 
-
-def launch(argv: list[str]) -> dict:
-    """Parses and resolves one command line as the launcher does."""
-    os.environ.pop(CONFIG_ENV, None)
-    error, code, backend = io.StringIO(), None, None
+def launch(case: list[str] | dict[str, object]) -> dict:
+    """Parses and resolves one command line as the launcher does, or an engine's arguments as `Engine.__init__` does."""
+    error, code, raised, backend, config = io.StringIO(), None, None, None, None
     with contextlib.redirect_stderr(error):
         try:
-            args = prepare_server_args(argv)
-            args.resolve_once()
-            backend = args.moe_a2a_backend
+            record = prepare_server_args(case) if isinstance(case, list) else Engine.server_args_class(**case)
+            record.resolve_once()
+            backend, config = record.moe_a2a_backend, getattr(record, "_macs_config", None)
         except SystemExit as stop:
             code = stop.code
-    return {"code": code, "error": error.getvalue(), "backend": backend, "config": os.environ.get(CONFIG_ENV)}
+        except Exception as exception:
+            raised = f"{type(exception).__name__}: {exception}"
+    return {"code": code, "error": error.getvalue(), "raised": raised, "backend": backend, "config": config}
 
 
 load_plugins()
-results = [launch(argv) for argv in json.load(sys.stdin)]
+results = [launch(case) for case in json.load(sys.stdin)]
 print(json.dumps(results))

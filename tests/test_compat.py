@@ -1,5 +1,7 @@
 """Launches that MACS refuses, one by one, and those that it takes. No SGLang needed."""
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +51,13 @@ def test_one_rank_is_taken_only_where_experts_are_bounded():
         {"ep_dispatch_algorithm": "lp"},
         {"enforce_shared_experts_fusion": True},
         {"enable_lora": True},
+        {"use_ray": True},
+        {"smg_grpc_mode": True},
+        {"grpc_mode": True},
+        {"encoder_only": True},
+        {"max_ep_size": 4},
+        {"enable_two_batch_overlap": True, "device": "cpu"},
+        {"enable_single_batch_overlap": True, "device": "cpu"},
     ],
     ids=str,
 )
@@ -56,6 +65,87 @@ def test_flags_that_rule_macs_out_are_refused_in_one_line(flags):
     with pytest.raises(MacsError) as caught:
         compat.check(launch(**flags))
     assert "(MACS)" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# What these promise holds as long as MACS moves and drops nothing.
+PROMISES = [
+    {"enable_deterministic_inference": True},
+    {"rl_on_policy_target": "fsdp"},
+    {"enable_return_routed_experts": True},
+    {"init_expert_location": "/moved.json"},
+    {"ep_dispatch_algorithm": "static"},
+    {"ep_dispatch_algorithm": "dynamic"},
+    {"ep_dispatch_algorithm": "fake"},
+    {"expert_distribution_recorder_mode": "stat_approx"},
+    {"expert_distribution_recorder_mode": "stat", "deepep_mode": "low_latency"},
+    {"enable_pdmux": True},
+    {"dllm_algorithm": "LowConfidence"},
+    {"kt_weight_path": "/weights"},
+    {"disaggregation_mode": "decode"},
+]
+
+
+@pytest.mark.parametrize("flags", PROMISES, ids=str)
+def test_promises_of_other_flags_are_kept_or_the_launch_is_refused(flags):
+    with pytest.raises(MacsError) as caught:
+        compat.check(launch(**flags))
+    assert "(MACS)" in str(caught.value) and "\n" not in str(caught.value)
+    for options in ({"preset": "off"}, {"gamma": math.inf}):
+        config = MacsConfig.from_preset(**options)
+        compat.check(replace(launch(**flags), config=config))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"init_expert_location": "trivial", "ep_dispatch_algorithm": None},
+        {"expert_distribution_recorder_mode": "stat", "deepep_mode": "normal"},
+        {"disaggregation_mode": "prefill"},
+        {"disaggregation_mode": "decode", "enable_pd_role_switch": True},
+        {"enable_two_batch_overlap": True, "device": "cuda"},
+    ],
+    ids=str,
+)
+def test_flags_beside_which_macs_acts_are_taken(flags):
+    compat.check(launch(**flags))
+
+
+def test_a_decode_server_is_taken_where_decode_is_planned():
+    config = MacsConfig.from_preset(decode=True)
+    compat.check(replace(launch(disaggregation_mode="decode"), config=config))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "tokens"),
+    [
+        ({"chunked_prefill_size": 8192}, 1, 8192),
+        ({"chunked_prefill_size": 8192, "dp_size": 4}, 1, 8192),  # four groups of their own
+        ({"chunked_prefill_size": 2048, "dp_size": 4, "enable_dp_attention": True}, 4, 2048),
+        ({"chunked_prefill_size": 2048, "dp_size": 1, "attn_dp_size": 4, "enable_dp_attention": True}, 4, 2048),
+        ({"chunked_prefill_size": -1, "max_prefill_tokens": 16384}, 1, 32768),
+        ({"chunked_prefill_size": -1, "max_prefill_tokens": 65536}, 1, 65536),
+    ],
+    ids=str,
+)
+def test_the_largest_prefill_batch_is_what_sglang_may_schedule(flags, ranks, tokens):
+    assert compat.largest_prefill(replace(launch(**flags), context_length=32768)) == (ranks, tokens)
+
+
+def test_a_prefill_batch_beyond_the_histograms_is_refused_at_the_launch():
+    ep = {"tp_size": 64, "ep_size": 64, "dp_size": 64, "enable_dp_attention": True, "chunked_prefill_size": 16384}
+    one = replace(launch(num_experts=128, **ep), top_k=8)
+    compat.check(one)  # 1,048,576 tokens, counted in rows
+    with pytest.raises(MacsError, match=r"1048576 tokens a prefill batch \(64 x 16384\)"):
+        compat.check(replace(one, config=MacsConfig.from_preset("paper")))
+
+
+@pytest.mark.parametrize("reroute", ["local", "global"])
+def test_re_routing_is_refused_where_it_cannot_follow_the_router(reroute):
+    biased = replace(launch(), special_routing="a correction bias in the selection")
+    compat.check(replace(biased, config=MacsConfig.from_preset(reroute="none")))
+    compat.check(replace(biased, config=MacsConfig.from_preset(reroute=reroute, gamma=math.inf)))
+    with pytest.raises(MacsError, match=r"a correction bias in the selection.* Pass --macs-reroute none\."):
+        compat.check(replace(biased, config=MacsConfig.from_preset(reroute=reroute)))
 
 
 LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}

@@ -17,7 +17,7 @@ from sglang_macs.errors import MacsError
 def parse(*argv: str) -> MacsConfig:
     parser = argparse.ArgumentParser()
     config.add_flags(parser)
-    return config.from_args(parser.parse_args(argv))
+    return config.from_options(vars(parser.parse_args(argv)))
 
 
 def test_presets_are_those_of_the_method():

@@ -373,13 +373,23 @@ def test_repeats_and_threads_do_not_change_a_bit(preset: str, ties: bool, thread
             assert same_bits(getattr(again, field), getattr(first, field))
 
 
-@pytest.mark.parametrize("top_k", [1, 8])
-def test_a_batch_beyond_i32_is_refused(top_k: int) -> None:
-    """256 K tokens < 2^31, whatever the load: W is a sum of 256ths in any case."""
-    most = (2**31 - 1) // (256 * top_k)
-    check_batch_size(most, top_k)
+@pytest.mark.parametrize(("top_k", "load", "units"), [(1, "rows", 256), (8, "rows", 256), (8, "effective", 2048)])
+def test_a_batch_beyond_i32_is_refused(top_k: int, load: str, units: int) -> None:
+    """W sums 256ths over tokens whatever the load; an expert's bucket sums 256ths over assignments under effective."""
+    most = (2**31 - 1) // units
+    check_batch_size(most, top_k, load)
     with pytest.raises(ValueError, match=str(most)):
-        check_batch_size(most + 1, top_k)
+        check_batch_size(most + 1, top_k, load)
+
+
+@pytest.mark.parametrize(("load", "units"), [("rows", 256), ("effective", 2048)])
+def test_what_one_token_adds_to_the_histogram_is_what_the_limit_counts(load: str, units: int) -> None:
+    """A text token whose assignments all fall into one bucket of one expert: no cell grows faster than assumed."""
+    plan = Plan(MacsConfig.from_preset("rank", load=load), 16, 2)
+    ids, gates = torch.zeros((3, 8), dtype=torch.int32), torch.ones((3, 8))
+    text = torch.full((3,), -1, dtype=torch.int32)
+    histogram = plan.histogram(ids, gates, torch.ones(3), text)
+    assert int(histogram.max()) == 3 * units
 
 
 @pytest.mark.parametrize(("experts", "ranks"), [(10, 4), (8, 0), (4, 8)])

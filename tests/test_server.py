@@ -200,3 +200,4 @@ def test_engine_in_this_process_answers_as_transformers_do(text_model, text_refe
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["ids"] == [text_reference.answer(q).ids for q in questions]
     assert result["macs"]["planned"] > 0 and result["macs"]["violations"] == {"bound": 0, "text_last": 0}
+    assert result["without"] and result["after"] == result["ids"][0]  # an engine that did not ask stays without MACS

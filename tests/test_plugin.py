@@ -1,0 +1,83 @@
+"""The plugin's hooks on stand-ins: whose configuration an engine's schedulers get, and what a layer's router allows."""
+
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_macs import plugin, worker
+from sglang_macs.config import CONFIG_ENV, MacsConfig, configure
+from sglang_macs.errors import MacsError
+
+
+class OtherEngine:
+    """Starts its schedulers itself, as RayEngine does."""
+
+    @classmethod
+    def _launch_scheduler_processes(cls):
+        raise AssertionError("must not be reached")
+
+
+def record(backend: str = "none", **config):
+    """A server's record as SGLang and `_from_cli_args` make it."""
+    made = SimpleNamespace(moe_a2a_backend=backend)
+    if config:
+        made._macs_config = MacsConfig.from_preset(**config).to_json()
+    return made
+
+
+def entry_of(server_args):
+    """What the hook lets SGLang start schedulers with."""
+    return plugin._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, server_args, None, len)
+
+
+def test_every_engine_starts_schedulers_with_its_own_configuration(monkeypatch):
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    first, second = record(gamma=1.05), record(gamma=1.2, min_tokens=7)
+    for one in (first, second, first):
+        entry = entry_of(one)
+        assert isinstance(entry, partial) and entry.func is plugin.run_scheduler_process
+        assert entry.args == (one._macs_config,)
+        assert entry_of(record()) is len  # an engine without MACS, between those with it
+    assert CONFIG_ENV not in os.environ
+
+
+def test_configure_is_for_engines_that_ask_and_bring_no_options(monkeypatch):
+    monkeypatch.setenv(CONFIG_ENV, "")  # taken back after the test
+    assert entry_of(record("macs")).args == (MacsConfig.from_preset().to_json(),)
+    configure(MacsConfig.from_preset(gamma=1.3))
+    assert entry_of(record("macs")).args[0]["gamma"] == 1.3
+    assert entry_of(record(gamma=1.05)).args[0]["gamma"] == 1.05
+    assert entry_of(record()) is len
+
+
+def test_an_engine_that_starts_schedulers_itself_is_refused():
+    with pytest.raises(MacsError, match="OtherEngine, which starts schedulers in its own way"):
+        plugin._launch_subprocesses(None, OtherEngine, record("macs"))
+    assert plugin._launch_subprocesses(lambda cls, args: "started", OtherEngine, record()) == "started"
+
+
+SOFTMAX = {"custom_routing_function": None, "correction_bias": None, "scoring_func": "softmax"}
+SOFTMAX |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
+SPECIAL = [
+    {"custom_routing_function": len},
+    {"correction_bias": [0.0]},
+    {"scoring_func": "sigmoid"},
+    {"num_expert_group": 8, "topk_group": 3},
+]
+
+
+@pytest.mark.parametrize("special", [{}, *SPECIAL], ids=str)
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"reroute": "none"}, {"gamma": "inf"}], ids=str)
+def test_a_scheduler_ends_with_one_line_where_re_routing_cannot_follow(monkeypatch, capfd, special, options):
+    options = {k: float(v) if k == "gamma" else v for k, v in options.items()}
+    monkeypatch.setattr(worker, "_current", SimpleNamespace(config=MacsConfig.from_preset(**options)))
+    layer = SimpleNamespace(topk_config=SimpleNamespace(**{**SOFTMAX, **special}))
+    if not special or "reroute" in options or "gamma" in options:
+        plugin._topk_init(None, layer)
+        return
+    with pytest.raises(SystemExit) as stop:
+        plugin._topk_init(None, layer)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.endswith("pass --macs-reroute none")

@@ -124,7 +124,7 @@ def skip_reason(config: MacsConfig, ranks: RankBatches, num_ranks: int) -> str:
     tokens = ranks.group_tokens if config.decode else ranks.prefill_tokens
     if not any(ranks.prefills) and not config.decode:
         return "decode"
-    if tokens < config.min_tokens * num_ranks:
+    if tokens < (config.min_tokens or 0) * num_ranks:
         return "small"
     return "off" if config.is_off else ""  # last: with MACS off, the batches it would act on are counted alone
 

@@ -93,13 +93,25 @@ def _routing(launch: Launch) -> str:
     return f"{launch.config.reroute} for {launch.architecture}, which routes by {launch.special_routing}"
 
 
+def attention_dp(launch: Launch) -> int:
+    """Data-parallel ranks of the EP group's attention."""
+    ranks = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
+    return launch.flag("attn_dp_size") or ranks  # the former from 0.5.22 on
+
+
+def _stages(launch: Launch) -> str:
+    shares = launch.flag("tp_size", 1) // attention_dp(launch)
+    if launch.flag("pp_size", 1) == 1 or shares == 1:
+        return ""
+    return f"{launch.flag('pp_size')} stages whose batches are each scattered over {shares} ranks"
+
+
 def largest_prefill(launch: Launch) -> tuple[int, int]:
     """(data-parallel ranks of the EP group, tokens that SGLang puts at most into a prefill batch of each).
 
     SGLang has divided --chunked-prefill-size by the ranks already; without chunks a request is not split.
     """
-    attention_dp = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
-    ranks = launch.flag("attn_dp_size") or attention_dp  # the former from 0.5.22 on
+    ranks = attention_dp(launch)
     chunk = launch.flag("chunked_prefill_size") or -1
     return ranks, chunk if chunk > 0 else max(launch.flag("max_prefill_tokens") or 0, launch.context_length)
 
@@ -180,6 +192,12 @@ RULES = (
         ),
         "none: its zigzag order hides which rows are visual",
         "Leave it out.",
+    ),
+    Rule(
+        "--pp-size",
+        _stages,
+        "a batch to itself for every rank: SGLang hands one rank's rows to the next stage as if all ranks had them",
+        "Pass --dp equal to --tp, with --enable-dp-attention.",
     ),
     Rule(
         "--elastic-ep-backend",

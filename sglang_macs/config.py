@@ -7,12 +7,14 @@ import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
+# Prefill tokens a rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
+TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 
 PRESETS: dict[str, dict[str, object]] = {
     "rank": {
@@ -70,7 +72,9 @@ class MacsConfig:
         "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
     )
     protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
-    min_tokens: int = _opt(32, "act on prefill batches of at least this many tokens a rank, on average")
+    min_tokens: int | None = _opt(
+        None, "act on prefill batches of so many tokens a rank, on average; None = 2048 on GPUs, 32 on a CPU"
+    )
     decode: bool = _opt(False, "act on decode batches too")
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
@@ -114,12 +118,18 @@ class MacsConfig:
         if self.is_off and not math.isinf(self.gamma):
             raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
         self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < 1e9, "megabytes above 0")
-        self._check_range("min_tokens", self.min_tokens >= 0, "a number of tokens >= 0")
+        self._check_range("min_tokens", self.min_tokens is None or self.min_tokens >= 0, "a number of tokens >= 0")
         self._check_range("verify_every", self.verify_every >= 0, "a number of passes >= 0")
 
     def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:
         if not ok:  # NaN fails every comparison, and so ends here too
             raise MacsError(flag(name), getattr(self, name), expected, fix)
+
+    def on(self, device: str) -> "MacsConfig":
+        """With what depends on the device ("cuda", "cpu") decided. A server's ranks get this one."""
+        if self.min_tokens is not None:
+            return self
+        return replace(self, min_tokens=TOKENS_THAT_PAY["cpu" if device == "cpu" else "cuda"])
 
     def needs_entropy(self, has_profile: bool) -> bool:
         """Whether any decision depends on the entropies, given whether experts have a modality; if not, skip them."""
@@ -181,7 +191,7 @@ def configure(config: MacsConfig | None) -> None:
 
 
 def _type_of(f: dataclasses.Field) -> str:
-    """bool, int, float, str, or str | None."""
+    """bool, int, float, str, int | None, or str | None."""
     return getattr(f.type, "__name__", str(f.type))
 
 
@@ -190,6 +200,8 @@ def _wrong_type(f: dataclasses.Field, value: object) -> str:
     kind = _type_of(f)
     if kind == "bool":
         return "" if isinstance(value, bool) else "true or false"
+    if kind == "int | None":
+        kind = "int" if value is not None else "str | None"
     if kind in ("int", "float"):
         whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
         fits = whole or (kind == "float" and isinstance(value, float))
@@ -230,7 +242,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parser_of(f: dataclasses.Field):
-    return {"bool": _parse_bool, "int": int, "float": float}.get(_type_of(f), str)
+    return {"bool": _parse_bool, "int": int, "int | None": int, "float": float}.get(_type_of(f), str)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -21,15 +21,12 @@ from typing import Any
 
 from . import cpu_compat, extension
 from .compat import SGLANG
+from .config import TOKENS_THAT_PAY
 from .errors import MacsError
 
 TORCH = ("2.13", "2.14")
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
-# Tokens of a rank's prefill chunk from which a bound saves more than the plan costs, by device; the defaults of
-# --macs-min-tokens. GPUs: EP8, simulated (docs/choosing.md).
-TOKENS_THAT_PAY = {"cpu": 32}
-TOKENS_THAT_PAY_ON_GPUS = 2048
 
 
 @dataclass(frozen=True)
@@ -265,7 +262,7 @@ def _chunk_size(flags: dict[str, Any]) -> Check:
     arg_groups/parallel_hook.py). flags: SGLang's, resolved.
     """
     name, tokens = "tokens a rank", flags["chunked_prefill_size"]
-    pays = TOKENS_THAT_PAY.get(flags["device"], TOKENS_THAT_PAY_ON_GPUS)
+    pays = TOKENS_THAT_PAY["cpu" if flags["device"] == "cpu" else "cuda"]
     if not 0 < tokens < pays:
         return Check(name, OK, f"prefill chunks of {tokens}" if tokens > 0 else "prefill is not chunked")
     groups = flags["dp_size"] if flags["enable_dp_attention"] else 1

@@ -120,6 +120,8 @@ def _resolve_once(original, self):
     try:
         hooks.check(LAUNCHER_HOOKS)
         _translate(self)
+        config = config.on(self.device)
+        self._macs_config = config.to_json()
         original(self)
         _check_launch(self, config)
     except (MacsError, MacsNotActive) as error:

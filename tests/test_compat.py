@@ -58,6 +58,9 @@ def test_one_rank_is_taken_only_where_experts_are_bounded():
         {"max_ep_size": 4},
         {"enable_two_batch_overlap": True, "device": "cpu"},
         {"enable_single_batch_overlap": True, "device": "cpu"},
+        {"pp_size": 2},
+        {"pp_size": 2, "tp_size": 4, "ep_size": 4, "dp_size": 2, "enable_dp_attention": True},
+        {"pp_size": 2, "attn_dp_size": 1},
     ],
     ids=str,
 )
@@ -103,6 +106,8 @@ def test_promises_of_other_flags_are_kept_or_the_launch_is_refused(flags):
         {"disaggregation_mode": "prefill"},
         {"disaggregation_mode": "decode", "enable_pd_role_switch": True},
         {"enable_two_batch_overlap": True, "device": "cuda"},
+        {"pp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+        {"pp_size": 2, "attn_dp_size": 2},
     ],
     ids=str,
 )

@@ -103,7 +103,7 @@ def test_the_threshold_is_where_the_simulation_begins_to_pay(capsys):
         rows = json.loads(capsys.readouterr().out)["rows"]
         return next(row["speedup"] for row in rows if row["preset"] == "rank")
 
-    assert speedup(doctor.TOKENS_THAT_PAY_ON_GPUS // 2) < 1 < speedup(doctor.TOKENS_THAT_PAY_ON_GPUS)
+    assert speedup(doctor.TOKENS_THAT_PAY["cuda"] // 2) < 1 < speedup(doctor.TOKENS_THAT_PAY["cuda"])
 
 
 def test_a_build_for_another_torch_fails(monkeypatch):

@@ -38,14 +38,14 @@ def test_every_engine_starts_schedulers_with_its_own_configuration(monkeypatch):
     for one in (first, second, first):
         entry = entry_of(one)
         assert isinstance(entry, partial) and entry.func is plugin.run_scheduler_process
-        assert entry.args == (one._macs_config,)
+        assert entry.args[0] == one._macs_config
         assert entry_of(record()) is len  # an engine without MACS, between those with it
     assert CONFIG_ENV not in os.environ
 
 
 def test_configure_is_for_engines_that_ask_and_bring_no_options(monkeypatch):
     monkeypatch.setenv(CONFIG_ENV, "")  # taken back after the test
-    assert entry_of(record("macs")).args == (MacsConfig.from_preset().to_json(),)
+    assert entry_of(record("macs")).args[0] == MacsConfig.from_preset().to_json()
     configure(MacsConfig.from_preset(gamma=1.3))
     assert entry_of(record("macs")).args[0]["gamma"] == 1.3
     assert entry_of(record(gamma=1.05)).args[0]["gamma"] == 1.05

@@ -128,6 +128,12 @@ def _decode_only(launch: Launch) -> bool:
     return is_decode and not launch.config.decode
 
 
+def _replicas(launch: Launch) -> str:
+    alone = not launch.flag("enable_dp_attention") and (launch.flag("attn_dp_size") or 1) == 1
+    replicas = launch.flag("dp_size") or 1
+    return f"{replicas} replicas" if alone and replicas > 1 else ""
+
+
 def no_low_latency(config: MacsConfig, mode: str) -> str:
     """Why no planned batch is dispatched in DeepEP's low-latency mode, or ""."""
     if mode == "normal":
@@ -207,6 +213,12 @@ RULES = (
         ),
         "none",
         "Leave it out.",
+    ),
+    Rule(
+        "--dp-size",
+        _replicas,
+        "one server: replicas with an all-to-all backend end in their schedulers' first round (SGLang to 0.5.23)",
+        "Add --enable-dp-attention, or start a server a replica behind SGLang's router.",
     ),
     Rule("--dwdp-size", _if(lambda x: (x.flag("dwdp_size") or 1) > 1, "DWDP"), "none", "Leave it out."),
     Rule(

@@ -17,7 +17,17 @@ def launch(architecture: str = "Qwen3VLMoeForConditionalGeneration", num_experts
     return compat.Launch(SimpleNamespace(**{**GOOD, **flags}), MacsConfig.from_preset(), architecture, num_experts)
 
 
-@pytest.mark.parametrize("flags", [{}, {"dp_size": 2}, {"tp_size": 8, "ep_size": 8}, {"dwdp_size": None}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"dp_size": 2, "enable_dp_attention": True},
+        {"dp_size": 2, "attn_dp_size": 2},
+        {"tp_size": 8, "ep_size": 8},
+        {"dwdp_size": None},
+    ],
+    ids=str,
+)
 def test_plain_expert_parallel_launches_are_taken(flags):
     compat.check(launch(**flags))
 
@@ -44,6 +54,7 @@ def test_one_rank_is_taken_only_where_experts_are_bounded():
         {"enable_prefill_cp": True},
         {"attn_cp_size": 2},
         {"elastic_ep_backend": "mooncake"},
+        {"dp_size": 2},
         {"dwdp_size": 2},
         {"enable_waterfill": True},
         {"enable_eplb": True},

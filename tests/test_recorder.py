@@ -30,7 +30,7 @@ from traces import (
 
 from sglang_macs import batch as batches
 from sglang_macs import plugin, recorder, trace, worker
-from sglang_macs.config import MacsConfig, configure
+from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.errors import MacsError
 from sglang_macs.plan import Plan, PlanResult
@@ -324,20 +324,15 @@ def test_a_process_knows_its_place(options, expected):
     assert plugin._place(parallel(**options)) == expected
 
 
-def test_every_launch_has_a_name_of_its_own(monkeypatch):
-    monkeypatch.delenv(recorder.RUN_ENV, raising=False)
-    seen = []
+def test_every_launch_has_a_name_of_its_own():
+    """Which its schedulers get, and those of a server without MACS do not."""
 
-    def original(*args, **kwargs):
-        seen.append(os.environ.get(recorder.RUN_ENV))
+    def entry(backend: str):
+        record = SimpleNamespace(moe_a2a_backend=backend)
+        return plugin._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, record, None, len)
 
-    configure(None)
-    plugin._launch_scheduler_processes(original, None, None, None, None)
-    monkeypatch.setenv("SGLANG_MACS_CONFIG", json.dumps(MacsConfig.from_preset("rank").to_json()))
-    for _ in range(3):
-        plugin._launch_scheduler_processes(original, None, None, None, None)
-    assert seen[0] is None and len(set(seen)) == 4
-    monkeypatch.delenv(recorder.RUN_ENV)
+    assert entry("none") is len
+    assert len({entry("macs").args[1] for _ in range(3)}) == 3
 
 
 def test_the_ranks_of_several_hosts_agree_on_a_name(monkeypatch):

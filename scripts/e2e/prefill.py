@@ -203,9 +203,8 @@ class Group:
             }
             ideal, off = (self.twin(samples, variant, name) for name in ("balanced", "off"))
             self.report.put(summary.row(self.report.case(variant, cell), own, stock, ideal, off, rest))
-            print(
-                f"prefill: {cell.tokens} tokens, skew {cell.skew}, {variant.dispatch} {variant.name}: {seconds:.4f} s"
-            )
+            where = f"{cell.tokens} tokens, skew {cell.skew:g}, {variant.dispatch} {variant.name}"
+            print(f"prefill: {where}: {rest['pass_ms']:.2f} ms a pass", flush=True)
         self.report.write()
 
     @staticmethod

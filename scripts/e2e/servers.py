@@ -25,7 +25,6 @@ from sglang_macs.config import MacsConfig  # noqa: E402
 
 ROUTING_SITE = HERE / "routing_site"
 BUILD = ROOT / "build" / "e2e"
-START_SECONDS = 400  # with empty caches the first forward passes compile for minutes
 LOADS = ROOT / "sglang_macs" / "simulate" / "qwen3vl_30b_a3b.json"
 
 
@@ -262,7 +261,8 @@ class Launch:
         passes.mkdir(parents=True)
         environment = self.environment(variant, passes)
         arguments = [*self.arguments(), *variant.flags]
-        return QuietServer(model, arguments, env=environment, log=folder / "server.log", timeout=START_SECONDS)
+        seconds = gpu_launches.START_SECONDS
+        return QuietServer(model, arguments, env=environment, log=folder / "server.log", timeout=seconds)
 
 
 def attention_backend() -> str:

@@ -124,8 +124,7 @@ def _prefill(launch: Launch) -> str:
 
 
 def _decode_only(launch: Launch) -> bool:
-    is_decode = launch.flag("disaggregation_mode") == "decode" and not launch.flag("enable_pd_role_switch")
-    return is_decode and not launch.config.decode
+    return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
 
 
 def _replicas(launch: Launch) -> str:

@@ -115,7 +115,6 @@ def test_promises_of_other_flags_are_kept_or_the_launch_is_refused(flags):
         {"init_expert_location": "trivial", "ep_dispatch_algorithm": None},
         {"expert_distribution_recorder_mode": "stat", "deepep_mode": "normal"},
         {"disaggregation_mode": "prefill"},
-        {"disaggregation_mode": "decode", "enable_pd_role_switch": True},
         {"enable_two_batch_overlap": True, "device": "cuda"},
         {"pp_size": 2, "dp_size": 2, "enable_dp_attention": True},
         {"pp_size": 2, "attn_dp_size": 2},

@@ -97,13 +97,14 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import ServerArgs
 from sglang_macs import plugin
+from sglang_macs.config import from_options
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
 names = ("nnodes", "node_rank", "dist_init_addr", "tp_size", "dp_size", "ep_size", "moe_a2a_backend", "port", "device")
 names += ("enable_dp_attention", "chunked_prefill_size", "mem_fraction_static", "enable_metrics")
 for argv in json.load(sys.stdin):
     args = parser.parse_args(argv)
-    config = plugin.from_options(vars(args))
+    config = from_options(vars(args))
     found = {name: getattr(args, name) for name in names} | {"gamma": config.gamma}
     resolved = plugin.try_launch([*argv, "--model-path", sys.argv[1], "--device", "cpu"])
     print("PARSED", json.dumps(found | {"resolved": resolved}))

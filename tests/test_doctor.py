@@ -176,6 +176,8 @@ def test_a_shell_without_the_cpu_environment_fails(monkeypatch):
     for name, value in environment(ranks=2).items():
         monkeypatch.setenv(name, value)
     assert [check.status for check in doctor._cpu()] == [SKIP, OK]
+    monkeypatch.setenv("PYTHONPATH", "/a clone/sglang_macs/cpu_compat/site")  # whose extension is another check's
+    assert [check.status for check in doctor._cpu()] == [SKIP, OK]
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
     assert list(doctor._cpu())[1].status == FAIL
 

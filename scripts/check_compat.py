@@ -47,7 +47,11 @@ lost |= missing((*plugin.SCHEDULER_HOOKS, *plugin._registered))
 print("HOOKS", json.dumps({"version": version("sglang"), "lost": lost}))
 """
 STAGES = {
-    "launch": ["tests/test_launch.py", "-k", "refused or fine or nothing_changes or options or file or engine or family"],
+    "launch": [
+        "tests/test_launch.py",
+        "-k",
+        "refused or fine or nothing_changes or options or file or engine or family",
+    ],
     "server": ["tests/test_server.py", "-k", "infinite_gamma or rank_bounds or deepstack"],
 }
 

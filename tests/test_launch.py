@@ -270,6 +270,46 @@ def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
     assert "sglang-macs: hook on sglang.srt.server_args.ServerArgs.add_cli_args did not take" in done.stderr
 
 
+ROUTERS = """
+import contextlib, io, json
+import torch
+from sglang_macs import plugin, worker
+from sglang_macs.config import MacsConfig, configure
+from sglang.srt.plugins import load_plugins
+
+configure(MacsConfig.from_preset())
+plugin._in_scheduler = True
+load_plugins()
+from sglang.srt.layers.moe.topk import TopK
+
+groups = {"use_grouped_topk": True, "num_expert_group": 4}
+kinds = [{}, {**groups, "topk_group": 4}, {**groups, "topk_group": 2}, {"scoring_func": "sigmoid"}]
+kinds += [{"correction_bias": torch.zeros(16)}, {"custom_routing_function": print}]
+said = {"global": [], "none": []}
+for reroute, lines in said.items():
+    worker._current = worker.Worker(MacsConfig.from_preset(reroute=reroute))
+    for kind in kinds:
+        with contextlib.redirect_stderr(io.StringIO()) as error:
+            try:
+                TopK(top_k=4, **kind)
+                lines.append("")
+            except SystemExit as stop:
+                lines.append(f"{stop.code} {error.getvalue().strip().splitlines()[-1]}")
+print(json.dumps(said))
+"""
+
+
+def test_a_layer_of_the_model_that_re_routing_cannot_follow_ends_its_scheduler():
+    """Whatever the model's configuration made the launcher believe: SGLang's own layer says how it routes."""
+    done = subprocess.run([sys.executable, "-c", ROUTERS], env=env(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    special = ("experts from 2 of 4 groups", "sigmoid scores", "a correction bias", "a routing function")
+    assert said["none"] == [""] * 6 and said["global"][:2] == [""] * 2
+    for line, kind in zip(said["global"][2:], special, strict=True):
+        assert line.startswith(f"2 sglang-macs: re-routing cannot follow {kind}")
+
+
 BREAK = """
 import importlib.abc, importlib.util, sys
 

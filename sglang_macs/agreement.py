@@ -1,8 +1,11 @@
-"""Proof, in the first passes of a server, that all ranks decide alike which batches are planned.
+"""Proof, in the first passes of a server, that all ranks have the same options and decide alike which batches are
+planned.
 
 The plan's exchange is collective: a rank that enters it alone waits for ever. What ranks decide from depends on
 SGLang's parallel flags, so the first passes compare the decisions themselves, until one had ranks of unequal load.
 """
+
+import hashlib
 
 import torch
 import torch.distributed as dist
@@ -19,19 +22,26 @@ class Agreement:
     Args:
         group: process group on the host.
         flags: the launch's parallel flags, for the error.
+        options: what must be the same on every node, in words.
     """
 
-    def __init__(self, group: dist.ProcessGroup, flags: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, flags: str, options: str = "") -> None:
         self._group, self._flags, self._left = group, flags, PASSES
+        self._options = int.from_bytes(hashlib.sha256(options.encode()).digest()[:7], "big")
 
     def check(self, decided: Batch, own_tokens: int) -> None:
         """Before a pass. own_tokens: of this rank. Raises MacsNotActive, on every rank, where they do not agree."""
         if not self._left:
             return
         skip = SKIP_REASONS.index(decided.skip) if decided.skip else -1
-        mine = [skip, decided.group_tokens, decided.leaves_alone, decided.measured, own_tokens]
+        mine = [self._options, skip, decided.group_tokens, decided.leaves_alone, decided.measured, own_tokens]
         everyone = torch.empty((dist.get_world_size(self._group), len(mine)), dtype=torch.int64)
         dist.all_gather(list(everyone.unbind()), torch.tensor(mine), group=self._group)
+        if bool((everyone[:, 0] != everyone[0, 0]).any()):
+            other = int((everyone[:, 0] != everyone[0, 0]).nonzero()[0])
+            raise MacsNotActive(
+                f"rank {other} has other --macs options, or another profile, than rank 0; pass the same"
+            )
         if bool((everyone[:, :-1] != everyone[0, :-1]).any()):
             raise MacsNotActive(f"{self._disagreement(everyone)}; serve without MACS, and report {self._flags}")
         self._left = 0 if bool((everyone[:, -1] != own_tokens).any()) else self._left - 1
@@ -40,6 +50,6 @@ class Agreement:
     def _disagreement(everyone: torch.Tensor) -> str:
         said = [
             f"rank {rank} {'plans' if skip < 0 else 'skips as ' + SKIP_REASONS[skip]} {tokens} tokens ({own} its own)"
-            for rank, (skip, tokens, _, _, own) in enumerate(everyone.tolist())
+            for rank, (_, skip, tokens, _, _, own) in enumerate(everyone.tolist())
         ]
         return f"the ranks do not agree on a batch: {', '.join(said[:8])}"

@@ -483,7 +483,8 @@ def _scheduler_init(result, self, *args, **kwargs):
     _check_exchange_of_schedulers(parallel)
     line = f"sglang-macs: active on {len(process.planners)} MoE layers, {parallel.moe_ep_size} ranks, {process.config}"
     print(line, file=sys.stderr, flush=True)
-    agreement = Agreement(parallel.tp_group.cpu_group, compat.parallel_flags(self.server_args))
+    flags, options = compat.parallel_flags(self.server_args), process.options_of_the_group()
+    agreement = Agreement(parallel.tp_group.cpu_group, flags, options)
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
     if get_observability().enable_metrics:
         process.export_metrics(_metric_labels(self.metrics_collector, parallel))

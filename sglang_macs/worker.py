@@ -35,6 +35,12 @@ class Worker:
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
 
+    def options_of_the_group(self) -> str:
+        """What must be the same on every node; where its files lie may differ."""
+        options = self.config.to_json()
+        del options["trace"], options["trace_limit_mb"], options["profile"]
+        return f"{options} {self.profile.modality if self.profile else None}"
+
     def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
         """Takes its place among the expert-parallel ranks, once the process groups are there."""
         self._rank, self._num_ranks = rank, num_ranks

@@ -31,6 +31,19 @@ def test_ranks_that_count_differently_are_found_though_both_plan():
     assert all(run_ranks(2, _decide, [Batch(skip="", group_tokens=n) for n in (180, 200)], [180, 200]))
 
 
+def _options(rank: int, world: int) -> str:
+    try:
+        Agreement(dist.group.WORLD, FLAGS, f"gamma {1.0 + 0.1 * (rank == 2)}").check(Batch(skip=""), 5)
+    except MacsNotActive as error:
+        return str(error)
+    return ""
+
+
+def test_a_node_with_other_options_ends_all():
+    said = run_ranks(3, _options)
+    assert said == ["rank 2 has other --macs options, or another profile, than rank 0; pass the same"] * 3
+
+
 def _passes(rank: int, world: int, tokens: list[list[int]]) -> int:
     """How many of the passes were compared."""
     agreement, compared = Agreement(dist.group.WORLD, FLAGS), 0

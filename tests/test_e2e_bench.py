@@ -89,6 +89,10 @@ def test_outliers_are_left_out_on_both_sides_and_named():
     assert row["rounds"] == 6 and row["ci95"] == [0.9, 1.1]
 
 
+def test_few_runs_have_no_outliers():
+    assert Samples([1.0, 9.0], [1.0, 9.0]).without_outliers() == (Samples([1.0, 9.0], [1.0, 9.0]), [])
+
+
 def run_of(passes, log="", answered=4.0) -> Run:
     return Run(seconds=3.0, ttft=2.0, passes=passes, sent=0.0, answered=answered, log=log)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -340,6 +341,7 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
 
 def main() -> int:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
     with mps.shared_gpu(options.ranks) if options.share_gpu else contextlib.nullcontext({}) as client:
         report = measure(options, client)
     print(f"prefill: {len(report.rows)} rows, {len(report.outliers)} outlying runs, in {options.out}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from check_serving import Interval, interval
 
 OUTLIER = 1.5  # a run that takes so many times its variant's median is looked into and left out
+FEWEST = 5  # runs: of fewer, none can be told from the rest
 RESAMPLES = 2000
 # What a log says where a run was held up by something that the next one does not have.
 TELLING = re.compile(r".*(?:compil|ninja|nvcc|autotun|warm.?up|captur|retract|out of memory|error|exception).*", re.I)
@@ -31,8 +32,8 @@ class Samples:
 
     def without_outliers(self) -> tuple[Samples, list[int]]:
         """A copy with None in the place of outlying runs, and which these are."""
-        if not self.seconds:
-            return Samples(), []
+        if len(self.seconds) < FEWEST:
+            return self, []
         most = OUTLIER * statistics.median(self.seconds)
         out = [i for i, seconds in enumerate(self.seconds) if seconds > most]
 

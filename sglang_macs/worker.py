@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from . import __version__, profile
+from .bounded import BoundedDispatch
 from .config import MacsConfig, configured
 from .dispatcher import LayerPlanner
 from .metrics import Exporter
@@ -22,6 +23,7 @@ class Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
         self.transports = Transports(config)
+        self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.top_k = 1  # the largest of the model's MoE layers
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
@@ -45,6 +47,8 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
         self.transports.check()
+        if self.bounded is not None:
+            self.bounded.check()
         if self._exporter is not None:
             self._exporter.tick(self.stats, idle=idle)
 

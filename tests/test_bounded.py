@@ -1,0 +1,199 @@
+"""The bounded dispatch: its permutation against plain torch, its sizes, and DeepEP's normal mode with it."""
+
+import math
+from types import SimpleNamespace
+
+import bounded_case
+import pytest
+import torch
+from bounded_case import CASES, Case
+
+from sglang_macs import batch, bounded, ops
+from sglang_macs.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs.config import MacsConfig
+from sglang_macs.errors import MacsError
+from sglang_macs.stats import Stats
+
+SIZES = Sizes(num_ranks=8, num_experts=128, top_k=8, hidden_size=2048)
+
+
+# ---- The operators ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_rows_lie_by_expert_in_the_order_of_tokens(case: Case, format: str) -> None:
+    for seed in range(3):
+        bounded_case.check_permute(ops.bounded_permute, case, format, seed)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_come_back_weighted_and_summed(case: Case) -> None:
+    for seed in range(3):
+        bounded_case.check_gather(ops.bounded_gather, case, seed)
+
+
+def test_what_has_no_row_is_counted_and_nothing_is_written_for_it() -> None:
+    """A full buffer, an expert that does not exist, and a token that names one twice."""
+    bounded_case.check_lost(ops.bounded_permute)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"topk_ids": torch.zeros(4, 2, dtype=torch.int32)}, "topk_ids: got dtype"),
+        ({"tokens": torch.zeros(3, 64, dtype=torch.bfloat16)}, "tokens: got shape"),
+        ({"rows": torch.zeros(256, 4, dtype=torch.bfloat16)}, "tokens: got shape"),
+        ({"scales": torch.zeros(4, 1)}, "row_scales: expected with scales"),
+        ({"num_experts": 2000}, "expert_end: got shape"),
+        ({"workspace": torch.zeros(1, dtype=torch.int32)}, "workspace: got shape"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_wrong_arguments_are_refused(wrong: dict, message: str) -> None:
+    arguments = bounded_case.arguments(Case(4, 2, 3, rows=256), "bf16", 0)
+    with pytest.raises(ValueError, match=message):
+        ops.bounded_permute(**(arguments | wrong))
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_follow_the_bound() -> None:
+    tokens, tiles = 65536, 16 * (TILE - 1)
+    config = MacsConfig.from_preset("rank", gamma=1.05)
+    assert room(config, SIZES, tokens, planned=True) == Room(tokens, (int(1.05 * tokens) + 1 + tiles) // TILE * TILE)
+    worst = Room(tokens, (tokens * 8 + tiles) // TILE * TILE)
+    assert room(config, SIZES, tokens, planned=False) == worst
+    for preset in ({"preset": "rank", "gamma": math.inf}, {"preset": "paper"}, {"preset": "rank", "gamma": 9.0}):
+        assert room(MacsConfig.from_preset(**preset), SIZES, tokens, planned=True) == worst
+
+
+def test_a_rank_receives_no_more_tokens_than_rows() -> None:
+    """On many ranks the bound is below the number of the group's tokens."""
+    many = SIZES._replace(num_ranks=64)
+    assert room(MacsConfig.from_preset("rank", gamma=1.0), many, 64 * 1024, planned=True).tokens == 8 * 1024 + 1
+
+
+@pytest.mark.parametrize("scope", ["rank", "expert"])
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 1.05, 4.0])
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+def test_no_plan_lets_more_rows_through(scope: str, gamma: float, tokens: int) -> None:
+    """The thresholds' own bounds, of every rank or expert, against the room made for them."""
+    sizes = Sizes(4, 16, 3, 128)
+    config = MacsConfig.from_preset("rank" if scope == "rank" else "cai", gamma=gamma, scope=scope, c_min=3.0)
+    own = torch.zeros(sizes.num_experts * 2 * config.buckets + ops.NUM_SUMS, dtype=torch.int32)
+    own[-4] = tokens * sizes.top_k  # N
+    _, cut = bounded_case.plan(config, sizes).threshold(own, own)
+    per_rank = cut[:, 3].long().view(sizes.num_ranks, -1).sum(dim=1).max()
+    most = bounded.most_assignments(config, sizes, tokens, planned=True)
+    assert min(int(per_rank), tokens * min(sizes.top_k, sizes.local)) <= most
+
+
+def test_there_are_more_rows_than_experts() -> None:
+    """By which the grouped GEMM tells ends of experts from experts of rows."""
+    for local in (1, 127, 128, 129, 1024):
+        sizes = Sizes(2, 2 * local, 1, 128)
+        assert room(MacsConfig.from_preset("rank"), sizes, 1, planned=True).rows > local
+
+
+# ---- Between DeepEP and the runner -----------------------------------------------------------------------------------
+
+
+class Impl:
+    """SGLang's normal-mode implementation: what it asks its buffer for."""
+
+    use_fp8 = use_nvfp4 = use_mxfp4 = use_mxfp8 = False
+
+    def __init__(self, domains: int = 1) -> None:
+        self.domains, self.asked = domains, []
+
+    def dispatch(self, x, *, topk_idx, num_worst_tokens=0):
+        self.asked.append(num_worst_tokens)
+        received = num_worst_tokens or len(x)
+        return x.new_zeros(received, x.shape[1]), None, topk_idx.new_full((received, 2), -1), torch.zeros(received, 2)
+
+    def _get_buffer(self):
+        runtime = SimpleNamespace(get_num_rdma_ranks=lambda: self.domains)
+        return SimpleNamespace(dispatch=self.dispatch, get_dispatch_layout=None, runtime=runtime, combine=None)
+
+    def dispatch_b(self, x, ids):
+        return (*self._get_buffer().dispatch(x, topk_idx=ids), [])
+
+
+def dispatched(
+    now: batch.Batch, monkeypatch, impl: Impl, attn_tp: int = 1, **options
+) -> tuple[object, Stats, list[str]]:
+    monkeypatch.setattr(bounded, "unfit_device", lambda: "")
+    said, counters = [], Stats()
+    config = MacsConfig.from_preset(**({"preset": "rank", "gamma": 1.0} | options))
+    planner = SimpleNamespace(attn_tp=(0, attn_tp), counters=counters)
+    shared = bounded.BoundedDispatch(config, said.append)
+    sizes = Sizes(2, 8, 2, 16)
+    bounded.BoundedNormal(impl, shared, planner, sizes, lambda output, received: received)
+    with batch.forward(now):
+        for _ in range(2):
+            output = impl.dispatch_b(torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64))
+    assert impl._get_buffer().combine is None, "combine gets DeepEP's own buffer"
+    return output, counters, said
+
+
+def test_deepep_is_told_how_many_tokens_can_come(monkeypatch) -> None:
+    impl = Impl()
+    received, counters, said = dispatched(batch.Batch(skip="", group_tokens=1000), monkeypatch, impl)
+    assert impl.asked == [1000, 1000] and counters.bounded == 2
+    assert (received.num_experts, received.rows) == (4, (1001 + 4 * (TILE - 1)) // TILE * TILE)
+    assert len(said) == 1 and "no count on the host for planned batches" in said[0]
+    rows, scales, index = received.permute()
+    assert rows.shape == (received.rows, 16) and scales is None and (index.expert_end == 0).all()
+    assert received.permute()[2].place.data_ptr() == index.place.data_ptr(), "one workspace for all layers"
+
+
+def test_padding_of_ranks_that_share_a_batch_has_room(monkeypatch) -> None:
+    impl = Impl()
+    dispatched(batch.Batch(skip="", group_tokens=999), monkeypatch, impl, attn_tp=2)
+    assert impl.asked == [1000, 1000]
+
+
+@pytest.mark.parametrize("skip", ["decode", "small", "draft", "outside"])
+def test_other_batches_go_deepeps_own_way(monkeypatch, skip: str) -> None:
+    impl = Impl()
+    output, counters, said = dispatched(batch.Batch(skip=skip, group_tokens=1000), monkeypatch, impl)
+    assert impl.asked == [0, 0] and counters.bounded == 0 and not said and isinstance(output, tuple)
+
+
+def test_with_macs_off_there_is_room_for_the_worst_case(monkeypatch) -> None:
+    impl = Impl()
+    off = {"preset": "off", "gamma": math.inf}
+    received, *_ = dispatched(batch.Batch(skip="off", group_tokens=1000), monkeypatch, impl, **off)
+    assert impl.asked == [1000, 1000] and received.rows == (2000 + 4 * (TILE - 1)) // TILE * TILE
+
+
+def test_what_cannot_be_bounded_is_said_once(monkeypatch) -> None:
+    now = batch.Batch(skip="", group_tokens=1000)
+    for impl, why in ((Impl(domains=2), "spans 2 NVLink domains"), (Impl(), "neither bf16 nor FP8")):
+        impl.use_mxfp8 = impl.domains == 1
+        _, counters, said = dispatched(now, monkeypatch, impl)
+        assert impl.asked == [0, 0] and counters.bounded == 0 and len(said) == 1 and why in said[0]
+    monkeypatch.setattr(bounded, "SPARE_BYTES", 1000)
+    _, counters, said = dispatched(now, monkeypatch, Impl(), gamma=math.inf)
+    assert counters.bounded == 0 and "beyond the mean load" in said[0]
+
+
+def test_the_worst_case_has_a_limit() -> None:
+    """Two ranks of a 30B model hold it, eight of a 671B one do not."""
+    infinite = MacsConfig.from_preset("rank", gamma=math.inf)
+    for sizes, tokens, fits in ((Sizes(2, 128, 8, 2048), 2 * 16384, True), (Sizes(8, 256, 8, 7168), 8 * 8192, False)):
+        rows = room(infinite, sizes, tokens, planned=True).rows
+        assert (spare_bytes(sizes, tokens, rows) <= bounded.SPARE_BYTES) == fits
+
+
+def test_lost_rows_are_a_fault() -> None:
+    shared = bounded.BoundedDispatch(MacsConfig.from_preset("rank"), print)
+    shared.check()
+    shared.workspace(torch.device("cpu"))
+    shared._watch = SimpleNamespace(look=lambda lost: int(lost) or None)  # without a GPU nothing is on its way
+    shared.check()
+    shared.workspace(torch.device("cpu")).lost.fill_(3)
+    with pytest.raises(MacsError, match="3 assignments that found no row"):
+        shared.check()

@@ -7,6 +7,7 @@ import bounded_case
 import emulated
 import pytest
 from bounded_case import CASES, Case
+from emulated import Kernels
 
 from sglang_macs import ops
 
@@ -21,7 +22,7 @@ def machine(request) -> emulated.Library:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_rows_lie_by_expert_in_the_order_of_tokens(machine: emulated.Library, case: Case, format: str) -> None:
-    permute, _ = bounded_c.operators(machine)
+    permute, _ = bounded_c.operators(Kernels(machine))
     for seed in range(2):
         machine.configure(seed)
         bounded_case.check_permute(permute, case, format, seed)
@@ -29,14 +30,14 @@ def test_rows_lie_by_expert_in_the_order_of_tokens(machine: emulated.Library, ca
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_come_back_with_the_cpus_bits(machine: emulated.Library, case: Case) -> None:
-    _, gather = bounded_c.operators(machine)
+    _, gather = bounded_c.operators(Kernels(machine))
     for seed in range(2):
         machine.configure(seed)
         bounded_case.check_gather(gather, case, seed, reference=ops.bounded_gather)
 
 
 def test_what_has_no_row_is_counted_and_nothing_is_written_for_it(machine: emulated.Library) -> None:
-    permute, _ = bounded_c.operators(machine)
+    permute, _ = bounded_c.operators(Kernels(machine))
     bounded_case.check_lost(permute)
 
 

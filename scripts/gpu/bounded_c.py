@@ -69,10 +69,10 @@ def operators(call: Call) -> tuple[Callable[..., None], Callable[..., None]]:
     """(bounded_permute, bounded_gather) by these launchers."""
 
     def permute(*arguments, **named) -> None:
-        call("macs_bounded_permute", permute_params(*arguments, **named))
+        call("bounded_permute", permute_params(*arguments, **named))
 
     def gather(*arguments) -> None:
-        call("macs_bounded_gather", gather_params(*arguments))
+        call("bounded_gather", gather_params(*arguments))
 
     return permute, gather
 

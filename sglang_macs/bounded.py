@@ -128,10 +128,9 @@ class Received(NamedTuple):
         index = self.workspace.index(*self.topk_ids.shape, self.num_experts, self.rows)
         rows = self.tokens.new_empty(self.rows, self.tokens.shape[1])
         scales = None if self.scales is None else self.scales.new_empty(self.scales.shape[1], self.rows)
-        ops.bounded_permute(
-            self.topk_ids, self.tokens, self.scales, self.num_experts, TILE, *index[:3], rows, scales, index.counts,
-            self.workspace.lost,
-        )  # fmt: skip
+        given = (self.topk_ids, self.tokens, self.scales, self.num_experts, TILE)
+        made = (*index[:3], rows, scales)
+        ops.bounded_permute(*given, *made, index.counts, self.workspace.lost)
         return rows, None if scales is None else scales.t(), index
 
     def gather(self, outputs: Tensor, place: Tensor) -> Tensor:
@@ -147,6 +146,9 @@ class BoundedDispatch:
     def __init__(self, config: MacsConfig, say: Callable[[str], None]) -> None:
         self.config = config
         self._say, self._said = say, set()
+        self._now: batch.Batch | None = None  # of the last dispatch, what it asked, and the answer
+        self._asked: tuple = ()
+        self._found: Room | None = None
         self._workspace: Workspace | None = None
         self._watch = Watch(lambda lost: int(lost) or None)
 
@@ -162,7 +164,14 @@ class BoundedDispatch:
         attn_tp_size: ranks that share a batch; format: of the rows, None = not one of ours; domains: NVLink domains of
         the group.
         """
-        now = batch.current()
+        now, asked = batch.current(), (sizes, attn_tp_size, format, domains)
+        if now is not self._now or asked != self._asked:  # else another layer of the pass has asked
+            self._now, self._asked, self._found = now, asked, self._room_for(now, *asked)
+        return self._found
+
+    def _room_for(
+        self, now: batch.Batch, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int
+    ) -> Room | None:
         if now.skip not in ("", "off") or not now.group_tokens:
             return None  # decode, small batches, graph capture
         # Ranks that share a batch pad it to shares of one size, and padding may be routed.
@@ -175,7 +184,7 @@ class BoundedDispatch:
             (spare > SPARE_BYTES, f"a row buffer would hold more than {SPARE_BYTES >> 30} GiB beyond the mean load"),
         )
         why = next((words for refused, words in reasons if refused), "") or unfit_device()
-        self._tell(f"DeepEP counts on the host: {why}" if why else self._line(sizes, tokens, found, not now.skip))
+        self._tell(f"DeepEP counts on the host: {why}" if why else self._line(sizes, not now.skip))
         return None if why else found
 
     def check(self) -> None:
@@ -188,17 +197,18 @@ class BoundedDispatch:
                 "Serve with --macs-dispatch deepep, and report it.",
             )
 
-    def _line(self, sizes: Sizes, tokens: int, found: Room, planned: bool) -> str:
-        worst = room(self.config, sizes, tokens, planned=False).rows
-        mb = found.rows * sizes.hidden_size * 2 / 1e6
+    def _line(self, sizes: Sizes, planned: bool) -> str:
+        many = 1 << 20  # tokens
+        bound, worst = (most_assignments(self.config, sizes, many, planned=p) for p in (planned, False))
+        mean = many * sizes.top_k / sizes.num_ranks
         return (
-            f"no count on the host for {'planned' if planned else 'unplanned'} batches in normal mode; "
-            f"{mb:.0f} MB of rows for {tokens} tokens, {1 - found.rows / worst:.0%} less than the worst case"
+            f"no count on the host for {'planned' if planned else 'unplanned'} batches in normal mode: row buffers for "
+            f"{bound / mean:.2f} times the mean load, {worst / mean:.2f} times without a bound"
         )
 
     def _tell(self, line: str) -> None:
-        if (key := line.split(";")[0]) not in self._said:
-            self._said.add(key)
+        if line not in self._said:
+            self._said.add(line)
             self._say(line)
 
 

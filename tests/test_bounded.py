@@ -1,6 +1,10 @@
 """The bounded dispatch: its permutation against plain torch, its sizes, and DeepEP's normal mode with it."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import bounded_case
@@ -8,12 +12,14 @@ import pytest
 import torch
 from bounded_case import CASES, Case
 
-from sglang_macs import batch, bounded, ops
+from sglang_macs import batch, bounded, ops, plugin
 from sglang_macs.bounded import TILE, Room, Sizes, room, spare_bytes
 from sglang_macs.config import MacsConfig
+from sglang_macs.cpu_compat import environment
 from sglang_macs.errors import MacsError
 from sglang_macs.stats import Stats
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = Sizes(num_ranks=8, num_experts=128, top_k=8, hidden_size=2048)
 
 
@@ -143,7 +149,7 @@ def test_deepep_is_told_how_many_tokens_can_come(monkeypatch) -> None:
     received, counters, said = dispatched(batch.Batch(skip="", group_tokens=1000), monkeypatch, impl)
     assert impl.asked == [1000, 1000] and counters.bounded == 2
     assert (received.num_experts, received.rows) == (4, (1001 + 4 * (TILE - 1)) // TILE * TILE)
-    assert len(said) == 1 and "no count on the host for planned batches" in said[0]
+    assert len(said) == 1 and "for planned batches in normal mode: row buffers for 1.00 times the mean" in said[0]
     rows, scales, index = received.permute()
     assert rows.shape == (received.rows, 16) and scales is None and (index.expert_end == 0).all()
     assert received.permute()[2].place.data_ptr() == index.place.data_ptr(), "one workspace for all layers"
@@ -186,6 +192,54 @@ def test_the_worst_case_has_a_limit() -> None:
     for sizes, tokens, fits in ((Sizes(2, 128, 8, 2048), 2 * 16384, True), (Sizes(8, 256, 8, 7168), 8 * 8192, False)):
         rows = room(infinite, sizes, tokens, planned=True).rows
         assert (spare_bytes(sizes, tokens, rows) <= bounded.SPARE_BYTES) == fits
+
+
+REGISTERED = """
+from types import SimpleNamespace
+import torch
+from sglang_macs import plugin
+from sglang_macs.bounded import Received, Workspace
+plugin._register_bounded_permutation()
+from sglang.srt.layers.moe.moe_runner.base import PermuteMethodPool as pool
+ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
+tokens, weights = torch.randn(3, 64).bfloat16(), torch.rand(3, 2)
+received = Received(tokens, None, ids, weights, 4, 512, Workspace(torch.device("cpu")))
+state, kept = {}, tokens.clone()
+given = pool.get_pre_permute("macs_bounded", "deep_gemm")(SimpleNamespace(received=received), None, None, state)
+assert (given.m_indices.tolist(), given.use_masked_gemm) == ([1, 128, 130, 256], False)
+assert (state["all_tokens"], state["hidden_states_shape"]) == (512, (3, 64))
+output = SimpleNamespace(hidden_states=given.hidden_states)
+combined = pool.get_post_permute("deep_gemm", "macs_bounded")(output, None, None, state)
+assert combined.format.value == "deepep_normal" and combined.hidden_states.shape == (3, 64)
+sums = kept[:2].float() * (weights * (ids >= 0)).sum(1, keepdim=True)[:2]
+torch.testing.assert_close(combined.hidden_states[:2].float(), sums, rtol=0.01, atol=0.01)
+print("carried")
+"""
+
+
+def test_sglangs_runner_finds_the_permutation() -> None:
+    """In SGLang's own registry, in a process of its own: what is registered there stays."""
+    env = {**os.environ, **environment(1)}
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", REGISTERED], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("carried"), done.stderr[-2000:]
+
+
+def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypatch) -> None:
+    calls = []
+    gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))
+    monkeypatch.setitem(sys.modules, "deep_gemm", gemm)
+    around = plugin._grouped_gemm("gemm")
+
+    def original(a, b, out, layout, **more) -> None:
+        calls.append(("rows", layout, more))
+
+    out, ends = torch.empty(256, 8), torch.zeros(4, dtype=torch.int32)
+    of_rows = torch.zeros(256, dtype=torch.int32)
+    around(original, None, None, out, of_rows, recipe_a=None)
+    around(original, None, None, out, ends, recipe_a=None, recipe_b=(1, 128))
+    assert calls[0] == ("rows", of_rows, {"recipe_a": None})
+    assert calls[1] == ("ends", ends, {"use_psum_layout": True, "recipe_b": (1, 128)})
 
 
 def test_lost_rows_are_a_fault() -> None:

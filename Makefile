@@ -34,7 +34,7 @@ test-fast: build  ## without real servers
 	@$(PYTEST) -m "not gpu and not server"
 
 test-emulated: build  ## the CUDA kernels on an emulated machine: no GPU needed, data races are found
-	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_races_emulated.py
+	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_bounded_emulated.py tests/test_races_emulated.py
 
 test-server: build  ## only the tests that start a real server
 	@$(PYTEST) -m "server and not multinode"

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "macs/bounded.h"
 #include "macs/cpu.h"
 #include "macs/fused.h"
 #include "macs/level.h"
@@ -142,6 +143,18 @@ void run(const ClipApplyParams& p, const Tensor& on) {
   check_launch(cuda::launch_clip_apply(p, workspace.data_ptr(), stream_of(on)), "clip_apply");
 }
 
+void run(const BoundedPermuteParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::bounded_permute(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_bounded_permute(p, stream_of(on)), "bounded_permute");
+}
+
+void run(const BoundedGatherParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::bounded_gather(p);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_bounded_gather(p, stream_of(on)), "bounded_gather");
+}
+
 #else
 
 void run(const EntropyScoreParams& p, const Tensor&) { cpu::entropy_score(p, kParallelFor); }
@@ -149,6 +162,8 @@ void run(const EntropyWeightParams& p, const Tensor&) { cpu::entropy_weight(p); 
 void run(const LoadHistogramParams& p, const Tensor&) { cpu::load_histogram(p); }
 void run(const ClipThresholdParams& p, const Tensor&) { cpu::clip_threshold(p); }
 void run(const ClipApplyParams& p, const Tensor&) { cpu::clip_apply(p); }
+void run(const BoundedPermuteParams& p, const Tensor&) { cpu::bounded_permute(p); }
+void run(const BoundedGatherParams& p, const Tensor&) { cpu::bounded_gather(p); }
 
 #endif
 
@@ -309,6 +324,84 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tens
                                               int64_t scoring) {
   return clip_apply_to(RunNow{}, topk_ids, topk_weights, weight, segment, router_logits, shift, cut, num_ranks, buckets,
                        scope, load, importance, reroute, protect_text, reroute_rounds, scoring);
+}
+
+// ---- Bounded, CPU and CUDA: between a dispatch and a grouped GEMM (macs/bounded.h) --------------------------------------
+
+// Kernels write it as it lies: an output cannot be made contiguous.
+void check_output(const Tensor& x, const char* name, at::ScalarType dtype, at::IntArrayRef shape, const Tensor& beside) {
+  check_like(x, name, dtype, shape, beside);
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, ": got strides ", x.strides(), ", expected a contiguous tensor");
+}
+
+template <class Params>
+void check_fits(const Params& p, const char* op) {
+  TORCH_CHECK_VALUE(fits(p), op, ": got ", p.num_tokens, " tokens, top-", p.top_k, " and ", p.max_rows,
+                    " rows, expected the sizes of macs/bounded.h");
+}
+
+int64_t bounded_workspace_size(int64_t num_tokens, int64_t num_experts) { return bounded_blocks(num_tokens) * num_experts; }
+
+void bounded_permute(const Tensor& topk_ids, const Tensor& tokens, const OptionalTensor& scales, int64_t num_experts,
+                     int64_t tile, const Tensor& place, const Tensor& expert_end, const Tensor& row_expert,
+                     const Tensor& rows, const OptionalTensor& row_scales, const Tensor& workspace, const Tensor& lost) {
+  TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids: got shape ", topk_ids.sizes(), ", expected [N, K]");
+  TORCH_CHECK_VALUE(tokens.dim() == 2 && rows.dim() == 2, "tokens, rows: got shapes ", tokens.sizes(), ", ", rows.sizes(),
+                    ", expected [N, H], [M, H]");
+  TORCH_CHECK_VALUE(scales.has_value() == row_scales.has_value(), "row_scales: expected with scales, and only then");
+  const int64_t num_tokens = topk_ids.size(0), max_rows = rows.size(0);
+  const Tensor ids = topk_ids.contiguous(), from = tokens.contiguous();
+  check_like(ids, "topk_ids", at::kLong, ids.sizes(), ids);
+  check_like(from, "tokens", rows.scalar_type(), {num_tokens, rows.size(1)}, ids);
+  check_output(rows, "rows", rows.scalar_type(), rows.sizes(), ids);
+  check_output(place, "place", at::kInt, ids.sizes(), ids);
+  check_output(expert_end, "expert_end", at::kInt, {num_experts}, ids);
+  check_output(row_expert, "row_expert", at::kInt, {max_rows}, ids);
+  check_output(workspace, "workspace", at::kInt, {bounded_workspace_size(num_tokens, num_experts)}, ids);
+  check_output(lost, "lost", at::kInt, {1}, ids);
+  BoundedPermuteParams p = {};
+  Tensor from_scales;
+  if (scales.has_value()) {
+    TORCH_CHECK_VALUE(scales->dim() == 2, "scales: got shape ", scales->sizes(), ", expected [N, S]");
+    from_scales = scales->contiguous();
+    check_like(from_scales, "scales", at::kFloat, {num_tokens, scales->size(1)}, ids);
+    check_output(*row_scales, "row_scales", at::kFloat, {scales->size(1), max_rows}, ids);
+    p.scales = from_scales.const_data_ptr<float>();
+    p.row_scales = row_scales->mutable_data_ptr<float>();
+    p.num_scales = static_cast<int32_t>(scales->size(1));
+  }
+  p.topk_ids = ids.const_data_ptr<int64_t>();
+  p.tokens = from.const_data_ptr();
+  p.place = place.mutable_data_ptr<int32_t>();
+  p.expert_end = expert_end.mutable_data_ptr<int32_t>();
+  p.row_expert = row_expert.mutable_data_ptr<int32_t>();
+  p.rows = rows.mutable_data_ptr();
+  p.counts = workspace.mutable_data_ptr<int32_t>();
+  p.lost = lost.mutable_data_ptr<int32_t>();
+  p.num_tokens = num_tokens, p.max_rows = max_rows, p.row_bytes = rows.size(1) * rows.element_size();
+  p.top_k = static_cast<int32_t>(ids.size(1)), p.num_experts = static_cast<int32_t>(num_experts);
+  p.tile = static_cast<int32_t>(tile);
+  check_fits(p, "bounded_permute");
+  run(p, ids);
+}
+
+void bounded_gather(const Tensor& outputs, const Tensor& place, const Tensor& weights, const Tensor& tokens) {
+  TORCH_CHECK_VALUE(outputs.dim() == 2 && place.dim() == 2, "outputs, place: got shapes ", outputs.sizes(), ", ",
+                    place.sizes(), ", expected [M, H], [N, K]");
+  const Tensor rows = outputs.contiguous(), at_rows = place.contiguous(), gates = weights.contiguous();
+  check_like(rows, "outputs", at::kBFloat16, rows.sizes(), place);
+  check_like(at_rows, "place", at::kInt, place.sizes(), place);
+  check_like(gates, "weights", at::kFloat, place.sizes(), place);
+  check_output(tokens, "tokens", at::kBFloat16, {place.size(0), rows.size(1)}, place);
+  BoundedGatherParams p = {};
+  p.outputs = rows.const_data_ptr();
+  p.place = at_rows.const_data_ptr<int32_t>();
+  p.weights = gates.const_data_ptr<float>();
+  p.tokens = tokens.mutable_data_ptr();
+  p.num_tokens = place.size(0), p.max_rows = rows.size(0), p.hidden_size = rows.size(1);
+  p.top_k = static_cast<int32_t>(place.size(1));
+  check_fits(p, "bounded_gather");
+  run(p, place);
 }
 
 // ---- Fused, CUDA only: the operators on either side of the exchange in one launch each --------------------------------
@@ -692,6 +785,18 @@ void peer_all_reduce_meta(const Tensor& region, at::IntArrayRef, int64_t, const 
   check_device("values", values, region);
 }
 
+void bounded_permute_meta(const Tensor& topk_ids, const Tensor& tokens, const OptionalTensor&, int64_t, int64_t,
+                          const Tensor& place, const Tensor& expert_end, const Tensor& row_expert, const Tensor& rows,
+                          const OptionalTensor&, const Tensor& workspace, const Tensor& lost) {
+  for (const Tensor& x : {tokens, place, expert_end, row_expert, rows, workspace, lost}) {
+    check_device("bounded_permute", x, topk_ids);
+  }
+}
+
+void bounded_gather_meta(const Tensor& outputs, const Tensor& place, const Tensor& weights, const Tensor& tokens) {
+  for (const Tensor& x : {outputs, weights, tokens}) check_device("bounded_gather", x, place);
+}
+
 }  // namespace
 }  // namespace macs
 
@@ -730,6 +835,12 @@ TORCH_LIBRARY(sglang_macs, m) {
       "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
   m.def("peer_reduce_layout(int num_ranks, int size) -> int[]", &macs::peer_reduce_layout_of);
   m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
+  m.def("bounded_workspace_size(int num_tokens, int num_experts) -> int", &macs::bounded_workspace_size);
+  m.def(
+      "bounded_permute(Tensor topk_ids, Tensor tokens, Tensor? scales, int num_experts, int tile, Tensor(a!) place, "
+      "Tensor(b!) expert_end, Tensor(c!) row_expert, Tensor(d!) rows, Tensor(e!)? row_scales, Tensor(f!) workspace, "
+      "Tensor(g!) lost) -> ()");
+  m.def("bounded_gather(Tensor outputs, Tensor place, Tensor weights, Tensor(a!) tokens) -> ()");
 #ifdef MACS_WITH_CUDA
   m.def("allocate_shared(int bytes) -> (Tensor, Tensor)", &macs::allocate_shared);
   m.def("open_shared(Tensor handle) -> int", &macs::open_shared);
@@ -743,6 +854,8 @@ TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("bounded_permute", &macs::bounded_permute);
+  m.impl("bounded_gather", &macs::bounded_gather);
 }
 
 #ifdef MACS_WITH_CUDA
@@ -752,6 +865,8 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("bounded_permute", &macs::bounded_permute);
+  m.impl("bounded_gather", &macs::bounded_gather);
   m.impl("score_histogram", &macs::score_histogram);
   m.impl("threshold_apply", &macs::threshold_apply);
   m.impl("fused_dispatch", &macs::fused_dispatch);
@@ -767,6 +882,8 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("load_histogram", &macs::load_histogram_meta);
   m.impl("clip_threshold", &macs::clip_threshold_meta);
   m.impl("clip_apply", &macs::clip_apply_meta);
+  m.impl("bounded_permute", &macs::bounded_permute_meta);
+  m.impl("bounded_gather", &macs::bounded_gather_meta);
   m.impl("fused_dispatch", &macs::fused_dispatch_meta);
   m.impl("fused_receive", &macs::fused_receive_meta);
   m.impl("fused_combine", &macs::fused_combine_meta);

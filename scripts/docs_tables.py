@@ -283,7 +283,7 @@ def serve_table() -> str:
     return "\n\n".join(parts)
 
 
-SERVE = ["launch", "tokens, off and infinite gamma", "planned", "of these fused", "checks", "violations"]
+SERVE = ["launch", "tokens, off and infinite gamma", "planned", "of these fused", "bounded", "checks", "violations"]
 SERVE += ["clipped at 1.0", "of these re-routed", "start, s"]
 
 
@@ -298,8 +298,21 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
     kind = "visual" if any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"]) else "text"
     own = [sum(s["own"][f"{name}_{kind}"] for s in by_gamma["1.0"]["states"]) for name in ("clipped", "rerouted")]
     equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
-    counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "checks", "violations")]
+    counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "bounded", "checks", "violations")]
     return [launch, equal, *counts, *own, f"{max(run['start_s'] for run in by_gamma.values()):.0f}"]
+
+
+def bounded_table() -> str:
+    """The bounded permutation against SGLang's kernels, and the grouped GEMM over its rows."""
+    found, cases = results("bounded_h200"), {}
+    for row in found["rows"]:
+        case = row["case"]
+        key = (f"{case['T']:,}", case["dtype"], case["gamma"], f"{case['rows']:,}")
+        cases.setdefault(key, {})[row["op"]] = row
+    ops = ("bounded_permute", "bounded_gather", "grouped_gemm_ends", "grouped_gemm_minus_one")
+    rows = [[*key, *(f"{of[op]['median_us']:.0f} ({of[op]['ratio']:.2f})" for op in ops)] for key, of in cases.items()]
+    header = ["tokens a rank", "rows", "gamma", "rows of the buffer", "permute", "gather", "GEMM, ends", "GEMM, -1"]
+    return source(found) + "\n\n" + markdown(header, rows)
 
 
 def bench_table() -> str:
@@ -419,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead_table,
     "overhead_several": overhead_several_table,
     "serve": serve_table,
+    "bounded": bounded_table,
     "bench": bench_table,
     "e2e": e2e_table,
     "newcomer": newcomer_table,

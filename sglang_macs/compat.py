@@ -154,6 +154,23 @@ def _fused(launch: Launch) -> str:
     return no_low_latency(launch.config, launch.flag("deepep_mode", "auto"))
 
 
+def _bounded(launch: Launch) -> str:
+    if launch.config.dispatch != "bounded":
+        return ""
+    reasons = (
+        (launch.flag("device") == "cpu", "on the CPU"),
+        (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
+        (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
+        (launch.flag("quantization") not in (None, "fp8"), f"with --quantization {launch.flag('quantization')}"),
+        (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
+        (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
+        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
+        (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
+    )
+    return next((f"bounded {words}" for refused, words in reasons if refused), "")
+
+
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."
 
 RULES = (
@@ -297,6 +314,12 @@ RULES = (
         "--macs-dispatch",
         _fused,
         "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
+        "Or pass --macs-dispatch deepep.",
+    ),
+    Rule(
+        "--macs-dispatch",
+        _bounded,
+        "bounded only in DeepEP's normal mode, whole batches, with DeepGEMM's runner in bf16 or FP8 blocks",
         "Or pass --macs-dispatch deepep.",
     ),
     Rule("--enable-lora", _if(_on("enable_lora"), "LoRA"), "none on MoE layers", "Leave it out."),

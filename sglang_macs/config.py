@@ -79,8 +79,9 @@ class MacsConfig:
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
         "deepep",
-        "what carries planned low-latency batches: DeepEP, or a kernel that plans and sends; auto = that where it can",
-        ("deepep", "fused", "auto"),
+        "what carries planned batches: DeepEP; in low-latency mode a kernel that plans and sends (fused; auto = that "
+        "where it can); in normal mode DeepEP without a count on the host (bounded)",
+        ("deepep", "fused", "bounded", "auto"),
     )
     all_reduce: str = _opt(
         "group",

@@ -80,6 +80,7 @@ METRICS = (
     Metric("gamma", "the bound over the mean load", _one(lambda s: float(s["config"]["gamma"])), (), "gauge"),
     Metric("dispatches", "MoE dispatches of this rank", _one(lambda s: s["dispatches"])),
     Metric("planned", "dispatches that were planned", _one(lambda s: s["planned"])),
+    Metric("bounded", "dispatches without a count on the host", _one(lambda s: s["bounded"])),
     Metric("fused", "planned dispatches that the fused kernels carried", _one(lambda s: s["fused"])),
     Metric("skipped", "dispatches left alone", _each("skipped", SKIP_REASONS), ("reason",)),
     Metric("misaligned", "plans that took all rows for text; must stay 0", _one(lambda s: s["misaligned"])),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,19 +55,23 @@ def read(status: Tensor) -> Record | None:
 
 
 class Watch:
-    """Looks at a rank's record without making the host wait."""
+    """Looks at what kernels have recorded without making the host wait.
 
-    def __init__(self) -> None:
+    read: what it says, from a copy on the host; None: nothing is wrong.
+    """
+
+    def __init__(self, read: Callable[[Tensor], Any] = read) -> None:
+        self._read = read
         self._seen: Tensor | None = None  # on its way to the host
         self._seen_at: torch.cuda.Event | None = None
 
-    def look(self, status: Tensor) -> Record | None:
-        """The record as it was at an earlier call; sends for the next. status: [SIZE] u8 of the region."""
+    def look(self, status: Tensor) -> Any:
+        """The record as it was at an earlier call; sends for the next. status: what `read` takes, here [SIZE] u8."""
         found = None
         if self._seen is not None and self._seen_at.query():
-            found, self._seen = read(self._seen), None
+            found, self._seen = self._read(self._seen), None
         if self._seen is None:
-            self._seen = torch.empty(SIZE, dtype=torch.uint8, pin_memory=True)
+            self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
             self._seen.copy_(status, non_blocking=True)
             self._seen_at = torch.cuda.Event()
             self._seen_at.record()

@@ -18,7 +18,7 @@ from functools import partial, wraps
 from itertools import zip_longest
 from typing import Any
 
-from . import batch, compat, cpu_compat, hooks, moe_config, ops, profile, recorder, worker
+from . import batch, bounded, compat, cpu_compat, hooks, moe_config, ops, peer_memory, profile, recorder, worker
 from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
 from .dispatcher import LayerPlanner, MacsDispatcher
@@ -28,8 +28,10 @@ from .hooks import Hook
 from .low_latency import FusedLowLatency
 from .plan import Plan, check_batch_size
 from .shared_state import SharedState
+from .transport import unfit_device
 
 RUNNER = "macs"
+BOUNDED = "macs_bounded"  # format of a bounded dispatch in SGLang's registry
 
 
 def _exit(error: Exception) -> None:
@@ -284,6 +286,7 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     if backend.is_customized():
         return _cpu_dispatcher(planner)
     dispatcher = original(moe_runner_config, *args, **kwargs)
+    _bound_normal(dispatcher, planner, moe_runner_config)
     return _plan_before_deepep(dispatcher, planner, _fused_low_latency(dispatcher, planner, moe_runner_config))
 
 
@@ -348,7 +351,7 @@ def _fused_low_latency(dispatcher, planner, moe_runner_config):
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
 
-    if planner.plan.config.dispatch == "deepep":
+    if planner.plan.config.dispatch in ("deepep", "bounded"):
         return []
     inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
     mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
@@ -361,6 +364,103 @@ def _fused_low_latency(dispatcher, planner, moe_runner_config):
         FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
         for inner, transport in zip(inners, transports, strict=False)
     ]
+
+
+def _bound_normal(dispatcher, planner, moe_runner_config) -> None:
+    """With --macs-dispatch bounded, DeepEP's normal mode is told how many tokens can come, and counts none."""
+    from sglang.srt.layers.moe.token_dispatcher.base import DispatchOutputFormat
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
+    from sglang.srt.runtime_context import get_parallel
+
+    process = worker.current()
+    if process.config.dispatch != "bounded":
+        return
+    if process.bounded is None:
+        unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
+        say = partial(_say_once_a_group, planner.group)
+        process.bounded = bounded.BoundedDispatch(process.config, say, next(filter(None, unfit), ""))
+        _register_bounded_permutation()
+
+    class Format:
+        """DeepEP's, but for the name under which the runner finds its permutation."""
+
+        value = BOUNDED
+
+        def __getattr__(self, name):
+            return getattr(DispatchOutputFormat.DEEPEP_NORMAL, name)
+
+    class Output(DeepEPNormalDispatchOutput):
+        format = Format()
+
+    def make_output(output, received):
+        made = Output(*output)
+        made.received = received
+        return made
+
+    config = moe_runner_config
+    sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    for inner in dispatcher._inners:
+        impl = getattr(inner, "_normal_dispatcher", None)
+        if impl is not None:
+            bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
+
+
+def _say_once_a_group(group, line: str) -> None:
+    from torch import distributed
+
+    if distributed.get_rank(group) == 0:
+        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)
+
+
+def _register_bounded_permutation() -> None:
+    """What lies between a bounded dispatch and DeepGEMM's runner, in SGLang's registry."""
+    from sglang.srt.layers.moe.moe_runner.base import register_post_permute, register_pre_permute
+    from sglang.srt.layers.moe.moe_runner.deep_gemm import DeepGemmRunnerInput
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
+    from sglang.srt.utils import dispose_tensor
+
+    @register_pre_permute(BOUNDED, "deep_gemm")
+    def permute(dispatch_output, quant_info, runner_config, running_state):
+        received = dispatch_output.received
+        rows, scales, index = received.permute()
+        running_state |= {
+            "all_tokens": rows.shape[0],
+            "hidden_states_shape": received.tokens.shape,
+            "hidden_states_device": rows.device,
+            "hidden_states_dtype": rows.dtype,
+            BOUNDED: (received, index.place),
+        }
+        dispose_tensor(received.tokens)  # as SGLang's own does: its memory serves the GEMM
+        return DeepGemmRunnerInput(
+            hidden_states=rows,
+            hidden_states_scale=scales,
+            use_masked_gemm=False,
+            m_indices=index.expert_end,
+            hidden_states_scale_tma_aligned=True,
+            activation_scale_block_size=128,
+        )
+
+    @register_post_permute("deep_gemm", BOUNDED)
+    def gather(runner_output, quant_info, runner_config, running_state):
+        received, place = running_state[BOUNDED]
+        tokens = received.gather(runner_output.hidden_states, place)
+        return DeepEPNormalCombineInput(tokens, received.topk_ids, received.topk_weights)
+
+
+def _grouped_gemm(gemm: str):
+    """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_contig: a bounded dispatch tells the end of each expert's rows in
+    place of each row's expert, and no tile behind is computed. (Those marked -1 are, in bf16.)
+    """
+
+    def around(original, lhs, rhs, out, layout, **recipes):
+        if layout.shape[0] == out.shape[0]:
+            return original(lhs, rhs, out, layout, **recipes)
+        import deep_gemm
+
+        given = {name: recipe for name, recipe in recipes.items() if recipe is not None}
+        return getattr(deep_gemm, gemm)(lhs, rhs, out, layout, use_psum_layout=True, **given)
+
+    return around
 
 
 def _plan_before_deepep(dispatcher, planner, fused=()):
@@ -623,6 +723,7 @@ def _forward_moe(original, self, layer, dispatch_output):
     return self.runner.run(dispatch_output, LayerInfo(layer))
 
 
+_DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
 _UNQUANT = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
 SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.topk.TopK.__init__", _topk_init, "after"),
@@ -637,6 +738,8 @@ SCHEDULER_HOOKS = (
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
     Hook("sglang.srt.layers.layer_boundary.residual.batch.add_to_output", _add_deepstack, "around"),
+    Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_bf16_contig", _grouped_gemm("m_grouped_bf16_gemm_nt_contiguous"), "around"),
+    Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_f8f8bf16_contig", _grouped_gemm("m_grouped_fp8_gemm_nt_contiguous"), "around"),
     Hook(f"{_UNQUANT}.create_moe_runner", _create_moe_runner, "after"),
     Hook(f"{_UNQUANT}.forward_cpu", _forward_moe, "around"),  # with AMX
     Hook(f"{_UNQUANT}.forward_native", _forward_moe, "around"),  # without

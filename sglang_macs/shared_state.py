@@ -14,6 +14,7 @@ import torch.distributed as dist
 SUMMED = (
     "dispatches",
     "planned",
+    "bounded",
     "fused",
     "skipped",
     "misaligned",

@@ -8,6 +8,7 @@ from typing import Any
 from . import __version__, profile
 from .agreement import Agreement
 from .batch import Batch
+from .bounded import BoundedDispatch
 from .config import MacsConfig, configured
 from .console import say
 from .dispatcher import LayerPlanner
@@ -27,6 +28,7 @@ class Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
         self.transports = Transports(config)
+        self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.top_k = 1  # the largest of the model's MoE layers
         self.agreement: Agreement | None = None
         self._rank, self._num_ranks = 0, 1
@@ -72,6 +74,8 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
         self.transports.check()
+        if self.bounded is not None:
+            self.bounded.check()
         self._export(idle)
         if idle and self._shared_state is not None and self._shared_state.is_due(self.stats.dispatches):
             self._shared_state.publish(self.state())

@@ -193,6 +193,39 @@ def test_the_fused_dispatch_is_taken_where_planned_batches_are_low_latency(optio
     compat.check(fused_launch(options, flags))
 
 
+NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep_gemm", "quantization": None}
+
+
+def bounded_launch(flags: dict[str, object]) -> compat.Launch:
+    flags = SimpleNamespace(**{**GOOD, **NORMAL, **flags})
+    return compat.Launch(flags, MacsConfig.from_preset(dispatch="bounded"), "Qwen3VLMoeForConditionalGeneration", 16)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"device": "cpu"},
+        {"deepep_mode": "low_latency"},
+        {"moe_runner_backend": "triton"},
+        {"quantization": "w4afp8"},
+        {"enable_two_batch_overlap": True},
+        {"enable_single_batch_overlap": True},
+        {"expert_distribution_recorder_mode": "stat"},
+        {"speculative_algorithm": "EAGLE"},
+        {"enable_deterministic_inference": True},
+    ],
+    ids=str,
+)
+def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(flags):
+    with pytest.raises(MacsError, match=r"got bounded .*--macs-dispatch deepep"):
+        compat.check(bounded_launch(flags))
+
+
+@pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
+def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
+    compat.check(bounded_launch(flags))
+
+
 @pytest.mark.parametrize(
     ("architecture", "experts"),
     [("Llama4ForConditionalGeneration", 16), ("Ernie4_5_VLMoeForConditionalGeneration", 64), ("Qwen3ForCausalLM", 0)],

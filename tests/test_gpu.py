@@ -6,11 +6,13 @@ They test what CUDA tensors get (`ops.cuda_backend`): the extension's kernels, o
 
 import os
 
+import bounded_case
 import pytest
 import torch
 
 from sglang_macs import ops
 from sglang_macs.batch import Batch, forward
+from sglang_macs.bounded import BoundedDispatch, Received
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.fused import FusedDispatch, Sizes
@@ -237,6 +239,38 @@ def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_ro
     fused.check()
     torch.cuda.synchronize()
     fused.check()
+
+
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the bounded permutation exists in CUDA only")
+@pytest.mark.parametrize("case", bounded_case.CASES, ids=str)
+def test_the_bounded_permutation_gives_the_cpus_bits(case):
+    """Rows, scales and ends as plain torch has them; sums as the CPU operator."""
+    for seed in range(5):
+        for format in ("bf16", "fp8"):
+            bounded_case.check_permute(ops.bounded_permute, case, format, seed, "cuda")
+        bounded_case.check_gather(ops.bounded_gather, case, seed, "cuda", reference=ops.bounded_gather)
+    bounded_case.check_lost(ops.bounded_permute, "cuda")
+
+
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the bounded permutation exists in CUDA only")
+def test_a_bounded_dispatch_never_makes_the_host_wait():
+    """From what DeepEP delivers to the tokens that it combines, and the look at the fault."""
+    shared = BoundedDispatch(MacsConfig.from_preset("rank"), print)
+    ids = bounded_case.topk_ids(bounded_case.CASES[4], 1).cuda()
+    tokens = torch.randn(len(ids), 256, device="cuda").bfloat16()
+    weights = torch.rand(ids.shape, device="cuda")
+    received = Received(tokens, None, ids, weights, 16, 4096, shared.workspace(ids.device))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            rows, _, index = received.permute()
+            combined = received.gather(rows, index.place)
+            shared.check()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    came = (ids >= 0).any(dim=1)
+    expected = tokens.float() * (weights * (ids >= 0)).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(combined[came].float(), expected[came], rtol=0.01, atol=0.01)
 
 
 @pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the sum over peers exists in CUDA only")

@@ -88,6 +88,13 @@ struct Vector<__nv_bfloat16> : PairVector<__nv_bfloat162> {
       x[2 * i] = __uint_as_float(words[i] << 16), x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
+  static __device__ __forceinline__ uint4 pack(const float (&x)[kSize]) {
+    uint4 packed;
+    __nv_bfloat162* const pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    return packed;
+  }
 };
 
 __device__ __forceinline__ float warp_max(float x) { return of_order(__reduce_max_sync(kFullMask, order_of(x))); }

@@ -150,14 +150,6 @@ struct Sources {
   }
 };
 
-__device__ __forceinline__ uint4 pack(const float (&sum)[8]) {
-  uint4 packed;
-  __nv_bfloat162* const pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(sum[2 * j], sum[2 * j + 1]);
-  return packed;
-}
-
 // A thread has eight features of a token at a time. Zeros if the outputs do not come, so that nothing old passes for a result.
 __device__ inline void write_combined(const CombineBlock& b) {
   const int all = b.me.num_tokens * b.vectors, step = gridDim.x * kThreads, top_k = b.p.shape.top_k;
@@ -171,7 +163,7 @@ __device__ inline void write_combined(const CombineBlock& b) {
     if (ok) sources.add_to(sum);
     first += kRowsInFlight;
     if (first >= top_k) {
-      out[item] = pack(sum);
+      out[item] = Vector<__nv_bfloat16>::pack(sum);
       item += step, first = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] = 0.0f;

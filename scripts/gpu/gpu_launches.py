@@ -61,9 +61,9 @@ START_SECONDS = 240
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused, peers:
-    with --macs-dispatch fused, with --macs-all-reduce peer where MACS is on; one_gpu: every rank on the first GPU
-    (under MPS); observed: with metrics and trace.
+    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused,
+    bounded, peers: with --macs-dispatch fused or bounded, with --macs-all-reduce peer where MACS is on; one_gpu: every
+    rank on the first GPU (under MPS); observed: with metrics and trace.
     """
 
     ranks: int
@@ -77,6 +77,7 @@ class Launch:
     fp8: bool = False
     flags: tuple[str, ...] = SMALL
     fused: bool = False
+    bounded: bool = False
     peers: bool = False
     one_gpu: bool = False
     observed: bool = False
@@ -143,6 +144,10 @@ LAUNCHES = {
     "2 ranks, FP8 blocks": Launch(2, "low_latency", **FP8),
     "2 ranks, two batches": Launch(2, "normal", kind="qwen3_moe", flags=(*SMALL, "--enable-two-batch-overlap")),
     "2 ranks, one GPU": Launch(2, "low_latency", one_gpu=True),
+    "2 ranks, bounded": Launch(2, "normal", bounded=True, **REAL),
+    "2 ranks, bounded, FP8 blocks": Launch(2, "normal", bounded=True, **FP8),
+    "2 ranks, bounded, one GPU": Launch(2, "normal", bounded=True, one_gpu=True),
+    "2 ranks, bounded, FP8 blocks, one GPU": Launch(2, "normal", bounded=True, one_gpu=True, **FP8),
     "2 ranks, fused": Launch(2, "low_latency", fused=True),
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
@@ -163,6 +168,8 @@ def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str]
     own = []
     if launch.fused and "off" not in run:
         own += ["--macs-dispatch", "fused"]
+    if launch.bounded and "off" not in run:
+        own += ["--macs-dispatch", "bounded"]
     if launch.peers and "off" not in run:
         own += ["--macs-all-reduce", "peer"]
     return Server(launch.model(), [*launch.arguments, *run, *own], env=env, log=log, timeout=START_SECONDS)

@@ -113,8 +113,9 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
-            if state["fused"] != (state["planned"] if launch.fused else 0):
-                wrong.append(f"gamma {run}: rank {state['rank']}: {state['fused']} of {state['planned']} were fused")
+            for way, asked in (("fused", launch.fused), ("bounded", launch.bounded)):
+                if state[way] != (state["planned"] if asked else 0):
+                    wrong.append(f"gamma {run}: rank {state['rank']}: {state[way]} of {state['planned']} were {way}")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
         if launch.peers and not runs[run].get("by_peers"):
@@ -132,8 +133,8 @@ def summary(run: dict) -> dict:
     """What goes into the results: counters without the layers."""
     if "error" in run:
         return run
-    names = ("rank", "dispatches", "planned", "fused", "skipped", "misaligned", "checks", "violations", "own")
-    names += ("plan_seconds",)
+    names = ("rank", "dispatches", "planned", "fused", "bounded", "skipped", "misaligned", "checks", "violations")
+    names += ("own", "plan_seconds")
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 

@@ -130,6 +130,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
+        Step("bounded", script("check_bounded", result="bounded.json"), 150, 1, True, extension),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),
         *(step for n in SEVERAL for step in timed_on(n)),
         Step("composed-mps-8", fused("8", *composed, result="composed_mps_8.json"), 120, 1, True, both),

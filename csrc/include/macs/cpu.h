@@ -1,5 +1,6 @@
 // CPU launchers. They run on the caller's threads through `ParallelFor`, so that the binding decides whose pool that is.
 #pragma once
+#include "macs/bounded.h"
 #include "macs/params.h"
 
 namespace macs::cpu {
@@ -20,5 +21,8 @@ void entropy_weight(const EntropyWeightParams& p);
 void load_histogram(const LoadHistogramParams& p);
 void clip_threshold(const ClipThresholdParams& p);
 void clip_apply(const ClipApplyParams& p);
+
+void bounded_permute(const BoundedPermuteParams& p);
+void bounded_gather(const BoundedGatherParams& p);
 
 }  // namespace macs::cpu

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 
+#include "macs/bounded.h"
 #include "macs/fused.h"
 #include "macs/params.h"
 #include "macs/peer_all_reduce.h"
@@ -41,5 +42,9 @@ cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t strea
 
 // The exchange of the plan among such ranks: every rank launches it, in the same order (macs/peer_all_reduce.h).
 cudaError_t launch_peer_all_reduce(const PeerReduceParams& p, cudaStream_t stream);
+
+// Received tokens to the rows of their experts, and the experts' outputs back (macs/bounded.h).
+cudaError_t launch_bounded_permute(const BoundedPermuteParams& p, cudaStream_t stream);
+cudaError_t launch_bounded_gather(const BoundedGatherParams& p, cudaStream_t stream);
 
 }  // namespace macs::cuda

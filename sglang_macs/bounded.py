@@ -215,7 +215,7 @@ class BoundedNormal:
     """One layer's normal-mode implementation, `impl`, with the bounded dispatch in it.
 
     Args:
-        impl: SGLang's; its dispatch_b and _get_buffer are replaced.
+        impl: SGLang's; its dispatch_b and _get_buffer are replaced, and its streams no longer overlap.
         shared: of the process.
         planner: of the layer.
         sizes: of the layer.
@@ -234,6 +234,9 @@ class BoundedNormal:
         self._room: Room | None = None  # of the dispatch that is being made
         self._own_buffer = impl._get_buffer
         impl._get_buffer = self._get_buffer
+        # DeepEP's stream and the layer's take turns, as they do without overlap anyway. Tensors that both use would be
+        # free again only when the GPU has got there: a host that runs ahead would hold the buffers of many layers.
+        impl.async_finish = False
         impl.dispatch_b = partial(self._dispatch_b, impl.dispatch_b)
 
     def format(self) -> str | None:

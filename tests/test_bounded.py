@@ -110,6 +110,7 @@ class Impl:
     """SGLang's normal-mode implementation: what it asks its buffer for."""
 
     use_fp8 = use_nvfp4 = use_mxfp4 = use_mxfp8 = False
+    async_finish = True
 
     def __init__(self, domains: int = 1) -> None:
         self.domains, self.asked = domains, []
@@ -148,6 +149,7 @@ def test_deepep_is_told_how_many_tokens_can_come(monkeypatch) -> None:
     impl = Impl()
     received, counters, said = dispatched(batch.Batch(skip="", group_tokens=1000), monkeypatch, impl)
     assert impl.asked == [1000, 1000] and counters.bounded == 2
+    assert not impl.async_finish, "memory of many layers would be taken"
     assert (received.num_experts, received.rows) == (4, (1001 + 4 * (TILE - 1)) // TILE * TILE)
     assert len(said) == 1 and "for planned batches in normal mode: row buffers for 1.00 times the mean" in said[0]
     rows, scales, index = received.permute()

@@ -343,8 +343,8 @@ void check_fits(const Params& p, const char* op) {
 int64_t bounded_workspace_size(int64_t num_tokens, int64_t num_experts) { return bounded_blocks(num_tokens) * num_experts; }
 
 void bounded_permute(const Tensor& topk_ids, const Tensor& tokens, const OptionalTensor& scales, int64_t num_experts,
-                     int64_t tile, const Tensor& place, const Tensor& expert_end, const Tensor& row_expert,
-                     const Tensor& rows, const OptionalTensor& row_scales, const Tensor& workspace, const Tensor& lost) {
+                     int64_t tile, const Tensor& place, const Tensor& expert_end, const Tensor& rows,
+                     const OptionalTensor& row_scales, const Tensor& workspace, const Tensor& lost) {
   TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids: got shape ", topk_ids.sizes(), ", expected [N, K]");
   TORCH_CHECK_VALUE(tokens.dim() == 2 && rows.dim() == 2, "tokens, rows: got shapes ", tokens.sizes(), ", ", rows.sizes(),
                     ", expected [N, H], [M, H]");
@@ -356,7 +356,6 @@ void bounded_permute(const Tensor& topk_ids, const Tensor& tokens, const Optiona
   check_output(rows, "rows", rows.scalar_type(), rows.sizes(), ids);
   check_output(place, "place", at::kInt, ids.sizes(), ids);
   check_output(expert_end, "expert_end", at::kInt, {num_experts}, ids);
-  check_output(row_expert, "row_expert", at::kInt, {max_rows}, ids);
   check_output(workspace, "workspace", at::kInt, {bounded_workspace_size(num_tokens, num_experts)}, ids);
   check_output(lost, "lost", at::kInt, {1}, ids);
   BoundedPermuteParams p = {};
@@ -374,7 +373,6 @@ void bounded_permute(const Tensor& topk_ids, const Tensor& tokens, const Optiona
   p.tokens = from.const_data_ptr();
   p.place = place.mutable_data_ptr<int32_t>();
   p.expert_end = expert_end.mutable_data_ptr<int32_t>();
-  p.row_expert = row_expert.mutable_data_ptr<int32_t>();
   p.rows = rows.mutable_data_ptr();
   p.counts = workspace.mutable_data_ptr<int32_t>();
   p.lost = lost.mutable_data_ptr<int32_t>();
@@ -786,9 +784,8 @@ void peer_all_reduce_meta(const Tensor& region, at::IntArrayRef, int64_t, const 
 }
 
 void bounded_permute_meta(const Tensor& topk_ids, const Tensor& tokens, const OptionalTensor&, int64_t, int64_t,
-                          const Tensor& place, const Tensor& expert_end, const Tensor& row_expert, const Tensor& rows,
-                          const OptionalTensor&, const Tensor& workspace, const Tensor& lost) {
-  for (const Tensor& x : {tokens, place, expert_end, row_expert, rows, workspace, lost}) {
+                          const Tensor& place, const Tensor& expert_end, const Tensor& rows, const OptionalTensor&, const Tensor& workspace, const Tensor& lost) {
+  for (const Tensor& x : {tokens, place, expert_end, rows, workspace, lost}) {
     check_device("bounded_permute", x, topk_ids);
   }
 }
@@ -838,8 +835,7 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def("bounded_workspace_size(int num_tokens, int num_experts) -> int", &macs::bounded_workspace_size);
   m.def(
       "bounded_permute(Tensor topk_ids, Tensor tokens, Tensor? scales, int num_experts, int tile, Tensor(a!) place, "
-      "Tensor(b!) expert_end, Tensor(c!) row_expert, Tensor(d!) rows, Tensor(e!)? row_scales, Tensor(f!) workspace, "
-      "Tensor(g!) lost) -> ()");
+      "Tensor(b!) expert_end, Tensor(c!) rows, Tensor(d!)? row_scales, Tensor(e!) workspace, Tensor(f!) lost) -> ()");
   m.def("bounded_gather(Tensor outputs, Tensor place, Tensor weights, Tensor(a!) tokens) -> ()");
 #ifdef MACS_WITH_CUDA
   m.def("allocate_shared(int bytes) -> (Tensor, Tensor)", &macs::allocate_shared);

@@ -76,12 +76,11 @@ def spare_bytes(sizes: Sizes, group_rows: int, rows: int) -> int:
 
 class Index(NamedTuple):
     """Where the rows of a dispatch lie, i32. place [N, K]: row of each assignment, negative: none; expert_end [E_l]:
-    behind the last row of each expert; row_expert [M]: whose tile a row lies in, -1 behind the last; counts: scratch.
+    behind the last row of each expert; counts: scratch.
     """
 
     place: Tensor
     expert_end: Tensor
-    row_expert: Tensor
     counts: Tensor
 
 
@@ -97,11 +96,11 @@ class Workspace:
         self._sizes: tuple[int, ...] = ()
         self._index: Index | None = None
 
-    def index(self, tokens: int, top_k: int, num_experts: int, rows: int) -> Index:
+    def index(self, tokens: int, top_k: int, num_experts: int) -> Index:
         """For `tokens` received tokens; the same tensors as long as the sizes are."""
-        sizes = (tokens, top_k, num_experts, rows)
+        sizes = (tokens, top_k, num_experts)
         if sizes != self._sizes:
-            parts = [tokens * top_k, num_experts, rows, ops.bounded_workspace_size(tokens, num_experts)]
+            parts = [tokens * top_k, num_experts, ops.bounded_workspace_size(tokens, num_experts)]
             if sum(parts) > self._memory.numel():
                 self._memory = self._memory.new_empty(sum(parts))
             place, *others = self._memory[: sum(parts)].split(parts)
@@ -124,11 +123,11 @@ class Received(NamedTuple):
 
     def permute(self) -> tuple[Tensor, Tensor | None, Index]:
         """(rows [M, H], their scales [M, H / 128] over column-major memory or None, index)."""
-        index = self.workspace.index(*self.topk_ids.shape, self.num_experts, self.rows)
+        index = self.workspace.index(*self.topk_ids.shape, self.num_experts)
         rows = self.tokens.new_empty(self.rows, self.tokens.shape[1])
         scales = None if self.scales is None else self.scales.new_empty(self.scales.shape[1], self.rows)
         given = (self.topk_ids, self.tokens, self.scales, self.num_experts, TILE)
-        made = (*index[:3], rows, scales)
+        made = (index.place, index.expert_end, rows, scales)
         ops.bounded_permute(*given, *made, index.counts, self.workspace.lost)
         return rows, None if scales is None else scales.t(), index
 

@@ -563,7 +563,6 @@ def bounded_permute(
     tile: int,
     place: Tensor,
     expert_end: Tensor,
-    row_expert: Tensor,
     rows: Tensor,
     row_scales: Tensor | None,
     workspace: Tensor,
@@ -576,7 +575,6 @@ def bounded_permute(
         tokens: [N, H], a row of 16 bytes or a multiple; scales: [N, S] f32 or None.
         place: [N, K] i32 out, row of each assignment; -1: none, -2: lost.
         expert_end: [num_experts] i32 out, behind the last row of each expert.
-        row_expert: [M] i32 out, whose tile a row lies in, -1 behind the last.
         rows: [M, H] out; row_scales: [S, M] f32 out, with scales. Rows that only fill a tile up are left as they are.
         workspace: [bounded_workspace_size] i32.
         lost: [1] i32, to which assignments are added that have no row: the buffer is full, there is no such expert, or
@@ -584,7 +582,7 @@ def bounded_permute(
     Source: csrc/include/macs/bounded.h.
     """
     _ops.bounded_permute(
-        topk_ids, tokens, scales, num_experts, tile, place, expert_end, row_expert, rows, row_scales, workspace, lost
+        topk_ids, tokens, scales, num_experts, tile, place, expert_end, rows, row_scales, workspace, lost
     )
 
 

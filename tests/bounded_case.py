@@ -82,7 +82,6 @@ def arguments(case: Case, format: str, seed: int, device: str = "cpu") -> dict:
     out = {
         "place": torch.full(ids.shape, POISON, dtype=torch.int32),
         "expert_end": torch.full((case.experts,), POISON, dtype=torch.int32),
-        "row_expert": torch.full((rows,), POISON, dtype=torch.int32),
         "rows": torch.full((rows, case.hidden_size), POISON, dtype=torch.float32).to(tokens.dtype),
         "row_scales": torch.full((scales.shape[1], rows), float(POISON)) if fp8 else None,
         "workspace": torch.full((ops.bounded_workspace_size(case.tokens, case.experts),), POISON, dtype=torch.int32),
@@ -98,7 +97,7 @@ def check_permute(permute: Callable, case: Case, format: str, seed: int, device:
     permute(**given)
     given = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items()}
     ids, tokens, rows = given["topk_ids"], given["tokens"], given["rows"]
-    place, row_expert, ends = torch.full_like(given["place"], NOWHERE), torch.full_like(given["row_expert"], -1), []
+    place, ends = torch.full_like(given["place"], NOWHERE), []
     written, start = torch.zeros(len(rows), dtype=torch.bool), 0
     for expert in range(case.experts):
         token, slot = (ids == expert).nonzero(as_tuple=True)  # in the order of tokens
@@ -109,11 +108,8 @@ def check_permute(permute: Callable, case: Case, format: str, seed: int, device:
             assert torch.equal(given["row_scales"][:, at], given["scales"][token].t())
         written[at] = True
         ends.append(start + len(token))
-        tiles = -(-len(token) // case.tile) * case.tile
-        row_expert[start : start + tiles] = expert
-        start += tiles
+        start += -(-len(token) // case.tile) * case.tile
     assert torch.equal(given["place"], place)
-    assert torch.equal(given["row_expert"], row_expert)
     assert given["expert_end"].tolist() == ends
     assert int(given["lost"]) == 0
     assert (rows[~written].float() == POISON).all(), "a row without an assignment was written"
@@ -157,7 +153,6 @@ def check_lost(permute: Callable, device: str = "cpu") -> None:
     #        0: rows 0, 1; 1: rows 2, 3, 4; 2: from row 6 on, which is no more
     expected = [[0, 2], [3, 1], [LOST, LOST], [LOST, LOST], [LOST, LOST], [NOWHERE, 4]]
     assert given["place"].tolist() == expected
-    assert given["row_expert"].tolist() == [0, 0, 1, 1, 1, 1]
     assert given["expert_end"].tolist() == [2, 5, 6, 6]
     assert int(given["lost"]) == sum(row.count(LOST) for row in expected)
     assert (given["rows"][5].float() == POISON).all()

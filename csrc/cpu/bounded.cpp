@@ -42,7 +42,7 @@ uint16_t bf16_of(float x) {  // to nearest, ties to even
 }  // namespace
 
 void bounded_permute(const BoundedPermuteParams& p) {
-  std::vector<int64_t> next(p.num_experts + 1, 0);  // first each expert's rows, then where its next row goes
+  std::vector<int64_t> next(p.num_experts, 0);  // first each expert's rows, then where its next row goes
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     for (int32_t k = 0; k < p.top_k; ++k) {
       if (const int32_t expert = expert_of(p, t, k); expert >= 0) ++next[expert];
@@ -50,13 +50,11 @@ void bounded_permute(const BoundedPermuteParams& p) {
   }
   int64_t start = 0;
   for (int32_t e = 0; e < p.num_experts; ++e) {
-    const int64_t end = start + (next[e] + p.tile - 1) / p.tile * p.tile;
-    std::fill(p.row_expert + std::min(start, p.max_rows), p.row_expert + std::min(end, p.max_rows), e);
-    p.expert_end[e] = static_cast<int32_t>(std::min(start + next[e], p.max_rows));
+    const int64_t rows = next[e];
+    p.expert_end[e] = static_cast<int32_t>(std::min(start + rows, p.max_rows));
     next[e] = start;
-    start = end;
+    start += (rows + p.tile - 1) / p.tile * p.tile;
   }
-  std::fill(p.row_expert + std::min(start, p.max_rows), p.row_expert + p.max_rows, -1);
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     for (int32_t k = 0; k < p.top_k; ++k) {
       int32_t& place = p.place[t * p.top_k + k];

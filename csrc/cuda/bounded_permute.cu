@@ -20,7 +20,6 @@ namespace {
 
 constexpr int kThreads = kBoundedTokens;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRowsPerThread = 4;  // of row_expert, where there are more rows than tokens
 constexpr int kVectors = 8;        // of 16 bytes in flight, of a lane that copies
 
 // Of the block's tokens, a thread each.
@@ -93,7 +92,7 @@ __device__ __forceinline__ void sum_counts(const BoundedPermuteParams& p, int* b
   __syncthreads();
 }
 
-// [E + 1] from the totals, in the same memory: first row of each expert, and behind the last one's tiles.
+// [E] from the totals, in the same memory: first row of each expert.
 __device__ __forceinline__ void place_experts(const BoundedPermuteParams& p, int* start) {
   if (threadIdx.x < kWarp) {
     int end = 0;
@@ -112,19 +111,8 @@ __device__ __forceinline__ void place_experts(const BoundedPermuteParams& p, int
       }
       end += __shfl_sync(kFullMask, sum, kWarp - 1);
     }
-    if (threadIdx.x == 0) start[p.num_experts] = end;
   }
   __syncthreads();
-}
-
-// The last expert that begins at or before `row`, which lies before the end.
-__device__ __forceinline__ int expert_at(const int* start, int num_experts, int64_t row) {
-  int low = 0, high = num_experts;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (start[middle] <= row ? low : high) = middle;
-  }
-  return low;
 }
 
 __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__ BoundedPermuteParams p) {
@@ -150,10 +138,6 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
       lost += place == kLost;
     }
     if (lost != 0) atomicAdd(p.lost, lost);
-  }
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads, end = start[p.num_experts];
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; row < p.max_rows; row += step) {
-    p.row_expert[row] = row < end ? expert_at(start, p.num_experts, row) : -1;
   }
 }
 
@@ -203,9 +187,8 @@ cudaError_t launch_bounded_permute(const BoundedPermuteParams& p, cudaStream_t s
   if (blocks > 0) {
     if (const cudaError_t error = launch(count_kernel, shape, p, stream); error != cudaSuccess) return error;
   }
-  const int64_t row_blocks = (p.max_rows + kRowsPerThread * kThreads - 1) / (kRowsPerThread * kThreads);
-  shape.grid = static_cast<int>(std::max({blocks, std::min<int64_t>(row_blocks, num_multiprocessors()), int64_t{1}}));
-  shape.shared_bytes += (2 * p.num_experts + 1) * sizeof(int);
+  shape.grid = static_cast<int>(std::max<int64_t>(blocks, 1));
+  shape.shared_bytes += 2 * p.num_experts * sizeof(int);
   shape.overlap = blocks > 0;
   if (const cudaError_t error = launch(place_kernel, shape, p, stream); error != cudaSuccess) return error;
   if (blocks == 0) return cudaSuccess;

@@ -20,7 +20,7 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 # csrc/include/macs/bounded.h, field by field; macs_bounded_sizeof checks the layout.
 class PermuteParams(ctypes.Structure):
     _fields_ = [
-        *_fields(_p, "topk_ids", "tokens", "scales", "place", "expert_end", "row_expert", "rows", "row_scales"),
+        *_fields(_p, "topk_ids", "tokens", "scales", "place", "expert_end", "rows", "row_scales"),
         *_fields(_p, "counts", "lost"),
         *_fields(_i64, "num_tokens", "max_rows", "row_bytes"),
         *_fields(_i32, "top_k", "num_experts", "num_scales", "tile"),
@@ -46,14 +46,13 @@ def permute_params(
     tile: int,
     place: Tensor,
     expert_end: Tensor,
-    row_expert: Tensor,
     rows: Tensor,
     row_scales: Tensor | None,
     workspace: Tensor,
     lost: Tensor,
 ) -> PermuteParams:
     """As `ops.bounded_permute`; the tensors must outlive what is made of it."""
-    given = (topk_ids, tokens, scales, place, expert_end, row_expert, rows, row_scales, workspace, lost)
+    given = (topk_ids, tokens, scales, place, expert_end, rows, row_scales, workspace, lost)
     sizes = (len(topk_ids), len(rows), rows.shape[1] * rows.element_size())
     num_scales = 0 if scales is None else scales.shape[1]
     return PermuteParams(*map(_address, given), *sizes, topk_ids.shape[1], num_experts, num_scales, tile)

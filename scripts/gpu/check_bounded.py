@@ -122,13 +122,15 @@ def grouped_gemms(one: Dispatch, form: str) -> dict[str, Callable[[], Tensor]]:
     """The first GEMM of the experts over our buffer, by ends and by -1, and over SGLang's."""
     rows, scales, index = one.received.permute()
     a, b, gemm = gemm_operands(form, rows, scales)
+    marked = torch.full((len(rows),), -1, dtype=torch.int32, device="cuda")  # each row's expert
+    marked[: one.rows_needed] = torch.arange(SIZES.local, device="cuda").repeat_interleave(one.counts).int()
     theirs, their_scales, m_indices, _ = one.scatter_by_sglang()()
     their_a = gemm_operands(form, theirs, their_scales)[0]
     width = 2 * INTERMEDIATE
     out, their_out = (x.new_empty(x.shape[0], width, dtype=torch.bfloat16) for x in (rows, theirs))
     return {
         "ends": lambda: gemm(a, b, out, index.expert_end, use_psum_layout=True) or out,
-        "minus one": lambda: gemm(a, b, out, index.row_expert) or out,
+        "minus one": lambda: gemm(a, b, out, marked) or out,
         "sglang": lambda: gemm(their_a, b, their_out, m_indices) or their_out,
     }
 

@@ -23,7 +23,6 @@ struct BoundedPermuteParams {
   const float* scales;      // [N, num_scales] or nullptr
   int32_t* place;           // [N, K] out: row of each assignment, or one of the above
   int32_t* expert_end;      // [E_l] out: behind the last row of each expert, at most max_rows
-  int32_t* row_expert;      // [max_rows] out: whose tile a row lies in, -1 behind the last expert's
   void* rows;               // [max_rows, row_bytes] out; rows that only fill a tile up are not written
   float* row_scales;        // [num_scales, max_rows] out, or nullptr
   int32_t* counts;          // [ceil(N / kBoundedTokens), E_l] scratch

@@ -3,6 +3,7 @@
 Rules read a plain view of SGLang's resolved flags, so that they can be tested without SGLang.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from .errors import MacsError
 
 SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
+EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
 # Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.
 REFUSED_ARCHITECTURES = {
@@ -152,6 +154,12 @@ def _fused(launch: Launch) -> str:
     if launch.config.exchange != "group":
         return "fused with --macs-exchange local"
     return no_low_latency(launch.config, launch.flag("deepep_mode", "auto"))
+
+
+def _unfinished(launch: Launch) -> str:
+    if launch.config.dispatch != "bounded" or os.environ.get(EXPERIMENTAL_ENV) == "bounded":
+        return ""
+    return "bounded, under which a server on two GPUs stood still"
 
 
 def _bounded(launch: Launch) -> str:
@@ -315,6 +323,12 @@ RULES = (
         _fused,
         "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
         "Or pass --macs-dispatch deepep.",
+    ),
+    Rule(
+        "--macs-dispatch",
+        _unfinished,
+        "deepep, until the cause is found (docs/bounded.md)",
+        f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
     ),
     Rule(
         "--macs-dispatch",

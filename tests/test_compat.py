@@ -193,6 +193,17 @@ def test_the_fused_dispatch_is_taken_where_planned_batches_are_low_latency(optio
     compat.check(fused_launch(options, flags))
 
 
+@pytest.fixture
+def experimental(monkeypatch):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded")
+
+
+def test_what_is_not_fit_for_service_is_refused_unless_it_is_asked_for_twice(monkeypatch):
+    monkeypatch.delenv(compat.EXPERIMENTAL_ENV, raising=False)
+    with pytest.raises(MacsError, match=r"stood still.*MACS_EXPERIMENTAL=bounded"):
+        compat.check(bounded_launch({}))
+
+
 NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep_gemm", "quantization": None}
 
 
@@ -217,13 +228,13 @@ def bounded_launch(flags: dict[str, object]) -> compat.Launch:
     ],
     ids=str,
 )
-def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(flags):
+def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(experimental, flags):
     with pytest.raises(MacsError, match=r"got bounded .*--macs-dispatch deepep"):
         compat.check(bounded_launch(flags))
 
 
 @pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
-def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
+def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
     compat.check(bounded_launch(flags))
 
 

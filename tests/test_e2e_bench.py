@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,10 +273,17 @@ def test_model_has_the_real_dimensions_and_no_weights():
 
 
 class FakeClient:
-    """In the place of a server: every round takes `seconds`, the `slow`-th of them ten times as long; None fails."""
+    """In the place of a server: every round takes `seconds`, the `slow`-th of them ten times as long; None fails; or
+    it no longer answers in the fourth.
+    """
 
-    def __init__(self, seconds: float | None, slow: int | None = None) -> None:
-        self.seconds, self.slow, self.rounds, self.chosen = seconds, slow, 0, []
+    def __init__(self, seconds: float | None, slow: int | None = None, hangs: bool = False) -> None:
+        self.hangs = hangs
+        self.seconds, self.slow, self.rounds, self.chosen, self.stopped = seconds, slow, 0, [], False
+        self.server = SimpleNamespace(stop=self.stop)
+
+    def stop(self) -> None:
+        self.stopped = True
 
     def choose(self, routing: int, tokens: int) -> None:
         self.chosen.append((routing, tokens))
@@ -283,9 +291,12 @@ class FakeClient:
     def counters(self) -> tuple[float, int]:
         return self.rounds * 4e-4, self.rounds * 8  # 50 us a plan
 
-    def run(self, body: dict) -> Run:
+    def run(self, body: dict, patience_s: float) -> Run:
         if self.seconds is None:
             raise ServerError("died")
+        if self.rounds == 3 and self.hangs:
+            assert patience_s < 100, "a server that stands still shall not cost the others their time"
+            raise ServerError("no answer")
         self.rounds += 1
         took = self.seconds * (10 if self.rounds == self.slow else 1)
         passes = [[(i * took / 2, 64) for i in range(2)] for _ in range(2)]
@@ -332,8 +343,15 @@ def test_a_server_that_fails_is_left_out_and_stock_is_not(tmp_path):
     clients = {("s",): FakeClient(1.0), ("r",): FakeClient(None), ("i",): FakeClient(1.01)}
     found = measured_group(tmp_path, clients, FAKES)
     assert {row["case"]["variant"] for row in found["rows"]} == {"stock", "balanced", "inf"}
+    assert clients["r",].stopped and not clients["s",].stopped
     with pytest.raises(ServerError):
         measured_group(tmp_path, {("s",): FakeClient(None)}, FAKES)
+
+
+def test_a_server_that_stands_still_is_ended_and_the_others_go_on(tmp_path):
+    clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8, hangs=True), ("i",): FakeClient(1.01)}
+    found = measured_group(tmp_path, clients, FAKES)
+    assert clients["r",].stopped and {row["case"]["variant"] for row in found["rows"]} == {"stock", "balanced", "inf"}
 
 
 def test_page_and_picture_show_a_result(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ import requests  # noqa: E402
 import result_file  # noqa: E402
 import servers  # noqa: E402
 import summary  # noqa: E402
-from rounds import Client, Run, Workload  # noqa: E402
+from rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload  # noqa: E402
 from servers import Launch, Variant  # noqa: E402
 from serving import Server, ServerError  # noqa: E402
 from summary import Samples  # noqa: E402
@@ -149,10 +149,13 @@ class Group:
         return client
 
     def drop(self, variant: Variant, error: ServerError) -> None:
-        """Goes on without the variants of a server that failed. Raises the error where that is stock SGLang."""
+        """Goes on without the variants of a server that failed, which may still keep a GPU busy. Raises the error where
+        that is stock SGLang.
+        """
         if variant.flags == self.variants[0].flags:
             raise error
         print(f"prefill: left out from here on, {error}", flush=True)
+        self.clients[variant.flags].server.stop()
         self.variants = [other for other in self.variants if other.flags != variant.flags]
 
     def measure(self, cell: Cell, until: float, end: float) -> None:
@@ -169,7 +172,7 @@ class Group:
                 if variant not in self.variants:
                     continue
                 try:
-                    run = self.ready(variant, cell).run(body)
+                    run = self.ready(variant, cell).run(body, WARM_UP_SECONDS if turn < 0 else ROUND_SECONDS)
                 except ServerError as error:
                     self.drop(variant, error)
                     continue

@@ -17,7 +17,7 @@ FIRST_ID, LAST_ID = 32, 500  # ordinary words of the tiny models' tokenizer
 FILLER = "<|endoftext|>"  # always one token
 TOKEN_PIXELS = 32
 SAMPLING = {"max_new_tokens": 1, "temperature": 0}
-REQUEST_SECONDS = 600
+WARM_UP_SECONDS, ROUND_SECONDS = 600, 60  # that a server may take for a round: it compiles in the first ones
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class Client:
             raise ServerError(f"{self.server.log}: the plugin of routing_site is not loaded: {answer}")
         self._set = (routing, tokens)
 
-    def run(self, body: dict) -> Run:
-        """Sends one round's prompts as one request."""
+    def run(self, body: dict, patience_s: float = WARM_UP_SECONDS) -> Run:
+        """Sends one round's prompts as one request. Raises ServerError, after `patience_s` too."""
         before = self.server.log.stat().st_size
         sent = time.perf_counter()
-        answers = self.server.post("/generate", body, timeout=REQUEST_SECONDS)
+        answers = self.server.post("/generate", body, timeout=patience_s)
         answered = time.perf_counter()
         passes = self._recorded(sent)
         began = min((rank[0][0] for rank in passes if rank), default=sent)

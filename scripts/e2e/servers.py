@@ -52,7 +52,7 @@ class Variant:
 # unless --cuda-graph-backend-prefill asks for them: option --prefill-graphs does, in every server.
 STOCK = ("--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm")
 MACS = ("--moe-a2a-backend", "macs")
-BOUNDED = (*MACS, "--macs-dispatch", "bounded")
+BOUNDED = (*MACS, "--macs-dispatch", "bounded")  # taken by gpu_launches.ENVIRONMENT alone
 OFF, INFINITE, RANK = ("--macs-preset", "off"), ("--macs-gamma", "inf"), ("--macs-gamma", "1.05")
 # The most telling first: with too little time for all, the last are left out.
 VARIANTS = (

@@ -88,7 +88,8 @@ def test_what_is_sent_keeps_the_bound_and_the_hint_is_the_mean(planned):
     dispatcher, counters = planned
     hidden, topk = routed()
     assert per_rank(topk.topk_ids).max() > TOKENS
-    with batch.forward(batch.Batch(torch.zeros(TOKENS, dtype=torch.int32), 1, "", group_tokens=TOKENS)):
+    now = batch.Batch(torch.zeros(TOKENS, dtype=torch.int32), 1, "", group_tokens=TOKENS, measured=True)
+    with batch.forward(now):
         output = dispatcher.dispatch(hidden_states=hidden, topk_output=topk)
     assert per_rank(output.topk_ids).tolist() == [TOKENS, TOKENS]
     assert output.expected_m == TOKENS * TOP_K // EXPERTS

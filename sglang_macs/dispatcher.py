@@ -8,7 +8,7 @@ experts' outputs back and adds them up under the gate weights at the source.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -180,8 +180,16 @@ class LayerPlanner:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
         self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
         if self.recorder is not None:
-            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result)
+            recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
+            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, recorded)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def _with_load(self, result: PlanResult, topk_ids: Tensor, left_alone: Tensor) -> PlanResult:
+        """For a trace, which shows each rank's whole load: rows left alone count as text that was kept."""
+        rows = stats.rows_of(topk_ids.masked_fill(~left_alone.unsqueeze(1), -1), self.plan.num_experts)
+        counts = result.counts.clone()
+        counts[0, :, 1] += rows.to(counts.dtype)
+        return replace(result, counts=counts)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the EP group, in place."""

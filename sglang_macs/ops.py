@@ -84,13 +84,14 @@ def check() -> None:
 
 
 def cuda_backend() -> str | None:
-    """Whose operators CUDA tensors get: "cuda" (the extension's kernels), "triton" or None."""
+    """Whose operators CUDA tensors get: "cuda" (the extension's kernels), "triton" or None. Raises as `check`."""
+    check()
     return _cuda_backend
 
 
 def has_cuda() -> bool:
-    """Whether the operators take CUDA tensors."""
-    return _cuda_backend is not None
+    """Whether the operators take CUDA tensors. Raises as `check`."""
+    return cuda_backend() is not None
 
 
 def is_fused(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,6 +242,18 @@ def test_a_recount_is_that_of_its_definition():
     assert torch.equal(recount(EXPERTS, ids, sent, weight, segment), want)
     assert torch.equal(recount(EXPERTS, ids, sent, weight, None), want[:2])
     assert recount(EXPERTS, ids, sent, None, segment).is_contiguous(), "it is sent to the other ranks"
+
+
+def test_a_trace_holds_the_rows_left_alone_as_the_counters_do():
+    config, recorded = CONFIGS["rank, verified"], []
+    one, (hidden, ids, weights, logits, segment) = planner(config, Stats()), routed(0)
+    one.recorder = SimpleNamespace(add=lambda *arguments: recorded.append(arguments[-1].counts))
+    segment[-7:] = batch.LEFT_ALONE
+    with batch.forward(replace(planned_batch(config, segment), leaves_alone=True)):
+        planned = one(hidden, ids, weights, logits)
+        own = one.recount(ids, planned)
+    kept, clipped, rerouted = recorded[0].sum(dim=2).long()
+    assert torch.equal(kept + clipped, own[BEFORE]) and torch.equal(kept + rerouted, own[AFTER])
 
 
 def test_rows_left_alone_are_counted_and_promised_nothing():

@@ -33,8 +33,8 @@ def test_without_an_extension_everything_imports_and_use_says_where_the_installe
     program = """
 import sglang_macs.plugin
 from sglang_macs import ops
-assert not ops.has_cuda() and ops.cuda_backend() is None
-for use in (ops.check, lambda: ops.entropy_score(None, None), lambda: ops._ops.clip_apply):
+operators = (lambda: ops.entropy_score(None, None), lambda: ops._ops.clip_apply)
+for use in (ops.check, ops.has_cuda, ops.cuda_backend, *operators):
     try:
         use()
     except ValueError as error:
@@ -42,6 +42,7 @@ for use in (ops.check, lambda: ops.entropy_score(None, None), lambda: ops._ops.c
 """
     done = in_clone(clone, program)
     assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5, "every use says it"
     lines = set(done.stdout.splitlines())
     assert len(lines) == 1
     line = lines.pop()

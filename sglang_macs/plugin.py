@@ -124,6 +124,8 @@ def _resolve_once(original, self):
         _translate(self)
         config = config.on(self.device)
         self._macs_config = config.to_json()
+        if getattr(self, "_macs_from_cli", False):
+            configure(config)  # this process serves nothing else: whatever it starts can read it
         original(self)
         _check_launch(self, config)
     except (MacsError, MacsNotActive) as error:

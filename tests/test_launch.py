@@ -206,6 +206,7 @@ def test_options_mean_the_same_on_the_command_line_in_a_file_and_in_an_engine(la
     result = launches[f"{name}, {way}"]
     assert result["config"] == wanted, result["error"][-500:] or result["raised"]
     assert result["backend"] == "customized"
+    assert result["environment"] == (None if way == "engine" else wanted), "an engine leaves nothing behind"
 
 
 @pytest.mark.parametrize("name", FILES)

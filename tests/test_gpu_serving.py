@@ -16,7 +16,14 @@ LINE = "the fused dispatch carries planned low-latency batches: 12 MB a rank"
 
 def state(rank: int, fused: int) -> dict:
     own = {"clipped_visual": 5, "clipped_text": 5}
-    counted = {"planned": 8, "fused": fused, "checks": {"bound": 8}, "misaligned": 0, "violations": {"bound": 0}}
+    counted = {
+        "planned": 8,
+        "fused": fused,
+        "bounded": 0,
+        "checks": {"bound": 8},
+        "misaligned": 0,
+        "violations": {"bound": 0},
+    }
     return {"rank": rank, "own": own, **counted}
 
 

@@ -336,13 +336,13 @@ def test_every_launch_has_a_name_of_its_own():
 
 
 def test_the_ranks_of_several_hosts_agree_on_a_name(monkeypatch):
-    """Each host's launcher has one; the first rank that asks decides."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setenv(recorder.RUN_ENV, "host-1")
-        assert recorder.agreed_run() == "host-1"
-        monkeypatch.setenv(recorder.RUN_ENV, "host-2")
-        assert recorder.agreed_run() == "host-1"
-    finally:
-        dist.destroy_process_group()
+    """Each host's launcher has one; the first rank that asks decides. (Another test may have left a process group.)"""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setenv(recorder.RUN_ENV, "host-1")
+    assert recorder.agreed_run() == "host-1"
+    monkeypatch.setenv(recorder.RUN_ENV, "host-2")
+    assert recorder.agreed_run() == "host-1"
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
     assert recorder.agreed_run() == "host-2"

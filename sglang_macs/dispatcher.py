@@ -209,8 +209,9 @@ class LayerPlanner:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
         if planned.segment is not None:
             cut = planned.result.cut if planned.result else None
-            counted = stats.Recount(self.plan.config, self.layer_id, self.plan.num_ranks, own, group, cut)
-            self.counters.add_recount(counted._replace(left_alone=planned.left_alone is not None))
+            left_alone = planned.left_alone is not None
+            config, num_ranks = self.plan.config, self.plan.num_ranks
+            self.counters.add_recount(stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone))
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:
         """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""

@@ -12,7 +12,6 @@ docs/hooks.md says why each target is hooked.
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from itertools import zip_longest
@@ -21,6 +20,7 @@ from typing import Any
 from . import batch, bounded, compat, cpu_compat, hooks, moe_config, ops, peer_memory, profile, recorder, worker
 from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
+from .console import say
 from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
 from .fused import Sizes
@@ -28,14 +28,14 @@ from .hooks import Hook
 from .low_latency import FusedLowLatency
 from .plan import Plan, check_batch_size
 from .shared_state import SharedState
-from .transport import unfit_device
+from .transport import say_once, unfit_device
 
 RUNNER = "macs"
 BOUNDED = "macs_bounded"  # format of a bounded dispatch in SGLang's registry
 
 
 def _exit(error: Exception) -> None:
-    print(f"sglang-macs: {error}", file=sys.stderr, flush=True)
+    say(str(error))
     raise SystemExit(2) from error
 
 
@@ -379,8 +379,8 @@ def _bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return
     if process.bounded is None:
         unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
-        say = partial(_say_once_a_group, planner.group)
-        process.bounded = bounded.BoundedDispatch(process.config, say, next(filter(None, unfit), ""))
+        tell = partial(say_once, group=planner.group)
+        process.bounded = bounded.BoundedDispatch(process.config, tell, next(filter(None, unfit), ""))
         _register_bounded_permutation()
 
     class Format:
@@ -405,13 +405,6 @@ def _bound_normal(dispatcher, planner, moe_runner_config) -> None:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
             bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
-
-
-def _say_once_a_group(group, line: str) -> None:
-    from torch import distributed
-
-    if distributed.get_rank(group) == 0:
-        print(f"sglang-macs: {line}", file=sys.stderr, flush=True)
 
 
 def _register_bounded_permutation() -> None:
@@ -583,8 +576,7 @@ def _scheduler_init(result, self, *args, **kwargs):
         raise MacsNotActive("no MoE layer of this model took the MACS dispatcher; serve it without --enable-macs")
     parallel = get_parallel()
     _check_exchange_of_schedulers(parallel)
-    line = f"sglang-macs: active on {len(process.planners)} MoE layers, {parallel.moe_ep_size} ranks, {process.config}"
-    print(line, file=sys.stderr, flush=True)
+    say(f"active on {len(process.planners)} MoE layers, {parallel.moe_ep_size} ranks, {process.config}")
     flags, options = compat.parallel_flags(self.server_args), process.options_of_the_group()
     agreement = Agreement(parallel.tp_group.cpu_group, flags, options)
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
@@ -641,7 +633,7 @@ def _run_event_loop(original, self):
         why = (str(error).strip().splitlines() or [""])[0][:160]
         which = f"expert-parallel rank {get_parallel().moe_ep_rank} of {get_parallel().moe_ep_size}"
         hint = "A rank without such a line died first, if one is missing."
-        print(f"sglang-macs: {which} stops: {type(error).__name__}: {why} | {hint}", file=sys.stderr, flush=True)
+        say(f"{which} stops: {type(error).__name__}: {why} | {hint}")
         raise
 
 

@@ -45,7 +45,7 @@ class Transports:
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
-            _say(self._line(why), group)
+            say_once(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
     def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
@@ -62,9 +62,9 @@ class Transports:
             if not why:
                 needed = PeerAllReduce.region_bytes(dist.get_world_size(group), size)
                 self._sum = PeerAllReduce(peer_memory.share(needed, group), size)
-                _say(f"one kernel over the peers' memory sums the exchange: {needed / 1e6:.1f} MB a rank", group)
+                say_once(f"one kernel over the peers' memory sums the exchange: {needed / 1e6:.1f} MB a rank", group)
             else:
-                _say(f"the process group sums the exchange: {why}", group)
+                say_once(f"the process group sums the exchange: {why}", group)
         return self._sum if size == self._sum_size else None
 
     def _no_sum(self, group: dist.ProcessGroup) -> str:
@@ -95,7 +95,7 @@ class Transports:
         )
 
 
-def _say(line: str, group: dist.ProcessGroup) -> None:
+def say_once(line: str, group: dist.ProcessGroup) -> None:
     """Once for the group."""
     if dist.get_rank(group) == 0:
         say(line)

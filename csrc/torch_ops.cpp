@@ -5,6 +5,9 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <sstream>
+#include <string_view>
+#include <type_traits>
 
 #include "macs/bounded.h"
 #include "macs/cpu.h"
@@ -48,16 +51,26 @@ DType hidden_dtype(const Tensor& x) {
   }
 }
 
-int32_t checked_bucket_bits(int64_t buckets) {
-  for (int32_t m = 1; m <= 4; ++m)
-    if (buckets == num_buckets(m)) return m;
-  TORCH_CHECK_VALUE(false, "buckets: got ", buckets, ", expected 32, 64, 128 or 256");
+template <class Enum>
+Enum checked_enum(int64_t value, const char* name) {
+  constexpr int kCount = count_of<Enum>();
+  TORCH_CHECK_VALUE(value >= 0 && value < kCount, name, ": got ", value, ", expected 0 to ", kCount - 1);
+  return static_cast<Enum>(value);
 }
 
-template <class Enum>
-Enum checked_enum(int64_t value, int64_t count, const char* name) {
-  TORCH_CHECK_VALUE(value >= 0 && value < count, name, ": got ", value, ", expected 0 to ", count - 1);
-  return static_cast<Enum>(value);
+template <class Option>
+void set_option(const char* name, double value, Option& option) {
+  if constexpr (std::is_floating_point_v<Option>) {
+    option = static_cast<Option>(value);
+  } else {
+    const bool whole = value >= INT32_MIN && value <= INT32_MAX && value == std::floor(value);
+    TORCH_CHECK_VALUE(whole, name, ": got ", value, ", expected a whole number of 32 bits");
+    if constexpr (std::is_enum_v<Option>) {
+      option = checked_enum<Option>(static_cast<int64_t>(value), name);
+    } else {
+      option = static_cast<Option>(value);
+    }
+  }
 }
 
 void check_ranks(int64_t num_experts, int64_t num_ranks) {
@@ -65,11 +78,34 @@ void check_ranks(int64_t num_experts, int64_t num_ranks) {
                     " for ", num_experts, " experts, expected a divisor of the number of experts");
 }
 
-int64_t histogram_size(int64_t num_experts, int64_t buckets) { return num_experts * 2 * buckets + kNumSums; }
+// From the numbers that Python packed (sglang_macs/policy.py), one an option.
+Policy checked_policy(at::ArrayRef<double> packed) {
+  Policy p = {};
+  size_t size = 0;
+  for_each_option(p, [&](const char*, auto&) { ++size; });
+  TORCH_CHECK_VALUE(packed.size() == size, "policy: got ", packed.size(), " numbers, expected ", size);
+  size_t i = 0;
+  for_each_option(p, [&](const char* name, auto& option) { set_option(name, packed[i++], option); });
+  TORCH_CHECK_VALUE(p.num_experts > 0, "num_experts: got ", p.num_experts, ", expected at least 1");
+  check_ranks(p.num_experts, p.num_ranks);
+  TORCH_CHECK_VALUE(p.bucket_bits >= kMinBucketBits && p.bucket_bits <= kMaxBucketBits, "bucket_bits: got ",
+                    p.bucket_bits, ", expected ", kMinBucketBits, " to ", kMaxBucketBits);
+  TORCH_CHECK_VALUE(p.gamma > 0.0, "gamma: got ", p.gamma, ", expected a number above 0");
+  TORCH_CHECK_VALUE(p.rho >= 0.0 && p.rho < 2.0, "rho: got ", p.rho, ", expected 0 <= rho < 2");
+  TORCH_CHECK_VALUE(p.alpha >= 0.0 && p.alpha <= 16.0, "alpha: got ", p.alpha, ", expected 0 <= alpha <= 16");
+  TORCH_CHECK_VALUE(p.c_min >= 0.0 && std::isfinite(p.c_min), "c_min: got ", p.c_min,
+                    ", expected a finite number >= 0");
+  return p;
+}
+
+void check_policy(at::ArrayRef<double> packed) { checked_policy(packed); }
+
+int64_t histogram_size(const Policy& p) {
+  return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
+}
 
 Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                                const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
-                                int64_t importance) {
+                                const Tensor& segment, const Policy& policy) {
   TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids: got shape ", topk_ids.sizes(), ", expected [T, K]");
   const bool i64 = topk_ids.scalar_type() == at::kLong;
   TORCH_CHECK_VALUE(i64 || topk_ids.scalar_type() == at::kInt, "topk_ids: got dtype ", topk_ids.scalar_type(),
@@ -77,7 +113,6 @@ Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weigh
   check_like(topk_weights, "topk_weights", at::kFloat, topk_ids.sizes(), topk_ids);
   check_like(weight, "weight", at::kFloat, {topk_ids.size(0)}, topk_ids);
   check_like(segment, "segment", at::kInt, {topk_ids.size(0)}, topk_ids);
-  TORCH_CHECK_VALUE(num_experts > 0, "num_experts: got ", num_experts, ", expected at least 1");
   Assignments a{};
   a.topk_ids = topk_ids.const_data_ptr();
   a.topk_weights = topk_weights.const_data_ptr<float>();
@@ -85,11 +120,8 @@ Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weigh
   a.segment = segment.const_data_ptr<int32_t>();
   a.num_tokens = topk_ids.size(0);
   a.top_k = static_cast<int32_t>(topk_ids.size(1));
-  a.num_experts = static_cast<int32_t>(num_experts);
   a.ids_are_i64 = i64;
-  a.bucket_bits = checked_bucket_bits(buckets);
-  a.load = checked_enum<Load>(load, 2, "load");
-  a.importance = checked_enum<Importance>(importance, 3, "importance");
+  a.policy = policy;
   return a;
 }
 
@@ -224,106 +256,76 @@ void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
 
 template <class Sink>
 Tensor load_histogram_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                         const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
-                         int64_t importance) {
+                         const Tensor& segment, const Policy& policy) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                s = segment.contiguous();
-  LoadHistogramParams p{checked_assignments(ids, gates, w, s, num_experts, buckets, load, importance), nullptr};
-  check_ids_in_range(ids, num_experts);
-  Tensor histogram = at::empty({histogram_size(num_experts, buckets)}, ids.options().dtype(at::kInt));
+  LoadHistogramParams p{checked_assignments(ids, gates, w, s, policy), nullptr};
+  check_ids_in_range(ids, policy.num_experts);
+  Tensor histogram = at::empty({histogram_size(policy)}, ids.options().dtype(at::kInt));
   p.histogram = histogram.mutable_data_ptr<int32_t>();
   sink(p, ids);
   return histogram;
 }
 
 Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight, const Tensor& segment,
-                      int64_t num_experts, int64_t buckets, int64_t load, int64_t importance) {
-  return load_histogram_to(RunNow{}, topk_ids, topk_weights, weight, segment, num_experts, buckets, load, importance);
+                      at::ArrayRef<double> policy) {
+  return load_histogram_to(RunNow{}, topk_ids, topk_weights, weight, segment, checked_policy(policy));
 }
 
 template <class Sink>
 std::tuple<Tensor, Tensor> clip_threshold_to(Sink&& sink, const Tensor& own, const Tensor& group,
-                                             const Tensor& modality, int64_t num_ranks, int64_t buckets, int64_t scope,
-                                             int64_t load, int64_t reroute, bool protect_text, double gamma, double rho,
-                                             double alpha, double c_min) {
-  const int64_t num_experts = modality.numel();
-  const int32_t bucket_bits = checked_bucket_bits(buckets);
-  check_ranks(num_experts, num_ranks);
-  check_like(own, "own", at::kInt, {histogram_size(num_experts, buckets)}, own);
+                                             const Tensor& modality, const Policy& policy) {
+  check_like(own, "own", at::kInt, {histogram_size(policy)}, own);
   check_like(group, "group", at::kInt, own.sizes(), own);
-  check_like(modality, "modality", at::kChar, {num_experts}, own);
-  TORCH_CHECK_VALUE(gamma > 0.0, "gamma: got ", gamma, ", expected a number above 0");
-  TORCH_CHECK_VALUE(rho >= 0.0 && rho < 2.0, "rho: got ", rho, ", expected 0 <= rho < 2");
-  TORCH_CHECK_VALUE(alpha >= 0.0 && alpha <= 16.0, "alpha: got ", alpha, ", expected 0 <= alpha <= 16");
-  TORCH_CHECK_VALUE(c_min >= 0.0 && std::isfinite(c_min), "c_min: got ", c_min, ", expected a finite number >= 0");
+  check_like(modality, "modality", at::kChar, {policy.num_experts}, own);
   const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
-  const Scope s = checked_enum<Scope>(scope, 2, "scope");
-  Tensor shift = at::empty({num_experts}, o.options());
-  Tensor cut = at::empty({num_bounds(s, num_experts, num_ranks), 4}, o.options());
+  Tensor shift = at::empty({policy.num_experts}, o.options());
+  Tensor cut = at::empty({num_bounds(policy), 4}, o.options());
   sink(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
-                           shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
-                           static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
-                           checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"),
-                           protect_text, gamma, rho, alpha, c_min},
+                           shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(), policy},
        o);
   return {shift, cut};
 }
 
 std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
-                                          int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
-                                          int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
-                                          double c_min) {
-  return clip_threshold_to(RunNow{}, own, group, modality, num_ranks, buckets, scope, load, reroute, protect_text,
-                           gamma, rho, alpha, c_min);
+                                          at::ArrayRef<double> policy) {
+  return clip_threshold_to(RunNow{}, own, group, modality, checked_policy(policy));
 }
 
 template <class Sink>
 std::tuple<Tensor, Tensor, Tensor> clip_apply_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights,
                                                  const Tensor& weight, const Tensor& segment,
                                                  const OptionalTensor& router_logits, const Tensor& shift,
-                                                 const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
-                                                 int64_t load, int64_t importance, int64_t reroute, bool protect_text,
-                                                 int64_t reroute_rounds, int64_t scoring) {
-  const int64_t num_experts = shift.numel();
+                                                 const Tensor& cut, const Policy& policy) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
   ClipApplyParams p{};
-  p.in = checked_assignments(ids, gates, w, seg, num_experts, buckets, load, importance);
-  check_ids_in_range(ids, num_experts);
-  check_ranks(num_experts, num_ranks);
-  p.scope = checked_enum<Scope>(scope, 2, "scope");
-  check_like(sh, "shift", at::kInt, {num_experts}, ids);
-  check_like(c, "cut", at::kInt, {num_bounds(p.scope, num_experts, num_ranks), 4}, ids);
+  p.in = checked_assignments(ids, gates, w, seg, policy);
+  check_ids_in_range(ids, policy.num_experts);
+  check_like(sh, "shift", at::kInt, {policy.num_experts}, ids);
+  check_like(c, "cut", at::kInt, {num_bounds(policy), 4}, ids);
   Tensor logits;
   if (router_logits.has_value()) {
     logits = router_logits->contiguous();
-    check_like(logits, "router_logits", at::kFloat, {ids.size(0), num_experts}, ids);
+    check_like(logits, "router_logits", at::kFloat, {ids.size(0), policy.num_experts}, ids);
     p.router_logits = logits.const_data_ptr<float>();
   }
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
-  Tensor counts = at::empty({3, num_experts, 2}, sh.options());
+  Tensor counts = at::empty({3, policy.num_experts, 2}, sh.options());
   p.shift = sh.const_data_ptr<int32_t>();
   p.cut = c.const_data_ptr<int32_t>();
   p.new_ids = new_ids.mutable_data_ptr();
   p.new_weights = new_weights.mutable_data_ptr<float>();
   p.counts = counts.mutable_data_ptr<int32_t>();
-  p.num_ranks = static_cast<int32_t>(num_ranks);
-  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
-  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
-  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
-  p.protect_text = protect_text;
   sink(p, ids);
   return {new_ids, new_weights, counts};
 }
 
 std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
                                               const Tensor& segment, const OptionalTensor& router_logits,
-                                              const Tensor& shift, const Tensor& cut, int64_t num_ranks,
-                                              int64_t buckets, int64_t scope, int64_t load, int64_t importance,
-                                              int64_t reroute, bool protect_text, int64_t reroute_rounds,
-                                              int64_t scoring) {
-  return clip_apply_to(RunNow{}, topk_ids, topk_weights, weight, segment, router_logits, shift, cut, num_ranks, buckets,
-                       scope, load, importance, reroute, protect_text, reroute_rounds, scoring);
+                                              const Tensor& shift, const Tensor& cut, at::ArrayRef<double> policy) {
+  return clip_apply_to(RunNow{}, topk_ids, topk_weights, weight, segment, router_logits, shift, cut,
+                       checked_policy(policy));
 }
 
 // ---- Bounded, CPU and CUDA: between a dispatch and a grouped GEMM (macs/bounded.h) --------------------------------------
@@ -430,26 +432,22 @@ Tensor equal_weights_to(Sink&& sink, const Tensor& segment) {
 
 std::tuple<Tensor, Tensor, Tensor> score_histogram(const OptionalTensor& hidden_states, const Tensor& topk_ids,
                                                    const Tensor& topk_weights, const Tensor& segment,
-                                                   int64_t num_segments, double delta, int64_t num_experts,
-                                                   int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
-                                                   int64_t importance) {
+                                                   int64_t num_segments, at::ArrayRef<double> packed) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), seg = segment.contiguous();
-  check_ranks(num_experts, num_ranks);
+  const Policy policy = checked_policy(packed);
   const c10::cuda::CUDAGuard guard(ids.device());
   Collect<EntropyScoreParams, EntropyWeightParams, LoadHistogramParams> all;
   Tensor x, entropy, weight;
-  if (hidden_states.has_value()) {
+  if (hidden_states.has_value() && policy.needs_entropy && num_segments > 0) {
     x = hidden_states->contiguous();
     entropy = entropy_score_to(all, x, seg);
-    weight = entropy_weight_to(all, entropy, seg, num_segments, delta);
+    weight = entropy_weight_to(all, entropy, seg, num_segments, policy.delta);
   } else {
     weight = equal_weights_to(all, seg);
   }
-  const Tensor histogram = load_histogram_to(all, ids, gates, weight, seg, num_experts, buckets, load, importance);
+  const Tensor histogram = load_histogram_to(all, ids, gates, weight, seg, policy);
   ClipApplyParams apply{};
   apply.in = all.of<LoadHistogramParams>().in;
-  apply.num_ranks = static_cast<int32_t>(num_ranks);
-  apply.scope = checked_enum<Scope>(scope, 2, "scope");
   const Tensor workspace = workspace_on(ids, cuda::plan_workspace_bytes(all.of<EntropyWeightParams>(), apply));
   check_launch(cuda::launch_score_histogram(all.of<EntropyScoreParams>(), all.of<EntropyWeightParams>(),
                                             all.of<LoadHistogramParams>(), workspace.data_ptr(), stream_of(ids)),
@@ -460,19 +458,16 @@ std::tuple<Tensor, Tensor, Tensor> score_histogram(const OptionalTensor& hidden_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
     const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
     const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const OptionalTensor& workspace,
-    int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load, int64_t importance, int64_t reroute,
-    bool protect_text, double gamma, double rho, double alpha, double c_min, int64_t reroute_rounds, int64_t scoring) {
+    at::ArrayRef<double> packed) {
+  const Policy policy = checked_policy(packed);
   const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous(), ids = topk_ids.contiguous(),
                gates = topk_weights.contiguous(), w = weight.contiguous(), seg = segment.contiguous();
   OptionalTensor logits;
   if (router_logits.has_value()) logits = router_logits->contiguous();
   const c10::cuda::CUDAGuard guard(ids.device());
   Collect<ClipThresholdParams, ClipApplyParams> all;
-  const auto [shift, cut] = clip_threshold_to(all, o, g, m, num_ranks, buckets, scope, load, reroute, protect_text,
-                                              gamma, rho, alpha, c_min);
-  const auto [new_ids, new_weights, counts] =
-      clip_apply_to(all, ids, gates, w, seg, logits, shift, cut, num_ranks, buckets, scope, load, importance, reroute,
-                    protect_text, reroute_rounds, scoring);
+  const auto [shift, cut] = clip_threshold_to(all, o, g, m, policy);
+  const auto [new_ids, new_weights, counts] = clip_apply_to(all, ids, gates, w, seg, logits, shift, cut, policy);
   const ClipApplyParams& apply = all.of<ClipApplyParams>();
   const size_t bytes = cuda::plan_workspace_bytes(EntropyWeightParams{}, apply);
   const Tensor scratch = workspace.has_value() ? *workspace : workspace_on(ids, bytes).zero_();
@@ -492,7 +487,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
 FusedShape checked_shape(at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(shape.size() == 10, "shape: got ", shape.size(), " numbers, expected the 10 of FusedShape");
   const auto at = [&](size_t i) { return static_cast<int32_t>(shape[i]); };
-  const FusedShape s = {at(0), at(1), at(2), at(3), at(4), at(5), checked_enum<RowFormat>(shape[6], 4, "format"),
+  const FusedShape s = {at(0), at(1), at(2), at(3), at(4), at(5), checked_enum<RowFormat>(shape[6], "format"),
                         at(7), at(8), at(9)};
   check_ranks(s.num_experts, s.num_ranks);
   TORCH_CHECK_VALUE(s.num_ranks <= kMaxPeers, "num_ranks: got ", s.num_ranks, ", expected at most ", kMaxPeers);
@@ -579,9 +574,7 @@ void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shap
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, int64_t num_segments, double delta, bool needs_entropy, int64_t buckets, int64_t scope,
-    int64_t load, int64_t importance, int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
-    double c_min, int64_t reroute_rounds, int64_t scoring, int64_t phase, int64_t timeout_ns) {
+    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -599,25 +592,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     check_like(logits, "router_logits", at::kFloat, {ids.size(0), p.shape.num_experts}, region);
     p.one.router_logits = logits.const_data_ptr<float>();
   }
-  p.scope = checked_enum<Scope>(scope, 2, "scope");
-  p.load = checked_enum<Load>(load, 2, "load");
-  p.importance = checked_enum<Importance>(importance, 3, "importance");
-  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
-  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
-  p.phase = checked_enum<Phase>(phase, 3, "phase");
-  p.bucket_bits = checked_bucket_bits(buckets);
-  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
+  p.policy = checked_policy(policy);
+  p.phase = checked_enum<Phase>(phase, "phase");
   p.num_segments = static_cast<int32_t>(num_segments);
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
-  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = !ranks_are_apart(p.shape);
+  p.same_device = !ranks_are_apart(p.shape);
   p.scales_with_rows = ranks_are_apart(p.shape);
-  p.gamma = gamma, p.rho = rho, p.alpha = alpha, p.c_min = c_min, p.delta = static_cast<float>(delta);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
   Tensor weight = at::empty({ids.size(0)}, gates.options());
-  Tensor cut = at::empty({num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks), 4}, i32);
+  Tensor cut = at::empty({num_bounds(p.policy), 4}, i32);
   Tensor counts = at::empty({3, p.shape.num_experts, 2}, i32), sums = at::empty({kNumSums}, i32);
   p.modality = m.const_data_ptr<int8_t>();
   p.one.hidden_states = x.const_data_ptr();
@@ -645,7 +631,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.one = fused_rank(region, peers, rank, p.shape);
   p.phase = Phase::kReceive;
   p.scales_with_rows = ranks_are_apart(p.shape);
-  p.bucket_bits = checked_bucket_bits(128);  // of no meaning here
+  p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
@@ -675,7 +661,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.one.num_tokens = static_cast<int32_t>(ids.size(0));
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
   p.same_device = !ranks_are_apart(p.shape);
-  p.phase = checked_enum<Phase>(phase, 3, "phase");
+  p.phase = checked_enum<Phase>(phase, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
@@ -704,6 +690,62 @@ void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
 
 #endif
 
+// ---- What Python would else repeat ----------------------------------------------------------------------------------
+
+std::string quoted(std::string_view word) { return '"' + std::string(word) + '"'; }
+
+// A list of JSON from words with commas between them.
+std::string list_of(std::string_view words) {
+  std::string list = "[";
+  for (size_t end; (end = words.find(',')) != std::string_view::npos; words.remove_prefix(end + 1)) {
+    list += quoted(words.substr(0, end)) + ",";
+  }
+  return list + quoted(words) + "]";
+}
+
+template <class Option>
+const char* kind_of() {
+  if (std::is_enum_v<Option>) return "choice";
+  if (std::is_same_v<Option, bool>) return "bool";
+  return std::is_integral_v<Option> ? "int" : "float";
+}
+
+// JSON: the options of a policy and their kinds, in the order in which they are packed; the names of every enumeration's
+// values; limits.
+std::string definitions() {
+  std::ostringstream out;
+  const char* separator = "";
+  out << "{\"policy\":{";
+  const Policy policy = {};
+  for_each_option(policy, [&](const char* name, const auto& option) {
+    out << separator << quoted(name) << ":" << quoted(kind_of<std::remove_cvref_t<decltype(option)>>());
+    separator = ",";
+  });
+  out << "},\"names\":{";
+  for_each_option(policy, [&](const char* name, const auto& option) {
+    using Option = std::remove_cvref_t<decltype(option)>;
+    if constexpr (std::is_enum_v<Option>) out << quoted(name) << ":" << list_of(kNames<Option>) << ",";
+  });
+  out << "\"format\":" << list_of(kNames<RowFormat>) << ",\"phase\":" << list_of(kNames<Phase>)
+      << ",\"fault\":" << list_of(kNames<Fault>) << "},\"limits\":{";
+  const std::pair<const char*, int64_t> limits[] = {
+      {"weight_one", kWeightOne},         {"num_sums", kNumSums},
+      {"min_buckets", num_buckets(kMinBucketBits)}, {"max_buckets", num_buckets(kMaxBucketBits)},
+      {"peers", kMaxPeers},               {"fused_experts", kMaxFusedExperts},
+      {"fused_top_k", kMaxFusedTopK},     {"fused_tokens", kMaxFusedTokens},
+      {"fused_slots", kMaxFusedSlots},    {"fused_reroute_rounds", kMaxFusedRerouteRounds},
+      {"fused_min_hidden", kMinFusedHidden}, {"fused_max_hidden", kMaxFusedHidden},
+      {"fused_hidden_step", kFusedHiddenStep},
+  };
+  separator = "";
+  for (const auto& [name, value] : limits) {
+    out << separator << quoted(name) << ":" << value;
+    separator = ",";
+  }
+  out << "}}";
+  return out.str();
+}
+
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
 
 Tensor entropy_score_meta(const Tensor& hidden_states, const Tensor& segment) {
@@ -724,50 +766,45 @@ void check_assignment_devices(const Tensor& topk_ids, const Tensor& topk_weights
 }
 
 Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                           const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t, int64_t) {
+                           const Tensor& segment, at::ArrayRef<double> policy) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
-  return at::empty({histogram_size(num_experts, buckets)}, topk_ids.options().dtype(at::kInt));
+  return at::empty({histogram_size(checked_policy(policy))}, topk_ids.options().dtype(at::kInt));
 }
 
 std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& group, const Tensor& modality,
-                                               int64_t num_ranks, int64_t, int64_t scope, int64_t, int64_t, bool,
-                                               double, double, double, double) {
+                                               at::ArrayRef<double> packed) {
   check_device("group", group, own);
   check_device("modality", modality, own);
-  const c10::SymInt num_experts = modality.sym_size(0);
-  const c10::SymInt num_bounds = scope == static_cast<int64_t>(Scope::kExpert) ? num_experts : c10::SymInt(num_ranks);
-  return {at::empty_symint({num_experts}, own.options()), at::empty_symint({num_bounds, 4}, own.options())};
+  const Policy policy = checked_policy(packed);
+  return {at::empty({policy.num_experts}, own.options()), at::empty({num_bounds(policy), 4}, own.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights,
                                                    const Tensor& weight, const Tensor& segment,
                                                    const OptionalTensor& router_logits, const Tensor& shift,
-                                                   const Tensor& cut, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                                   int64_t, bool, int64_t, int64_t) {
+                                                   const Tensor& cut, at::ArrayRef<double> policy) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
   check_device("shift", shift, topk_ids);
   check_device("cut", cut, topk_ids);
   return {at::empty_like(topk_ids), at::empty_like(topk_weights),
-          at::empty_symint({3, shift.sym_size(0), 2}, shift.options())};
+          at::empty({3, checked_policy(policy).num_experts, 2}, shift.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
-    const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& hidden_states,
+    const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, int64_t, double, bool, int64_t, int64_t scope, int64_t, int64_t, int64_t, bool, double,
-    double, double, double, int64_t, int64_t, int64_t, int64_t) {
+    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t) {
   check_device("hidden_states", hidden_states, region);
   check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
-  const int64_t num_experts = modality.numel(), num_ranks = checked_shape(shape).num_ranks;
+  const Policy policy = checked_policy(packed);
   const auto i32 = region.options().dtype(at::kInt);
-  const int64_t bounds = num_bounds(static_cast<Scope>(scope), num_experts, num_ranks);
   return {at::empty_like(topk_ids),
           at::empty_like(topk_weights),
           at::empty_symint({topk_ids.sym_size(0)}, topk_weights.options()),
-          at::empty({bounds, 4}, i32),
-          at::empty({3, num_experts, 2}, i32),
+          at::empty({num_bounds(policy), 4}, i32),
+          at::empty({3, policy.num_experts, 2}, i32),
           at::empty({kNumSums}, i32)};
 }
 
@@ -798,33 +835,28 @@ void bounded_gather_meta(const Tensor& outputs, const Tensor& place, const Tenso
 }  // namespace macs
 
 TORCH_LIBRARY(sglang_macs, m) {
+  m.def("definitions() -> str", &macs::definitions);
+  m.def("check_policy(float[] policy) -> ()", &macs::check_policy);
   m.def("entropy_score(Tensor hidden_states, Tensor segment) -> Tensor");
   m.def("entropy_weight(Tensor entropy, Tensor segment, int num_segments, float delta) -> Tensor");
   m.def(
-      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, int num_experts, "
-      "int buckets, int load, int importance) -> Tensor");
-  m.def(
-      "clip_threshold(Tensor own, Tensor group, Tensor modality, int num_ranks, int buckets, int scope, int load, "
-      "int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min) -> (Tensor, Tensor)");
+      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, float[] policy) -> Tensor");
+  m.def("clip_threshold(Tensor own, Tensor group, Tensor modality, float[] policy) -> (Tensor, Tensor)");
   m.def(
       "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
-      "Tensor shift, Tensor cut, int num_ranks, int buckets, int scope, int load, int importance, int reroute, "
-      "bool protect_text, int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor)");
+      "Tensor shift, Tensor cut, float[] policy) -> (Tensor, Tensor, Tensor)");
   m.def(
       "score_histogram(Tensor? hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
-      "float delta, int num_experts, int num_ranks, int buckets, int scope, int load, int importance) "
-      "-> (Tensor, Tensor, Tensor)");
+      "float[] policy) -> (Tensor, Tensor, Tensor)");
   m.def(
       "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
-      "Tensor segment, Tensor? router_logits, Tensor? workspace, int num_ranks, int buckets, int scope, int load, "
-      "int importance, int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min, "
-      "int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor segment, Tensor? router_logits, Tensor? workspace, float[] policy) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_layout(int[] shape) -> int[]", &macs::fused_layout_of);
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
-      "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, int num_segments, float delta, "
-      "bool needs_entropy, int buckets, int scope, int load, int importance, int reroute, bool protect_text, "
-      "float gamma, float rho, float alpha, float c_min, int reroute_rounds, int scoring, int phase, int timeout_ns) "
+      "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, float[] policy, "
+      "int num_segments, int phase, int timeout_ns) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
   m.def(

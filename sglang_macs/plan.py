@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
-from .choices import WEIGHT_ONE
+from . import ops, policy
+from .choices import NUM_SUMS, SCORINGS, WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
 
@@ -59,25 +59,27 @@ class Plan:
     ) -> None:
         if num_ranks < 1 or num_experts % num_ranks:
             raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
-        ops.choice("scoring", scoring, ops.SCORINGS)
+        policy.choice("scoring", scoring, SCORINGS)
         self.config = config
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.scoring = scoring
         self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
-        self._levels = {"buckets": config.buckets, "load": config.load}
-        self._clip = {"scope": config.scope, "reroute": config.reroute, "protect_text": config.protect_text}
-        self._clip["num_ranks"] = num_ranks
         alone = config.exchange == "local"
-        self._capacity = {"gamma": config.gamma, "rho": config.rho, "alpha": config.alpha}
-        self._capacity["c_min"] = config.c_min / num_ranks if alone else config.c_min
-        self._apply = {"importance": config.importance, "reroute_rounds": config.reroute_rounds, "scoring": scoring}
+        self.policy = policy.of_config(
+            config,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            scoring=scoring,
+            needs_entropy=self._needs_entropy,
+            c_min=config.c_min / num_ranks if alone else config.c_min,
+        )
 
     @property
     def histogram_size(self) -> int:
         """Numbers that the exchange sums."""
-        return self.num_experts * 2 * self.config.buckets + ops.NUM_SUMS
+        return self.num_experts * 2 * self.config.buckets + NUM_SUMS
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
@@ -88,22 +90,13 @@ class Plan:
 
     def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
         """This rank's integer histogram, [E * 2 * buckets + 4] i32."""
-        return ops.load_histogram(
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            num_experts=self.num_experts,
-            importance=self.config.importance,
-            **self._levels,
-        )
+        return ops.load_histogram(topk_ids, topk_weights, weight, segment, self.policy)
 
     def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
         if self.config.exchange == "local":
             group = own
-        modality = self._modality_on(own.device)
-        return ops.clip_threshold(own, group, modality, **self._capacity, **self._levels, **self._clip)
+        return ops.clip_threshold(own, group, self._modality_on(own.device), self.policy)
 
     def _modality_on(self, device: torch.device) -> Tensor:
         if self.modality.device != device:  # once: a copy to a GPU makes the host wait
@@ -112,9 +105,7 @@ class Plan:
 
     def fused_options(self, device: torch.device) -> dict[str, object]:
         """What `ops.fused_dispatch` needs to decide as this plan does."""
-        clip = {name: value for name, value in self._clip.items() if name != "num_ranks"}
-        own = {"modality": self._modality_on(device), "delta": self.config.delta, "needs_entropy": self._needs_entropy}
-        return own | clip | self._levels | self._capacity | self._apply
+        return {"modality": self._modality_on(device), "policy": self.policy}
 
     def apply(
         self,
@@ -127,18 +118,7 @@ class Plan:
         cut: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
-        return ops.clip_apply(
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            router_logits,
-            shift,
-            cut,
-            **self._apply,
-            **self._levels,
-            **self._clip,
-        )
+        return ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, self.policy)
 
     def __call__(
         self,
@@ -178,10 +158,7 @@ class Plan:
             segment,
             logits,
             workspace,
-            **self._capacity,
-            **self._apply,
-            **self._levels,
-            **self._clip,
+            self.policy,
         )
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
@@ -192,19 +169,7 @@ class Plan:
         if not ops.is_fused(hidden_states):
             weight = self.weight(hidden_states, segment, num_segments)
             return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
-        return ops.score_histogram(
-            hidden_states if self._needs_entropy and num_segments > 0 else None,
-            topk_ids,
-            topk_weights,
-            segment,
-            num_segments=num_segments,
-            delta=self.config.delta,
-            num_experts=self.num_experts,
-            num_ranks=self.num_ranks,
-            scope=self.config.scope,
-            importance=self.config.importance,
-            **self._levels,
-        )
+        return ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, self.policy)
 
 
 def most_tokens(top_k: int, load: str) -> int:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .backlog import Backlog, SumsByLayer, to_host
-from .choices import MODALITIES, WEIGHT_ONE
+from .choices import MODALITIES, NUM_SUMS, WEIGHT_ONE
 from .config import MacsConfig
-from .ops import NUM_SUMS
 from .plan import PlanResult
 
 BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount

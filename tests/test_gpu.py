@@ -13,6 +13,7 @@ import torch
 from sglang_macs import ops
 from sglang_macs.batch import Batch, forward
 from sglang_macs.bounded import BoundedDispatch, Received
+from sglang_macs.choices import NUM_SUMS
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.fused import FusedDispatch, Sizes
@@ -228,7 +229,7 @@ def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_ro
         rows, scales, received = fused.receive()
         for name in ("topk_ids", "topk_weights", "weight", "cut", "counts"):
             assert torch.equal(getattr(got, name), getattr(want, name)), (name, tokens)
-        assert torch.equal(got.group, want.group[-ops.NUM_SUMS :])
+        assert torch.equal(got.group, want.group[-NUM_SUMS:])
         assert torch.equal(received, (want.counts[0] + want.counts[2]).sum(1, dtype=torch.int32))
         values = rows.float() * (1.0 if scales is None else scales.repeat_interleave(128, 2))
         fused.offer(values.bfloat16(), got.topk_ids, got.topk_weights)

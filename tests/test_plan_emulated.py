@@ -11,6 +11,7 @@ from typing import Any
 import cases
 import emulated
 import kernels_c as c
+import operators
 import pytest
 import torch
 from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
@@ -117,7 +118,7 @@ class Launchers:
         if then_gamma is not None:
             for name in ("shift", "cut", "counts", "weights", "ids"):
                 out[name].view(torch.uint8).fill_(POISON)
-            threshold.gamma = then_gamma
+            threshold.policy.gamma = then_gamma
             self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
         scratch.check()
         return {name: buffer.check() for name, buffer in buffers.items()}
@@ -140,33 +141,23 @@ def weight_params(entropy: Any, segment: Any, weight: Any, segments: int, delta:
     return c.EntropyWeightParams(address(entropy), address(segment), address(weight), tokens, segments, delta)
 
 
+def policy(options: dict, experts: int) -> c.Policy:
+    own = {name: value for name, value in options.items() if name != "buckets"}
+    return c.policy(**own | {"num_experts": experts, "bucket_bits": options["buckets"].bit_length() - 5})
+
+
 def assignments(ids: torch.Tensor, gates: Any, weight: Any, segment: Any, experts: int, options: dict) -> Any:
-    bits = options["buckets"].bit_length() - 5
-    chosen = c.LOADS.index(options["load"]), c.IMPORTANCES.index(options["importance"])
     tensors = map(address, (ids, gates, weight, segment))
-    return c.Assignments(*tensors, *ids.shape, experts, ids.dtype == torch.int64, bits, *chosen)
+    return c.Assignments(*tensors, *ids.shape, ids.dtype == torch.int64, policy(options, experts))
 
 
 def threshold_params(own: Any, group: Any, modality: torch.Tensor, shift: Any, cut: Any, options: dict) -> Any:
-    chosen = c.SCOPES.index(options["scope"]), c.LOADS.index(options["load"]), c.REROUTES.index(options["reroute"])
-    sizes = len(modality), options["num_ranks"], options["buckets"].bit_length() - 5
-    numbers = [options[name] for name in ("protect_text", "gamma", "rho", "alpha", "c_min")]
-    return c.ClipThresholdParams(*map(address, (own, group, modality, shift, cut)), *sizes, *chosen, *numbers)
+    return c.ClipThresholdParams(*map(address, (own, group, modality, shift, cut)), policy(options, len(modality)))
 
 
 def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: dict) -> Any:
     *routing, logits, shift, cut = inputs
-    chosen = (
-        c.SCOPES.index(options["scope"]),
-        c.REROUTES.index(options["reroute"]),
-        c.SCORINGS.index(options["scoring"]),
-        options["protect_text"],
-    )
-    return c.ClipApplyParams(
-        assignments(*routing, len(shift), options),
-        *map(address, (logits, shift, cut, *outputs)),
-        *(options["num_ranks"], options["reroute_rounds"], *chosen),
-    )
+    return c.ClipApplyParams(assignments(*routing, len(shift), options), *map(address, (logits, shift, cut, *outputs)))
 
 
 def library_of(name: str, max_cluster: int) -> Launchers:
@@ -230,10 +221,10 @@ def test_integers_equal_the_cpu_operators(launchers: Launchers, name: str, load:
     counted = pick(options, HISTOGRAM, num_experts=group.num_experts)
     ordered = pick(options, THRESHOLD, num_ranks=group.num_ranks)
     applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
-    histogram = ops.load_histogram(*routing, **counted)
-    shift, cut = ops.clip_threshold(histogram, histogram, group.modality, **ordered)
+    histogram = operators.load_histogram(*routing, **counted)
+    shift, cut = operators.clip_threshold(histogram, histogram, group.modality, **ordered)
     inputs = (*routing, b.router_logits, shift, cut)
-    want = [histogram, shift, cut, *ops.clip_apply(*inputs, **applied)]
+    want = [histogram, shift, cut, *operators.clip_apply(*inputs, **applied)]
     for seed in range(2):
         launchers.library.configure(seed)
         got = [
@@ -321,7 +312,7 @@ def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clus
     group = replace(group, batches=[b])
     got = one_by_one(launchers, group, USUAL)
     routing = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
-    ids, weights, counts = ops.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
+    ids, weights, counts = operators.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
     assert counts[2].sum() > 3 and torch.equal(got["ids"], ids)
     torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
     fused = with_clusters.plan(group, USUAL | {"num_ranks": 4, "scoring": group.scoring})
@@ -337,10 +328,10 @@ def test_fused_launchers_without_scores(request, path: str, num_launches: int, s
     options = USUAL | FUSED_CASES[scope] | {"importance": "gate"}
     weight = torch.where(b.segment < 0, 1.0, 0.5)
     routing = b.topk_ids, b.topk_weights, weight, b.segment
-    own = ops.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=16))
-    shift, cut = ops.clip_threshold(own, own, group.modality, **pick(options, THRESHOLD, num_ranks=4))
+    own = operators.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=16))
+    shift, cut = operators.clip_threshold(own, own, group.modality, **pick(options, THRESHOLD, num_ranks=4))
     applied = pick(options, APPLY, num_ranks=4, scoring=group.scoring)
-    ids, weights, counts = ops.clip_apply(*routing, b.router_logits, shift, cut, **applied)
+    ids, weights, counts = operators.clip_apply(*routing, b.router_logits, shift, cut, **applied)
     want = {"weight": weight, "histogram": own, "shift": shift, "cut": cut, "counts": counts, "ids": ids}
     fused = request.getfixturevalue(path)
     for seed in range(2):

@@ -1,0 +1,34 @@
+"""The operators by single options, as the oracle takes them: what a test leaves out is what a plan has by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_macs import ops, policy
+
+USUAL: dict[str, Any] = {
+    "num_ranks": 1, "buckets": 128, "reroute_rounds": 4, "scope": "rank", "load": "rows", "importance": "gate",
+    "reroute": "global", "scoring": "softmax", "protect_text": True, "needs_entropy": True, "delta": 1.0, "gamma": 1.1,
+    "rho": 0.5, "alpha": 1.0, "c_min": 0.0,
+}  # fmt: skip
+
+
+def policy_of(**options: Any) -> policy.Policy:
+    """Packed; only `num_experts` has to be given."""
+    return policy.pack(**USUAL | options)
+
+
+def load_histogram(*routing: torch.Tensor, **options: Any) -> torch.Tensor:
+    return ops.load_histogram(*routing, policy_of(**options))
+
+
+def clip_threshold(
+    own: torch.Tensor, group: torch.Tensor, modality: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.clip_threshold(own, group, modality, policy_of(num_experts=modality.numel(), **options))
+
+
+def clip_apply(*inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return ops.clip_apply(*inputs, policy_of(num_experts=inputs[5].numel(), **options))

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -165,16 +164,10 @@ class LayerPlanner:
         if now.skip:
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
+        planned_segment = segment if left_alone is None else segment.clamp(min=batch.TEXT)
+        given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
         start = time.perf_counter()
-        plan = plan or partial(self.plan, all_reduce=self.all_reduce)
-        result = plan(
-            hidden_states,
-            planned_ids,
-            topk_weights,
-            router_logits,
-            segment if left_alone is None else segment.clamp(min=batch.TEXT),
-            now.num_segments,
-        )
+        result = plan(*given) if plan else self.plan(*given, self.peers or self.all_reduce)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)

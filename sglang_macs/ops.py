@@ -1,4 +1,4 @@
-"""The five operators of the plan (docs/method.md) and, on CUDA, its two fused halves, as thin wrappers over
+"""The five operators of the plan (docs/method.md), and the plan in one call or two, as thin wrappers over
 `torch.ops.sglang_macs`.
 
 Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
@@ -90,9 +90,9 @@ def has_cuda() -> bool:
     return cuda_backend() is not None
 
 
-def is_fused(tensor: Tensor) -> bool:
-    """Whether `score_histogram` and `threshold_apply` exist where `tensor` is: in the extension's CUDA kernels."""
-    return tensor.is_cuda and _cuda_backend == "cuda"
+def is_whole(tensor: Tensor) -> bool:
+    """Whether `plan`, `score_histogram` and `threshold_apply` exist where `tensor` is: not in Triton."""
+    return not tensor.is_cuda or _cuda_backend == "cuda"
 
 
 def entropy_score(hidden_states: Tensor, segment: Tensor) -> Tensor:
@@ -180,22 +180,63 @@ def clip_apply(
     return _ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy)
 
 
+class Peers(NamedTuple):
+    """An exchange over peers' memory.
+
+    region: [peer_reduce_layout.bytes] u8, this rank's. addresses: of all ranks' regions, as this rank sees them.
+    timeout_ns: after which a wait for a peer gives up; the region's status says so, and no sum is written.
+    """
+
+    region: Tensor | None
+    addresses: list[int]
+    rank: int
+    timeout_ns: int
+
+
+ALONE = Peers(None, [], 0, 0)
+
+
+def plan(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    router_logits: Tensor | None,
+    segment: Tensor,
+    num_segments: int,
+    modality: Tensor,
+    policy: Policy,
+    peers: Peers = ALONE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five operators in one call, the same bits, with the exchange between them. Only where `is_whole`; with peers,
+    collective and on CUDA.
+
+    Args:
+        hidden_states: [T, H], not read where the policy needs no entropies.
+        router_logits: [T, E] bf16, f16 or f32, or None; on CUDA, only clipped tokens' are read.
+    Returns:
+        topk_ids, topk_weights, weight, own, group, cut, counts; group is own where this rank is the group.
+    """
+    return _ops.plan(
+        hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments, modality, policy, *peers
+    )
+
+
 def score_histogram(
-    hidden_states: Tensor | None,
+    hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
     segment: Tensor,
     num_segments: int,
     policy: Policy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`entropy_score`, `entropy_weight` and `load_histogram` in one chain of overlapping launches: the plan before its
-    exchange, the same bits as the three operators. Only where `is_fused`.
+    exchanged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plan` before its exchange, where somebody else sums. Only where `is_whole`.
 
-    Args: theirs; hidden_states may be None where the policy needs no entropies: visual tokens weigh 0.5, text 1.
     Returns:
-        weight [T] f32; the histogram; and a workspace for `threshold_apply`.
+        weight [T] f32; own; group: a copy of own to be summed over the ranks if `exchanged`, else own; and a workspace
+        for `threshold_apply`.
     """
-    return _ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, policy)
+    return _ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, exchanged)
 
 
 def threshold_apply(
@@ -207,15 +248,14 @@ def threshold_apply(
     weight: Tensor,
     segment: Tensor,
     router_logits: Tensor | None,
-    workspace: Tensor | None,
+    workspace: Tensor,
     policy: Policy,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`clip_threshold` and `clip_apply` in one kernel, the same bits: the plan behind its exchange.
-    Only where `is_fused`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plan` behind its exchange. Only where `is_whole`.
 
-    Args: theirs; workspace: of the `score_histogram` of the same batch, or None.
+    Args: as of `plan`; weight, own, group and workspace: of the `score_histogram` of the same batch.
     Returns:
-        topk_ids, topk_weights, shift, cut, counts.
+        topk_ids, topk_weights, cut, counts.
     """
     return _ops.threshold_apply(
         own, group, modality, topk_ids, topk_weights, weight, segment, router_logits, workspace, policy
@@ -291,7 +331,7 @@ def fused_dispatch(
     phase: str,
     timeout_ns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. Only where `is_fused`.
+    """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. On CUDA.
 
     Args:
         region: [bytes] u8, this rank's; peers: addresses of all ranks' regions.
@@ -367,16 +407,12 @@ def peer_reduce_layout(num_ranks: int, size: int) -> PeerReduceLayout:
     return PeerReduceLayout(*_ops.peer_reduce_layout(num_ranks, size))
 
 
-def peer_all_reduce(region: Tensor, peers: list[int], rank: int, values: Tensor, timeout_ns: int) -> None:
-    """Sums over the ranks in place, in one launch. Collective. Only where `is_fused`.
+def peer_all_reduce(peers: Peers, values: Tensor) -> None:
+    """Sums [size] i32 values over the ranks in place, in one launch; sums wrap. Collective. On CUDA.
 
-    Args:
-        region: [peer_reduce_layout.bytes] u8, this rank's; peers: addresses of all ranks' regions.
-        values: [size] i32; sums wrap.
-        timeout_ns: after which a wait for a peer gives up; the region's status says so, and values keep what they were.
     Source: csrc/cuda/peer_all_reduce.cu.
     """
-    _ops.peer_all_reduce(region, peers, rank, values, timeout_ns)
+    _ops.peer_all_reduce(peers.region, peers.addresses, peers.rank, values, peers.timeout_ns)
 
 
 def allocate_shared(size: int) -> tuple[Tensor, Tensor]:

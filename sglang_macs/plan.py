@@ -10,6 +10,7 @@ from . import ops, policy
 from .choices import NUM_SUMS, SCORINGS, WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
+from .peer_all_reduce import PeerAllReduce
 
 AllReduce = Callable[[Tensor], object]
 
@@ -135,41 +136,48 @@ class Plan:
         Args:
             hidden_states: [T, H]; topk_ids [T, K]; topk_weights [T, K] f32; router_logits [T, E] or None.
             segment: [T] i32, -1 = text, otherwise below num_segments.
-            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group.
+            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group. With a
+                `PeerAllReduce` the whole plan is one operator call, else two around it.
         """
-        # Made first: on CUDA, what comes behind the exchange reads the routing before it waits for anything.
-        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
-        weight, own, workspace = self._before_exchange(hidden_states, topk_ids, topk_weights, segment, num_segments)
-        group = own
-        if all_reduce is not None and self.config.exchange == "group":
-            group = own.clone()
-            all_reduce(group)
-        if not ops.is_fused(own):
-            shift, cut = self.threshold(own, group)
-            ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
-            return PlanResult(ids, weights, weight, own, group, cut, counts)
-        ids, weights, _, cut, counts = ops.threshold_apply(
-            own,
-            group,
-            self._modality_on(own.device),
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            logits,
-            workspace,
-            self.policy,
+        routing = topk_ids, topk_weights
+        if self.config.exchange == "local":
+            all_reduce = None
+        if not ops.is_whole(topk_ids):
+            return self._by_operators(hidden_states, *routing, router_logits, segment, num_segments, all_reduce)
+        modality = self._modality_on(topk_ids.device)
+        if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
+            peers = ops.ALONE if all_reduce is None else all_reduce.peers
+            batch = hidden_states, *routing, router_logits, segment, num_segments
+            return PlanResult(*ops.plan(*batch, modality, self.policy, peers))
+        weight, own, group, workspace = ops.score_histogram(
+            hidden_states, *routing, segment, num_segments, self.policy, True
+        )
+        all_reduce(group)
+        ids, weights, cut, counts = ops.threshold_apply(
+            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy
         )
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
-    def _before_exchange(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weight, histogram, workspace): fused where it can be, else without a workspace."""
-        if not ops.is_fused(hidden_states):
-            weight = self.weight(hidden_states, segment, num_segments)
-            return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
-        return ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, self.policy)
+    def _by_operators(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+        all_reduce: AllReduce | None,
+    ) -> PlanResult:
+        """As `__call__`, by the five operators one after the other."""
+        weight = self.weight(hidden_states, segment, num_segments)
+        own = group = self.histogram(topk_ids, topk_weights, weight, segment)
+        if all_reduce is not None:
+            group = own.clone()
+            all_reduce(group)
+        shift, cut = self.threshold(own, group)
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
 
 
 def most_tokens(top_k: int, load: str) -> int:

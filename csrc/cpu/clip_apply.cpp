@@ -71,7 +71,7 @@ struct Apply {
 
   // Best open expert for a slot; closed to the token's later slots of this round once it is taken.
   int64_t candidate(const Slot& s) {
-    const float* logits = p.router_logits + s.token * policy.num_experts;
+    const float* logits = static_cast<const float*>(p.router_logits) + s.token * policy.num_experts;
     const bool local = policy.reroute == Reroute::kLocal;
     const int64_t first = local ? s.expert / per_rank * per_rank : 0;
     const int64_t last = local ? first + per_rank : policy.num_experts;
@@ -86,7 +86,7 @@ struct Apply {
   }
 
   float rerouted_weight(int64_t token, int64_t expert) const {
-    const float* logits = p.router_logits + token * policy.num_experts;
+    const float* logits = static_cast<const float*>(p.router_logits) + token * policy.num_experts;
     int64_t ref = -1;
     for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i)
       if (expert_at(a, i) >= 0 && (ref < 0 || a.topk_weights[i] > a.topk_weights[ref])) ref = i;

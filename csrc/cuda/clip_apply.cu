@@ -209,6 +209,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
   const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
+  const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
@@ -226,7 +227,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].homeless != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
       }
     };
     Chooser<kKeys> tokens[kTokensAtOnce];
@@ -268,8 +269,9 @@ __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
     const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
     if (!pending) return;
     if (accepted) {
-      const float* const row = p.router_logits + slot.token * p.in.policy.num_experts;
-      const float to = __ldg(row + wanted), from = __ldg(row + reference.expert);
+      const Logits logits = {p.router_logits, p.logits_dtype};
+      const int64_t row = slot.token * p.in.policy.num_experts;
+      const float to = logits.at(row + wanted), from = logits.at(row + reference.expert);
       walk.put(state, wanted, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
       if (!rows) atomicAdd(board.taken() + bound, units);
       walk.count(2, wanted, slot.text());

@@ -166,7 +166,7 @@ __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
     tokens[0].from = local ? entry.expert() / b.args.per_rank * b.args.per_rank : -1;
     const int leader = __ffs(homeless) - 1;
     tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.policy.load), leader);
-    load_logits<kKeys>(b.me.router_logits, experts, token, tokens[0].logits);
+    load_logits<kKeys>(Logits{b.me.router_logits, DType::kFloat32}, experts, token, tokens[0].logits);
     const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank, words);
     if (current == kHomeless) wanted[slot] = choice;
   }

@@ -222,7 +222,7 @@ struct Token {
       gate = __ldg(p.in.topk_weights + here.token * p.in.top_k + here.lane);
     }
     if (p.router_logits == nullptr) return;
-    load_logits<kKeys>(p.router_logits, p.in.policy.num_experts, here.token, logits);
+    load_logits<kKeys>(Logits{p.router_logits, p.logits_dtype}, p.in.policy.num_experts, here.token, logits);
     first_of_rank = max(expert, 0) / here.args.per_rank * here.args.per_rank;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {

@@ -63,6 +63,7 @@ ClipApplyParams = _struct(
     [
         ("assignments", Assignments),
         *_fields(_p, "router_logits", "shift", "cut", "new_ids", "new_weights", "counts"),
+        ("logits_dtype", _i32),
     ],
 )
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]

@@ -24,7 +24,7 @@ struct EntropyScoreParams {
 };
 
 struct EntropyWeightParams {
-  const float* entropy;    // [T]
+  const float* entropy;    // [T]; nullptr where nothing depends on entropies: visual tokens weigh 0.5
   const int32_t* segment;  // [T]
   float* weight;           // [T] out
   int64_t num_tokens, num_segments;
@@ -59,12 +59,13 @@ struct ClipThresholdParams {
 
 struct ClipApplyParams {
   Assignments in;
-  const float* router_logits;  // [T, E] or nullptr
-  const int32_t* shift;        // [E]
-  const int32_t* cut;          // [NB, 4]
-  void* new_ids;               // [T, K] out, dtype of topk_ids
-  float* new_weights;          // [T, K] out
-  int32_t* counts;             // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
+  const void* router_logits;  // [T, E] or nullptr; only clipped tokens' are read
+  const int32_t* shift;       // [E]
+  const int32_t* cut;         // [NB, 4]
+  void* new_ids;              // [T, K] out, dtype of topk_ids
+  float* new_weights;         // [T, K] out
+  int32_t* counts;            // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
+  DType logits_dtype;         // on a CPU: f32
 };
 
 }  // namespace macs

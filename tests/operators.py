@@ -7,17 +7,13 @@ from typing import Any
 import torch
 
 from sglang_macs import ops, policy
-
-USUAL: dict[str, Any] = {
-    "num_ranks": 1, "buckets": 128, "reroute_rounds": 4, "scope": "rank", "load": "rows", "importance": "gate",
-    "reroute": "global", "scoring": "softmax", "protect_text": True, "needs_entropy": True, "delta": 1.0, "gamma": 1.1,
-    "rho": 0.5, "alpha": 1.0, "c_min": 0.0,
-}  # fmt: skip
+from sglang_macs.config import MacsConfig
 
 
 def policy_of(**options: Any) -> policy.Policy:
     """Packed; only `num_experts` has to be given."""
-    return policy.pack(**USUAL | options)
+    model = {"num_ranks": 1, "scoring": "softmax", "needs_entropy": True}
+    return policy.of_config(MacsConfig(), **model | options)
 
 
 def load_histogram(*routing: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -13,28 +13,29 @@ enum class Importance : int32_t { kEntropy, kGate, kEntropyGate };
 enum class Reroute : int32_t { kNone, kLocal, kGlobal };
 enum class Scoring : int32_t { kSoftmax, kSigmoid };
 
-// An option a row: X(type, name). A new one is a row here and whatever reads it.
+// An option a row: X(type, name). A new one is a row at the end and whatever reads it.
 //   num_experts, num_ranks: E and R; E % R == 0
 //   bucket_bits:            m: 2^m buckets an octave, B = 2^(4 + m)
+//   gamma ... c_min:        in f64, so that all devices derive the same bounds
 //   needs_entropy:          false where nothing depends on entropies: every visual token weighs 0.5
-//   gamma ... c_min:        real options in f64, so that all devices derive the same bounds
+// The order is that of the registers: a kernel loads neighbours in one go, and with others small_apply spills.
 #define MACS_POLICY(X)         \
   X(int32_t, num_experts)      \
   X(int32_t, num_ranks)        \
   X(int32_t, bucket_bits)      \
-  X(int32_t, reroute_rounds)   \
   X(Scope, scope)              \
   X(Load, load)                \
-  X(Importance, importance)    \
   X(Reroute, reroute)          \
-  X(Scoring, scoring)          \
   X(bool, protect_text)        \
-  X(bool, needs_entropy)       \
-  X(float, delta)              \
   X(double, gamma)             \
   X(double, rho)               \
   X(double, alpha)             \
-  X(double, c_min)
+  X(double, c_min)             \
+  X(int32_t, reroute_rounds)   \
+  X(Importance, importance)    \
+  X(Scoring, scoring)          \
+  X(bool, needs_entropy)       \
+  X(float, delta)
 
 struct Policy {
 #define MACS_MEMBER(Type, name) Type name;

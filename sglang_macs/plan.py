@@ -1,7 +1,7 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from .peer_all_reduce import PeerAllReduce
 AllReduce = Callable[[Tensor], object]
 
 
-@dataclass(frozen=True)
-class PlanResult:
+class PlanResult(NamedTuple):
     """What one plan decided on this rank.
 
     topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
@@ -37,7 +36,7 @@ class PlanResult:
         """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
         rows = rows.unsqueeze(1)
         ids = torch.where(rows, topk_ids, self.topk_ids)
-        return replace(self, topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
+        return self._replace(topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
 
 
 class Plan:

@@ -320,10 +320,9 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tens
   return {new_ids, new_weights, counts};
 }
 
-// ---- The plan in one call, or in two around an all-reduce, CPU and CUDA -------------------------------------------------
+// ---- The plan in one call, or in two around an all-reduce, CPU and CUDA ----------------------------------------------
 //
-// The same bits as the five operators, in as few launches and allocations as there can be: what is returned is cut out of
-// a slab or two.
+// The same bits as the five operators, in few launches and allocations: what is returned is cut out of slabs.
 
 // Tensors side by side in one allocation, which lives as long as any of them.
 class Slab {
@@ -856,8 +855,7 @@ const char* kind_of() {
   return std::is_integral_v<Option> ? "int" : "float";
 }
 
-// JSON: the options of a policy and their kinds, in the order in which they are packed; the names of every enumeration's
-// values; limits.
+// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits.
 std::string definitions() {
   std::ostringstream out;
   const char* separator = "";
@@ -875,12 +873,18 @@ std::string definitions() {
   out << "\"format\":" << list_of(kNames<RowFormat>) << ",\"phase\":" << list_of(kNames<Phase>)
       << ",\"fault\":" << list_of(kNames<Fault>) << "},\"limits\":{";
   const std::pair<const char*, int64_t> limits[] = {
-      {"weight_one", kWeightOne},         {"num_sums", kNumSums},
-      {"min_buckets", num_buckets(kMinBucketBits)}, {"max_buckets", num_buckets(kMaxBucketBits)},
-      {"peers", kMaxPeers},               {"fused_experts", kMaxFusedExperts},
-      {"fused_top_k", kMaxFusedTopK},     {"fused_tokens", kMaxFusedTokens},
-      {"fused_slots", kMaxFusedSlots},    {"fused_reroute_rounds", kMaxFusedRerouteRounds},
-      {"fused_min_hidden", kMinFusedHidden}, {"fused_max_hidden", kMaxFusedHidden},
+      {"weight_one", kWeightOne},
+      {"num_sums", kNumSums},
+      {"min_buckets", num_buckets(kMinBucketBits)},
+      {"max_buckets", num_buckets(kMaxBucketBits)},
+      {"peers", kMaxPeers},
+      {"fused_experts", kMaxFusedExperts},
+      {"fused_top_k", kMaxFusedTopK},
+      {"fused_tokens", kMaxFusedTokens},
+      {"fused_slots", kMaxFusedSlots},
+      {"fused_reroute_rounds", kMaxFusedRerouteRounds},
+      {"fused_min_hidden", kMinFusedHidden},
+      {"fused_max_hidden", kMaxFusedHidden},
       {"fused_hidden_step", kFusedHiddenStep},
   };
   separator = "";

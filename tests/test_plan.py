@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_macs.config import MacsConfig
 from sglang_macs.peer_all_reduce import PeerAllReduce
 from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan, check_batch_size
+from sglang_macs.plan import Plan, PlanResult, check_batch_size
 
 PRESETS = ("paper", "rank", "cai")
 
@@ -441,31 +441,32 @@ LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cases.PROPERTY
-@given(cases.groups(), configs(), st.sampled_from(LOGITS))
+@given(cases.groups(), st.one_of(configs(), configs(exchange="local")), st.sampled_from(LOGITS))
 def test_whole_plans_give_the_operators_bits(group: cases.Group, config: MacsConfig, logits: torch.dtype) -> None:
-    """Alone in one call, and in two around an all-reduce; logits as the router has them."""
-    group = replace(group, batches=[replace(b, router_logits=b.router_logits.to(logits)) for b in group.batches])
-    plan = make_plan(group, config)
-    exact = replace(group, batches=[replace(b, router_logits=b.router_logits.float()) for b in group.batches])
-    staged = run(exact, config)
-    own = [
-        plan.histogram(b.topk_ids, b.topk_weights, o.weight, b.segment)
-        for b, o in zip(group.batches, staged, strict=True)
-    ]
+    """In two calls around an all-reduce, in one alone, and by operators; logits as the router has them."""
+    batches = [replace(b, router_logits=b.router_logits.to(logits)) for b in group.batches]
+    exact = replace(group, batches=[replace(b, router_logits=b.router_logits.float()) for b in batches])
+    plan, together = make_plan(group, config), run(exact, config)
+    apart = [run(replace(exact, batches=[b]), config)[0] for b in exact.batches]
+    own = [plan.histogram(o.batch.topk_ids, o.batch.topk_weights, o.weight, o.batch.segment) for o in together]
     total = own[0] if config.exchange == "local" else torch.stack(own).sum(0, dtype=torch.int32)
-    for b, want, histogram in zip(group.batches, staged, own, strict=True):
+
+    def all_reduce(group: torch.Tensor) -> None:
+        group.copy_(total)
+
+    for b, histogram, in_group, alone in zip(batches, own, together, apart, strict=True):
         batch = (b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
-        got = plan(*batch, all_reduce=lambda tensor: tensor.copy_(total))
-        assert same_bits(got.own, histogram)
-        assert same_bits(got.group, histogram if config.exchange == "local" else total)
-        for name, expected in (("topk_ids", want.ids), ("topk_weights", want.weights), ("weight", want.weight)):
-            assert same_bits(getattr(got, name), expected), name
-        assert same_bits(got.cut, want.cut) and same_bits(got.counts, want.counts)
-        alone = plan(*batch)
-        again = run(replace(exact, batches=[replace(b, router_logits=b.router_logits.float())]), config)[0]
-        assert same_bits(alone.own, histogram) and same_bits(alone.group, histogram)
-        for name, expected in (("topk_ids", again.ids), ("topk_weights", again.weights), ("cut", again.cut)):
-            assert same_bits(getattr(alone, name), expected), name
+        exchanged = None if config.exchange == "local" else all_reduce
+        summed = histogram if exchanged is None else total
+        assert_result(plan(*batch, all_reduce), in_group, histogram, summed)
+        assert_result(plan._by_operators(*batch, exchanged), in_group, histogram, summed)
+        assert_result(plan(*batch), alone, histogram, histogram)
+
+
+def assert_result(got: PlanResult, want: Outcome, own: torch.Tensor, group: torch.Tensor) -> None:
+    expected = PlanResult(want.ids, want.weights, want.weight, own, group, want.cut, want.counts)
+    for name, mine, theirs in zip(got._fields, got, expected, strict=True):
+        assert same_bits(mine, theirs), name
 
 
 def test_a_plan_is_one_operator_or_two_around_an_all_reduce() -> None:

@@ -5,6 +5,9 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <sstream>
+#include <string_view>
+#include <type_traits>
 
 #include "macs/bounded.h"
 #include "macs/cpu.h"
@@ -39,25 +42,35 @@ void check_like(const Tensor& x, const char* name, at::ScalarType dtype, at::Int
   check_device(name, x, beside);
 }
 
-DType hidden_dtype(const Tensor& x) {
+DType float_dtype(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case at::kFloat: return DType::kFloat32;
     case at::kHalf: return DType::kFloat16;
     case at::kBFloat16: return DType::kBFloat16;
-    default: TORCH_CHECK_VALUE(false, "hidden_states: got dtype ", x.scalar_type(), ", expected bfloat16, float16 or float32");
+    default: TORCH_CHECK_VALUE(false, name, ": got dtype ", x.scalar_type(), ", expected bfloat16, float16 or float32");
   }
 }
 
-int32_t checked_bucket_bits(int64_t buckets) {
-  for (int32_t m = 1; m <= 4; ++m)
-    if (buckets == num_buckets(m)) return m;
-  TORCH_CHECK_VALUE(false, "buckets: got ", buckets, ", expected 32, 64, 128 or 256");
+template <class Enum>
+Enum checked_enum(int64_t value, const char* name) {
+  constexpr int kCount = count_of<Enum>();
+  TORCH_CHECK_VALUE(value >= 0 && value < kCount, name, ": got ", value, ", expected 0 to ", kCount - 1);
+  return static_cast<Enum>(value);
 }
 
-template <class Enum>
-Enum checked_enum(int64_t value, int64_t count, const char* name) {
-  TORCH_CHECK_VALUE(value >= 0 && value < count, name, ": got ", value, ", expected 0 to ", count - 1);
-  return static_cast<Enum>(value);
+template <class Option>
+void set_option(const char* name, double value, Option& option) {
+  if constexpr (std::is_floating_point_v<Option>) {
+    option = static_cast<Option>(value);
+  } else {
+    const bool whole = value >= INT32_MIN && value <= INT32_MAX && value == std::floor(value);
+    TORCH_CHECK_VALUE(whole, name, ": got ", value, ", expected a whole number of 32 bits");
+    if constexpr (std::is_enum_v<Option>) {
+      option = checked_enum<Option>(static_cast<int64_t>(value), name);
+    } else {
+      option = static_cast<Option>(value);
+    }
+  }
 }
 
 void check_ranks(int64_t num_experts, int64_t num_ranks) {
@@ -65,32 +78,78 @@ void check_ranks(int64_t num_experts, int64_t num_ranks) {
                     " for ", num_experts, " experts, expected a divisor of the number of experts");
 }
 
-int64_t histogram_size(int64_t num_experts, int64_t buckets) { return num_experts * 2 * buckets + kNumSums; }
+// From the numbers that Python packed (sglang_macs/policy.py), one an option.
+Policy checked_policy(at::ArrayRef<double> packed) {
+  Policy p = {};
+  size_t size = 0;
+  for_each_option(p, [&](const char*, auto&) { ++size; });
+  TORCH_CHECK_VALUE(packed.size() == size, "policy: got ", packed.size(), " numbers, expected ", size);
+  size_t i = 0;
+  for_each_option(p, [&](const char* name, auto& option) { set_option(name, packed[i++], option); });
+  TORCH_CHECK_VALUE(p.num_experts > 0, "num_experts: got ", p.num_experts, ", expected at least 1");
+  check_ranks(p.num_experts, p.num_ranks);
+  TORCH_CHECK_VALUE(p.bucket_bits >= kMinBucketBits && p.bucket_bits <= kMaxBucketBits, "bucket_bits: got ",
+                    p.bucket_bits, ", expected ", kMinBucketBits, " to ", kMaxBucketBits);
+  TORCH_CHECK_VALUE(p.gamma > 0.0, "gamma: got ", p.gamma, ", expected a number above 0");
+  TORCH_CHECK_VALUE(p.rho >= 0.0 && p.rho < 2.0, "rho: got ", p.rho, ", expected 0 <= rho < 2");
+  TORCH_CHECK_VALUE(p.alpha >= 0.0 && p.alpha <= 16.0, "alpha: got ", p.alpha, ", expected 0 <= alpha <= 16");
+  TORCH_CHECK_VALUE(p.c_min >= 0.0 && std::isfinite(p.c_min), "c_min: got ", p.c_min,
+                    ", expected a finite number >= 0");
+  return p;
+}
 
-Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                                const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
-                                int64_t importance) {
+void check_policy(at::ArrayRef<double> packed) { checked_policy(packed); }
+
+int64_t histogram_size(const Policy& p) {
+  return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
+}
+
+// Without the weight, which a plan has yet to make.
+Assignments checked_routing(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment,
+                            const Policy& policy) {
   TORCH_CHECK_VALUE(topk_ids.dim() == 2, "topk_ids: got shape ", topk_ids.sizes(), ", expected [T, K]");
   const bool i64 = topk_ids.scalar_type() == at::kLong;
   TORCH_CHECK_VALUE(i64 || topk_ids.scalar_type() == at::kInt, "topk_ids: got dtype ", topk_ids.scalar_type(),
                     ", expected int32 or int64");
   check_like(topk_weights, "topk_weights", at::kFloat, topk_ids.sizes(), topk_ids);
-  check_like(weight, "weight", at::kFloat, {topk_ids.size(0)}, topk_ids);
   check_like(segment, "segment", at::kInt, {topk_ids.size(0)}, topk_ids);
-  TORCH_CHECK_VALUE(num_experts > 0, "num_experts: got ", num_experts, ", expected at least 1");
   Assignments a{};
   a.topk_ids = topk_ids.const_data_ptr();
   a.topk_weights = topk_weights.const_data_ptr<float>();
-  a.weight = weight.const_data_ptr<float>();
   a.segment = segment.const_data_ptr<int32_t>();
   a.num_tokens = topk_ids.size(0);
   a.top_k = static_cast<int32_t>(topk_ids.size(1));
-  a.num_experts = static_cast<int32_t>(num_experts);
   a.ids_are_i64 = i64;
-  a.bucket_bits = checked_bucket_bits(buckets);
-  a.load = checked_enum<Load>(load, 2, "load");
-  a.importance = checked_enum<Importance>(importance, 3, "importance");
+  a.policy = policy;
   return a;
+}
+
+Assignments checked_assignments(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                const Tensor& segment, const Policy& policy) {
+  Assignments a = checked_routing(topk_ids, topk_weights, segment, policy);
+  check_like(weight, "weight", at::kFloat, {topk_ids.size(0)}, topk_ids);
+  a.weight = weight.const_data_ptr<float>();
+  return a;
+}
+
+// On a GPU these looks would be host synchronisations.
+void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
+  if (!topk_ids.is_cpu() || topk_ids.numel() == 0) return;
+  const int64_t greatest = topk_ids.max().item<int64_t>();
+  TORCH_CHECK_VALUE(greatest < num_experts, "topk_ids: got expert ", greatest, ", expected ids below ", num_experts);
+}
+
+void check_segments(const Tensor& segment, int64_t num_segments) {
+  TORCH_CHECK_VALUE(num_segments >= 0, "num_segments: got ", num_segments, ", expected at least 0");
+  if (!segment.is_cpu() || segment.numel() == 0) return;
+  const auto greatest = segment.max().item<int32_t>();
+  TORCH_CHECK_VALUE(greatest < num_segments, "num_segments: got ", num_segments, ", expected more than ", greatest,
+                    ", the greatest segment");
+}
+
+void check_hidden(const Tensor& hidden_states) {
+  TORCH_CHECK_VALUE(hidden_states.dim() == 2 && hidden_states.size(1) > 0, "hidden_states: got shape ",
+                    hidden_states.sizes(), ", expected [T, H] with H > 0");
 }
 
 const cpu::ParallelFor kParallelFor{[](int64_t n, int64_t grain, cpu::ParallelFor::Body body, void* context) {
@@ -100,6 +159,14 @@ const cpu::ParallelFor kParallelFor{[](int64_t n, int64_t grain, cpu::ParallelFo
 // ---- Launchers by device: `on` decides ------------------------------------------------------------------------------
 
 #ifdef MACS_WITH_CUDA
+
+// Launches go to the current device.
+struct DeviceGuard {
+  c10::cuda::OptionalCUDAGuard guard;
+  explicit DeviceGuard(at::Device device) {
+    if (device.is_cuda()) guard.set_device(device);
+  }
+};
 
 void check_launch(cudaError_t error, const char* op) {
   TORCH_CHECK(error == cudaSuccess, "sglang_macs::", op, ": ", cudaGetErrorString(error));
@@ -157,6 +224,10 @@ void run(const BoundedGatherParams& p, const Tensor& on) {
 
 #else
 
+struct DeviceGuard {
+  explicit DeviceGuard(at::Device) {}
+};
+
 void run(const EntropyScoreParams& p, const Tensor&) { cpu::entropy_score(p, kParallelFor); }
 void run(const EntropyWeightParams& p, const Tensor&) { cpu::entropy_weight(p); }
 void run(const LoadHistogramParams& p, const Tensor&) { cpu::load_histogram(p); }
@@ -167,163 +238,304 @@ void run(const BoundedGatherParams& p, const Tensor&) { cpu::bounded_gather(p); 
 
 #endif
 
-// ---- CPU and CUDA --------------------------------------------------------------------------------------------------
-//
-// Every `..._to(sink, ...)` checks its arguments, makes the outputs and hands the filled parameters to `sink(p, on)`: the
-// operator runs them at once, a fused operator collects those of several and launches them together.
+// ---- The five operators, CPU and CUDA --------------------------------------------------------------------------------
 
-struct RunNow {
-  template <class Params>
-  void operator()(const Params& p, const Tensor& on) const { run(p, on); }
-};
-
-template <class Sink>
-Tensor entropy_score_to(Sink&& sink, const Tensor& hidden_states, const Tensor& segment) {
-  TORCH_CHECK_VALUE(hidden_states.dim() == 2 && hidden_states.size(1) > 0, "hidden_states: got shape ",
-                    hidden_states.sizes(), ", expected [T, H] with H > 0");
+Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
+  check_hidden(hidden_states);
   check_like(segment, "segment", at::kInt, {hidden_states.size(0)}, hidden_states);
   const Tensor x = hidden_states.contiguous(), s = segment.contiguous();
   Tensor entropy = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-  sink(EntropyScoreParams{x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(),
-                          x.size(0), x.size(1), hidden_dtype(x)},
-       x);
+  run(EntropyScoreParams{x.const_data_ptr(), s.const_data_ptr<int32_t>(), entropy.mutable_data_ptr<float>(), x.size(0),
+                         x.size(1), float_dtype(x, "hidden_states")},
+      x);
   return entropy;
 }
 
-Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
-  return entropy_score_to(RunNow{}, hidden_states, segment);
-}
-
-template <class Sink>
-Tensor entropy_weight_to(Sink&& sink, const Tensor& entropy, const Tensor& segment, int64_t num_segments,
-                         double delta) {
-  TORCH_CHECK_VALUE(num_segments >= 0, "num_segments: got ", num_segments, ", expected at least 0");
+Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
   TORCH_CHECK_VALUE(entropy.dim() == 1, "entropy: got shape ", entropy.sizes(), ", expected [T]");
   check_like(entropy, "entropy", at::kFloat, entropy.sizes(), entropy);
   check_like(segment, "segment", at::kInt, entropy.sizes(), entropy);
   const Tensor e = entropy.contiguous(), s = segment.contiguous();
-  if (s.is_cpu() && s.numel() > 0)  // on a GPU the look would be a host synchronisation
-    TORCH_CHECK_VALUE(s.max().item<int32_t>() < num_segments, "num_segments: got ", num_segments, ", expected more than ",
-                      s.max().item<int32_t>(), ", the greatest segment");
+  check_segments(s, num_segments);
   Tensor weight = at::empty_like(e);
-  sink(EntropyWeightParams{e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
-                           e.size(0), num_segments, static_cast<float>(delta)},
-       e);
+  run(EntropyWeightParams{e.const_data_ptr<float>(), s.const_data_ptr<int32_t>(), weight.mutable_data_ptr<float>(),
+                          e.size(0), num_segments, static_cast<float>(delta)},
+      e);
   return weight;
 }
 
-Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_segments, double delta) {
-  return entropy_weight_to(RunNow{}, entropy, segment, num_segments, delta);
-}
-
-void check_ids_in_range(const Tensor& topk_ids, int64_t num_experts) {
-  if (!topk_ids.is_cpu() || topk_ids.numel() == 0) return;  // on a GPU the look would be a host synchronisation
-  const int64_t greatest = topk_ids.max().item<int64_t>();
-  TORCH_CHECK_VALUE(greatest < num_experts, "topk_ids: got expert ", greatest, ", expected ids below ", num_experts);
-}
-
-template <class Sink>
-Tensor load_histogram_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                         const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t load,
-                         int64_t importance) {
+Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight, const Tensor& segment,
+                      at::ArrayRef<double> packed) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                s = segment.contiguous();
-  LoadHistogramParams p{checked_assignments(ids, gates, w, s, num_experts, buckets, load, importance), nullptr};
-  check_ids_in_range(ids, num_experts);
-  Tensor histogram = at::empty({histogram_size(num_experts, buckets)}, ids.options().dtype(at::kInt));
+  const Policy policy = checked_policy(packed);
+  LoadHistogramParams p{checked_assignments(ids, gates, w, s, policy), nullptr};
+  check_ids_in_range(ids, policy.num_experts);
+  Tensor histogram = at::empty({histogram_size(policy)}, ids.options().dtype(at::kInt));
   p.histogram = histogram.mutable_data_ptr<int32_t>();
-  sink(p, ids);
+  run(p, ids);
   return histogram;
 }
 
-Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight, const Tensor& segment,
-                      int64_t num_experts, int64_t buckets, int64_t load, int64_t importance) {
-  return load_histogram_to(RunNow{}, topk_ids, topk_weights, weight, segment, num_experts, buckets, load, importance);
-}
-
-template <class Sink>
-std::tuple<Tensor, Tensor> clip_threshold_to(Sink&& sink, const Tensor& own, const Tensor& group,
-                                             const Tensor& modality, int64_t num_ranks, int64_t buckets, int64_t scope,
-                                             int64_t load, int64_t reroute, bool protect_text, double gamma, double rho,
-                                             double alpha, double c_min) {
-  const int64_t num_experts = modality.numel();
-  const int32_t bucket_bits = checked_bucket_bits(buckets);
-  check_ranks(num_experts, num_ranks);
-  check_like(own, "own", at::kInt, {histogram_size(num_experts, buckets)}, own);
+std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
+                                          at::ArrayRef<double> packed) {
+  const Policy policy = checked_policy(packed);
+  check_like(own, "own", at::kInt, {histogram_size(policy)}, own);
   check_like(group, "group", at::kInt, own.sizes(), own);
-  check_like(modality, "modality", at::kChar, {num_experts}, own);
-  TORCH_CHECK_VALUE(gamma > 0.0, "gamma: got ", gamma, ", expected a number above 0");
-  TORCH_CHECK_VALUE(rho >= 0.0 && rho < 2.0, "rho: got ", rho, ", expected 0 <= rho < 2");
-  TORCH_CHECK_VALUE(alpha >= 0.0 && alpha <= 16.0, "alpha: got ", alpha, ", expected 0 <= alpha <= 16");
-  TORCH_CHECK_VALUE(c_min >= 0.0 && std::isfinite(c_min), "c_min: got ", c_min, ", expected a finite number >= 0");
+  check_like(modality, "modality", at::kChar, {policy.num_experts}, own);
   const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
-  const Scope s = checked_enum<Scope>(scope, 2, "scope");
-  Tensor shift = at::empty({num_experts}, o.options());
-  Tensor cut = at::empty({num_bounds(s, num_experts, num_ranks), 4}, o.options());
-  sink(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
-                           shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(),
-                           static_cast<int32_t>(num_experts), static_cast<int32_t>(num_ranks), bucket_bits, s,
-                           checked_enum<Load>(load, 2, "load"), checked_enum<Reroute>(reroute, 3, "reroute"),
-                           protect_text, gamma, rho, alpha, c_min},
-       o);
+  Tensor shift = at::empty({policy.num_experts}, o.options());
+  Tensor cut = at::empty({num_bounds(policy), 4}, o.options());
+  run(ClipThresholdParams{o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
+                          shift.mutable_data_ptr<int32_t>(), cut.mutable_data_ptr<int32_t>(), policy},
+      o);
   return {shift, cut};
 }
 
-std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group, const Tensor& modality,
-                                          int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
-                                          int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
-                                          double c_min) {
-  return clip_threshold_to(RunNow{}, own, group, modality, num_ranks, buckets, scope, load, reroute, protect_text,
-                           gamma, rho, alpha, c_min);
-}
-
-template <class Sink>
-std::tuple<Tensor, Tensor, Tensor> clip_apply_to(Sink&& sink, const Tensor& topk_ids, const Tensor& topk_weights,
-                                                 const Tensor& weight, const Tensor& segment,
-                                                 const OptionalTensor& router_logits, const Tensor& shift,
-                                                 const Tensor& cut, int64_t num_ranks, int64_t buckets, int64_t scope,
-                                                 int64_t load, int64_t importance, int64_t reroute, bool protect_text,
-                                                 int64_t reroute_rounds, int64_t scoring) {
-  const int64_t num_experts = shift.numel();
+std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                              const Tensor& segment, const OptionalTensor& router_logits,
+                                              const Tensor& shift, const Tensor& cut, at::ArrayRef<double> packed) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
+  const Policy policy = checked_policy(packed);
   ClipApplyParams p{};
-  p.in = checked_assignments(ids, gates, w, seg, num_experts, buckets, load, importance);
-  check_ids_in_range(ids, num_experts);
-  check_ranks(num_experts, num_ranks);
-  p.scope = checked_enum<Scope>(scope, 2, "scope");
-  check_like(sh, "shift", at::kInt, {num_experts}, ids);
-  check_like(c, "cut", at::kInt, {num_bounds(p.scope, num_experts, num_ranks), 4}, ids);
+  p.in = checked_assignments(ids, gates, w, seg, policy);
+  check_ids_in_range(ids, policy.num_experts);
+  check_like(sh, "shift", at::kInt, {policy.num_experts}, ids);
+  check_like(c, "cut", at::kInt, {num_bounds(policy), 4}, ids);
   Tensor logits;
   if (router_logits.has_value()) {
     logits = router_logits->contiguous();
-    check_like(logits, "router_logits", at::kFloat, {ids.size(0), num_experts}, ids);
-    p.router_logits = logits.const_data_ptr<float>();
+    check_like(logits, "router_logits", at::kFloat, {ids.size(0), policy.num_experts}, ids);
+    p.router_logits = logits.const_data_ptr();
   }
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
-  Tensor counts = at::empty({3, num_experts, 2}, sh.options());
+  Tensor counts = at::empty({3, policy.num_experts, 2}, sh.options());
   p.shift = sh.const_data_ptr<int32_t>();
   p.cut = c.const_data_ptr<int32_t>();
   p.new_ids = new_ids.mutable_data_ptr();
   p.new_weights = new_weights.mutable_data_ptr<float>();
   p.counts = counts.mutable_data_ptr<int32_t>();
-  p.num_ranks = static_cast<int32_t>(num_ranks);
-  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
-  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
-  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
-  p.protect_text = protect_text;
-  sink(p, ids);
+  run(p, ids);
   return {new_ids, new_weights, counts};
 }
 
-std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                                              const Tensor& segment, const OptionalTensor& router_logits,
-                                              const Tensor& shift, const Tensor& cut, int64_t num_ranks,
-                                              int64_t buckets, int64_t scope, int64_t load, int64_t importance,
-                                              int64_t reroute, bool protect_text, int64_t reroute_rounds,
-                                              int64_t scoring) {
-  return clip_apply_to(RunNow{}, topk_ids, topk_weights, weight, segment, router_logits, shift, cut, num_ranks, buckets,
-                       scope, load, importance, reroute, protect_text, reroute_rounds, scoring);
+// ---- The plan in one call, or in two around an all-reduce, CPU and CUDA ----------------------------------------------
+//
+// The same bits as the five operators, in few launches and allocations: what is returned is cut out of slabs.
+
+// Tensors side by side in one allocation, which lives as long as any of them.
+class Slab {
+ public:
+  Slab(const Tensor& on, int64_t bytes) : memory_(at::empty({bytes}, on.options().dtype(at::kByte))) {}
+
+  static int64_t room(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  Tensor take(at::ScalarType dtype, at::IntArrayRef sizes) {
+    const auto type = c10::scalarTypeToTypeMeta(dtype);
+    const auto itemsize = static_cast<int64_t>(type.itemsize());
+    Tensor part = at::detail::make_tensor<at::TensorImpl>(at::TensorImpl::VIEW, c10::Storage(memory_.storage()),
+                                                          memory_.key_set(), type);
+    part.unsafeGetTensorImpl()->set_storage_offset(at_ / itemsize);
+    part.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    at_ += room(c10::multiply_integers(sizes) * itemsize);
+    TORCH_INTERNAL_ASSERT(at_ <= memory_.numel());
+    return part;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  Tensor memory_;
+  int64_t at_ = 0;
+};
+
+// A pass's batch, checked and contiguous; `in` and `logits` point into what it holds.
+struct PlanInput {
+  Tensor hidden, ids, gates, segment, logits;
+  Policy policy;
+  Assignments in;  // without a weight
+  int64_t num_segments;
+  bool scored;     // entropies are asked for, and there are visual tokens
+
+  int64_t num_tokens() const { return in.num_tokens; }
+  int64_t slots() const { return in.num_tokens * in.top_k; }
+  int64_t cells() const { return histogram_size(policy); }
+};
+
+PlanInput plan_input(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
+                     const Tensor& segment, int64_t num_segments, at::ArrayRef<double> packed) {
+  PlanInput x = {.ids = topk_ids.contiguous(), .gates = topk_weights.contiguous(), .segment = segment.contiguous(),
+                 .policy = checked_policy(packed), .num_segments = num_segments};
+  x.in = checked_routing(x.ids, x.gates, x.segment, x.policy);
+  check_ids_in_range(x.ids, x.policy.num_experts);
+  x.scored = x.policy.needs_entropy && num_segments > 0;
+  if (x.scored) {
+    check_hidden(hidden_states);
+    TORCH_CHECK_VALUE(hidden_states.size(0) == x.num_tokens(), "hidden_states: got ", hidden_states.size(0),
+                      " rows, expected ", x.num_tokens());
+    check_device("hidden_states", hidden_states, x.ids);
+    check_segments(x.segment, num_segments);
+    x.hidden = hidden_states.contiguous();
+  }
+  return x;
+}
+
+// Logits in any of the types that a router gives: a GPU converts those that it reads.
+void set_logits(PlanInput& x, const OptionalTensor& router_logits) {
+  if (!router_logits.has_value() || x.policy.reroute == Reroute::kNone) return;
+  x.logits = router_logits->contiguous();
+  float_dtype(x.logits, "router_logits");
+  if (x.logits.is_cpu()) x.logits = x.logits.to(at::kFloat);
+  check_like(x.logits, "router_logits", x.logits.scalar_type(), {x.num_tokens(), x.policy.num_experts}, x.ids);
+}
+
+EntropyWeightParams weight_params(const PlanInput& x, const float* entropy, float* weight) {
+  return {x.scored ? entropy : nullptr, x.in.segment, weight, x.num_tokens(), x.scored ? x.num_segments : 0,
+          x.policy.delta};
+}
+
+int64_t plan_workspace_bytes([[maybe_unused]] const PlanInput& x) {
+#ifdef MACS_WITH_CUDA
+  ClipApplyParams apply = {};
+  apply.in = x.in;
+  if (x.ids.is_cuda()) return cuda::plan_workspace_bytes(weight_params(x, nullptr, nullptr), apply);
+#endif
+  return 0;
+}
+
+// Weights and histogram. entropy [T]: scratch; workspace [plan_workspace_bytes].
+void count_batch(const PlanInput& x, const Tensor& entropy, const Tensor& weight, const Tensor& own,
+                 [[maybe_unused]] const Tensor& workspace) {
+  EntropyScoreParams score = {nullptr, x.in.segment, nullptr, x.num_tokens(), 0, DType::kBFloat16};
+  if (x.scored) {
+    score = {x.hidden.const_data_ptr(), x.in.segment, entropy.mutable_data_ptr<float>(), x.num_tokens(),
+             x.hidden.size(1), float_dtype(x.hidden, "hidden_states")};
+  }
+  const EntropyWeightParams weigh = weight_params(x, score.entropy, weight.mutable_data_ptr<float>());
+  LoadHistogramParams histogram = {x.in, own.mutable_data_ptr<int32_t>()};
+  histogram.in.weight = weigh.weight;
+#ifdef MACS_WITH_CUDA
+  if (x.ids.is_cuda()) {
+    return check_launch(
+        cuda::launch_score_histogram(score, weigh, histogram, workspace.mutable_data_ptr(), stream_of(x.ids)),
+        "score_histogram");
+  }
+#endif
+  if (x.scored) cpu::entropy_score(score, kParallelFor);
+  cpu::entropy_weight(weigh);
+  cpu::load_histogram(histogram);
+}
+
+// What a plan decides. counts and cut are kept by counters long after the pass.
+struct PlanOutput {
+  Tensor ids, weights, shift, cut, counts;
+
+  static int64_t routing_room(const PlanInput& x) {
+    return Slab::room(x.slots() * x.ids.element_size()) + Slab::room(x.slots() * 4);
+  }
+  static int64_t kept_room(const PlanInput& x) {
+    const int64_t experts = x.policy.num_experts;
+    return Slab::room(experts * 4) + Slab::room(num_bounds(x.policy) * 16) + Slab::room(experts * 24);
+  }
+  static PlanOutput of(const PlanInput& x, Slab& routing, Slab& kept) {
+    const int64_t experts = x.policy.num_experts;
+    return {routing.take(x.ids.scalar_type(), x.ids.sizes()), routing.take(at::kFloat, x.ids.sizes()),
+            kept.take(at::kInt, {experts}), kept.take(at::kInt, {num_bounds(x.policy), 4}),
+            kept.take(at::kInt, {3, experts, 2})};
+  }
+};
+
+// Cuts, and what follows from them.
+void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& weight,
+               [[maybe_unused]] const Tensor& workspace, const PlanOutput& out) {
+  check_like(modality, "modality", at::kChar, {x.policy.num_experts}, x.ids);
+  TORCH_CHECK_VALUE(modality.is_contiguous(), "modality: got strides ", modality.strides(), ", expected contiguous");
+  const ClipThresholdParams threshold = {own.const_data_ptr<int32_t>(), group.const_data_ptr<int32_t>(),
+                                         modality.const_data_ptr<int8_t>(), out.shift.mutable_data_ptr<int32_t>(),
+                                         out.cut.mutable_data_ptr<int32_t>(), x.policy};
+  ClipApplyParams apply = {};
+  apply.in = x.in;
+  apply.in.weight = weight.const_data_ptr<float>();
+  if (x.logits.defined()) {
+    apply.router_logits = x.logits.const_data_ptr();
+    apply.logits_dtype = float_dtype(x.logits, "router_logits");
+  }
+  apply.shift = threshold.shift, apply.cut = threshold.cut;
+  apply.new_ids = out.ids.mutable_data_ptr();
+  apply.new_weights = out.weights.mutable_data_ptr<float>();
+  apply.counts = out.counts.mutable_data_ptr<int32_t>();
+#ifdef MACS_WITH_CUDA
+  if (x.ids.is_cuda()) {
+    return check_launch(cuda::launch_threshold_apply(threshold, apply, workspace.mutable_data_ptr(), stream_of(x.ids)),
+                        "threshold_apply");
+  }
+#endif
+  cpu::clip_threshold(threshold);
+  cpu::clip_apply(apply);
+}
+
+// As of `plan` before its exchange. group: a copy of own to be summed over the ranks, or own itself.
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_histogram(const Tensor& hidden_states, const Tensor& topk_ids,
+                                                           const Tensor& topk_weights, const Tensor& segment,
+                                                           int64_t num_segments, at::ArrayRef<double> policy,
+                                                           bool exchanged) {
+  const PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy);
+  const DeviceGuard guard(x.ids.device());
+  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.cells() * 4);
+  const int64_t workspace_bytes = plan_workspace_bytes(x);
+  Slab made(x.ids, tokens + cells), scratch(x.ids, tokens + Slab::room(workspace_bytes));
+  const Tensor weight = made.take(at::kFloat, {x.num_tokens()}), own = made.take(at::kInt, {x.cells()});
+  const Tensor workspace = scratch.take(at::kByte, {workspace_bytes});
+  count_batch(x, scratch.take(at::kFloat, {x.num_tokens()}), weight, own, workspace);
+  return {weight, own, exchanged ? own.clone() : own, workspace};
+}
+
+// As of `plan` behind its exchange.
+std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_apply(
+    const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
+    const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const Tensor& workspace,
+    at::ArrayRef<double> policy) {
+  PlanInput x = plan_input({}, topk_ids, topk_weights, segment, 0, policy);
+  set_logits(x, router_logits);
+  const DeviceGuard guard(x.ids.device());
+  const Tensor o = own.contiguous(), g = group.contiguous(), w = weight.contiguous();
+  check_like(o, "own", at::kInt, {x.cells()}, x.ids);
+  check_like(g, "group", at::kInt, {x.cells()}, x.ids);
+  check_like(w, "weight", at::kFloat, {x.num_tokens()}, x.ids);
+  check_device("workspace", workspace, x.ids);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(workspace.nbytes()) >= plan_workspace_bytes(x), "workspace: got ",
+                    workspace.nbytes(), " bytes, expected that of score_histogram for the same batch");
+  Slab routing(x.ids, PlanOutput::routing_room(x)), kept(x.ids, PlanOutput::kept_room(x));
+  const PlanOutput out = PlanOutput::of(x, routing, kept);
+  cut_batch(x, o, g, modality, w, workspace, out);
+  return {out.ids, out.weights, out.cut, out.counts};
+}
+
+void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, const Tensor& sum,
+                    int64_t timeout_ns);
+
+// The whole plan. region: this rank's of the exchange over peers' memory, or none where this rank is the group.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan(
+    const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
+    const OptionalTensor& router_logits, const Tensor& segment, int64_t num_segments, const Tensor& modality,
+    at::ArrayRef<double> policy, const OptionalTensor& region, at::IntArrayRef peers, int64_t rank,
+    int64_t timeout_ns) {
+  PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy);
+  set_logits(x, router_logits);
+  const DeviceGuard guard(x.ids.device());
+  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.cells() * 4);
+  const int64_t workspace_bytes = plan_workspace_bytes(x);
+  // Counters keep what lies in `kept`, one slab for each of many dispatches.
+  Slab routing(x.ids, PlanOutput::routing_room(x) + tokens + (region.has_value() ? cells : 0));
+  Slab kept(x.ids, PlanOutput::kept_room(x) + cells), scratch(x.ids, tokens + Slab::room(workspace_bytes));
+  const PlanOutput out = PlanOutput::of(x, routing, kept);
+  const Tensor weight = routing.take(at::kFloat, {x.num_tokens()}), group = kept.take(at::kInt, {x.cells()});
+  const Tensor own = region.has_value() ? routing.take(at::kInt, {x.cells()}) : group;
+  const Tensor workspace = scratch.take(at::kByte, {workspace_bytes});
+  count_batch(x, scratch.take(at::kFloat, {x.num_tokens()}), weight, own, workspace);
+  if (region.has_value()) sum_over_peers(*region, peers, rank, own, group, timeout_ns);
+  cut_batch(x, own, group, modality, weight, workspace, out);
+  return {out.ids, out.weights, weight, own, group, out.cut, out.counts};
 }
 
 // ---- Bounded, CPU and CUDA: between a dispatch and a grouped GEMM (macs/bounded.h) --------------------------------------
@@ -402,97 +614,13 @@ void bounded_gather(const Tensor& outputs, const Tensor& place, const Tensor& we
   run(p, place);
 }
 
-// ---- Fused, CUDA only: the operators on either side of the exchange in one launch each --------------------------------
-
-#ifdef MACS_WITH_CUDA
-
-// Keeps the parameters of several operators for one launch. Inputs must be contiguous: a copy would not live that long.
-template <class... Params>
-struct Collect {
-  std::tuple<Params...> kept;
-  template <class One>
-  void operator()(const One& p, const Tensor&) { std::get<One>(kept) = p; }
-  template <class One>
-  const One& of() const { return std::get<One>(kept); }
-};
-
-// The weights where nothing is scored, and what tells the launcher so.
-template <class Sink>
-Tensor equal_weights_to(Sink&& sink, const Tensor& segment) {
-  TORCH_CHECK_VALUE(segment.dim() == 1, "segment: got shape ", segment.sizes(), ", expected [T]");
-  check_like(segment, "segment", at::kInt, segment.sizes(), segment);
-  Tensor weight = at::empty(segment.sizes(), segment.options().dtype(at::kFloat));
-  const auto* const of = segment.const_data_ptr<int32_t>();
-  sink(EntropyScoreParams{nullptr, of, nullptr, segment.size(0), 0, DType::kBFloat16}, segment);
-  sink(EntropyWeightParams{nullptr, of, weight.mutable_data_ptr<float>(), segment.size(0), 0, 0.0f}, segment);
-  return weight;
-}
-
-std::tuple<Tensor, Tensor, Tensor> score_histogram(const OptionalTensor& hidden_states, const Tensor& topk_ids,
-                                                   const Tensor& topk_weights, const Tensor& segment,
-                                                   int64_t num_segments, double delta, int64_t num_experts,
-                                                   int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load,
-                                                   int64_t importance) {
-  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), seg = segment.contiguous();
-  check_ranks(num_experts, num_ranks);
-  const c10::cuda::CUDAGuard guard(ids.device());
-  Collect<EntropyScoreParams, EntropyWeightParams, LoadHistogramParams> all;
-  Tensor x, entropy, weight;
-  if (hidden_states.has_value()) {
-    x = hidden_states->contiguous();
-    entropy = entropy_score_to(all, x, seg);
-    weight = entropy_weight_to(all, entropy, seg, num_segments, delta);
-  } else {
-    weight = equal_weights_to(all, seg);
-  }
-  const Tensor histogram = load_histogram_to(all, ids, gates, weight, seg, num_experts, buckets, load, importance);
-  ClipApplyParams apply{};
-  apply.in = all.of<LoadHistogramParams>().in;
-  apply.num_ranks = static_cast<int32_t>(num_ranks);
-  apply.scope = checked_enum<Scope>(scope, 2, "scope");
-  const Tensor workspace = workspace_on(ids, cuda::plan_workspace_bytes(all.of<EntropyWeightParams>(), apply));
-  check_launch(cuda::launch_score_histogram(all.of<EntropyScoreParams>(), all.of<EntropyWeightParams>(),
-                                            all.of<LoadHistogramParams>(), workspace.data_ptr(), stream_of(ids)),
-               "score_histogram");
-  return {weight, histogram, workspace};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
-    const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
-    const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const OptionalTensor& workspace,
-    int64_t num_ranks, int64_t buckets, int64_t scope, int64_t load, int64_t importance, int64_t reroute,
-    bool protect_text, double gamma, double rho, double alpha, double c_min, int64_t reroute_rounds, int64_t scoring) {
-  const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous(), ids = topk_ids.contiguous(),
-               gates = topk_weights.contiguous(), w = weight.contiguous(), seg = segment.contiguous();
-  OptionalTensor logits;
-  if (router_logits.has_value()) logits = router_logits->contiguous();
-  const c10::cuda::CUDAGuard guard(ids.device());
-  Collect<ClipThresholdParams, ClipApplyParams> all;
-  const auto [shift, cut] = clip_threshold_to(all, o, g, m, num_ranks, buckets, scope, load, reroute, protect_text,
-                                              gamma, rho, alpha, c_min);
-  const auto [new_ids, new_weights, counts] =
-      clip_apply_to(all, ids, gates, w, seg, logits, shift, cut, num_ranks, buckets, scope, load, importance, reroute,
-                    protect_text, reroute_rounds, scoring);
-  const ClipApplyParams& apply = all.of<ClipApplyParams>();
-  const size_t bytes = cuda::plan_workspace_bytes(EntropyWeightParams{}, apply);
-  const Tensor scratch = workspace.has_value() ? *workspace : workspace_on(ids, bytes).zero_();
-  TORCH_CHECK_VALUE(static_cast<size_t>(scratch.nbytes()) >= bytes && scratch.device() == ids.device(),
-                    "workspace: got ", scratch.nbytes(), " bytes on ", scratch.device(),
-                    ", expected that of score_histogram for the same experts, ranks and scope");
-  check_launch(cuda::launch_threshold_apply(all.of<ClipThresholdParams>(), apply, scratch.data_ptr(), stream_of(ids)),
-               "threshold_apply");
-  return {new_ids, new_weights, shift, cut, counts};
-}
-
-#endif
-
 // ---- The fused dispatch and combine (macs/fused.h) ------------------------------------------------------------------
 
 // The fields of FusedShape in order: what a region looks like.
 FusedShape checked_shape(at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(shape.size() == 10, "shape: got ", shape.size(), " numbers, expected the 10 of FusedShape");
   const auto at = [&](size_t i) { return static_cast<int32_t>(shape[i]); };
-  const FusedShape s = {at(0), at(1), at(2), at(3), at(4), at(5), checked_enum<RowFormat>(shape[6], 4, "format"),
+  const FusedShape s = {at(0), at(1), at(2), at(3), at(4), at(5), checked_enum<RowFormat>(shape[6], "format"),
                         at(7), at(8), at(9)};
   check_ranks(s.num_experts, s.num_ranks);
   TORCH_CHECK_VALUE(s.num_ranks <= kMaxPeers, "num_ranks: got ", s.num_ranks, ", expected at most ", kMaxPeers);
@@ -579,9 +707,7 @@ void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shap
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, int64_t num_segments, double delta, bool needs_entropy, int64_t buckets, int64_t scope,
-    int64_t load, int64_t importance, int64_t reroute, bool protect_text, double gamma, double rho, double alpha,
-    double c_min, int64_t reroute_rounds, int64_t scoring, int64_t phase, int64_t timeout_ns) {
+    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -599,25 +725,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     check_like(logits, "router_logits", at::kFloat, {ids.size(0), p.shape.num_experts}, region);
     p.one.router_logits = logits.const_data_ptr<float>();
   }
-  p.scope = checked_enum<Scope>(scope, 2, "scope");
-  p.load = checked_enum<Load>(load, 2, "load");
-  p.importance = checked_enum<Importance>(importance, 3, "importance");
-  p.reroute = checked_enum<Reroute>(reroute, 3, "reroute");
-  p.scoring = checked_enum<Scoring>(scoring, 2, "scoring");
-  p.phase = checked_enum<Phase>(phase, 3, "phase");
-  p.bucket_bits = checked_bucket_bits(buckets);
-  p.reroute_rounds = static_cast<int32_t>(reroute_rounds);
+  p.policy = checked_policy(policy);
+  p.phase = checked_enum<Phase>(phase, "phase");
   p.num_segments = static_cast<int32_t>(num_segments);
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
-  p.needs_entropy = needs_entropy, p.protect_text = protect_text, p.same_device = !ranks_are_apart(p.shape);
+  p.same_device = !ranks_are_apart(p.shape);
   p.scales_with_rows = ranks_are_apart(p.shape);
-  p.gamma = gamma, p.rho = rho, p.alpha = alpha, p.c_min = c_min, p.delta = static_cast<float>(delta);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
   Tensor weight = at::empty({ids.size(0)}, gates.options());
-  Tensor cut = at::empty({num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks), 4}, i32);
+  Tensor cut = at::empty({num_bounds(p.policy), 4}, i32);
   Tensor counts = at::empty({3, p.shape.num_experts, 2}, i32), sums = at::empty({kNumSums}, i32);
   p.modality = m.const_data_ptr<int8_t>();
   p.one.hidden_states = x.const_data_ptr();
@@ -645,7 +764,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.one = fused_rank(region, peers, rank, p.shape);
   p.phase = Phase::kReceive;
   p.scales_with_rows = ranks_are_apart(p.shape);
-  p.bucket_bits = checked_bucket_bits(128);  // of no meaning here
+  p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
@@ -675,7 +794,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.one.num_tokens = static_cast<int32_t>(ids.size(0));
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
   p.same_device = !ranks_are_apart(p.shape);
-  p.phase = checked_enum<Phase>(phase, 3, "phase");
+  p.phase = checked_enum<Phase>(phase, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
@@ -683,8 +802,8 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   return combined;
 }
 
-// Sums in place.
-void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, int64_t timeout_ns) {
+void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, const Tensor& sum,
+                    int64_t timeout_ns) {
   const auto num_ranks = static_cast<int64_t>(peers.size());
   check_peers(num_ranks);
   check_like(values, "values", at::kInt, {values.numel()}, region);
@@ -694,15 +813,88 @@ void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
                     region.nbytes(), " bytes on ", region.device(), ", expected ", p.layout.bytes, " for sums of ",
                     values.numel(), " on a GPU");
   set_regions(p.region, region, peers, rank);
-  p.values = values.mutable_data_ptr<int32_t>();
+  p.values = values.const_data_ptr<int32_t>();
+  p.sum = sum.mutable_data_ptr<int32_t>();
   p.size = values.numel();
   p.num_ranks = static_cast<int32_t>(num_ranks), p.rank = static_cast<int32_t>(rank);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
-  const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_peer_all_reduce(p, stream_of(region)), "peer_all_reduce");
 }
 
+// Sums in place.
+void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, int64_t timeout_ns) {
+  const DeviceGuard guard(region.device());
+  sum_over_peers(region, peers, rank, values, values, timeout_ns);
+}
+
+#else
+
+void sum_over_peers(const Tensor& region, at::IntArrayRef, int64_t, const Tensor&, const Tensor&, int64_t) {
+  TORCH_CHECK_VALUE(false, "region: got one on ", region.device(), ", expected none: this build has no CUDA kernels");
+}
+
 #endif
+
+// ---- What Python would else repeat ----------------------------------------------------------------------------------
+
+std::string quoted(std::string_view word) { return '"' + std::string(word) + '"'; }
+
+// A list of JSON from words with commas between them.
+std::string list_of(std::string_view words) {
+  std::string list = "[";
+  for (size_t end; (end = words.find(',')) != std::string_view::npos; words.remove_prefix(end + 1)) {
+    list += quoted(words.substr(0, end)) + ",";
+  }
+  return list + quoted(words) + "]";
+}
+
+template <class Option>
+const char* kind_of() {
+  if (std::is_enum_v<Option>) return "choice";
+  if (std::is_same_v<Option, bool>) return "bool";
+  return std::is_integral_v<Option> ? "int" : "float";
+}
+
+// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits.
+std::string definitions() {
+  std::ostringstream out;
+  const char* separator = "";
+  out << "{\"policy\":{";
+  const Policy policy = {};
+  for_each_option(policy, [&](const char* name, const auto& option) {
+    out << separator << quoted(name) << ":" << quoted(kind_of<std::remove_cvref_t<decltype(option)>>());
+    separator = ",";
+  });
+  out << "},\"names\":{";
+  for_each_option(policy, [&](const char* name, const auto& option) {
+    using Option = std::remove_cvref_t<decltype(option)>;
+    if constexpr (std::is_enum_v<Option>) out << quoted(name) << ":" << list_of(kNames<Option>) << ",";
+  });
+  out << "\"format\":" << list_of(kNames<RowFormat>) << ",\"phase\":" << list_of(kNames<Phase>)
+      << ",\"fault\":" << list_of(kNames<Fault>) << "},\"limits\":{";
+  const std::pair<const char*, int64_t> limits[] = {
+      {"weight_one", kWeightOne},
+      {"num_sums", kNumSums},
+      {"min_buckets", num_buckets(kMinBucketBits)},
+      {"max_buckets", num_buckets(kMaxBucketBits)},
+      {"peers", kMaxPeers},
+      {"fused_experts", kMaxFusedExperts},
+      {"fused_top_k", kMaxFusedTopK},
+      {"fused_tokens", kMaxFusedTokens},
+      {"fused_slots", kMaxFusedSlots},
+      {"fused_reroute_rounds", kMaxFusedRerouteRounds},
+      {"fused_min_hidden", kMinFusedHidden},
+      {"fused_max_hidden", kMaxFusedHidden},
+      {"fused_hidden_step", kFusedHiddenStep},
+  };
+  separator = "";
+  for (const auto& [name, value] : limits) {
+    out << separator << quoted(name) << ":" << value;
+    separator = ",";
+  }
+  out << "}}";
+  return out.str();
+}
 
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------
 
@@ -724,50 +916,45 @@ void check_assignment_devices(const Tensor& topk_ids, const Tensor& topk_weights
 }
 
 Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                           const Tensor& segment, int64_t num_experts, int64_t buckets, int64_t, int64_t) {
+                           const Tensor& segment, at::ArrayRef<double> policy) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
-  return at::empty({histogram_size(num_experts, buckets)}, topk_ids.options().dtype(at::kInt));
+  return at::empty({histogram_size(checked_policy(policy))}, topk_ids.options().dtype(at::kInt));
 }
 
 std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& group, const Tensor& modality,
-                                               int64_t num_ranks, int64_t, int64_t scope, int64_t, int64_t, bool,
-                                               double, double, double, double) {
+                                               at::ArrayRef<double> packed) {
   check_device("group", group, own);
   check_device("modality", modality, own);
-  const c10::SymInt num_experts = modality.sym_size(0);
-  const c10::SymInt num_bounds = scope == static_cast<int64_t>(Scope::kExpert) ? num_experts : c10::SymInt(num_ranks);
-  return {at::empty_symint({num_experts}, own.options()), at::empty_symint({num_bounds, 4}, own.options())};
+  const Policy policy = checked_policy(packed);
+  return {at::empty({policy.num_experts}, own.options()), at::empty({num_bounds(policy), 4}, own.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights,
                                                    const Tensor& weight, const Tensor& segment,
                                                    const OptionalTensor& router_logits, const Tensor& shift,
-                                                   const Tensor& cut, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                                   int64_t, bool, int64_t, int64_t) {
+                                                   const Tensor& cut, at::ArrayRef<double> policy) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
   check_device("shift", shift, topk_ids);
   check_device("cut", cut, topk_ids);
   return {at::empty_like(topk_ids), at::empty_like(topk_weights),
-          at::empty_symint({3, shift.sym_size(0), 2}, shift.options())};
+          at::empty({3, checked_policy(policy).num_experts, 2}, shift.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
-    const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& hidden_states,
+    const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, int64_t, double, bool, int64_t, int64_t scope, int64_t, int64_t, int64_t, bool, double,
-    double, double, double, int64_t, int64_t, int64_t, int64_t) {
+    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t) {
   check_device("hidden_states", hidden_states, region);
   check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
-  const int64_t num_experts = modality.numel(), num_ranks = checked_shape(shape).num_ranks;
+  const Policy policy = checked_policy(packed);
   const auto i32 = region.options().dtype(at::kInt);
-  const int64_t bounds = num_bounds(static_cast<Scope>(scope), num_experts, num_ranks);
   return {at::empty_like(topk_ids),
           at::empty_like(topk_weights),
           at::empty_symint({topk_ids.sym_size(0)}, topk_weights.options()),
-          at::empty({bounds, 4}, i32),
-          at::empty({3, num_experts, 2}, i32),
+          at::empty({num_bounds(policy), 4}, i32),
+          at::empty({3, policy.num_experts, 2}, i32),
           at::empty({kNumSums}, i32)};
 }
 
@@ -798,33 +985,32 @@ void bounded_gather_meta(const Tensor& outputs, const Tensor& place, const Tenso
 }  // namespace macs
 
 TORCH_LIBRARY(sglang_macs, m) {
+  m.def("definitions() -> str", &macs::definitions);
+  m.def("check_policy(float[] policy) -> ()", &macs::check_policy);
   m.def("entropy_score(Tensor hidden_states, Tensor segment) -> Tensor");
   m.def("entropy_weight(Tensor entropy, Tensor segment, int num_segments, float delta) -> Tensor");
   m.def(
-      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, int num_experts, "
-      "int buckets, int load, int importance) -> Tensor");
-  m.def(
-      "clip_threshold(Tensor own, Tensor group, Tensor modality, int num_ranks, int buckets, int scope, int load, "
-      "int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min) -> (Tensor, Tensor)");
+      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, float[] policy) -> Tensor");
+  m.def("clip_threshold(Tensor own, Tensor group, Tensor modality, float[] policy) -> (Tensor, Tensor)");
   m.def(
       "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
-      "Tensor shift, Tensor cut, int num_ranks, int buckets, int scope, int load, int importance, int reroute, "
-      "bool protect_text, int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor)");
+      "Tensor shift, Tensor cut, float[] policy) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "score_histogram(Tensor? hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
-      "float delta, int num_experts, int num_ranks, int buckets, int scope, int load, int importance) "
-      "-> (Tensor, Tensor, Tensor)");
+      "score_histogram(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
+      "float[] policy, bool exchanged) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
-      "Tensor segment, Tensor? router_logits, Tensor? workspace, int num_ranks, int buckets, int scope, int load, "
-      "int importance, int reroute, bool protect_text, float gamma, float rho, float alpha, float c_min, "
-      "int reroute_rounds, int scoring) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor segment, Tensor? router_logits, Tensor(a!) workspace, float[] policy) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "plan(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor segment, "
+      "int num_segments, Tensor modality, float[] policy, Tensor(a!)? region, int[] peers, int rank, int timeout_ns) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_layout(int[] shape) -> int[]", &macs::fused_layout_of);
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
-      "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, int num_segments, float delta, "
-      "bool needs_entropy, int buckets, int scope, int load, int importance, int reroute, bool protect_text, "
-      "float gamma, float rho, float alpha, float c_min, int reroute_rounds, int scoring, int phase, int timeout_ns) "
+      "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, float[] policy, "
+      "int num_segments, int phase, int timeout_ns) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
   m.def(
@@ -850,6 +1036,9 @@ TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("score_histogram", &macs::score_histogram);
+  m.impl("threshold_apply", &macs::threshold_apply);
+  m.impl("plan", &macs::plan);
   m.impl("bounded_permute", &macs::bounded_permute);
   m.impl("bounded_gather", &macs::bounded_gather);
 }
@@ -861,10 +1050,11 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
-  m.impl("bounded_permute", &macs::bounded_permute);
-  m.impl("bounded_gather", &macs::bounded_gather);
   m.impl("score_histogram", &macs::score_histogram);
   m.impl("threshold_apply", &macs::threshold_apply);
+  m.impl("plan", &macs::plan);
+  m.impl("bounded_permute", &macs::bounded_permute);
+  m.impl("bounded_gather", &macs::bounded_gather);
   m.impl("fused_dispatch", &macs::fused_dispatch);
   m.impl("fused_receive", &macs::fused_receive);
   m.impl("fused_combine", &macs::fused_combine);

@@ -70,14 +70,19 @@ class SumsByLayer:
 
     def __init__(self) -> None:
         self.places: dict[int, int] = {}  # of each layer in `sums`
+        self._index: dict[tuple[int, ...], Tensor] = {}  # by what it holds: passes count the same layers again
         self.sums: Tensor | None = None  # [layers, ...]
 
     def add(self, layer_ids: Sequence[int], values: Tensor) -> None:
         """values [N, ...] of N dispatches; a layer may be there several times."""
-        at = [self.places.setdefault(layer_id, len(self.places)) for layer_id in layer_ids]
+        at = tuple(self.places.setdefault(layer_id, len(self.places)) for layer_id in layer_ids)
         self._grow(values)
-        # From pinned memory, since the host would wait for a copy from elsewhere.
-        index = torch.tensor(at, pin_memory=values.is_cuda).to(values.device, non_blocking=True)
+        index = self._index.get(at)
+        if index is None:
+            # From pinned memory, since the host would wait for a copy from elsewhere.
+            index = torch.tensor(at, pin_memory=values.is_cuda).to(values.device, non_blocking=True)
+            if len(self._index) < MOST:  # as many as 64 dispatches of 61 layers, say, begin with
+                self._index[at] = index
         self.sums.index_add_(0, index, values)
 
     def _grow(self, values: Tensor) -> None:

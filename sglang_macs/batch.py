@@ -77,6 +77,7 @@ class Batch:
     leaves_alone: bool = False
     measured: bool = False
     _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _left_alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def segment_of_rows(
         self, rows: int, half: int | None, attn_tp: tuple[int, int], device: torch.device
@@ -91,6 +92,16 @@ class Batch:
             fits = segment is not None
             self._of_rows[key] = (segment if fits else align(None, rows, *attn_tp, device), fits)
         return self._of_rows[key]
+
+    def left_alone_of(self, segment: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Which rows of a `segment_of_rows` are left alone [T] bool, None where no rank has any; and the segment where
+        they are text, for a plan. The first layer makes them for all.
+        """
+        if not self.leaves_alone:
+            return None, segment
+        if id(segment) not in self._left_alone:
+            self._left_alone[id(segment)] = segment == LEFT_ALONE, segment.clamp(min=TEXT)
+        return self._left_alone[id(segment)]
 
     def segment_of(self, half: int | None) -> Tensor | None:
         """The segment of one half, or of the whole batch where `half` is None."""

@@ -8,8 +8,8 @@ experts' outputs back and adds them up under the gate weights at the source.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,8 +94,7 @@ class AllToAll:
         return expanded.view(tokens, top_k, outputs.shape[1]).sum(dim=1).to(outputs.dtype)
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """What one layer dispatches: ids and weights [T, K]; the plan's result, if it planned.
 
     segment [T] is None for a batch that MACS leaves alone and does not count (decode, small): that path does nothing.
@@ -161,20 +160,13 @@ class LayerPlanner:
             if now.skip != "off":
                 return Planned(topk_ids, topk_weights)
         segment = self._segment(now, half, topk_ids)
-        left_alone = segment == batch.LEFT_ALONE if now.leaves_alone else None
+        left_alone, planned_segment = now.left_alone_of(segment)
         if now.skip:
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
+        given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
         start = time.perf_counter()
-        plan = plan or partial(self.plan, all_reduce=self.all_reduce)
-        result = plan(
-            hidden_states,
-            planned_ids,
-            topk_weights,
-            router_logits,
-            segment if left_alone is None else segment.clamp(min=batch.TEXT),
-            now.num_segments,
-        )
+        result = plan(*given) if plan else self.plan(*given, self.peers or self.all_reduce)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
@@ -189,7 +181,7 @@ class LayerPlanner:
         rows = stats.rows_of(topk_ids.masked_fill(~left_alone.unsqueeze(1), -1), self.plan.num_experts)
         counts = result.counts.clone()
         counts[0, :, 1] += rows.to(counts.dtype)
-        return replace(result, counts=counts)
+        return result._replace(counts=counts)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the EP group, in place."""

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops, peer_status
+from .choices import FORMATS
 from .config import MacsConfig
+from .definitions import limit
 from .errors import MacsError
 from .peer_memory import PeerMemory, everyone
 from .plan import Plan, PlanResult
@@ -22,8 +24,6 @@ from .plan import Plan, PlanResult
 # compile kernels that the others, who wait for it here, do not need: a minute with empty caches.
 TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
 SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
-MAX_RANKS, MAX_EXPERTS, MAX_TOP_K, MAX_TOKENS, MAX_SLOTS = 16, 256, 16, 1023, 16352  # csrc/include/macs/fused.h
-HIDDEN_SIZES = range(2048, 8193, 512)
 KEPT_ROUNDS = 1024  # of which it is known which layer they were
 
 
@@ -45,22 +45,24 @@ def timeout_ns(in_round: int) -> int:
 
 def unsupported(config: MacsConfig, sizes: Sizes) -> str:
     """Why the fused dispatch does not take this, in words, or ""."""
+    hidden_sizes = range(limit("fused_min_hidden"), limit("fused_max_hidden") + 1, limit("fused_hidden_step"))
+    numbers = (
+        (sizes.num_ranks, "{} ranks", "peers"),
+        (sizes.num_experts, "{} experts", "fused_experts"),
+        (sizes.top_k, "top-{}", "fused_top_k"),
+        (sizes.max_tokens, "{} tokens a rank", "fused_tokens"),
+        (sizes.max_tokens * sizes.top_k, "{} assignments a rank", "fused_slots"),
+        (config.reroute_rounds, "{} rounds of re-routing", "fused_reroute_rounds"),
+    )
     reasons = (
         (config.is_off, "MACS is off"),
         (config.exchange != "group", "--macs-exchange local, and it decides over the group"),
-        (sizes.num_ranks > MAX_RANKS, f"{sizes.num_ranks} ranks, at most {MAX_RANKS}"),
-        (sizes.num_experts > MAX_EXPERTS, f"{sizes.num_experts} experts, at most {MAX_EXPERTS}"),
-        (sizes.top_k > MAX_TOP_K, f"top-{sizes.top_k}, at most {MAX_TOP_K}"),
-        (sizes.max_tokens > MAX_TOKENS, f"{sizes.max_tokens} tokens a rank, at most {MAX_TOKENS}"),
+        *((got > limit(most), f"{words.format(got)}, at most {limit(most)}") for got, words, most in numbers),
         (
-            sizes.max_tokens * sizes.top_k > MAX_SLOTS,
-            f"{sizes.max_tokens * sizes.top_k} assignments a rank, at most {MAX_SLOTS}",
+            sizes.hidden_size not in hidden_sizes,
+            f"hidden size {sizes.hidden_size}, no multiple of {hidden_sizes.step} in "
+            f"{hidden_sizes.start}..{hidden_sizes.stop - 1}",
         ),
-        (
-            sizes.hidden_size not in HIDDEN_SIZES,
-            f"hidden size {sizes.hidden_size}, no multiple of 512 in 2048..8192",
-        ),
-        (config.reroute_rounds > 60, f"{config.reroute_rounds} rounds of re-routing, at most 60"),
     )
     return next((words for refused, words in reasons if refused), "")
 
@@ -89,7 +91,7 @@ def region_shape(config: MacsConfig, sizes: Sizes, format: str, num_blocks: int)
         sizes.max_tokens,
         sizes.hidden_size,
         num_blocks,
-        ops.FORMATS.index(format),
+        FORMATS.index(format),
         rows,
         local * rows,
     )
@@ -115,7 +117,7 @@ class FusedDispatch:
     @staticmethod
     def region_bytes(config: MacsConfig, sizes: Sizes, num_blocks: int) -> int:
         """Of a rank's region, whatever the format of the rows."""
-        return max(ops.fused_layout(region_shape(config, sizes, f, num_blocks)).bytes for f in ops.FORMATS)
+        return max(ops.fused_layout(region_shape(config, sizes, f, num_blocks)).bytes for f in FORMATS)
 
     @staticmethod
     def saved_bytes(config: MacsConfig, sizes: Sizes) -> int:
@@ -215,7 +217,7 @@ class FusedDispatch:
 
     @property
     def _format(self) -> str:
-        return ops.FORMATS[self.shape.format]
+        return FORMATS[self.shape.format]
 
     @property
     def _local(self) -> int:

@@ -1,10 +1,9 @@
-"""The five operators of the plan (docs/method.md) and, on CUDA, its two fused halves, as thin wrappers over
+"""The five operators of the plan (docs/method.md), and the plan in one call or two, as thin wrappers over
 `torch.ops.sglang_macs`.
 
 Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
 built without nvcc, the one of triton_ops; MACS_CUDA_BACKEND=cuda or =triton in the environment insists on one of them.
-Choices are strings here and integers in the schema. All of them raise ValueError on a wrong shape, dtype, device or
-choice.
+`policy` holds the options of a plan (policy.py). They raise ValueError on a wrong shape, dtype, device or option.
 """
 
 import importlib.util
@@ -15,14 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension
-from .choices import IMPORTANCES, LOADS, REROUTES, SCOPES
+from . import definitions, extension
+from .choices import PHASES
 from .errors import MacsError
-
-SCORINGS = ("softmax", "sigmoid")
-FORMATS = ("bf16", "fp8", "fp8_power_of_two", "fp8_ue8m0")  # of rows on their way (csrc/include/macs/fused.h)
-PHASES = ("both", "send", "receive")
-NUM_SUMS = 4  # N, N_visual, W_visual, W behind the histogram's [E, 2, B] cells
+from .policy import Policy, choice
 
 
 def _load_library() -> None:
@@ -66,6 +61,7 @@ class _Unavailable:
 _cuda_backend: str | None = None
 try:
     _load_library()
+    definitions.check()
     _cuda_backend = _choose_cuda_backend()
     _ops = torch.ops.sglang_macs
 except MacsError as error:
@@ -94,16 +90,9 @@ def has_cuda() -> bool:
     return cuda_backend() is not None
 
 
-def is_fused(tensor: Tensor) -> bool:
-    """Whether `score_histogram` and `threshold_apply` exist where `tensor` is: in the extension's CUDA kernels."""
-    return tensor.is_cuda and _cuda_backend == "cuda"
-
-
-def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
-    """Index of `value` in `choices`; MacsError names the field and what it takes."""
-    if value not in choices:
-        raise MacsError(name, repr(value), f"one of {', '.join(choices)}")
-    return choices.index(value)
+def is_whole(tensor: Tensor) -> bool:
+    """Whether `plan`, `score_histogram` and `threshold_apply` exist where `tensor` is: not in Triton."""
+    return not tensor.is_cuda or _cuda_backend == "cuda"
 
 
 def entropy_score(hidden_states: Tensor, segment: Tensor) -> Tensor:
@@ -138,11 +127,7 @@ def load_histogram(
     topk_weights: Tensor,
     weight: Tensor,
     segment: Tensor,
-    *,
-    num_experts: int,
-    buckets: int,
-    load: str,
-    importance: str,
+    policy: Policy,
 ) -> Tensor:
     """Integer units of load per (expert, modality, importance bucket), and the sums behind R_v.
 
@@ -152,64 +137,24 @@ def load_histogram(
         weight: [T] f32 of `entropy_weight`.
         segment: [T] i32, -1 = text.
     Returns:
-        [num_experts * 2 * buckets + 4] i32; ranks add theirs up elementwise.
+        [E * 2 * B + 4] i32; ranks add theirs up elementwise.
     Source: docs/method.md 3.
     """
-    return _ops.load_histogram(
-        topk_ids,
-        topk_weights,
-        weight,
-        segment,
-        num_experts,
-        buckets,
-        choice("load", load, LOADS),
-        choice("importance", importance, IMPORTANCES),
-    )
+    return _ops.load_histogram(topk_ids, topk_weights, weight, segment, policy)
 
 
-def clip_threshold(
-    own: Tensor,
-    group: Tensor,
-    modality: Tensor,
-    *,
-    num_ranks: int,
-    buckets: int,
-    scope: str,
-    load: str,
-    reroute: str,
-    protect_text: bool,
-    gamma: float,
-    rho: float,
-    alpha: float,
-    c_min: float,
-) -> tuple[Tensor, Tensor]:
+def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """The level at which each bound cuts, and this rank's shares.
 
     Args:
         own, group: histograms of this rank and of the EP group.
         modality: [E] i8, -1 text expert, 0 shared, +1 visual.
-        gamma: capacity over the mean load; `inf` = no bound.
-        c_min: rows per expert that capacity never falls below.
     Returns:
         shift [E] i32, the buckets an overloaded expert's assignments move down by; and
         cut [NB, 4] i32: level, quota (units), room (units), bound (units). NB = E or num_ranks, by scope.
     Source: docs/method.md 4.
     """
-    return _ops.clip_threshold(
-        own,
-        group,
-        modality,
-        num_ranks,
-        buckets,
-        choice("scope", scope, SCOPES),
-        choice("load", load, LOADS),
-        choice("reroute", reroute, REROUTES),
-        protect_text,
-        gamma,
-        rho,
-        alpha,
-        c_min,
-    )
+    return _ops.clip_threshold(own, group, modality, policy)
 
 
 def clip_apply(
@@ -220,16 +165,7 @@ def clip_apply(
     router_logits: Tensor | None,
     shift: Tensor,
     cut: Tensor,
-    *,
-    num_ranks: int,
-    buckets: int,
-    scope: str,
-    load: str,
-    importance: str,
-    reroute: str,
-    protect_text: bool,
-    reroute_rounds: int,
-    scoring: str,
+    policy: Policy,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clip what lies below the cut, re-route what finds room, drop the rest.
 
@@ -241,63 +177,66 @@ def clip_apply(
         re-routed in, by (expert, visual | text).
     Source: docs/method.md 5; the -1 convention is DeepEP's.
     """
-    return _ops.clip_apply(
-        topk_ids,
-        topk_weights,
-        weight,
-        segment,
-        router_logits,
-        shift,
-        cut,
-        num_ranks,
-        buckets,
-        choice("scope", scope, SCOPES),
-        choice("load", load, LOADS),
-        choice("importance", importance, IMPORTANCES),
-        choice("reroute", reroute, REROUTES),
-        protect_text,
-        reroute_rounds,
-        choice("scoring", scoring, SCORINGS),
+    return _ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy)
+
+
+class Peers(NamedTuple):
+    """An exchange over peers' memory.
+
+    region: [peer_reduce_layout.bytes] u8, this rank's. addresses: of all ranks' regions, as this rank sees them.
+    timeout_ns: after which a wait for a peer gives up; the region's status says so, and no sum is written.
+    """
+
+    region: Tensor | None
+    addresses: list[int]
+    rank: int
+    timeout_ns: int
+
+
+ALONE = Peers(None, [], 0, 0)
+
+
+def plan(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    router_logits: Tensor | None,
+    segment: Tensor,
+    num_segments: int,
+    modality: Tensor,
+    policy: Policy,
+    peers: Peers = ALONE,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five operators in one call, the same bits, with the exchange between them. Only where `is_whole`; with peers,
+    collective and on CUDA.
+
+    Args:
+        hidden_states: [T, H], not read where the policy needs no entropies.
+        router_logits: [T, E] bf16, f16 or f32, or None; on CUDA, only clipped tokens' are read.
+    Returns:
+        topk_ids, topk_weights, weight, own, group, cut, counts; group is own where this rank is the group.
+    """
+    return _ops.plan(
+        hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments, modality, policy, *peers
     )
 
 
 def score_histogram(
-    hidden_states: Tensor | None,
+    hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
     segment: Tensor,
-    *,
     num_segments: int,
-    delta: float,
-    num_experts: int,
-    num_ranks: int,
-    buckets: int,
-    scope: str,
-    load: str,
-    importance: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`entropy_score`, `entropy_weight` and `load_histogram` in one chain of overlapping launches: the plan before its
-    exchange, the same bits as the three operators. Only where `is_fused`.
+    policy: Policy,
+    exchanged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plan` before its exchange, where somebody else sums. Only where `is_whole`.
 
-    Args: theirs; hidden_states None where nothing depends on entropies: visual tokens weigh 0.5, text 1. num_ranks and
-        scope only size the workspace.
     Returns:
-        weight [T] f32; the histogram; and a workspace for `threshold_apply`.
+        weight [T] f32; own; group: a copy of own to be summed over the ranks if `exchanged`, else own; and a workspace
+        for `threshold_apply`.
     """
-    return _ops.score_histogram(
-        hidden_states,
-        topk_ids,
-        topk_weights,
-        segment,
-        num_segments,
-        delta,
-        num_experts,
-        num_ranks,
-        buckets,
-        choice("scope", scope, SCOPES),
-        choice("load", load, LOADS),
-        choice("importance", importance, IMPORTANCES),
-    )
+    return _ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, exchanged)
 
 
 def threshold_apply(
@@ -309,61 +248,26 @@ def threshold_apply(
     weight: Tensor,
     segment: Tensor,
     router_logits: Tensor | None,
-    workspace: Tensor | None,
-    *,
-    num_ranks: int,
-    buckets: int,
-    scope: str,
-    load: str,
-    importance: str,
-    reroute: str,
-    protect_text: bool,
-    gamma: float,
-    rho: float,
-    alpha: float,
-    c_min: float,
-    reroute_rounds: int,
-    scoring: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`clip_threshold` and `clip_apply` in one kernel, the same bits: the plan behind its exchange.
-    Only where `is_fused`.
+    workspace: Tensor,
+    policy: Policy,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plan` behind its exchange. Only where `is_whole`.
 
-    Args: theirs; workspace: of the `score_histogram` of the same batch, or None.
+    Args: as of `plan`; weight, own, group and workspace: of the `score_histogram` of the same batch.
     Returns:
-        topk_ids, topk_weights, shift, cut, counts.
+        topk_ids, topk_weights, cut, counts.
     """
     return _ops.threshold_apply(
-        own,
-        group,
-        modality,
-        topk_ids,
-        topk_weights,
-        weight,
-        segment,
-        router_logits,
-        workspace,
-        num_ranks,
-        buckets,
-        choice("scope", scope, SCOPES),
-        choice("load", load, LOADS),
-        choice("importance", importance, IMPORTANCES),
-        choice("reroute", reroute, REROUTES),
-        protect_text,
-        gamma,
-        rho,
-        alpha,
-        c_min,
-        reroute_rounds,
-        choice("scoring", scoring, SCORINGS),
+        own, group, modality, topk_ids, topk_weights, weight, segment, router_logits, workspace, policy
     )
 
 
 class RegionShape(NamedTuple):
     """What a rank's region looks like, the same on every rank (csrc/include/macs/fused.h, FusedShape).
 
-    max_tokens: of a rank. num_blocks: multiprocessors that a launch takes. format: index in FORMATS. expert_rows: rows
-    that each expert has room for, 0 = packed behind one another, each at a multiple of `alignment`. max_rows: of a
-    rank's whole buffer.
+    max_tokens: of a rank. num_blocks: multiprocessors that a launch takes. format: index in
+    choices.FORMATS. expert_rows: rows that each expert has room for, 0 = packed behind one another, each at a multiple
+    of `alignment`. max_rows: of a rank's whole buffer.
     """
 
     num_ranks: int
@@ -421,26 +325,13 @@ def fused_dispatch(
     segment: Tensor,
     router_logits: Tensor | None,
     modality: Tensor,
+    policy: Policy,
     *,
     num_segments: int,
-    delta: float,
-    needs_entropy: bool,
-    buckets: int,
-    scope: str,
-    load: str,
-    importance: str,
-    reroute: str,
-    protect_text: bool,
-    gamma: float,
-    rho: float,
-    alpha: float,
-    c_min: float,
-    reroute_rounds: int,
-    scoring: str,
     phase: str,
     timeout_ns: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. Only where `is_fused`.
+    """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. On CUDA.
 
     Args:
         region: [bytes] u8, this rank's; peers: addresses of all ranks' regions.
@@ -464,21 +355,8 @@ def fused_dispatch(
         segment,
         router_logits,
         modality,
+        policy,
         num_segments,
-        delta,
-        needs_entropy,
-        buckets,
-        choice("scope", scope, SCOPES),
-        choice("load", load, LOADS),
-        choice("importance", importance, IMPORTANCES),
-        choice("reroute", reroute, REROUTES),
-        protect_text,
-        gamma,
-        rho,
-        alpha,
-        c_min,
-        reroute_rounds,
-        choice("scoring", scoring, SCORINGS),
         choice("phase", phase, PHASES),
         timeout_ns,
     )
@@ -529,16 +407,12 @@ def peer_reduce_layout(num_ranks: int, size: int) -> PeerReduceLayout:
     return PeerReduceLayout(*_ops.peer_reduce_layout(num_ranks, size))
 
 
-def peer_all_reduce(region: Tensor, peers: list[int], rank: int, values: Tensor, timeout_ns: int) -> None:
-    """Sums over the ranks in place, in one launch. Collective. Only where `is_fused`.
+def peer_all_reduce(peers: Peers, values: Tensor) -> None:
+    """Sums [size] i32 values over the ranks in place, in one launch; sums wrap. Collective. On CUDA.
 
-    Args:
-        region: [peer_reduce_layout.bytes] u8, this rank's; peers: addresses of all ranks' regions.
-        values: [size] i32; sums wrap.
-        timeout_ns: after which a wait for a peer gives up; the region's status says so, and values keep what they were.
     Source: csrc/cuda/peer_all_reduce.cu.
     """
-    _ops.peer_all_reduce(region, peers, rank, values, timeout_ns)
+    _ops.peer_all_reduce(peers.region, peers.addresses, peers.rank, values, peers.timeout_ns)
 
 
 def allocate_shared(size: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ class PeerAllReduce:
 
     def __init__(self, memory: PeerMemory, size: int) -> None:
         self.memory, self.size = memory, size
+        self.peers = ops.Peers(memory.own, memory.addresses, memory.rank, TIMEOUT_NS)  # for `ops.plan`
         self._watch = peer_status.Watch()
 
     @staticmethod
@@ -38,7 +39,7 @@ class PeerAllReduce:
 
     def __call__(self, values: Tensor) -> None:
         """[size] i32. What never came is left out, and `check` raises."""
-        ops.peer_all_reduce(self.memory.own, self.memory.addresses, self.memory.rank, values, TIMEOUT_NS)
+        ops.peer_all_reduce(self.peers, values)
 
     def check(self) -> None:
         """Raises MacsError once a wait has given up; never makes the host wait."""

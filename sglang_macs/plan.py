@@ -1,21 +1,21 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .choices import WEIGHT_ONE
+from . import ops, policy
+from .choices import NUM_SUMS, SCORINGS, WEIGHT_ONE
 from .config import MacsConfig
 from .errors import MacsError
+from .peer_all_reduce import PeerAllReduce
 
 AllReduce = Callable[[Tensor], object]
 
 
-@dataclass(frozen=True)
-class PlanResult:
+class PlanResult(NamedTuple):
     """What one plan decided on this rank.
 
     topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
@@ -36,7 +36,7 @@ class PlanResult:
         """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
         rows = rows.unsqueeze(1)
         ids = torch.where(rows, topk_ids, self.topk_ids)
-        return replace(self, topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
+        return self._replace(topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
 
 
 class Plan:
@@ -59,25 +59,27 @@ class Plan:
     ) -> None:
         if num_ranks < 1 or num_experts % num_ranks:
             raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
-        ops.choice("scoring", scoring, ops.SCORINGS)
+        policy.choice("scoring", scoring, SCORINGS)
         self.config = config
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.scoring = scoring
         self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
-        self._levels = {"buckets": config.buckets, "load": config.load}
-        self._clip = {"scope": config.scope, "reroute": config.reroute, "protect_text": config.protect_text}
-        self._clip["num_ranks"] = num_ranks
         alone = config.exchange == "local"
-        self._capacity = {"gamma": config.gamma, "rho": config.rho, "alpha": config.alpha}
-        self._capacity["c_min"] = config.c_min / num_ranks if alone else config.c_min
-        self._apply = {"importance": config.importance, "reroute_rounds": config.reroute_rounds, "scoring": scoring}
+        self.policy = policy.of_config(
+            config,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            scoring=scoring,
+            needs_entropy=self._needs_entropy,
+            c_min=config.c_min / num_ranks if alone else config.c_min,
+        )
 
     @property
     def histogram_size(self) -> int:
         """Numbers that the exchange sums."""
-        return self.num_experts * 2 * self.config.buckets + ops.NUM_SUMS
+        return self.num_experts * 2 * self.config.buckets + NUM_SUMS
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
         """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
@@ -88,22 +90,13 @@ class Plan:
 
     def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
         """This rank's integer histogram, [E * 2 * buckets + 4] i32."""
-        return ops.load_histogram(
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            num_experts=self.num_experts,
-            importance=self.config.importance,
-            **self._levels,
-        )
+        return ops.load_histogram(topk_ids, topk_weights, weight, segment, self.policy)
 
     def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
         if self.config.exchange == "local":
             group = own
-        modality = self._modality_on(own.device)
-        return ops.clip_threshold(own, group, modality, **self._capacity, **self._levels, **self._clip)
+        return ops.clip_threshold(own, group, self._modality_on(own.device), self.policy)
 
     def _modality_on(self, device: torch.device) -> Tensor:
         if self.modality.device != device:  # once: a copy to a GPU makes the host wait
@@ -112,9 +105,7 @@ class Plan:
 
     def fused_options(self, device: torch.device) -> dict[str, object]:
         """What `ops.fused_dispatch` needs to decide as this plan does."""
-        clip = {name: value for name, value in self._clip.items() if name != "num_ranks"}
-        own = {"modality": self._modality_on(device), "delta": self.config.delta, "needs_entropy": self._needs_entropy}
-        return own | clip | self._levels | self._capacity | self._apply
+        return {"modality": self._modality_on(device), "policy": self.policy}
 
     def apply(
         self,
@@ -127,18 +118,7 @@ class Plan:
         cut: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
-        return ops.clip_apply(
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            router_logits,
-            shift,
-            cut,
-            **self._apply,
-            **self._levels,
-            **self._clip,
-        )
+        return ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, self.policy)
 
     def __call__(
         self,
@@ -155,56 +135,48 @@ class Plan:
         Args:
             hidden_states: [T, H]; topk_ids [T, K]; topk_weights [T, K] f32; router_logits [T, E] or None.
             segment: [T] i32, -1 = text, otherwise below num_segments.
-            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group.
+            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group. With a
+                `PeerAllReduce` the whole plan is one operator call, else two around it.
         """
-        # Made first: on CUDA, what comes behind the exchange reads the routing before it waits for anything.
-        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
-        weight, own, workspace = self._before_exchange(hidden_states, topk_ids, topk_weights, segment, num_segments)
-        group = own
-        if all_reduce is not None and self.config.exchange == "group":
-            group = own.clone()
-            all_reduce(group)
-        if not ops.is_fused(own):
-            shift, cut = self.threshold(own, group)
-            ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
-            return PlanResult(ids, weights, weight, own, group, cut, counts)
-        ids, weights, _, cut, counts = ops.threshold_apply(
-            own,
-            group,
-            self._modality_on(own.device),
-            topk_ids,
-            topk_weights,
-            weight,
-            segment,
-            logits,
-            workspace,
-            **self._capacity,
-            **self._apply,
-            **self._levels,
-            **self._clip,
+        routing = topk_ids, topk_weights
+        if self.config.exchange == "local":
+            all_reduce = None
+        if not ops.is_whole(topk_ids):
+            return self._by_operators(hidden_states, *routing, router_logits, segment, num_segments, all_reduce)
+        modality = self._modality_on(topk_ids.device)
+        if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
+            peers = ops.ALONE if all_reduce is None else all_reduce.peers
+            batch = hidden_states, *routing, router_logits, segment, num_segments
+            return PlanResult(*ops.plan(*batch, modality, self.policy, peers))
+        weight, own, group, workspace = ops.score_histogram(
+            hidden_states, *routing, segment, num_segments, self.policy, True
+        )
+        all_reduce(group)
+        ids, weights, cut, counts = ops.threshold_apply(
+            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy
         )
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
-    def _before_exchange(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(weight, histogram, workspace): fused where it can be, else without a workspace."""
-        if not ops.is_fused(hidden_states):
-            weight = self.weight(hidden_states, segment, num_segments)
-            return weight, self.histogram(topk_ids, topk_weights, weight, segment), None
-        return ops.score_histogram(
-            hidden_states if self._needs_entropy and num_segments > 0 else None,
-            topk_ids,
-            topk_weights,
-            segment,
-            num_segments=num_segments,
-            delta=self.config.delta,
-            num_experts=self.num_experts,
-            num_ranks=self.num_ranks,
-            scope=self.config.scope,
-            importance=self.config.importance,
-            **self._levels,
-        )
+    def _by_operators(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+        all_reduce: AllReduce | None,
+    ) -> PlanResult:
+        """As `__call__`, by the five operators one after the other."""
+        weight = self.weight(hidden_states, segment, num_segments)
+        own = group = self.histogram(topk_ids, topk_weights, weight, segment)
+        if all_reduce is not None:
+            group = own.clone()
+            all_reduce(group)
+        shift, cut = self.threshold(own, group)
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
 
 
 def most_tokens(top_k: int, load: str) -> int:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .backlog import Backlog, SumsByLayer, to_host
-from .choices import MODALITIES, WEIGHT_ONE
+from .choices import MODALITIES, NUM_SUMS, WEIGHT_ONE
 from .config import MacsConfig
-from .ops import NUM_SUMS
 from .plan import PlanResult
 
 BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount
@@ -74,15 +73,14 @@ def imbalance(rows: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """What is counted of a plan by its own account: counts [3, E, 2] and the group's sums [NUM_SUMS], both i32.
-
-    by_expert: also for a calibration.
+    """What is counted of a plan by its own account: counts [3, E, 2] i32, and of `group` [...] i32 the last NUM_SUMS,
+    the group's sums, before which its whole histogram may lie. by_expert: also for a calibration.
     """
 
     layer_id: int
     by_expert: bool
     counts: Tensor
-    sums: Tensor
+    group: Tensor
 
 
 class Recount(NamedTuple):
@@ -140,15 +138,16 @@ class Stats:
     def add_plan(self, layer_id: int, result: PlanResult, *, by_expert: bool) -> None:
         """One plan, by its own account. by_expert: also what a calibration is made from."""
         self.planned += 1
-        sums = result.group[-NUM_SUMS:]
-        if not sums.is_cuda:  # the whole histogram is kept with them: on a CPU that costs more, in caches, than a copy
-            sums = sums.clone()
-        plan = _Plan(layer_id, by_expert, result.counts, sums)
-        self._plans.add(plan, sums.device, (by_expert, plan.counts.shape))
+        group = result.group
+        if not group.is_cuda:  # to keep the whole histogram costs a CPU more, in caches, than a copy of its end
+            group = group[-NUM_SUMS:].clone()
+        plan = _Plan(layer_id, by_expert, result.counts, group)
+        self._plans.add(plan, group.device, (by_expert, plan.counts.shape, group.shape))
 
     def _count_plans(self, plans: Sequence[_Plan]) -> None:
         counts = torch.stack([plan.counts for plan in plans])
-        visual, total = torch.stack([plan.sums for plan in plans])[:, 2:].double().unbind(dim=1)
+        sums = torch.stack([plan.group for plan in plans])[:, -NUM_SUMS:]
+        visual, total = sums[:, 2:].double().unbind(dim=1)
         self.visual_share_sum += torch.where(total > 0, visual / total.clamp(min=1), 0.5).sum()
         self.fate += counts.sum(dim=(0, 2), dtype=torch.int64)
         if plans[0].by_expert:  # this rank's own assignments, before clipping

@@ -11,8 +11,9 @@ from . import ops, peer_memory
 from .compat import no_low_latency
 from .config import MacsConfig
 from .console import say
+from .definitions import limit
 from .errors import MacsNotActive
-from .fused import MAX_RANKS, FusedDispatch, Sizes, unsupported
+from .fused import FusedDispatch, Sizes, unsupported
 from .peer_all_reduce import PeerAllReduce
 
 COMPUTE_CAPABILITY = 9  # Hopper: what the kernels are built and were measured for
@@ -73,7 +74,7 @@ class Transports:
         reasons = (
             (self.config.is_off, "MACS is off"),
             (self.config.exchange != "group", "--macs-exchange local, and nothing is exchanged"),
-            (ranks > MAX_RANKS, f"{ranks} ranks, at most {MAX_RANKS}"),
+            (ranks > limit("peers"), f"{ranks} ranks, at most {limit('peers')}"),
         )
         why = next((words for refused, words in reasons if refused), "")
         return why or peer_memory.unreachable(group, unfit_device())

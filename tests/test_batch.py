@@ -149,6 +149,16 @@ def test_the_layers_of_a_pass_share_one_segment():
         assert passing.segment_of_rows(*rows, torch.device(cpu))[0] is segment
 
 
+def test_the_layers_of_a_pass_share_what_is_left_alone():
+    segment = torch.tensor([0, -1, batch.LEFT_ALONE], dtype=torch.int32)
+    passing = batch.Batch(segment, 1, "", leaves_alone=True)
+    of_rows, _ = passing.segment_of_rows(4, None, (0, 1), torch.device("cpu"))
+    left_alone, planned = passing.left_alone_of(of_rows)
+    assert left_alone.tolist() == [False, False, True, False] and planned.tolist() == [0, -1, -1, -1]
+    assert all(a is b for a, b in zip(passing.left_alone_of(of_rows), (left_alone, planned), strict=True))
+    assert batch.Batch(segment, 1, "").left_alone_of(of_rows) == (None, of_rows)
+
+
 def test_rows_of_another_batch_are_text_in_every_layer():
     passing = batch.Batch(torch.zeros(5, dtype=torch.int32), 1, "")
     for _ in range(2):

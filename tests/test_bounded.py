@@ -14,6 +14,7 @@ from bounded_case import CASES, Case
 
 from sglang_macs import batch, bounded, ops, plugin
 from sglang_macs.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs.choices import NUM_SUMS
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.errors import MacsError
@@ -88,7 +89,7 @@ def test_no_plan_lets_more_rows_through(scope: str, gamma: float, tokens: int) -
     """The thresholds' own bounds, of every rank or expert, against the room made for them."""
     sizes = Sizes(4, 16, 3, 128)
     config = MacsConfig.from_preset("rank" if scope == "rank" else "cai", gamma=gamma, scope=scope, c_min=3.0)
-    own = torch.zeros(sizes.num_experts * 2 * config.buckets + ops.NUM_SUMS, dtype=torch.int32)
+    own = torch.zeros(sizes.num_experts * 2 * config.buckets + NUM_SUMS, dtype=torch.int32)
     own[-4] = tokens * sizes.top_k  # N
     _, cut = bounded_case.plan(config, sizes).threshold(own, own)
     per_rank = cut[:, 3].long().view(sizes.num_ranks, -1).sum(dim=1).max()

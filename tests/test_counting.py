@@ -86,7 +86,7 @@ def spoilt(result: PlanResult) -> PlanResult:
     """A result whose bound its rows exceed."""
     cut = result.cut.clone()
     cut[:, 3] = 0
-    return replace(result, cut=cut)
+    return result._replace(cut=cut)
 
 
 @pytest.mark.parametrize("dispatches", [1, MOST, 2 * MOST + 5])
@@ -100,7 +100,7 @@ def test_sums_are_those_of_dispatches_counted_one_by_one(name, dispatches):
         with batch.forward(planned_batch(config, segment)):
             planned = one(hidden, ids, weights, logits)
             if step % 5 == 0:
-                planned = replace(planned, result=spoilt(planned.result))
+                planned = planned._replace(result=spoilt(planned.result))
             own = one.recount(ids, planned)
             one.prove(planned, own, own * RANKS)
         want.add(one.layer_id, planned.result, own, own * RANKS)

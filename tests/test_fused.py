@@ -29,7 +29,7 @@ from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
 from sglang_macs.low_latency import FusedLowLatency
 from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan, PlanResult
+from sglang_macs.plan import Plan
 from sglang_macs.stats import Stats
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
@@ -283,7 +283,7 @@ class Transport:
     def send(self, plan, layer_id, format, *arguments):
         self.calls.append(("send", layer_id, format))
         result = plan(*(arguments[i] for i in (0, 1, 2, 3, 4, 5)))
-        return PlanResult(**{**vars(result), "own": result.own[-4:], "group": result.group[-4:]})
+        return result._replace(own=result.own[-4:], group=result.group[-4:])
 
     def receive(self):
         self.calls.append(("receive",))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import fused_reference as reference
 import numpy as np
+import operators
 import pytest
 import torch
 from fused_case import FusedConfig, make_group, masked
@@ -40,15 +41,15 @@ def test_decisions_are_the_composed_operators(config: FusedConfig) -> None:
     routing = [
         tuple(torch.from_numpy(a) for a in (x.ids, x.gates, w, x.segment)) for x, w in zip(ranks, weights, strict=True)
     ]
-    own = [ops.load_histogram(*one, num_experts=f.E, importance=f.importance, **common) for one in routing]
+    own = [operators.load_histogram(*one, num_experts=f.E, importance=f.importance, **common) for one in routing]
     group = torch.stack(own).sum(0, dtype=torch.int32)
     order = {"num_ranks": f.R, "scope": f.scope, "reroute": f.reroute, "protect_text": f.protect_text} | common
     for inputs, one, histogram, plan in zip(ranks, routing, own, plans, strict=True):
         modality = torch.from_numpy(ranks[0].modality)
-        shift, cut = ops.clip_threshold(
+        shift, cut = operators.clip_threshold(
             histogram, group, modality, gamma=f.gamma, rho=f.rho, alpha=f.alpha, c_min=f.c_min, **order
         )
-        ids, new_weights, counts = ops.clip_apply(
+        ids, new_weights, counts = operators.clip_apply(
             *one, torch.from_numpy(inputs.logits), shift, cut, importance=f.importance, reroute_rounds=f.rounds,
             scoring=f.scoring, **order,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from sglang_macs import ops
 from sglang_macs.batch import Batch, forward
 from sglang_macs.bounded import BoundedDispatch, Received
+from sglang_macs.choices import NUM_SUMS
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.fused import FusedDispatch, Sizes
@@ -228,7 +229,7 @@ def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_ro
         rows, scales, received = fused.receive()
         for name in ("topk_ids", "topk_weights", "weight", "cut", "counts"):
             assert torch.equal(getattr(got, name), getattr(want, name)), (name, tokens)
-        assert torch.equal(got.group, want.group[-ops.NUM_SUMS :])
+        assert torch.equal(got.group, want.group[-NUM_SUMS:])
         assert torch.equal(received, (want.counts[0] + want.counts[2]).sum(1, dtype=torch.int32))
         values = rows.float() * (1.0 if scales is None else scales.repeat_interleave(128, 2))
         fused.offer(values.bfloat16(), got.topk_ids, got.topk_weights)
@@ -296,3 +297,29 @@ def test_ranks_sum_over_each_others_memory():
         one.check()
         torch.cuda.synchronize()
         one.check()
+
+
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the sum over peers exists in CUDA only")
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 100, 3000], ids=str)
+def test_a_plan_and_its_exchange_over_peers_are_one_call(tokens, logits_dtype):
+    """Two ranks on streams of their own; the bits of a plan around an all-reduce, logits cast before."""
+    plan = Plan(MacsConfig.from_preset("rank", gamma=1.0), EXPERTS, 2)
+    size = ops.peer_reduce_layout(2, plan.histogram_size).bytes
+    regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    addresses = [region.data_ptr() for region in regions]
+    sums = [PeerAllReduce(PeerMemory(i, regions[i], addresses), plan.histogram_size) for i in range(2)]
+    batches = [to_gpu(*batch(tokens, 8, seed)) for seed in range(2)]
+    batches = [(*b[:3], b[3].to(logits_dtype), b[4]) for b in batches]
+    total = torch.stack([plan(*b, 1).own for b in batches]).sum(0, dtype=torch.int32)
+    want = [plan(*b[:3], b[3].float(), b[4], 1, lambda group: group.copy_(total)) for b in batches]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        got = []
+        for i, stream in enumerate(torch.cuda.Stream() for _ in range(2)):
+            with torch.cuda.stream(stream):
+                got.append(plan(*batches[i], 1, sums[i]))
+        torch.cuda.synchronize()
+        for one, expected in zip(got, want, strict=True):
+            for name, mine, theirs in zip(one._fields, one, expected, strict=True):
+                assert torch.equal(mine, theirs), name

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import cases
+import operators
 import oracle
 import pytest
 import torch
@@ -62,18 +63,18 @@ def check_chain(group: cases.Group, switches: dict[str, Any]) -> None:
     counted = pick(switches, HISTOGRAM, num_experts=group.num_experts)
     own = []
     for b, w in zip(group.batches, weights, strict=True):
-        own.append(ops.load_histogram(*assigned(b, w), **counted))
+        own.append(operators.load_histogram(*assigned(b, w), **counted))
         assert own[-1].tolist() == oracle.load_histogram(*lists(*assigned(b, w)), **counted)
     total = torch.stack(own).sum(0, dtype=torch.int32)
     ordered = pick(switches, THRESHOLD, num_ranks=group.num_ranks)
     applied = pick(switches, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
     for b, w, histogram in zip(group.batches, weights, own, strict=True):
-        shift, cut = ops.clip_threshold(histogram, total, group.modality, **ordered)
+        shift, cut = operators.clip_threshold(histogram, total, group.modality, **ordered)
         assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(
             *lists(histogram, total, group.modality), **ordered
         )
         inputs = (*assigned(b, w), b.router_logits, shift, cut)
-        ids, weights_, counts = ops.clip_apply(*inputs, **applied)
+        ids, weights_, counts = operators.clip_apply(*inputs, **applied)
         want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **applied)
         assert ids.tolist() == want_ids
         assert counts.tolist() == want_counts
@@ -172,7 +173,7 @@ def test_ids_keep_their_dtype(ids_dtype: torch.dtype) -> None:
     group = cases.named("imbalanced")
     b = group.batches[0]
     inputs = chain(cases.Group([replace(b, topk_ids=b.topk_ids.to(ids_dtype))], 16, 4, group.modality))
-    ids, weights, counts = ops.clip_apply(*inputs["clip_apply"][1], **inputs["clip_apply"][2])
+    ids, weights, counts = operators.clip_apply(*inputs["clip_apply"][1], **inputs["clip_apply"][2])
     assert (ids.dtype, weights.dtype, counts.dtype) == (ids_dtype, torch.float32, torch.int32)
 
 
@@ -183,7 +184,7 @@ def test_any_gate_has_the_oracle_s_bucket(gates: list[float], buckets: int) -> N
     ids = torch.zeros(len(gates), 1, dtype=torch.int32)
     inputs = (ids, torch.tensor(gates)[:, None], torch.ones(len(gates)), torch.full((len(gates),), -1).int())
     settings = {"num_experts": 1, "buckets": buckets, "load": "rows", "importance": "gate"}
-    assert ops.load_histogram(*inputs, **settings).tolist() == oracle.load_histogram(*lists(*inputs), **settings)
+    assert operators.load_histogram(*inputs, **settings).tolist() == oracle.load_histogram(*lists(*inputs), **settings)
 
 
 @cases.PROPERTY
@@ -199,7 +200,7 @@ def test_threshold_of_any_histograms(switches: dict[str, Any], seed: int, shape:
     own[-4], group[-4] = own[:-4].sum(), group[:-4].sum()
     modality = torch.randint(-1, 2, (num_experts,), generator=gen).to(torch.int8)
     settings = pick(switches, THRESHOLD, num_ranks=num_ranks)
-    shift, cut = ops.clip_threshold(own, group, modality, **settings)
+    shift, cut = operators.clip_threshold(own, group, modality, **settings)
     assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(*lists(own, group, modality), **settings)
 
 
@@ -219,7 +220,7 @@ def any_numbers(b: cases.Batch, gen: torch.Generator) -> tuple[torch.Tensor, ...
 def test_histogram_of_any_numbers(group: cases.Group, switches: dict[str, Any], seed: int) -> None:
     inputs = any_numbers(group.batches[0], cases.generator(seed))
     counted = pick(switches, HISTOGRAM, num_experts=group.num_experts)
-    assert ops.load_histogram(*inputs, **counted).tolist() == oracle.load_histogram(*lists(*inputs), **counted)
+    assert operators.load_histogram(*inputs, **counted).tolist() == oracle.load_histogram(*lists(*inputs), **counted)
 
 
 @cases.PROPERTY
@@ -234,7 +235,7 @@ def test_apply_of_any_cut(group: cases.Group, switches: dict[str, Any], seed: in
     cut[:, 0] = torch.randint(-1, 2 * switches["buckets"], (bounds,), generator=gen)
     inputs = (*any_numbers(b, gen), b.router_logits, shift, cut)
     settings = pick(switches, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
-    ids, weights, counts = ops.clip_apply(*inputs, **settings)
+    ids, weights, counts = operators.clip_apply(*inputs, **settings)
     want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **settings)
     assert (ids.tolist(), counts.tolist()) == (want_ids, want_counts)
     same_weights(weights, want_weights, (ids == b.topk_ids) | (ids < 0))
@@ -251,7 +252,7 @@ def test_a_proposal_refused_counts_for_those_behind_it(rounds: int, homes: list[
     switches = USUAL | {"scope": "rank", "load": "effective", "buckets": 32, "reroute_rounds": rounds}
     settings = pick(switches, APPLY, num_ranks=2, scoring="softmax")
     inputs = (*inputs, logits, torch.zeros(4, dtype=torch.int32), cut)
-    got = ops.clip_apply(*inputs, **settings)[0].flatten().tolist()
+    got = operators.clip_apply(*inputs, **settings)[0].flatten().tolist()
     assert got == [i for (i,) in oracle.clip_apply(*lists(*inputs), **settings)[0]] == homes
 
 
@@ -261,7 +262,7 @@ def test_infinite_gamma_bounds_nothing(scope: str) -> None:
     for rows in (0, 1000):
         histogram[5] = histogram[-4] = rows
         settings = pick(USUAL | {"scope": scope, "gamma": math.inf, "buckets": 32, "rho": 1.0}, THRESHOLD, num_ranks=2)
-        shift, cut = ops.clip_threshold(histogram, histogram, torch.ones(4, dtype=torch.int8), **settings)
+        shift, cut = operators.clip_threshold(histogram, histogram, torch.ones(4, dtype=torch.int8), **settings)
         assert shift.tolist() == [0] * 4
         assert cut[:, 0].tolist() == [-1] * len(cut)
         assert cut[:, 3].tolist() == [2**31 - 1] * len(cut)
@@ -292,16 +293,16 @@ def chain(group: cases.Group) -> dict[str, tuple[Callable[..., Any], tuple[Any, 
     entropy = ops.entropy_score(b.hidden_states, b.segment)
     weight = ops.entropy_weight(entropy, b.segment, b.num_segments, 1.0)
     counted = pick(USUAL, HISTOGRAM, num_experts=group.num_experts)
-    own = ops.load_histogram(*assigned(b, weight), **counted)
+    own = operators.load_histogram(*assigned(b, weight), **counted)
     ordered = pick(USUAL, THRESHOLD, **ranks)
-    shift, cut = ops.clip_threshold(own, own, group.modality, **ordered)
+    shift, cut = operators.clip_threshold(own, own, group.modality, **ordered)
     applied = pick(USUAL, APPLY, scoring=group.scoring, **ranks)
     return {
         "entropy_score": (ops.entropy_score, (b.hidden_states, b.segment), {}),
         "entropy_weight": (ops.entropy_weight, (entropy, b.segment, b.num_segments, 1.0), {}),
-        "load_histogram": (ops.load_histogram, assigned(b, weight), counted),
-        "clip_threshold": (ops.clip_threshold, (own, own, group.modality), ordered),
-        "clip_apply": (ops.clip_apply, (*assigned(b, weight), b.router_logits, shift, cut), applied),
+        "load_histogram": (operators.load_histogram, assigned(b, weight), counted),
+        "clip_threshold": (operators.clip_threshold, (own, own, group.modality), ordered),
+        "clip_apply": (operators.clip_apply, (*assigned(b, weight), b.router_logits, shift, cut), applied),
     }
 
 
@@ -346,6 +347,7 @@ def test_meta_and_fake_tensors_have_the_real_shapes(name: str) -> None:
 def test_compiles_in_one_graph_for_any_number_of_tokens() -> None:
     """The five operators as the plan chains them, without a graph break and without a second compilation."""
     compilations = []
+    policy = operators.policy_of(**USUAL, num_experts=16, num_ranks=4)
 
     def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
         compilations.append(module)
@@ -354,10 +356,9 @@ def test_compiles_in_one_graph_for_any_number_of_tokens() -> None:
     def chained(b: cases.Batch, modality: torch.Tensor) -> tuple[torch.Tensor, ...]:
         entropy = ops.entropy_score(b.hidden_states, b.segment)
         w = ops.entropy_weight(entropy, b.segment, 2, 1.0)
-        own = ops.load_histogram(*assigned(b, w), **pick(USUAL, HISTOGRAM, num_experts=16))
-        shift, cut = ops.clip_threshold(own, own, modality, **pick(USUAL, THRESHOLD, num_ranks=4))
-        applied = pick(USUAL, APPLY, num_ranks=4, scoring="softmax")
-        return ops.clip_apply(*assigned(b, w), b.router_logits, shift, cut, **applied)
+        own = ops.load_histogram(*assigned(b, w), policy)
+        shift, cut = ops.clip_threshold(own, own, modality, policy)
+        return ops.clip_apply(*assigned(b, w), b.router_logits, shift, cut, policy)
 
     compiled = torch.compile(chained, backend=backend, fullgraph=True, dynamic=True)
     modality = torch.zeros(16, dtype=torch.int8)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan, check_batch_size
+from sglang_macs.peer_all_reduce import PeerAllReduce
+from sglang_macs.peer_memory import PeerMemory
+from sglang_macs.plan import Plan, PlanResult, check_batch_size
 
 PRESETS = ("paper", "rank", "cai")
 
@@ -420,3 +423,96 @@ def test_a_profile_given_as_a_tensor_moves_the_capacity() -> None:
     entropy = oracle.entropy_score(o.batch.hidden_states.tolist(), o.batch.segment.tolist())
     want = oracle.entropy_weight(entropy, o.batch.segment.tolist(), o.batch.num_segments, 2.0)
     torch.testing.assert_close(o.weight, torch.tensor(want), rtol=1e-4, atol=1e-6)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that Python calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(func.name().removeprefix("sglang_macs::"))
+        return func(*args, **(kwargs or {}))
+
+
+LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cases.PROPERTY
+@given(cases.groups(), st.one_of(configs(), configs(exchange="local")), st.sampled_from(LOGITS))
+def test_whole_plans_give_the_operators_bits(group: cases.Group, config: MacsConfig, logits: torch.dtype) -> None:
+    """In two calls around an all-reduce, in one alone, and by operators; logits as the router has them."""
+    batches = [replace(b, router_logits=b.router_logits.to(logits)) for b in group.batches]
+    exact = replace(group, batches=[replace(b, router_logits=b.router_logits.float()) for b in batches])
+    plan, together = make_plan(group, config), run(exact, config)
+    apart = [run(replace(exact, batches=[b]), config)[0] for b in exact.batches]
+    own = [plan.histogram(o.batch.topk_ids, o.batch.topk_weights, o.weight, o.batch.segment) for o in together]
+    total = own[0] if config.exchange == "local" else torch.stack(own).sum(0, dtype=torch.int32)
+
+    def all_reduce(group: torch.Tensor) -> None:
+        group.copy_(total)
+
+    for b, histogram, in_group, alone in zip(batches, own, together, apart, strict=True):
+        batch = (b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
+        exchanged = None if config.exchange == "local" else all_reduce
+        summed = histogram if exchanged is None else total
+        assert_result(plan(*batch, all_reduce), in_group, histogram, summed)
+        assert_result(plan._by_operators(*batch, exchanged), in_group, histogram, summed)
+        assert_result(plan(*batch), alone, histogram, histogram)
+
+
+def assert_result(got: PlanResult, want: Outcome, own: torch.Tensor, group: torch.Tensor) -> None:
+    expected = PlanResult(want.ids, want.weights, want.weight, own, group, want.cut, want.counts)
+    for name, mine, theirs in zip(got._fields, got, expected, strict=True):
+        assert same_bits(mine, theirs), name
+
+
+def test_a_plan_is_one_operator_or_two_around_an_all_reduce() -> None:
+    """Beside them, nothing is called: on a GPU every call costs the host as much as a kernel does."""
+    group = cases.named("imbalanced")
+    b, plan = group.batches[0], make_plan(group, MacsConfig())
+    batch = (b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits.bfloat16(), b.segment, b.num_segments)
+    plan(*batch)
+    with Calls() as alone:
+        plan(*batch)
+    with Calls() as exchanged:
+        plan(*batch, all_reduce=lambda tensor: exchanged.names.append("all_reduce"))
+    assert alone.names == ["plan"]
+    assert exchanged.names == ["score_histogram", "all_reduce", "threshold_apply"]
+
+
+def test_an_exchange_over_peers_is_part_of_the_one_call() -> None:
+    """On a CPU it is refused there: the call came with this rank's region."""
+    group = cases.named("imbalanced")
+    b, plan = group.batches[0], make_plan(group, MacsConfig())
+    region = torch.zeros(PeerAllReduce.region_bytes(4, plan.histogram_size), dtype=torch.uint8)
+    peers = PeerAllReduce(PeerMemory(0, region, [0] * 4), plan.histogram_size)
+    batch = (b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
+    with Calls() as calls, pytest.raises(ValueError, match="region: got"):
+        plan(*batch, all_reduce=peers)
+    assert calls.names == ["plan"]
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "what"),
+    [
+        (0, lambda t: t[:-1], "hidden_states"),
+        (1, lambda t: t.float(), "topk_ids"),
+        (1, lambda t: t + 16, "topk_ids"),
+        (2, lambda t: t[:, 1:], "topk_weights"),
+        (3, lambda t: t.double(), "router_logits"),
+        (3, lambda t: t[:, 1:], "router_logits"),
+        (4, lambda t: t.long(), "segment"),
+        (5, lambda n: 1, "num_segments"),
+    ],
+)
+def test_a_batch_that_is_wrong_is_refused(position: int, change: Callable[[Any], Any], what: str) -> None:
+    group = cases.named("imbalanced")
+    b, plan = group.batches[0], make_plan(group, MacsConfig.from_preset("rank", importance="entropy"))
+    batch = [b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments]
+    batch[position] = change(batch[position])
+    with pytest.raises(ValueError, match=what) as error:
+        plan(*batch)
+    assert ": got " in str(error.value) and "expected" in str(error.value)

@@ -11,8 +11,10 @@ from typing import Any
 import cases
 import emulated
 import kernels_c as c
+import operators
 import pytest
 import torch
+from peer_reduce_case import ReduceGroup
 from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
 
 from sglang_macs import ops
@@ -89,50 +91,94 @@ class Launchers:
         """All of it by the two fused launchers, without an exchange; not `scored`: as where entropies do not matter.
         then_gamma: the second launcher once more, with that gamma, on the same workspace.
         """
-        b, experts = group.batches[0], group.num_experts
-        tokens, bounds = len(b.segment), experts if options["scope"] == "expert" else group.num_ranks
-        shapes = {"entropy": (tokens,), "weight": (tokens,), "histogram": (experts * 2 * options["buckets"] + 4,)}
-        shapes |= {"shift": (experts,), "cut": (bounds, 4), "counts": (3, experts, 2), "weights": b.topk_ids.shape}
-        floats = ("entropy", "weight", "weights")
-        buffers = {n: Buffer(shape, torch.float32 if n in floats else torch.int32) for n, shape in shapes.items()}
-        buffers["ids"] = Buffer(b.topk_ids.shape, b.topk_ids.dtype)
-        out = {name: buffer.tensor for name, buffer in buffers.items()}
-        score = score_params(b.hidden_states, b.segment, out["entropy"])
-        if not scored:
-            score.hidden_states = score.entropy = None
-        weight = weight_params(out["entropy"], b.segment, out["weight"], b.num_segments, 1.0)
-        routing = b.topk_ids, b.topk_weights, out["weight"], b.segment
-        histogram = c.LoadHistogramParams(assignments(*routing, experts, options), address(out["histogram"]))
-        own = out["histogram"]
-        threshold = threshold_params(own, own, group.modality, out["shift"], out["cut"], options)
-        apply = apply_params(
-            (*routing, b.router_logits, out["shift"], out["cut"]),
-            [out[n] for n in ("ids", "weights", "counts")],
-            options,
-        )
-        scratch = Buffer((self.plan_bytes(weight, apply),), torch.uint8)
+        run = RankPlan(self, group, 0, options, scored)
         with self.library.together():
-            self.library("macs_score_histogram", score, weight, histogram, scratch.tensor)
-            self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
+            run.before()
+            run.behind()
         if then_gamma is not None:
             for name in ("shift", "cut", "counts", "weights", "ids"):
-                out[name].view(torch.uint8).fill_(POISON)
-            threshold.gamma = then_gamma
-            self.library("macs_threshold_apply", threshold, apply, scratch.tensor)
-        scratch.check()
-        return {name: buffer.check() for name, buffer in buffers.items()}
+                run.out[name].view(torch.uint8).fill_(POISON)
+            run.threshold.policy.gamma = then_gamma
+            run.behind()
+        return run.check()
+
+    def plans(self, group: cases.Group, options: dict[str, Any], scored: bool) -> list[dict[str, torch.Tensor]]:
+        """Of all ranks at once, a stream each, with the exchange over peers' memory between the two launchers."""
+        runs = [RankPlan(self, group, rank, options, scored, exchanged=True) for rank in range(group.num_ranks)]
+        reduce = ReduceGroup(emulated.Kernels(self.library), group.num_ranks, runs[0].out["group"].numel(), "cpu")
+        with self.library.together():
+            for rank, run in enumerate(runs):
+                params = reduce.params(rank)
+                params.values, params.sum = address(run.out["histogram"]), address(run.out["group"])
+                run.before(rank + 1)
+                self.library("macs_peer_all_reduce", params, stream=rank + 1)
+                run.behind(rank + 1)
+        assert not reduce.unguarded() and all(reduce.status(rank).fault == 0 for rank in range(group.num_ranks))
+        return [run.check() for run in runs]
 
     def plan_bytes(self, weight: Any, apply: Any) -> int:
         return self.library.cdll.macs_plan_workspace_bytes(c.ctypes.byref(weight), c.ctypes.byref(apply))
+
+
+class RankPlan:
+    """A rank's buffers and parameters for the fused launchers. exchanged: `group` has a buffer of its own."""
+
+    def __init__(
+        self,
+        launchers: Launchers,
+        group: cases.Group,
+        rank: int,
+        options: dict[str, Any],
+        scored: bool,
+        exchanged: bool = False,
+    ) -> None:
+        self.library, b, experts = launchers.library, group.batches[rank], group.num_experts
+        tokens, bounds = len(b.segment), experts if options["scope"] == "expert" else group.num_ranks
+        cells = experts * 2 * options["buckets"] + 4
+        shapes = {"entropy": (tokens,), "weight": (tokens,), "histogram": (cells,), "weights": b.topk_ids.shape}
+        shapes |= {"shift": (experts,), "cut": (bounds, 4), "counts": (3, experts, 2)}
+        shapes |= {"group": (cells,)} if exchanged else {}
+        floats = ("entropy", "weight", "weights")
+        self.buffers = {n: Buffer(shape, torch.float32 if n in floats else torch.int32) for n, shape in shapes.items()}
+        self.buffers["ids"] = Buffer(b.topk_ids.shape, b.topk_ids.dtype)
+        self.out = out = {name: buffer.tensor for name, buffer in self.buffers.items()}
+        self.score = score_params(b.hidden_states, b.segment, out["entropy"])
+        if not scored:
+            self.score.hidden_states = self.score.entropy = None
+        self.weight = weight_params(out["entropy"], b.segment, out["weight"], b.num_segments, 1.0)
+        routing = b.topk_ids, b.topk_weights, out["weight"], b.segment
+        self.histogram = c.LoadHistogramParams(assignments(*routing, experts, options), address(out["histogram"]))
+        histograms = out["histogram"], out["group" if exchanged else "histogram"]
+        self.modality = group.modality  # read when the launches run
+        self.threshold = threshold_params(*histograms, self.modality, out["shift"], out["cut"], options)
+        self.logits = b.router_logits
+        inputs = (*routing, self.logits, out["shift"], out["cut"])
+        self.apply = apply_params(inputs, [out[n] for n in ("ids", "weights", "counts")], options)
+        self.scratch = Buffer((launchers.plan_bytes(self.weight, self.apply),), torch.uint8)
+
+    def before(self, stream: int = 0) -> None:
+        params = self.score, self.weight, self.histogram, self.scratch.tensor
+        self.library("macs_score_histogram", *params, stream=stream)
+
+    def behind(self, stream: int = 0) -> None:
+        self.library("macs_threshold_apply", self.threshold, self.apply, self.scratch.tensor, stream=stream)
+
+    def check(self) -> dict[str, torch.Tensor]:
+        self.scratch.check()
+        return {name: buffer.check() for name, buffer in self.buffers.items()}
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def dtype_index(tensor: torch.Tensor) -> int:
+    return c.DTYPES.index(str(tensor.dtype).removeprefix("torch."))
+
+
 def score_params(hidden: torch.Tensor, segment: torch.Tensor, entropy: torch.Tensor) -> Any:
-    kind = c.DTYPES.index(str(hidden.dtype).removeprefix("torch."))
-    return c.EntropyScoreParams(address(hidden), address(segment), address(entropy), *hidden.shape, kind)
+    tensors = address(hidden), address(segment), address(entropy)
+    return c.EntropyScoreParams(*tensors, *hidden.shape, dtype_index(hidden))
 
 
 def weight_params(entropy: Any, segment: Any, weight: Any, segments: int, delta: float) -> Any:
@@ -140,33 +186,24 @@ def weight_params(entropy: Any, segment: Any, weight: Any, segments: int, delta:
     return c.EntropyWeightParams(address(entropy), address(segment), address(weight), tokens, segments, delta)
 
 
+def policy(options: dict, experts: int) -> c.Policy:
+    own = {name: value for name, value in options.items() if name != "buckets"}
+    return c.policy(**own | {"num_experts": experts, "bucket_bits": options["buckets"].bit_length() - 5})
+
+
 def assignments(ids: torch.Tensor, gates: Any, weight: Any, segment: Any, experts: int, options: dict) -> Any:
-    bits = options["buckets"].bit_length() - 5
-    chosen = c.LOADS.index(options["load"]), c.IMPORTANCES.index(options["importance"])
     tensors = map(address, (ids, gates, weight, segment))
-    return c.Assignments(*tensors, *ids.shape, experts, ids.dtype == torch.int64, bits, *chosen)
+    return c.Assignments(*tensors, *ids.shape, ids.dtype == torch.int64, policy(options, experts))
 
 
 def threshold_params(own: Any, group: Any, modality: torch.Tensor, shift: Any, cut: Any, options: dict) -> Any:
-    chosen = c.SCOPES.index(options["scope"]), c.LOADS.index(options["load"]), c.REROUTES.index(options["reroute"])
-    sizes = len(modality), options["num_ranks"], options["buckets"].bit_length() - 5
-    numbers = [options[name] for name in ("protect_text", "gamma", "rho", "alpha", "c_min")]
-    return c.ClipThresholdParams(*map(address, (own, group, modality, shift, cut)), *sizes, *chosen, *numbers)
+    return c.ClipThresholdParams(*map(address, (own, group, modality, shift, cut)), policy(options, len(modality)))
 
 
 def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: dict) -> Any:
     *routing, logits, shift, cut = inputs
-    chosen = (
-        c.SCOPES.index(options["scope"]),
-        c.REROUTES.index(options["reroute"]),
-        c.SCORINGS.index(options["scoring"]),
-        options["protect_text"],
-    )
-    return c.ClipApplyParams(
-        assignments(*routing, len(shift), options),
-        *map(address, (logits, shift, cut, *outputs)),
-        *(options["num_ranks"], options["reroute_rounds"], *chosen),
-    )
+    tensors = map(address, (logits, shift, cut, *outputs))
+    return c.ClipApplyParams(assignments(*routing, len(shift), options), *tensors, dtype_index(logits))
 
 
 def library_of(name: str, max_cluster: int) -> Launchers:
@@ -230,10 +267,10 @@ def test_integers_equal_the_cpu_operators(launchers: Launchers, name: str, load:
     counted = pick(options, HISTOGRAM, num_experts=group.num_experts)
     ordered = pick(options, THRESHOLD, num_ranks=group.num_ranks)
     applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
-    histogram = ops.load_histogram(*routing, **counted)
-    shift, cut = ops.clip_threshold(histogram, histogram, group.modality, **ordered)
+    histogram = operators.load_histogram(*routing, **counted)
+    shift, cut = operators.clip_threshold(histogram, histogram, group.modality, **ordered)
     inputs = (*routing, b.router_logits, shift, cut)
-    want = [histogram, shift, cut, *ops.clip_apply(*inputs, **applied)]
+    want = [histogram, shift, cut, *operators.clip_apply(*inputs, **applied)]
     for seed in range(2):
         launchers.library.configure(seed)
         got = [
@@ -321,7 +358,7 @@ def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clus
     group = replace(group, batches=[b])
     got = one_by_one(launchers, group, USUAL)
     routing = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
-    ids, weights, counts = ops.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
+    ids, weights, counts = operators.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
     assert counts[2].sum() > 3 and torch.equal(got["ids"], ids)
     torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
     fused = with_clusters.plan(group, USUAL | {"num_ranks": 4, "scoring": group.scoring})
@@ -337,10 +374,10 @@ def test_fused_launchers_without_scores(request, path: str, num_launches: int, s
     options = USUAL | FUSED_CASES[scope] | {"importance": "gate"}
     weight = torch.where(b.segment < 0, 1.0, 0.5)
     routing = b.topk_ids, b.topk_weights, weight, b.segment
-    own = ops.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=16))
-    shift, cut = ops.clip_threshold(own, own, group.modality, **pick(options, THRESHOLD, num_ranks=4))
+    own = operators.load_histogram(*routing, **pick(options, HISTOGRAM, num_experts=16))
+    shift, cut = operators.clip_threshold(own, own, group.modality, **pick(options, THRESHOLD, num_ranks=4))
     applied = pick(options, APPLY, num_ranks=4, scoring=group.scoring)
-    ids, weights, counts = ops.clip_apply(*routing, b.router_logits, shift, cut, **applied)
+    ids, weights, counts = operators.clip_apply(*routing, b.router_logits, shift, cut, **applied)
     want = {"weight": weight, "histogram": own, "shift": shift, "cut": cut, "counts": counts, "ids": ids}
     fused = request.getfixturevalue(path)
     for seed in range(2):
@@ -353,3 +390,46 @@ def test_fused_launchers_without_scores(request, path: str, num_launches: int, s
             assert torch.equal(got[name], expected), name
         assert (got["entropy"].view(torch.uint8) == POISON).all()
     assert counts[1].sum() > 0 and (b.segment < 0).any() and (b.segment >= 0).any()
+
+
+def peer_group(logits: torch.dtype) -> cases.Group:
+    """Two ranks' batches, one of them hot."""
+    shape = cases.NAMED["imbalanced"] | {"num_tokens": 24, "num_ranks": 2}
+    batches = [cases.batch(cases.generator(seed), **shape | {"imbalance": 1.8 - seed / 2}) for seed in range(2)]
+    batches = [replace(b, router_logits=b.router_logits.to(logits)) for b in batches]
+    return cases.Group(batches, 16, 2, torch.arange(16).remainder(3).sub(1).to(torch.int8))
+
+
+@pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scope", FUSED_CASES)
+@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 4), ("with_clusters", 3)])
+def test_a_plan_with_its_exchange_over_peers(
+    request, path: str, num_launches: int, scope: str, logits: torch.dtype
+) -> None:
+    """Every rank's chain of launches on a stream of its own; logits as the router has them."""
+    group = peer_group(logits)
+    options = USUAL | FUSED_CASES[scope] | {"importance": "gate", "buckets": 32, "gamma": 1.05}
+    options |= {"num_ranks": 2, "scoring": group.scoring}
+    weights = [torch.where(b.segment < 0, 1.0, 0.5) for b in group.batches]
+    routings = [(b.topk_ids, b.topk_weights, w, b.segment) for b, w in zip(group.batches, weights, strict=True)]
+    own = [operators.load_histogram(*r, **pick(options, HISTOGRAM, num_experts=16)) for r in routings]
+    total = torch.stack(own).sum(0, dtype=torch.int32)
+    fused = request.getfixturevalue(path)
+    moved = 0
+    for seed in range(2):
+        fused.library.configure(seed)
+        before = fused.library.launches
+        results = fused.plans(group, options, scored=False)
+        assert fused.library.launches - before == 2 * num_launches
+        for b, routing, histogram, got in zip(group.batches, routings, own, results, strict=True):
+            shift, cut = operators.clip_threshold(
+                histogram, total, group.modality, **pick(options, THRESHOLD, num_ranks=2)
+            )
+            applied = pick(options, APPLY, num_ranks=2, scoring=group.scoring)
+            ids, gates, counts = operators.clip_apply(*routing, b.router_logits.float(), shift, cut, **applied)
+            want = {"histogram": histogram, "group": total, "shift": shift, "cut": cut, "ids": ids, "counts": counts}
+            for name, expected in want.items():
+                assert torch.equal(got[name], expected), name
+            torch.testing.assert_close(got["weights"], gates, rtol=1e-6, atol=0)
+            moved += counts[2].sum()
+    assert moved > 0, "something has to find another expert"

@@ -12,11 +12,12 @@ from dataclasses import replace
 import emulated
 import fused_c as fc
 import pytest
+import torch
 from emulated import Kernels
 from fused_case import FusedConfig, Group, make_group
 from kernel_case import Config
 from test_ops import USUAL
-from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, small_group
+from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
 
 ROUNDS = 3
 
@@ -37,6 +38,14 @@ def test_plan(max_cluster: int, options: dict[str, str]) -> None:
         if max_cluster == 1:
             one_by_one(launchers, group, options)
         launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
+
+
+@pytest.mark.parametrize("max_cluster", [1, 8], ids=["large", "small"])
+def test_plan_with_its_exchange(max_cluster: int) -> None:
+    """Two ranks' chains of launches, a stream each."""
+    launchers, group = Launchers(watched("watched", max_cluster=max_cluster)), peer_group(torch.bfloat16)
+    options = USUAL | {"importance": "gate", "buckets": 32, "gamma": 1.05, "num_ranks": 2, "scoring": group.scoring}
+    launchers.plans(group, options, scored=False)
 
 
 PLAN = Config(T=6, H=2048, E=8, K=3, R=2, hot=1.5, visual=0.8, gamma=1.0)

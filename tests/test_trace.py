@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,7 +183,7 @@ def shares(folder, split: int) -> None:
         with one.forward_pass([shown()], rank if split == 2 else 0):
             mine = slice(rank * rows, (rank + 1) * rows) if split == 2 else slice(0, 40)
             parts = {name: getattr(result, name)[mine] for name in ("topk_ids", "topk_weights", "weight")}
-            own = replace(result, counts=result.counts // 2, **parts)
+            own = result._replace(counts=result.counts // 2, **parts)
             one.add(0, 2, made["topk_ids"][mine], made["topk_weights"][mine], own)
 
 

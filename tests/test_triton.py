@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cases
+import operators
 import pytest
 import test_ops
 import torch
@@ -102,16 +103,17 @@ def test_every_kernel_compiles_for_sm_90(compiled):
     segment = torch.zeros(tokens, dtype=torch.int32)
     entropy = triton_ops.entropy_score(torch.zeros(tokens, 128, dtype=torch.bfloat16), segment)
     weight = triton_ops.entropy_weight(entropy, segment, 1, 1.0)
-    for scope, load, importance, reroute, scoring in ((1, 0, 2, 2, 0), (0, 1, 0, 1, 1)):
-        own = triton_ops.load_histogram(ids, gates, weight, segment, experts, 128, load, importance)
+    both = (
+        {"scope": "rank", "load": "rows", "importance": "entropy_gate", "reroute": "global", "scoring": "softmax"},
+        {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "scoring": "sigmoid"},
+    )
+    for options in both:
+        sizes = {"num_experts": experts, "num_ranks": ranks, "reroute_rounds": 1}
+        policy = operators.policy_of(**options, **sizes, gamma=1.05, c_min=2.0)
+        own = triton_ops.load_histogram(ids, gates, weight, segment, policy)
         modality = torch.zeros(experts, dtype=torch.int8)
-        shift, cut = triton_ops.clip_threshold(
-            own, own, modality, ranks, 128, scope, load, reroute, True, 1.05, 0.5, 1.0, 2.0
-        )
-        triton_ops.clip_apply(
-            ids, gates, weight, segment, logits, shift, cut,
-            ranks, 128, scope, load, importance, reroute, True, 1, scoring,
-        )  # fmt: skip
+        shift, cut = triton_ops.clip_threshold(own, own, modality, policy)
+        triton_ops.clip_apply(ids, gates, weight, segment, logits, shift, cut, policy)
     written = {name for file in (ROOT / "sglang_macs/triton_ops").glob("*.py")
                for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}  # fmt: skip
     assert set(compiled) == written

@@ -18,19 +18,20 @@ struct Slot {
 struct Apply {
   const ClipApplyParams& p;
   const Assignments& a = p.in;
-  const int32_t per_rank = a.num_experts / p.num_ranks;
-  const int32_t num_bounds = macs::num_bounds(p.scope, a.num_experts, p.num_ranks);
+  const Policy& policy = a.policy;
+  const int32_t per_rank = policy.num_experts / policy.num_ranks;
+  const int32_t num_bounds = macs::num_bounds(policy);
   std::vector<Slot> homeless;                  // in (token, slot) order
   std::vector<int64_t> room, proposed, taken;  // [NB] units
   std::vector<int64_t> excluded;               // [E] token that may not use the expert, +1
 
   explicit Apply(const ClipApplyParams& params)
-      : p(params), room(num_bounds), proposed(num_bounds), taken(num_bounds), excluded(a.num_experts, 0) {}
+      : p(params), room(num_bounds), proposed(num_bounds), taken(num_bounds), excluded(policy.num_experts, 0) {}
 
-  int32_t bound(int64_t expert) const { return bound_of(p.scope, expert, per_rank); }
+  int32_t bound(int64_t expert) const { return bound_of(policy.scope, expert, per_rank); }
   const int32_t* cut(int32_t n) const { return p.cut + static_cast<int64_t>(n) * 4; }
 
-  void count(int kind, int64_t expert, bool text) { ++p.counts[(kind * a.num_experts + expert) * 2 + text]; }
+  void count(int kind, int64_t expert, bool text) { ++p.counts[(kind * policy.num_experts + expert) * 2 + text]; }
 
   void set(int64_t i, int64_t expert, float weight) {
     if (a.ids_are_i64)
@@ -49,7 +50,7 @@ struct Apply {
         set(i, expert, a.topk_weights[i]);
         if (expert < 0) continue;
         const int32_t n = bound(expert), threshold = cut(n)[0];
-        const int32_t level = level_of(bucket_at(a, i, t), p.shift[expert], text, p.protect_text, a.bucket_bits);
+        const int32_t level = level_of(bucket_at(a, i, t), p.shift[expert], text, policy);
         const bool keep = level != threshold ? level > threshold : (at_level[n] += units_at(a, t)) <= cut(n)[1];
         count(keep ? 0 : 1, expert, text);
         if (keep) continue;
@@ -70,10 +71,10 @@ struct Apply {
 
   // Best open expert for a slot; closed to the token's later slots of this round once it is taken.
   int64_t candidate(const Slot& s) {
-    const float* logits = p.router_logits + s.token * a.num_experts;
-    const bool local = p.reroute == Reroute::kLocal;
+    const float* logits = static_cast<const float*>(p.router_logits) + s.token * policy.num_experts;
+    const bool local = policy.reroute == Reroute::kLocal;
     const int64_t first = local ? s.expert / per_rank * per_rank : 0;
-    const int64_t last = local ? first + per_rank : a.num_experts;
+    const int64_t last = local ? first + per_rank : policy.num_experts;
     const int32_t units = units_at(a, s.token);
     int64_t best = -1;
     for (int64_t e = first; e < last; ++e)
@@ -85,12 +86,12 @@ struct Apply {
   }
 
   float rerouted_weight(int64_t token, int64_t expert) const {
-    const float* logits = p.router_logits + token * a.num_experts;
+    const float* logits = static_cast<const float*>(p.router_logits) + token * policy.num_experts;
     int64_t ref = -1;
     for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i)
       if (expert_at(a, i) >= 0 && (ref < 0 || a.topk_weights[i] > a.topk_weights[ref])) ref = i;
     const double l_new = logits[expert], l_ref = logits[expert_at(a, ref)];
-    const double ratio = p.scoring == Scoring::kSoftmax ? std::exp(l_new - l_ref)
+    const double ratio = policy.scoring == Scoring::kSoftmax ? std::exp(l_new - l_ref)
                                                         : (1.0 + std::exp(-l_ref)) / (1.0 + std::exp(-l_new));
     return static_cast<float>(a.topk_weights[ref] * ratio);
   }
@@ -120,11 +121,11 @@ struct Apply {
   }
 
   void run() {
-    std::fill(p.counts, p.counts + 3 * 2 * static_cast<int64_t>(a.num_experts), 0);
+    std::fill(p.counts, p.counts + 3 * 2 * static_cast<int64_t>(policy.num_experts), 0);
     clip();
-    if (p.reroute == Reroute::kNone || p.router_logits == nullptr) return;
+    if (policy.reroute == Reroute::kNone || p.router_logits == nullptr) return;
     for (int32_t n = 0; n < num_bounds; ++n) room[n] = cut(n)[2];
-    for (int32_t round = 0; round < p.reroute_rounds && !homeless.empty(); ++round) reroute_round();
+    for (int32_t round = 0; round < policy.reroute_rounds && !homeless.empty(); ++round) reroute_round();
   }
 };
 

@@ -16,35 +16,36 @@ int32_t to_bound(double units) { return static_cast<int32_t>(units < kMaxBound ?
 
 struct Threshold {
   const ClipThresholdParams& p;
-  const int32_t buckets = num_buckets(p.bucket_bits), levels = 2 * buckets;
-  const int32_t per_rank = p.num_experts / p.num_ranks;
-  const int32_t num_bounds = macs::num_bounds(p.scope, p.num_experts, p.num_ranks);
-  const int32_t* sums = p.group + static_cast<int64_t>(p.num_experts) * levels;
-  const double unit = units_per_row(p.load);
+  const int32_t buckets = num_buckets(p.policy.bucket_bits), levels = 2 * buckets;
+  const int32_t per_rank = p.policy.num_experts / p.policy.num_ranks;
+  const int32_t num_bounds = macs::num_bounds(p.policy);
+  const int32_t* sums = p.group + static_cast<int64_t>(p.policy.num_experts) * levels;
+  const double unit = units_per_row(p.policy.load);
   std::vector<int64_t> group_level, own_level;          // [levels], reused for every bound
   std::vector<int64_t> group_room, group_over, own_over;  // [NB], [R], [R]
 
   explicit Threshold(const ClipThresholdParams& params)
-      : p(params), group_level(levels), own_level(levels), group_room(num_bounds), group_over(p.num_ranks),
-        own_over(p.num_ranks) {}
+      : p(params), group_level(levels), own_level(levels), group_room(num_bounds), group_over(p.policy.num_ranks),
+        own_over(p.policy.num_ranks) {}
 
   double capacity(int32_t expert) const {
-    if (std::isinf(p.gamma)) return p.gamma;
+    if (std::isinf(p.policy.gamma)) return p.policy.gamma;
     const double visual_share = sums[3] > 0 ? static_cast<double>(sums[2]) / sums[3] : 0.5;
-    const double base = p.gamma * sums[0] / p.num_experts;
-    return std::max(p.c_min, base * (1.0 + p.rho * p.modality[expert] * (visual_share - 0.5)));
+    const double base = p.policy.gamma * sums[0] / p.policy.num_experts;
+    return std::max(p.policy.c_min, base * (1.0 + p.policy.rho * p.modality[expert] * (visual_share - 0.5)));
   }
 
   int32_t bound(int32_t n) const {
-    return to_bound(p.scope == Scope::kExpert ? capacity(n) * unit : p.gamma * sums[0] / p.num_ranks * unit);
+    const bool by_expert = p.policy.scope == Scope::kExpert;
+    return to_bound(by_expert ? capacity(n) * unit : p.policy.gamma * sums[0] / p.policy.num_ranks * unit);
   }
 
   int32_t shift(int32_t expert) const {
-    if (p.scope != Scope::kRank || !(p.alpha > 0.0)) return 0;
+    if (p.policy.scope != Scope::kRank || !(p.policy.alpha > 0.0)) return 0;
     const int32_t* cells = p.group + static_cast<int64_t>(expert) * levels;
     int64_t units = 0;
     for (int32_t l = 0; l < levels; ++l) units += cells[l];
-    return pressure_shift(static_cast<double>(units) / unit, capacity(expert), p.alpha, p.bucket_bits);
+    return pressure_shift(static_cast<double>(units) / unit, capacity(expert), p.policy.alpha, p.policy.bucket_bits);
   }
 
   void add_expert(int32_t expert) {
@@ -52,7 +53,7 @@ struct Threshold {
     for (int32_t text = 0; text < 2; ++text)
       for (int32_t b = 0; b < buckets; ++b) {
         const int64_t cell = base + text * buckets + b;
-        const int32_t level = level_of(b, p.shift[expert], text, p.protect_text, p.bucket_bits);
+        const int32_t level = level_of(b, p.shift[expert], text, p.policy);
         group_level[level] += p.group[cell];
         own_level[level] += p.own[cell];
       }
@@ -61,8 +62,8 @@ struct Threshold {
   void cut(int32_t n) {
     std::fill(group_level.begin(), group_level.end(), 0);
     std::fill(own_level.begin(), own_level.end(), 0);
-    const int32_t first = p.scope == Scope::kExpert ? n : n * per_rank;
-    const int32_t last = p.scope == Scope::kExpert ? n + 1 : first + per_rank;
+    const int32_t first = p.policy.scope == Scope::kExpert ? n : n * per_rank;
+    const int32_t last = p.policy.scope == Scope::kExpert ? n + 1 : first + per_rank;
     for (int32_t e = first; e < last; ++e) add_expert(e);
 
     int32_t* out = p.cut + static_cast<int64_t>(n) * 4;
@@ -80,13 +81,13 @@ struct Threshold {
 
   // This rank's share of the free room: the shares of all ranks never add up to more than the room.
   void share_room() {
-    if (p.reroute == Reroute::kNone) return;
+    if (p.policy.reroute == Reroute::kNone) return;
     int64_t all_group = 0, all_own = 0;
-    for (int32_t r = 0; r < p.num_ranks; ++r) all_group += group_over[r], all_own += own_over[r];
+    for (int32_t r = 0; r < p.policy.num_ranks; ++r) all_group += group_over[r], all_own += own_over[r];
     for (int32_t n = 0; n < num_bounds; ++n) {
-      const int32_t rank = p.scope == Scope::kExpert ? n / per_rank : n;
-      const int64_t over = p.reroute == Reroute::kLocal ? group_over[rank] : all_group;
-      const int64_t mine = p.reroute == Reroute::kLocal ? own_over[rank] : all_own;
+      const int32_t rank = p.policy.scope == Scope::kExpert ? n / per_rank : n;
+      const int64_t over = p.policy.reroute == Reroute::kLocal ? group_over[rank] : all_group;
+      const int64_t mine = p.policy.reroute == Reroute::kLocal ? own_over[rank] : all_own;
       p.cut[n * 4 + 2] = over > 0 ? static_cast<int32_t>(group_room[n] * mine / over) : 0;
     }
   }
@@ -96,7 +97,7 @@ struct Threshold {
 
 void clip_threshold(const ClipThresholdParams& p) {
   Threshold threshold(p);
-  for (int32_t e = 0; e < p.num_experts; ++e) p.shift[e] = threshold.shift(e);
+  for (int32_t e = 0; e < p.policy.num_experts; ++e) p.shift[e] = threshold.shift(e);
   for (int32_t n = 0; n < threshold.num_bounds; ++n) threshold.cut(n);
   threshold.share_room();
 }

@@ -8,6 +8,10 @@
 namespace macs::cpu {
 
 void entropy_weight(const EntropyWeightParams& p) {
+  if (p.entropy == nullptr) {
+    for (int64_t t = 0; t < p.num_tokens; ++t) p.weight[t] = p.segment[t] < 0 ? 1.0f : 0.5f;
+    return;
+  }
   std::vector<double> mean(p.num_segments, 0.0), variance(p.num_segments, 0.0);
   std::vector<int64_t> count(p.num_segments, 0);
   for (int64_t t = 0; t < p.num_tokens; ++t)

@@ -8,8 +8,8 @@ namespace macs::cpu {
 
 void load_histogram(const LoadHistogramParams& p) {
   const Assignments& a = p.in;
-  const int32_t buckets = num_buckets(a.bucket_bits);
-  const int64_t cells = static_cast<int64_t>(a.num_experts) * 2 * buckets;
+  const int32_t buckets = num_buckets(a.policy.bucket_bits);
+  const int64_t cells = static_cast<int64_t>(a.policy.num_experts) * 2 * buckets;
   std::fill(p.histogram, p.histogram + cells + kNumSums, 0);
   int32_t* sums = p.histogram + cells;
   for (int64_t t = 0; t < a.num_tokens; ++t) {

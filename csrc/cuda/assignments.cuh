@@ -72,8 +72,8 @@ __device__ __forceinline__ Slot load_slot(const Assignments& in, const Step& ste
 
 __device__ __forceinline__ int bucket_of_slot(const Assignments& in, const Slot& slot) {
   const float product = __fmul_rn(slot.weight, slot.gate);  // rounded once, never contracted
-  const bool both = in.importance == Importance::kEntropyGate;
-  return bucket_of(both ? product : importance_of(in.importance, slot.weight, slot.gate), in.bucket_bits);
+  const bool both = in.policy.importance == Importance::kEntropyGate;
+  return bucket_of(both ? product : importance_of(in.policy.importance, slot.weight, slot.gate), in.policy.bucket_bits);
 }
 
 // Hand out places in lane order: whether the running sum of the bound's units, own included, stays within its limit.

@@ -34,7 +34,8 @@ __device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, c
 // A whole block, a warp per pool, before a barrier.
 __device__ __forceinline__ void block_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int num_bounds,
                                                   int* room) {
-  const int pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1, size = pools == 1 ? num_bounds : num_bounds / pools;
+  const int pools = p.policy.reroute == Reroute::kLocal ? p.policy.num_ranks : 1;
+  const int size = pools == 1 ? num_bounds : num_bounds / pools;
 #pragma unroll 1
   for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
     warp_share_rooms(p, raw, pool * size, (pool + 1) * size, room);
@@ -74,7 +75,7 @@ struct ApplySizes {
   Divisor by_rank, by_bounds, by_top_k;  // by experts per rank, bounds, slots per token
 
   static ApplySizes of(const ClipApplyParams& p, int64_t num_warps, int num_threads) {
-    const int per_rank = p.in.num_experts / p.num_ranks, bounds = macs::num_bounds(p.scope, p.in.num_experts, p.num_ranks);
+    const int per_rank = p.in.policy.num_experts / p.in.policy.num_ranks, bounds = macs::num_bounds(p.in.policy);
     return {.tokens_per_warp = p.in.num_tokens / num_warps,
             .longer_warps = static_cast<int>(p.in.num_tokens % num_warps),
             .per_rank = per_rank,
@@ -95,8 +96,8 @@ struct Board {
     return sizeof(int) * (9 * num_experts + 6 * num_bounds + num_warps * (num_bounds + 1 + kStruckWords));
   }
   __device__ __forceinline__ Board(const ClipApplyParams& p, unsigned char* shared)
-      : ints(reinterpret_cast<int*>(shared)), experts(p.in.num_experts),
-        num_bounds(macs::num_bounds(p.scope, p.in.num_experts, p.num_ranks)) {}
+      : ints(reinterpret_cast<int*>(shared)), experts(p.in.policy.num_experts),
+        num_bounds(macs::num_bounds(p.in.policy)) {}
 
   __device__ __forceinline__ int* shift() const { return ints; }                  // [E]
   __device__ __forceinline__ int* bound_of() const { return ints + experts; }     // [E]
@@ -126,13 +127,13 @@ struct Board {
 // What does not depend on the kernels before.
 __device__ inline void clear_board(const ClipApplyParams& p, const ApplySizes& sizes, const Board& board) {
 #pragma unroll 1
-  for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) {
+  for (int j = threadIdx.x; j < p.in.policy.num_experts; j += blockDim.x) {
     const int rank = sizes.by_rank.divide(j);
     board.rank_of()[j] = rank;
-    board.bound_of()[j] = p.scope == Scope::kExpert ? j : rank;
+    board.bound_of()[j] = p.in.policy.scope == Scope::kExpert ? j : rank;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 6 * p.in.num_experts; i += blockDim.x) board.counts()[i] = 0;
+  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += blockDim.x) board.counts()[i] = 0;
   board.clear_own_running();
 }
 
@@ -140,7 +141,7 @@ __device__ inline void clear_board(const ClipApplyParams& p, const ApplySizes& s
 __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board) {
   bool any = false;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < p.in.num_experts; j += blockDim.x) board.shift()[j] = p.shift[j];
+  for (int j = threadIdx.x; j < p.in.policy.num_experts; j += blockDim.x) board.shift()[j] = p.shift[j];
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
@@ -264,7 +265,7 @@ __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, 
 // Take what a round accepted from the room. Rows: as much as fits, known already. Else the blocks' sums, by a barrier.
 __device__ inline void grid_take(const ClipApplyParams& p, const Board& board, const Scratch& scratch, Grid& grid) {
   __syncthreads();
-  if (p.in.load == Load::kRows) {
+  if (p.in.policy.load == Load::kRows) {
 #pragma unroll 1
     for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
       board.room()[n] -= min(board.total()[n], board.room()[n]);

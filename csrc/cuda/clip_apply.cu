@@ -40,7 +40,7 @@ struct ThresholdApplyArgs {
 // One block, before any adds to them.
 __device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 6 * p.in.num_experts; i += kThreads) p.counts[i] = 0;
+  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
 }
 
 // The cuts as they are found: to all blocks by notices, or behind a barrier.
@@ -153,10 +153,10 @@ struct Walk {
       body(state, at);
     }
   }
-  __device__ __forceinline__ int units(const Slot& slot) const { return load_units(p.in.load, slot.weight); }
+  __device__ __forceinline__ int units(const Slot& slot) const { return load_units(p.in.policy.load, slot.weight); }
   __device__ __forceinline__ int compare_to_cut(const Slot& slot) const {
-    const int level = level_of(bucket_of_slot(p.in, slot), board.shift()[slot.expert], slot.text(), p.protect_text,
-                               p.in.bucket_bits);
+    const int shift = board.shift()[slot.expert];
+    const int level = level_of(bucket_of_slot(p.in, slot), shift, slot.text(), p.in.policy);
     return level - board.level()[board.bound_of()[slot.expert]];
   }
   __device__ __forceinline__ void count(int kind, int expert, bool text) const {
@@ -186,7 +186,7 @@ __device__ __forceinline__ bool clip_pass(Walk<Id>& walk) {
 // The assignments at the cut, in order, up to the quota.
 template <class Id>
 __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
-  const bool rows = walk.p.in.load == Load::kRows;
+  const bool rows = walk.p.in.policy.load == Load::kRows;
   walk.for_each(true, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
     const bool pending = slot.expert >= 0 && walk.compare_to_cut(slot) == 0;
@@ -209,12 +209,13 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
   const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
+  const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
     unsigned left = __ballot_sync(kFullMask, slot.expert >= 0 && state.current < 0);
     if (left == 0) return;
-    const bool local = p.reroute == Reroute::kLocal && slot.expert >= 0;
+    const bool local = p.in.policy.reroute == Reroute::kLocal && slot.expert >= 0;
     const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
     const auto take = [&](Chooser<kKeys>(&tokens)[kTokensAtOnce]) {
 #pragma unroll
@@ -226,7 +227,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].homeless != 0) load_logits<kKeys>(p.router_logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].homeless != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
       }
     };
     Chooser<kKeys> tokens[kTokensAtOnce];
@@ -256,7 +257,7 @@ template <class Id>
 __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
   const ClipApplyParams& p = walk.p;
   const Board& board = walk.board;
-  const bool rows = p.in.load == Load::kRows;
+  const bool rows = p.in.policy.load == Load::kRows;
   walk.for_each(true, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
     const int wanted = slot.expert >= 0 ? -2 - state.current : -1;
@@ -268,9 +269,10 @@ __device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
     const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
     if (!pending) return;
     if (accepted) {
-      const float* const row = p.router_logits + slot.token * p.in.num_experts;
-      const float to = __ldg(row + wanted), from = __ldg(row + reference.expert);
-      walk.put(state, wanted, rerouted_weight(p.scoring, reference.gate, to, from));
+      const Logits logits = {p.router_logits, p.logits_dtype};
+      const int64_t row = slot.token * p.in.policy.num_experts;
+      const float to = logits.at(row + wanted), from = logits.at(row + reference.expert);
+      walk.put(state, wanted, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
       if (!rows) atomicAdd(board.taken() + bound, units);
       walk.count(2, wanted, slot.text());
     } else {
@@ -294,7 +296,8 @@ __device__ __forceinline__ void read_round(const Board& board, bool& any, bool& 
 
 template <class Id, int kKeys, bool kFlagged>
 __device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& scratch, Grid& grid) {
-  const int rounds = walk.p.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : walk.p.reroute_rounds;
+  const Policy& policy = walk.p.in.policy;
+  const int rounds = policy.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : policy.reroute_rounds;
   for (int round = 0; round < rounds; ++round) {
     propose_pass<Id, kKeys>(walk);
     grid_prefix<kFlagged>(walk.sizes, walk.board, scratch, grid, round + 1);
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
 // One token per warp, until every multiprocessor has a block; a block per rank has its levels to add up.
 int grid_blocks(const ClipApplyParams& p) {
   const int64_t blocks = (p.in.num_tokens + kWarps - 1) / kWarps;
-  const int64_t wanted = blocks > p.num_ranks ? blocks : p.num_ranks;
+  const int64_t wanted = blocks > p.in.policy.num_ranks ? blocks : p.in.policy.num_ranks;
   return static_cast<int>(wanted < num_multiprocessors() ? wanted : num_multiprocessors());
 }
 
@@ -362,7 +365,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   static bool raised[kMaxDevices] = {};
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
-  size_t bytes = Board::bytes(p.in.num_experts, num_bounds(p.scope, p.in.num_experts, p.num_ranks), kWarps);
+  size_t bytes = Board::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxFlaggedBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
@@ -378,7 +381,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
 
 template <class Id, bool kWithThreshold>
 cudaError_t enqueue_by_experts(const ThresholdApplyArgs& args, cudaStream_t stream) {
-  const int experts = args.apply.in.num_experts;
+  const int experts = args.apply.in.policy.num_experts;
   if (experts <= 4 * kWarp) return enqueue<Id, 4, kWithThreshold>(args, stream);
   if (experts <= 8 * kWarp) return enqueue<Id, 8, kWithThreshold>(args, stream);
   if (experts <= 16 * kWarp) return enqueue<Id, 16, kWithThreshold>(args, stream);
@@ -388,14 +391,14 @@ cudaError_t enqueue_by_experts(const ThresholdApplyArgs& args, cudaStream_t stre
 template <bool kWithThreshold>
 cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const Assignments& in = args.apply.in;
-  if (in.top_k < 1 || in.top_k > kWarp || in.num_experts > kMaxExperts) return cudaErrorInvalidValue;
+  if (in.top_k < 1 || in.top_k > kWarp || in.policy.num_experts > kMaxExperts) return cudaErrorInvalidValue;
   return in.ids_are_i64 ? enqueue_by_experts<int64_t, kWithThreshold>(args, stream)
                         : enqueue_by_experts<int32_t, kWithThreshold>(args, stream);
 }
 
 // Scratch begins where the sums did, which are over by then.
 ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
-  void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.num_experts);
+  void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.policy.num_experts);
   const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
   return {threshold, apply, ApplySizes::of(apply, warps, kThreads), static_cast<GridState*>(workspace), scratch};
 }
@@ -403,8 +406,8 @@ ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApply
 }  // namespace
 
 size_t clip_apply_workspace_bytes(const ClipApplyParams& p) {
-  return prepared_bytes(p.in.num_experts) +
-         Scratch::bytes(num_bounds(p.scope, p.in.num_experts, p.num_ranks), num_multiprocessors());
+  return prepared_bytes(p.in.policy.num_experts) +
+         Scratch::bytes(num_bounds(p.in.policy), num_multiprocessors());
 }
 
 cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStream_t stream) {
@@ -414,7 +417,7 @@ cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStr
 }
 
 size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyParams& apply) {
-  const size_t sums = prepared_bytes(apply.in.num_experts) + entropy_weight_workspace_bytes(weight);
+  const size_t sums = prepared_bytes(apply.in.policy.num_experts) + entropy_weight_workspace_bytes(weight);
   const size_t scratch = clip_apply_workspace_bytes(apply);
   return sums > scratch ? sums : scratch;
 }

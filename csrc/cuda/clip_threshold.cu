@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
   unsigned char* const shared = dynamic_shared();
   start_dependents();
   const cg::cluster_group cluster = cg::this_cluster();
-  const int num_blocks = cluster.num_blocks(), pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
+  const int num_blocks = cluster.num_blocks(), pools = p.policy.reroute == Reroute::kLocal ? p.policy.num_ranks : 1;
   int* const levels = reinterpret_cast<int*>(shared);
   Kept* const kept = reinterpret_cast<Kept*>(shared + threshold_shared_bytes(p, kWarps));
   Kept* const kept_by_all = kept + pools;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
   clear_levels(p, levels);
   __syncthreads();
   wait_for_previous();
-  find_cuts(p, p.num_experts / p.num_ranks, levels, cluster.block_rank(), num_blocks, StoreCuts{p, kept});
+  find_cuts(p, p.policy.num_experts / p.policy.num_ranks, levels, cluster.block_rank(), num_blocks, StoreCuts{p, kept});
   cluster.sync();
   for (int pool = threadIdx.x; pool < pools; pool += kThreads) {
     Kept sum = {0, 0};
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
     kept_by_all[pool] = sum;
   }
   __syncthreads();
-  const int bounds = num_bounds(p.scope, p.num_experts, p.num_ranks);
+  const int bounds = num_bounds(p.policy);
   for (int n = cluster.block_rank() * kThreads + threadIdx.x; n < bounds; n += num_blocks * kThreads) {
     cuts[n].z = room_share(p, cuts[n].z, kept_by_all[pool_of(p, n)]);
   }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
 
 cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t stream) {
   static int cached[kMaxDevices] = {};
-  const size_t bytes = threshold_shared_bytes(p, kWarps) + 2 * sizeof(Kept) * p.num_ranks;
+  const size_t bytes = threshold_shared_bytes(p, kWarps) + 2 * sizeof(Kept) * p.policy.num_ranks;
   if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
   const int cluster = largest_cluster(clip_threshold_kernel, kThreads, cached);
   const Shape shape = {

@@ -99,19 +99,20 @@ struct Capacity {
   // sums: N, N_visual, W_visual, W of the group. `mix`: the last two are asked for.
   __device__ __forceinline__ Capacity(const ClipThresholdParams& p, const int4& sums, bool mix = true) {
     all = sums.x;
-    visual_share = !mix || p.rho == 0.0 || sums.w == 0 ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
-    base = divide(__dmul_rn(p.gamma, all), p.num_experts);
-    units = static_cast<double>(units_per_row(p.load));
+    const bool even = !mix || p.policy.rho == 0.0 || sums.w == 0;
+    visual_share = even ? 0.5 : __ddiv_rn(static_cast<double>(sums.z), static_cast<double>(sums.w));
+    base = divide(__dmul_rn(p.policy.gamma, all), p.policy.num_experts);
+    units = static_cast<double>(units_per_row(p.policy.load));
   }
   __device__ __forceinline__ double of_expert(const ClipThresholdParams& p, int modality) const {
-    if (isinf(p.gamma)) return p.gamma;
-    const double towards = __dmul_rn(p.rho, static_cast<double>(modality));
+    if (isinf(p.policy.gamma)) return p.policy.gamma;
+    const double towards = __dmul_rn(p.policy.rho, static_cast<double>(modality));
     const double lean = __dmul_rn(towards, __dsub_rn(visual_share, 0.5));
     const double scaled = __dmul_rn(base, __dadd_rn(1.0, lean));
-    return scaled > p.c_min ? scaled : p.c_min;
+    return scaled > p.policy.c_min ? scaled : p.policy.c_min;
   }
   __device__ __forceinline__ int of_rank(const ClipThresholdParams& p) const {
-    return bound_of(p.gamma, divide(__dmul_rn(p.gamma, all), p.num_ranks), units);
+    return bound_of(p.policy.gamma, divide(__dmul_rn(p.policy.gamma, all), p.policy.num_ranks), units);
   }
   static __device__ __forceinline__ int bound_of(double gamma, double rows, double units) {
     const double bound = floor(__dmul_rn(rows, units));
@@ -122,12 +123,12 @@ struct Capacity {
 
 // Levels of as many bounds as a block works on at once: one (scope=rank), or one per warp.
 __host__ __device__ inline size_t threshold_shared_bytes(const ClipThresholdParams& p, int num_warps) {
-  const size_t bounds = p.scope == Scope::kRank ? 1 : num_warps;
-  return bounds * 4 * num_buckets(p.bucket_bits) * sizeof(int);
+  const size_t bounds = p.policy.scope == Scope::kRank ? 1 : num_warps;
+  return bounds * 4 * num_buckets(p.policy.bucket_bits) * sizeof(int);
 }
 
 __device__ __forceinline__ Levels levels_of(const ClipThresholdParams& p, int* shared, int i) {
-  const int num_levels = 2 * num_buckets(p.bucket_bits);
+  const int num_levels = 2 * num_buckets(p.policy.bucket_bits);
   int* const group = shared + i * 2 * num_levels;
   return {group, p.own == p.group ? group : group + num_levels};
 }
@@ -157,12 +158,12 @@ struct ExpertCells {
 
   // No expert at all: `of` = E.
   __device__ __forceinline__ ExpertCells(const ClipThresholdParams& p, int of) : expert(of), modality(0) {
-    const int cells = 2 * num_buckets(p.bucket_bits);
-    if (expert < p.num_experts) modality = __ldg(p.modality + expert);
+    const int cells = 2 * num_buckets(p.policy.bucket_bits);
+    if (expert < p.policy.num_experts) modality = __ldg(p.modality + expert);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       group[i] = own[i] = make_int4(0, 0, 0, 0);
-      if (expert >= p.num_experts || first_of(i) >= cells) continue;
+      if (expert >= p.policy.num_experts || first_of(i) >= cells) continue;
       const int at = expert * cells + first_of(i);
       group[i] = load_four<kAligned>(p.group + at);
       if (p.own != p.group) own[i] = load_four<kAligned>(p.own + at);
@@ -185,7 +186,7 @@ struct ExpertCells {
   // Most of a shifted expert's cells fall on the lowest level: added up before.
   static __device__ __forceinline__ void add(const ClipThresholdParams& p, const int4 (&quads)[kQuads], int* levels,
                                              int shift) {
-    const int buckets = num_buckets(p.bucket_bits), top = p.protect_text ? buckets : 0;
+    const int buckets = num_buckets(p.policy.bucket_bits), top = p.policy.protect_text ? buckets : 0;
     int visual = 0, text = 0;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
@@ -210,20 +211,21 @@ struct ExpertCells {
 
 template <class Cells>
 __device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const Capacity& capacity, const Cells& cells) {
-  if (p.scope != Scope::kRank || !(p.alpha > 0.0)) return 0;
-  const double rows = static_cast<double>(cells.load()) * (p.load == Load::kRows ? 1.0 : 1.0 / kWeightOne);  // exact
-  return pressure_shift(rows, capacity.of_expert(p, cells.modality), p.alpha, p.bucket_bits);
+  if (p.policy.scope != Scope::kRank || !(p.policy.alpha > 0.0)) return 0;
+  const bool in_rows = p.policy.load == Load::kRows;
+  const double rows = static_cast<double>(cells.load()) * (in_rows ? 1.0 : 1.0 / kWeightOne);  // exact
+  return pressure_shift(rows, capacity.of_expert(p, cells.modality), p.policy.alpha, p.policy.bucket_bits);
 }
 
 // Where a bound's losses and room are counted: with its rank, or all in one place.
 __device__ __forceinline__ int pool_of(const ClipThresholdParams& p, int n) {
-  if (p.reroute != Reroute::kLocal) return 0;
-  return p.scope == Scope::kRank ? n : n / (p.num_experts / p.num_ranks);
+  if (p.policy.reroute != Reroute::kLocal) return 0;
+  return p.policy.scope == Scope::kRank ? n : n / (p.policy.num_experts / p.policy.num_ranks);
 }
 
 // The own share of the group's room, given what the pool keeps.
 __device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t group_room, const Kept& pool) {
-  if (p.reroute == Reroute::kNone || pool.group == 0) return 0;
+  if (p.policy.reroute == Reroute::kNone || pool.group == 0) return 0;
   if (pool.own == pool.group) return static_cast<int>(group_room);
   return static_cast<int>(static_cast<unsigned long long>(group_room) * pool.own / pool.group);
 }
@@ -235,9 +237,10 @@ template <int kQuads, bool kAligned, class Sink>
 __device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int per_rank, int* shared, int block,
                                              int num_blocks, const Sink& sink) {
   using Cells = ExpertCells<kQuads, kAligned>;
-  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp, num_levels = 2 * num_buckets(p.bucket_bits);
-  const bool by_rank = p.scope == Scope::kRank;
-  const int experts = p.num_experts, together = by_rank ? per_rank : num_warps;
+  const int warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
+  const int num_levels = 2 * num_buckets(p.policy.bucket_bits);
+  const bool by_rank = p.policy.scope == Scope::kRank;
+  const int experts = p.policy.num_experts, together = by_rank ? per_rank : num_warps;
   const Levels levels = levels_of(p, shared, by_rank ? 0 : warp);
   int rank = block;
   for (int first = block * together; first < experts; first += num_blocks * together, rank += num_blocks) {
@@ -248,7 +251,7 @@ __device__ __forceinline__ void find_cuts_of(const ClipThresholdParams& p, int p
     for (int expert = first + warp; expert < end; expert += num_warps) {
       const Cells cells = next;
       next = Cells(p, expert + num_warps < end ? expert + num_warps : experts);
-      if (!by_rank) bound = Capacity::bound_of(p.gamma, capacity.of_expert(p, cells.modality), capacity.units);
+      if (!by_rank) bound = Capacity::bound_of(p.policy.gamma, capacity.of_expert(p, cells.modality), capacity.units);
       const int shift = expert_shift(p, capacity, cells);
       sink.shift(expert, shift);
       cells.add_to(p, levels, shift);
@@ -272,7 +275,7 @@ __host__ __device__ inline bool aligned_histograms(const ClipThresholdParams& p)
 template <class Sink>
 __device__ __forceinline__ void find_cuts(const ClipThresholdParams& p, int per_rank, int* shared, int block,
                                           int num_blocks, const Sink& sink) {
-  if (aligned_histograms(p) && num_buckets(p.bucket_bits) <= 128) {
+  if (aligned_histograms(p) && num_buckets(p.policy.bucket_bits) <= 128) {
     find_cuts_of<2, true>(p, per_rank, shared, block, num_blocks, sink);
   } else {
     find_cuts_of<4, false>(p, per_rank, shared, block, num_blocks, sink);

@@ -27,7 +27,6 @@ constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds that a block cuts in one pass over the group
 constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which it counts a bound's slots
 constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
-constexpr int kMaxFusedRerouteRounds = 60;
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kHomeless = -1, kEmptySlot = -2;
@@ -152,7 +151,9 @@ struct FusedBlock {
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
   // Where assignments are told that hold all that decides.
-  __device__ __forceinline__ int64_t whole_letters() const { return p.needs_entropy ? p.layout.weighed : p.layout.entries; }
+  __device__ __forceinline__ int64_t whole_letters() const {
+    return p.policy.needs_entropy ? p.layout.weighed : p.layout.entries;
+  }
 
   // What comes out of an own slot.
   __device__ __forceinline__ void write_slot(int slot, int id, float weight) const {

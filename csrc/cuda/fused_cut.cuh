@@ -31,7 +31,7 @@ struct CutShare {
 
 // Experts of a bound.
 __device__ __forceinline__ int experts_of_bound(const FusedBlock& b) {
-  return b.p.scope == Scope::kExpert ? 1 : b.args.per_rank;
+  return b.p.policy.scope == Scope::kExpert ? 1 : b.args.per_rank;
 }
 
 constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
@@ -63,7 +63,7 @@ __device__ __forceinline__ uint32_t mark_of(int at, int level = 0) {
 __device__ __forceinline__ int marked_at(const Fate& fate) { return static_cast<int>(fate.about() >> kLevelBits) - 1; }
 
 __device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry, const Fate& fate) {
-  return level_of(entry.bucket(), fate.shift(), entry.text(), b.p.protect_text, b.p.bucket_bits);
+  return level_of(entry.bucket(), fate.shift(), entry.text(), b.p.policy);
 }
 
 // One warp: marks the experts of bound `n`.
@@ -91,7 +91,7 @@ struct CutCells {
   static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
-      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.bucket_bits)) {}
+      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.policy.bucket_bits)) {}
   __device__ __forceinline__ int stride() const { return 2 * num_levels + kSlotCells; }
   __device__ __forceinline__ int* group(int at) const { return cells + at * stride(); }
   __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
@@ -101,7 +101,7 @@ struct CutCells {
 // For the next cut_some, which cuts up to `bounds`. A barrier has to follow.
 __device__ __forceinline__ void clear_cells(const FusedBlock& b, int bounds, int thread) {
   int* const cells = b.at<int>(b.args.desk.cells);
-  const int words = min(bounds, kCutsAtOnce) * CutCells::words(b.p.bucket_bits);
+  const int words = min(bounds, kCutsAtOnce) * CutCells::words(b.p.policy.bucket_bits);
 #pragma unroll 1
   for (int i = thread; i < words; i += kFusedThreads) cells[i] = 0;
 }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const Cut
   const int64_t remainder = bound - found.above;
   const int here = group[found.at], own_here = own[found.at];
   int own_kept = 0;
-  if (b.p.reroute != Reroute::kNone) {
+  if (b.p.policy.reroute != Reroute::kNone) {
 #pragma unroll 1
     for (int level = b.lane; level <= found.at; level += kWarp) own_kept += own[level];
     own_kept = __reduce_add_sync(kFullMask, own_kept);
@@ -172,7 +172,7 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
     const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry::nobody();
     const Fate fate = {entry.in(b.fate())};
     const bool equal = fate.about() == mark_of(at, level) && level_of_entry(b, entry, fate) == level;
-    const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.load) : 0);
+    const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.policy.load) : 0);
     const unsigned over = __ballot_sync(kFullMask, upto > quota);
     if (over != 0) return standing(level, first + __ffs(over) - 1) + 1;
     before = __shfl_sync(kFullMask, upto, kWarp - 1);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   if (__syncthreads_or(cuts) == 0) return;
   for_each_assignment<false>(b, false, [&](const Entry& entry, int own_slot) {
     const Fate fate = {entry.in(b.fate())};
-    const int at = marked_at(fate), level = level_of_entry(b, entry, fate), units = entry.units(b.p.load);
+    const int at = marked_at(fate), level = level_of_entry(b, entry, fate), units = entry.units(b.p.policy.load);
     if (at < 0) return;
     atomicAdd(cells.group(at) + level, units);
     if (own_slot < 0) return;
@@ -225,7 +225,7 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
     const Fate fate = {entry.in(b.fate())};
     const int at = marked_at(fate), level = level_of_entry(b, entry, fate);
     if (own_slot < 0 || at < 0 || fate.about() != mark_of(at, level)) return;
-    atomicAdd(cells.slots(at) + (kSlotCells - 1 - (own_slot >> log)), entry.units(b.p.load));
+    atomicAdd(cells.slots(at) + (kSlotCells - 1 - (own_slot >> log)), entry.units(b.p.policy.load));
   });
   __syncthreads();
   if (!cuts) return;

@@ -29,7 +29,7 @@ __device__ __forceinline__ Capacity capacity_of(const FusedBlock& b, bool mix = 
 
 __device__ __forceinline__ int bound_of_expert(const FusedBlock& b, const Capacity& capacity, int expert) {
   const ClipThresholdParams& t = b.args.threshold;
-  return Capacity::bound_of(t.gamma, capacity.of_expert(t, b.modality()[expert]), capacity.units);
+  return Capacity::bound_of(t.policy.gamma, capacity.of_expert(t, b.modality()[expert]), capacity.units);
 }
 
 // A bound and its units. Returns whether it is exceeded.
@@ -44,15 +44,15 @@ __device__ __forceinline__ bool set_bound(const FusedBlock& b, int n, int units,
 // same on all ranks. So is an expert that does not exist, and counts as exceeded here.
 __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   const ClipThresholdParams& t = b.args.threshold;
-  Capacity capacity = capacity_of(b, known && t.scope == Scope::kExpert);
-  const int most = known || t.load == Load::kRows ? 1 : kWeightOne;
-  const bool weighed = t.load != Load::kRows && known;
+  Capacity capacity = capacity_of(b, known && t.policy.scope == Scope::kExpert);
+  const int most = known || t.policy.load == Load::kRows ? 1 : kWeightOne;
+  const bool weighed = t.policy.load != Load::kRows && known;
   const auto units_of = [&](int j) { return units_of_expert(b, j, weighed) * most; };
   bool over = counts_unknown(b);
-  if (t.scope == Scope::kRank) {
+  if (t.policy.scope == Scope::kRank) {
     const int bound = capacity.of_rank(t);
 #pragma unroll 1
-    for (int n = b.warp; n < t.num_ranks; n += kFusedWarps) {
+    for (int n = b.warp; n < t.policy.num_ranks; n += kFusedWarps) {
       int sum = 0;
 #pragma unroll 1
       for (int j = b.lane; j < b.args.per_rank; j += kWarp) sum += units_of(n * b.args.per_rank + j);
@@ -61,7 +61,7 @@ __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
     }
   } else {
 #pragma unroll 1
-    for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
+    for (int j = threadIdx.x; j < t.policy.num_experts; j += kFusedThreads) {
       // The least: every rounding behind it is monotone.
       if (!known) capacity.visual_share = b.modality()[j] < 0 ? 1.0 : 0.0;
       over |= set_bound(b, j, units_of(j), bound_of_expert(b, capacity, j));
@@ -73,13 +73,13 @@ __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
 // How far every expert's buckets move down, where they do.
 __device__ inline void find_shifts(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
-  if (t.scope != Scope::kRank || !(t.alpha > 0.0)) return;
+  if (t.policy.scope != Scope::kRank || !(t.policy.alpha > 0.0)) return;
   const Capacity capacity = capacity_of(b);
-  const bool weighed = t.load != Load::kRows;
+  const bool weighed = t.policy.load != Load::kRows;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < t.num_experts; j += kFusedThreads) {
+  for (int j = threadIdx.x; j < t.policy.num_experts; j += kFusedThreads) {
     const double rows = static_cast<double>(units_of_expert(b, j, weighed)) * (weighed ? 1.0 / kWeightOne : 1.0);
-    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, b.modality()[j]), t.alpha, t.bucket_bits);
+    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, b.modality()[j]), t.policy.alpha, t.policy.bucket_bits);
   }
   __syncthreads();
 }
@@ -87,7 +87,7 @@ __device__ inline void find_shifts(const FusedBlock& b) {
 // The room that this rank has for what is re-routed.
 __device__ inline void share_rooms(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
-  if (t.reroute == Reroute::kNone) return;
+  if (t.policy.reroute == Reroute::kNone) return;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
   int* const room = b.at<int>(b.args.desk.room);
   block_share_rooms(t, raw, b.args.bounds, room);
@@ -162,11 +162,11 @@ __device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
     tokens[0].homeless = homeless;
     tokens[0].original = entry.present() ? entry.expert() : -1;
     tokens[0].current = max(current, -1);
-    const bool local = b.p.reroute == Reroute::kLocal && entry.present();
+    const bool local = b.p.policy.reroute == Reroute::kLocal && entry.present();
     tokens[0].from = local ? entry.expert() / b.args.per_rank * b.args.per_rank : -1;
     const int leader = __ffs(homeless) - 1;
-    tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.load), leader);
-    load_logits<kKeys>(b.me.router_logits, experts, token, tokens[0].logits);
+    tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.policy.load), leader);
+    load_logits<kKeys>(Logits{b.me.router_logits, DType::kFloat32}, experts, token, tokens[0].logits);
     const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank, words);
     if (current == kHomeless) wanted[slot] = choice;
   }
@@ -184,7 +184,7 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
     const int expert = b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
     if (expert < 0) continue;
     any = true;
-    atomicAdd(b.counted(b.warp) + b.bound_of()[expert], b.own_entry(i).units(b.p.load));
+    atomicAdd(b.counted(b.warp) + b.bound_of()[expert], b.own_entry(i).units(b.p.policy.load));
   }
   any = __any_sync(kFullMask, any);
   __syncthreads();
@@ -194,8 +194,8 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
     for (int first = span.begin; first < span.end; first += kWarp) {
       const int i = first + b.lane;
       const int expert = i < span.end && b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
-      const bool asks = expert >= 0, rows = b.p.load == Load::kRows;
-      const int n = asks ? b.bound_of()[expert] : 0, units = asks ? b.own_entry(i).units(b.p.load) : 0;
+      const bool asks = expert >= 0, rows = b.p.policy.load == Load::kRows;
+      const int n = asks ? b.bound_of()[expert] : 0, units = asks ? b.own_entry(i).units(b.p.policy.load) : 0;
       const bool accepted = accept_in_order(asks, n, units, rows, b.running(), room[n]);
       turned_away |= asks && !accepted;
       if (!accepted) continue;
@@ -217,9 +217,9 @@ __device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
 // Rounds of proposals, until nobody was turned away. False: a block of this rank did not take part.
 template <int kKeys>
 __device__ inline bool reroute_own(const FusedBlock& b) {
-  if (b.p.reroute == Reroute::kNone || b.me.router_logits == nullptr) return true;
+  if (b.p.policy.reroute == Reroute::kNone || b.me.router_logits == nullptr) return true;
 #pragma unroll 1
-  for (int round = 0; round < b.p.reroute_rounds; ++round) {
+  for (int round = 0; round < b.p.policy.reroute_rounds; ++round) {
     int32_t* const wanted = b.own<int32_t>(b.p.layout.wanted) + (round & 1) * b.p.shape.max_tokens * b.p.shape.top_k;
     propose<kKeys>(b, wanted);
     if (!b.barrier(1 + round, Fault::kProposals)) return false;

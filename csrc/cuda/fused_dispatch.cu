@@ -37,11 +37,11 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   }
   if (thread < experts) {
     b.at<uint32_t>(b.args.desk.own_rows)[thread] = 0;
-    b.bound_of()[thread] = b.p.scope == Scope::kExpert ? thread : b.args.by_per_rank.divide(thread);
+    b.bound_of()[thread] = b.p.policy.scope == Scope::kExpert ? thread : b.args.by_per_rank.divide(thread);
   }
 #pragma unroll 1
   for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
-  if (b.p.needs_entropy) {
+  if (b.p.policy.needs_entropy) {
     const int limbs = b.args.keeps_limbs ? b.p.num_segments * 2 * kLimbs : 0;
 #pragma unroll 1
     for (int i = thread; i < limbs; i += kFusedThreads) limbs_of(b, 0)[i] = 0;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
 
 // The logits of this block's tokens are sent for, in case that one of them has to look for another expert.
 __device__ __forceinline__ void prefetch_logits(const FusedBlock& b) {
-  if (b.p.reroute == Reroute::kNone || b.me.router_logits == nullptr) return;
+  if (b.p.policy.reroute == Reroute::kNone || b.me.router_logits == nullptr) return;
   constexpr int kLine = 32;  // logits
   const int experts = b.p.shape.num_experts;
   const float* const logits = b.me.router_logits + static_cast<int64_t>(b.first) * experts;
@@ -143,7 +143,7 @@ __device__ inline bool cut_rows(const FusedBlock& b) {
 // From the group's assignments to the place of every kept row.
 template <int kKeys>
 __device__ inline Decision decide(const FusedBlock& b) {
-  Decision decision = {false, false, !b.p.needs_entropy};
+  Decision decision = {false, false, !b.p.policy.needs_entropy};
 #pragma unroll 1  // the second time is the same code
   for (int exchange = 0;; ++exchange) {
     const bool heard = hear_assignments(b, exchange) && !b.scalars().faulty;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.desk.rank)), shared);
   b.patience.round = *b.own<uint32_t>(args.p.layout.round) + 1;  // through the L1: one load a block, not one a warp
   b.stamp(0);
-  const bool score = args.p.needs_entropy;
+  const bool score = args.p.policy.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);
   RowReader<kVectors, kExact> rows(b, b.first, kept, score);
   rows.ask(b);
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   if (!decision.ok) {
     drop_tokens(b);
   } else {
-    if (decision.cut || args.p.needs_entropy && decision.weighed) write_tokens(b);
+    if (decision.cut || args.p.policy.needs_entropy && decision.weighed) write_tokens(b);
     b.stamp(17);
     report_rank(b, decision);
   }
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   if (ok && threadIdx.x == 0) *round = b.patience.round;
 }
 
-int64_t cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.bucket_bits); }
+int64_t cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.policy.bucket_bits); }
 
 FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
   int at = 0;
@@ -306,7 +306,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   };
   const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counters = p.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
+  const int64_t counters = p.policy.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
   const FusedDesk desk = {
       .rank = take(sizeof(FusedRank)),
       .group_rows = take(4 * kNamedExperts),
@@ -343,6 +343,11 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
 
 constexpr int kMostKept = 8192;  // assignments of a group in shared memory: 32 KB
 
+bool is_supported(const Policy& policy, const FusedShape& s) {
+  return policy.num_experts == s.num_experts && policy.num_ranks == s.num_ranks && policy.reroute_rounds >= 0 &&
+         policy.reroute_rounds <= kMaxFusedRerouteRounds && policy.bucket_bits >= 1 && policy.bucket_bits <= 4;
+}
+
 bool is_supported(const FusedDispatchParams& p) {
   const FusedShape& s = p.shape;
   const bool sizes = s.num_ranks >= 1 && s.num_ranks <= kMaxPeers && s.num_experts >= 1 &&
@@ -350,25 +355,22 @@ bool is_supported(const FusedDispatchParams& p) {
                      s.top_k <= kMaxFusedTopK && s.max_tokens >= 1 && s.max_tokens <= kMaxFusedTokens &&
                      s.max_tokens * s.top_k <= kMaxFusedSlots &&
                      s.num_blocks >= 1 && s.num_blocks <= kMaxFusedBlocks;
-  const bool rows = s.hidden_size >= 2048 && s.hidden_size <= 8192 && s.hidden_size % 512 == 0 && s.alignment >= 1 &&
-                    s.expert_rows >= 0 && s.max_rows >= 1 &&
+  const bool rows = s.hidden_size >= kMinFusedHidden && s.hidden_size <= kMaxFusedHidden &&
+                    s.hidden_size % kFusedHiddenStep == 0 && s.alignment >= 1 && s.expert_rows >= 0 && s.max_rows >= 1 &&
                     static_cast<int64_t>(s.expert_rows) * (s.num_experts / s.num_ranks) <= s.max_rows;
   return sizes && rows && p.launched >= 1 && p.launched <= s.num_ranks && p.one.num_tokens <= s.max_tokens &&
-         p.reroute_rounds >= 0 && p.reroute_rounds <= kMaxFusedRerouteRounds && p.bucket_bits >= 1 && p.bucket_bits <= 4;
+         (p.phase == Phase::kReceive || is_supported(p.policy, s));
 }
 
 FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   FusedArgs args = {};
   args.p = p;
-  args.bounds = num_bounds(p.scope, p.shape.num_experts, p.shape.num_ranks);
+  args.bounds = num_bounds(p.policy);
   args.per_rank = p.shape.num_experts / p.shape.num_ranks;
   args.by_per_rank = Divisor::of(args.per_rank), args.by_ranks = Divisor::of(p.shape.num_ranks);
   args.by_top_k = Divisor::of(p.shape.top_k), args.by_blocks = Divisor::of(p.shape.num_blocks);
   args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
-  ClipThresholdParams& t = args.threshold;
-  t.num_experts = p.shape.num_experts, t.num_ranks = p.shape.num_ranks;
-  t.bucket_bits = p.bucket_bits, t.scope = p.scope, t.load = p.load, t.reroute = p.reroute;
-  t.protect_text = p.protect_text, t.gamma = p.gamma, t.rho = p.rho, t.alpha = p.alpha, t.c_min = p.c_min;
+  args.threshold.policy = p.policy;
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;
   int tables = 0;
   args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;

@@ -18,8 +18,7 @@ __device__ __forceinline__ Assignments options_of(const FusedBlock& b) {
   Assignments in = {};
   in.topk_ids = b.me.topk_ids, in.topk_weights = b.me.topk_weights, in.segment = b.me.segment;
   in.ids_are_i64 = b.p.ids_are_i64;
-  in.top_k = b.p.shape.top_k, in.num_experts = b.p.shape.num_experts;
-  in.bucket_bits = b.p.bucket_bits, in.importance = b.p.importance;
+  in.top_k = b.p.shape.top_k, in.policy = b.p.policy;
   return in;
 }
 
@@ -60,7 +59,7 @@ class OwnSlots {
  private:
   __device__ __forceinline__ void write(const FusedBlock& b, int at) const {
     b.write_slot(at, slot_.expert, slot_.gate);
-    if (step_.slot == 0 && !b.p.needs_entropy) b.me.weight[slot_.token] = plain_weight(slot_.segment);
+    if (step_.slot == 0 && !b.p.policy.needs_entropy) b.me.weight[slot_.token] = plain_weight(slot_.segment);
   }
 
   __device__ __forceinline__ void load(const FusedBlock& b) {
@@ -71,12 +70,14 @@ class OwnSlots {
   // An expert that does not exist is told as it is, so that every block of every rank gives up.
   __device__ __forceinline__ Entry entry_of(const FusedBlock& b, bool leads) {
     const int expert = min(slot_.expert, kMostNamed);
-    if (slot_.expert >= in_.num_experts) {
-      report(b.patience, Fault::kBadExpert, b.rank, b.block, slot_.expert, in_.num_experts - 1);
+    if (slot_.expert >= in_.policy.num_experts) {
+      report(b.patience, Fault::kBadExpert, b.rank, b.block, slot_.expert, in_.policy.num_experts - 1);
       return Entry::of(expert, 0, slot_.text(), leads, 0);
     }
     slot_.weight = plain_weight(slot_.segment);
-    if (!b.p.needs_entropy) return Entry::of(expert, bucket_of_slot(in_, slot_), slot_.text(), leads, fixed_weight(slot_.weight));
+    if (!b.p.policy.needs_entropy) {
+      return Entry::of(expert, bucket_of_slot(in_, slot_), slot_.text(), leads, fixed_weight(slot_.weight));
+    }
     return Entry::of(expert, 0, slot_.text(), leads, slot_.text() ? kWeightOne : 0);
   }
 
@@ -189,7 +190,7 @@ class Tally {
   // What an exchange tells: rows per expert the first, units and sums whichever tells weights. Where that is the second,
   // visual tokens weigh nothing in the first.
   __device__ __forceinline__ Tally(const FusedBlock& b, int exchange)
-      : again_(exchange != 0), in_units_(again_ || (b.p.load != Load::kRows && !b.p.needs_entropy)) {}
+      : again_(exchange != 0), in_units_(again_ || (b.p.policy.load != Load::kRows && !b.p.policy.needs_entropy)) {}
 
   // ahead: of this block's assignments.
   __device__ __forceinline__ void add(const FusedBlock& b, const Entry& entry, bool ahead) {
@@ -211,7 +212,7 @@ class Tally {
     constexpr uint32_t kFirst = (1u << Entry::kTallyBits) - 1;
     const int number = seen_ & kFirst, visual = seen_ >> Entry::kTallyBits;
     const int leads = tokens_ >> 1 & kFirst, visual_leads = tokens_ >> (1 + Entry::kTallyBits);
-    const int visual_weight = b.p.needs_entropy ? 0 : visual_leads * fixed_weight(plain_weight(0));
+    const int visual_weight = b.p.policy.needs_entropy ? 0 : visual_leads * fixed_weight(plain_weight(0));
     add_sum(b, sums, number);
     add_sum(b, sums + 1, visual);
     add_sum(b, sums + 2, visual_weight);

@@ -23,7 +23,7 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const int here = slot - b.first * top_k;
     const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
-    if (b.lane == 0 && b.p.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token];
+    if (b.lane == 0 && b.p.policy.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token];
     if (!inside) continue;
     int id = current;
     float weight = gate;
@@ -33,7 +33,8 @@ __device__ inline void write_tokens(const FusedBlock& b) {
       weight = 0.0f;
     } else if (current != original) {
       const float* const logits = b.me.router_logits + static_cast<int64_t>(token) * experts;
-      weight = rerouted_weight(b.p.scoring, reference.gate, __ldg(logits + current), __ldg(logits + reference.expert));
+      const float to = __ldg(logits + current), from = __ldg(logits + reference.expert);
+      weight = rerouted_weight(b.p.policy.scoring, reference.gate, to, from);
     }
     b.write_slot(slot, id, weight);
   }
@@ -71,14 +72,14 @@ __device__ inline void write_counts(const FusedBlock& b, bool cut) {
 
 // The group's sums, which are complete, and the cuts.
 __device__ inline void write_cuts(const FusedBlock& b, bool cut) {
-  const bool by_rank = b.p.scope == Scope::kRank;
+  const bool by_rank = b.p.policy.scope == Scope::kRank;
   const Capacity capacity = capacity_of(b, !by_rank);
 #pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     const int bound = by_rank ? capacity.of_rank(b.args.threshold) : bound_of_expert(b, capacity, n);
     const int4 uncut = make_int4(-1, 0, 0, bound);  // nobody needs room
     int4 found = cut ? raw_cut(b, n).cut : uncut;
-    if (b.p.reroute == Reroute::kNone) found.z = 0;
+    if (b.p.policy.reroute == Reroute::kNone) found.z = 0;
     reinterpret_cast<int4*>(b.me.cut)[n] = found;
   }
   if (threadIdx.x < kNumSums) b.me.sums[threadIdx.x] = b.scalars().sums[threadIdx.x];

@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
     if (segment >= 0) {
       const SegmentSums sums = b.args.keeps_limbs ? sums_of(limbs_of(b, min(segment, b.p.num_segments - 1)))
                                                   : warp_segment_sums(b, segment);
-      weight = weight_of(b.at<float>(b.args.desk.entropies)[token], moments_of(sums), b.p.delta);
+      weight = weight_of(b.at<float>(b.args.desk.entropies)[token], moments_of(sums), b.p.policy.delta);
     }
     if (together == 1 || b.lane == 0) body(token, weight);
   }

@@ -12,8 +12,8 @@ namespace macs::cuda {
 __device__ __forceinline__ void add_to_cell(const LoadHistogramParams& p, const Slot& slot) {
   if (slot.expert < 0) return;
   const int row = slot.expert * 2 + (slot.text() ? 1 : 0);
-  const int cell = row * num_buckets(p.in.bucket_bits) + bucket_of_slot(p.in, slot);
-  atomicAdd(p.histogram + cell, load_units(p.in.load, slot.weight));
+  const int cell = row * num_buckets(p.in.policy.bucket_bits) + bucket_of_slot(p.in, slot);
+  atomicAdd(p.histogram + cell, load_units(p.in.policy.load, slot.weight));
 }
 
 // The four sums of a warp in registers, then of the block, then one addition each.
@@ -34,7 +34,7 @@ struct Sums {
 
   // The whole block.
   __device__ __forceinline__ void flush(const LoadHistogramParams& p) const {
-    const int64_t cells = static_cast<int64_t>(p.in.num_experts) * 2 * num_buckets(p.in.bucket_bits);
+    const int64_t cells = static_cast<int64_t>(p.in.policy.num_experts) * 2 * num_buckets(p.in.policy.bucket_bits);
     __shared__ unsigned block[kNumSums];
     if (threadIdx.x < kNumSums) block[threadIdx.x] = 0;
     __syncthreads();

@@ -85,7 +85,8 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
 }
 
 static int64_t histogram_bytes(const Assignments& in) {
-  return (static_cast<int64_t>(in.num_experts) * 2 * num_buckets(in.bucket_bits) + kNumSums) * sizeof(int32_t);
+  const int64_t cells = static_cast<int64_t>(in.policy.num_experts) * 2 * num_buckets(in.policy.bucket_bits);
+  return (cells + kNumSums) * sizeof(int32_t);
 }
 
 cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t stream) {
@@ -95,7 +96,8 @@ cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t str
 
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
                                    const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
-  const int64_t prepared = static_cast<int64_t>(prepared_bytes(histogram.in.num_experts));  // for threshold_apply
+  // For threshold_apply.
+  const int64_t prepared = static_cast<int64_t>(prepared_bytes(histogram.in.policy.num_experts));
   ZeroArgs zero = {histogram.histogram, workspace, histogram_bytes(histogram.in), prepared};
   bool small = false;
   cudaError_t error = enqueue_small_histogram(score, weight, histogram, zero, small, stream);

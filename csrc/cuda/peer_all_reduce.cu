@@ -1,6 +1,6 @@
 // peer_all_reduce: the sum of an i32 array over ranks that address each other's memory.
 //
-// Problem:     [size] of each rank, in their place the sum; E * 2 * B + 4 values, 128 KB. Bound by one way over NVLink.
+// Problem:     [size] of each rank, and their sum; E * 2 * B + 4 values, 128 KB. Bound by one way over NVLink.
 // Algorithm:   every value goes to every peer as a letter, so that no flag and no fence has to follow it; each rank adds up
 //              what lies in its own memory.
 // Grid:        a thread a value, up to kMostReduceBlocks blocks; block b waits for the blocks b of the peers and for no other of its own.
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) peer_all_reduce_kernel(const __grid_
   for (int64_t i = begin; i < p.size; i += step) {
     uint32_t sum = static_cast<uint32_t>(p.values[i]);
     ok = ok && b.hear(i, sum);
-    if (ok) p.values[i] = static_cast<int32_t>(sum);
+    if (ok) p.sum[i] = static_cast<int32_t>(sum);
   }
   if (__syncthreads_and(ok) != 0 && threadIdx.x == 0) *b.rounds = b.patience.round;
 }

@@ -3,6 +3,7 @@
 // A lane holds the logits of experts lane, lane + 32, ...; -infinity is no candidate. What a token already has is struck
 // out through a word of shared memory per 32 experts; a pick is a maximum and a minimum of integers over the warp.
 #pragma once
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -29,14 +30,25 @@ struct Rooms {
   }
 };
 
+// Router logits [T, E] as the model has them: converted where they are read.
+struct Logits {
+  const void* data;
+  DType dtype;
+
+  __device__ __forceinline__ float at(int64_t index) const {
+    if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(data) + index);
+    const unsigned short bits = __ldg(static_cast<const unsigned short*>(data) + index);
+    return dtype == DType::kBFloat16 ? __uint_as_float(static_cast<unsigned>(bits) << 16)
+                                     : __half2float(__ushort_as_half(bits));
+  }
+};
+
 template <int kKeys>
-__device__ __forceinline__ void load_logits(const float* router_logits, int experts, int64_t token,
-                                            float (&logits)[kKeys]) {
-  const float* row = router_logits + token * experts;
+__device__ __forceinline__ void load_logits(const Logits& router, int experts, int64_t token, float (&logits)[kKeys]) {
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
     const int j = i * kWarp + static_cast<int>(threadIdx.x) % kWarp;
-    logits[i] = j < experts ? __ldg(row + j) : 0.0f;
+    logits[i] = j < experts ? router.at(token * experts + j) : 0.0f;
   }
 }
 

@@ -58,11 +58,11 @@ struct SmallApplyArgs {
 
 SmallApplyArgs make_args(const ClipThresholdParams& threshold, const ClipApplyParams& p, int num_blocks) {
   SmallApplyArgs args = {threshold, p, {}, 0, 0, 0, 0, 0, 0};
-  const int experts = p.in.num_experts;
+  const int experts = p.in.policy.num_experts;
   args.slots = static_cast<int>(p.in.num_tokens) * p.in.top_k;
-  args.bounds = num_bounds(p.scope, experts, p.num_ranks);
-  args.per_rank = experts / p.num_ranks;
-  args.pools = p.reroute == Reroute::kLocal ? p.num_ranks : 1;
+  args.bounds = num_bounds(p.in.policy);
+  args.per_rank = experts / p.in.policy.num_ranks;
+  args.pools = p.in.policy.reroute == Reroute::kLocal ? p.in.policy.num_ranks : 1;
   args.pool_size = args.bounds / args.pools;
   args.share = (experts + num_blocks - 1) / num_blocks;
   int at = 0;
@@ -123,14 +123,14 @@ struct Here {
   __device__ __forceinline__ unsigned* struck() const {
     return reinterpret_cast<unsigned*>(at(args.desk.struck)) + warp * kStruckWords;
   }
-  __device__ __forceinline__ bool rows() const { return p.in.load == Load::kRows; }
+  __device__ __forceinline__ bool rows() const { return p.in.policy.load == Load::kRows; }
 
   // What does not depend on the kernels before.
   __device__ __forceinline__ void clear() const {
     clear_levels(args.threshold, levels());
 #pragma unroll 1
-    for (int j = threadIdx.x; j < p.in.num_experts; j += kThreads) {
-      bound_of()[j] = p.scope == Scope::kExpert ? j : j / args.per_rank;
+    for (int j = threadIdx.x; j < p.in.policy.num_experts; j += kThreads) {
+      bound_of()[j] = p.in.policy.scope == Scope::kExpert ? j : j / args.per_rank;
     }
 #pragma unroll 1
     for (int n = threadIdx.x; n < args.bounds; n += kThreads) taken()[n] = 0;
@@ -182,7 +182,7 @@ struct Items {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int expert = max(slot[i].expert, 0);
-      bound[i] = here.p.scope == Scope::kExpert ? expert : expert / here.args.per_rank;
+      bound[i] = here.p.in.policy.scope == Scope::kExpert ? expert : expert / here.args.per_rank;
     }
   }
   __device__ __forceinline__ void load_weights(const Assignments& in) {
@@ -222,11 +222,11 @@ struct Token {
       gate = __ldg(p.in.topk_weights + here.token * p.in.top_k + here.lane);
     }
     if (p.router_logits == nullptr) return;
-    load_logits<kKeys>(p.router_logits, p.in.num_experts, here.token, logits);
+    load_logits<kKeys>(Logits{p.router_logits, p.logits_dtype}, p.in.policy.num_experts, here.token, logits);
     first_of_rank = max(expert, 0) / here.args.per_rank * here.args.per_rank;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      keys[0][i] = i * kWarp + here.lane < p.in.num_experts ? candidate_of(logits[i]) : -INFINITY;
+      keys[0][i] = i * kWarp + here.lane < p.in.policy.num_experts ? candidate_of(logits[i]) : -INFINITY;
     }
     strike_out<1, kKeys>(keys, {{expert, -1}}, here.struck());
     const Reference reference = reference_of(expert, gate, 0, p.in.top_k);
@@ -260,7 +260,8 @@ struct SendCuts {
     here.mail.cuts.send(here.lane, &here.raw()[n].kept, kept);
   }
   static __device__ __forceinline__ int bytes(const Here& here) {
-    return here.args.bounds * static_cast<int>(sizeof(RawCut)) + here.p.in.num_experts * static_cast<int>(sizeof(int));
+    const int experts = here.p.in.policy.num_experts;
+    return here.args.bounds * static_cast<int>(sizeof(RawCut)) + experts * static_cast<int>(sizeof(int));
   }
 };
 
@@ -290,12 +291,11 @@ __device__ __forceinline__ void clip(const Here& here, Items<kItems>& items) {
     items.current[i] = slot.expert;
     if (slot.expert < 0) continue;
     const int cut = here.raw()[items.bound[i]].cut.x;
-    const int level = level_of(bucket_of_slot(in, slot), here.shift()[slot.expert], slot.text(), here.p.protect_text,
-                               in.bucket_bits);
+    const int level = level_of(bucket_of_slot(in, slot), here.shift()[slot.expert], slot.text(), in.policy);
     if (level < cut) items.current[i] = -1;
     if (level != cut) continue;
     at_cut |= 1u << i;
-    atomicAdd(here.counted(here.warp) + items.bound[i], load_units(in.load, slot.weight));
+    atomicAdd(here.counted(here.warp) + items.bound[i], load_units(in.policy.load, slot.weight));
   }
   __syncthreads();
   if (__any_sync(kFullMask, at_cut != 0)) {
@@ -303,7 +303,7 @@ __device__ __forceinline__ void clip(const Here& here, Items<kItems>& items) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const bool pending = (at_cut >> i & 1u) != 0;
-      const int units = load_units(in.load, items.slot[i].weight), quota = here.raw()[items.bound[i]].cut.y;
+      const int units = load_units(in.policy.load, items.slot[i].weight), quota = here.raw()[items.bound[i]].cut.y;
       const bool stays = accept_in_order(pending, items.bound[i], units, here.rows(), here.running(), quota);
       if (pending && !stays) items.current[i] = -1;
     }
@@ -325,7 +325,7 @@ __device__ __forceinline__ void propose(const Here& here, Token<kKeys>& token, i
   const int current = slot_here ? here.current()[slot_index] : -1;
   unsigned homeless = __ballot_sync(kFullMask, slot_here && current < 0);
   if (homeless == 0) return;
-  const Rooms<kKeys> rooms(p.in.num_experts, here.room(), here.bound_of());
+  const Rooms<kKeys> rooms(p.in.policy.num_experts, here.room(), here.bound_of());
   const int units = here.rows() ? 1 : fixed_weight(__ldcg(p.in.weight + here.token));
   if (round > 0) strike_out<1, kKeys>(token.keys, {{current, -1}}, here.struck());
   float keys[1][kKeys];
@@ -335,7 +335,7 @@ __device__ __forceinline__ void propose(const Here& here, Token<kKeys>& token, i
   for (; homeless != 0; homeless &= homeless - 1) {
     const int slot = __ffs(homeless) - 1;
     int from[1] = {-1}, winner[1];
-    if (p.reroute == Reroute::kLocal) from[0] = __shfl_sync(kFullMask, token.first_of_rank, slot);
+    if (p.in.policy.reroute == Reroute::kLocal) from[0] = __shfl_sync(kFullMask, token.first_of_rank, slot);
     pick<1, kKeys>(keys, from, here.args.per_rank, winner);
     if (here.lane < here.num_blocks) {
       int* const wanted = here.wanted(round) + here.token * p.in.top_k + slot;
@@ -344,7 +344,8 @@ __device__ __forceinline__ void propose(const Here& here, Token<kKeys>& token, i
     if (here.lane == slot) choice = winner[0];
   }
   const float logit = token.logit_of(max(choice, 0));
-  if (choice >= 0) token.new_gate = rerouted_weight(p.scoring, token.reference_gate, logit, token.reference_logit);
+  const Scoring scoring = p.in.policy.scoring;
+  if (choice >= 0) token.new_gate = rerouted_weight(scoring, token.reference_gate, logit, token.reference_logit);
 }
 
 // All proposals in order, up to the room. Returns whether somebody was turned away.
@@ -358,7 +359,7 @@ __device__ __forceinline__ bool accept(const Here& here, Items<kItems>& items, i
     wanted[i] = items.homeless(i) ? here.wanted(round)[items.index(here, i)] : -1;
     if (wanted[i] < 0) continue;
     pending |= 1u << i;
-    atomicAdd(here.counted(here.warp) + here.bound_of()[wanted[i]], load_units(in.load, items.slot[i].weight));
+    atomicAdd(here.counted(here.warp) + here.bound_of()[wanted[i]], load_units(in.policy.load, items.slot[i].weight));
   }
   __syncthreads();
   if (__any_sync(kFullMask, pending != 0)) {
@@ -367,7 +368,7 @@ __device__ __forceinline__ bool accept(const Here& here, Items<kItems>& items, i
     for (int i = 0; i < kItems; ++i) {
       const bool asks = (pending >> i & 1u) != 0;
       const int bound = asks ? here.bound_of()[wanted[i]] : 0;
-      const int units = load_units(in.load, items.slot[i].weight), room = here.room()[bound];
+      const int units = load_units(in.policy.load, items.slot[i].weight), room = here.room()[bound];
       if (!accept_in_order(asks, bound, units, here.rows(), here.running(), room)) continue;
       pending &= ~(1u << i);
       items.current[i] = wanted[i];
@@ -381,7 +382,8 @@ __device__ __forceinline__ bool accept(const Here& here, Items<kItems>& items, i
 template <int kKeys, int kItems>
 __device__ __forceinline__ void reroute_rounds(const Here& here, Token<kKeys>& token, Items<kItems>& items) {
   const ClipApplyParams& p = here.p;
-  const int rounds = p.reroute == Reroute::kNone || p.router_logits == nullptr ? 0 : p.reroute_rounds;
+  const Policy& policy = p.in.policy;
+  const int rounds = policy.reroute == Reroute::kNone || p.router_logits == nullptr ? 0 : policy.reroute_rounds;
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     Inbox& inbox = here.mail.wants[round & 1];
@@ -410,7 +412,7 @@ __device__ __forceinline__ void reroute_rounds(const Here& here, Token<kKeys>& t
 template <int kKeys, int kItems>
 __device__ __forceinline__ void write_outputs(const Here& here, const Token<kKeys>& token, const Items<kItems>& items) {
   const ClipApplyParams& p = here.p;
-  const int experts = p.in.num_experts, share = here.args.share, low = here.block * share;
+  const int experts = p.in.policy.num_experts, share = here.args.share, low = here.block * share;
   const auto count = [&](int kind, int expert, bool text) {
     if (static_cast<unsigned>(expert - low) >= static_cast<unsigned>(share)) return;
     atomicAdd(here.counts() + (kind * share + expert - low) * 2 + (text ? 1 : 0), 1);
@@ -503,9 +505,10 @@ cudaError_t enqueue_small_apply(const ClipThresholdParams& threshold, const Clip
   const Assignments& in = apply.in;
   const int64_t slots = in.num_tokens * in.top_k;
   taken = in.top_k >= 1 && in.top_k <= kWarp && slots > 0 && slots <= kMaxItems * kThreads &&
-          in.num_experts <= kMaxExperts && num_buckets(in.bucket_bits) <= 128 && aligned_histograms(threshold);
+          in.policy.num_experts <= kMaxExperts && num_buckets(in.policy.bucket_bits) <= 128 &&
+          aligned_histograms(threshold);
   if (!taken) return cudaSuccess;
-  return in.num_experts <= 4 * kWarp ? enqueue<4>(threshold, apply, taken, stream)
+  return in.policy.num_experts <= 4 * kWarp ? enqueue<4>(threshold, apply, taken, stream)
                                      : enqueue<8>(threshold, apply, taken, stream);
 }
 

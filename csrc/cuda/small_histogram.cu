@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) small_histogram_kernel(const __gr
   if (kScored) inbox.wait(0);  // nobody leaves while mail is on its way to it
   __syncthreads();
   if (threadIdx.x < kNumSums) {
-    const int cells = in.num_experts * 2 * num_buckets(in.bucket_bits);
+    const int cells = in.policy.num_experts * 2 * num_buckets(in.policy.bucket_bits);
     atomicAdd(args.histogram.histogram + cells + threadIdx.x, block_sums[threadIdx.x]);
   }
 }

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import ctypes
 
-FORMATS = ("bfloat16", "fp8", "fp8_power_of_two", "fp8_ue8m0")
-BOTH, SEND, RECEIVE = range(3)  # Phase
-FAULTS = (
-    "none", "entropies", "assignments", "cuts", "proposals", "counts", "rows", "outputs",
-    "bad tokens", "bad expert", "bad count", "overflow", "values",
-)  # fmt: skip
+from policy_c import Policy, choices
+
+FORMATS = ("bfloat16", *choices.FORMATS[1:])  # by the names of the result files
+BOTH, SEND, RECEIVE = range(len(choices.PHASES))
+FAULTS = choices.FAULTS
 MAX_PEERS = 16
 
-_p, _i64, _i32, _f32, _f64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double
+_p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _u64, _u32, _bool = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_bool
 
 
@@ -55,11 +54,9 @@ class FusedDispatchParams(ctypes.Structure):
         ("shape", FusedShape),
         ("layout", FusedLayout),
         ("modality", _p),
-        *_fields(_i32, "bucket_bits reroute_rounds num_segments"),
-        *_fields(_bool, "ids_are_i64 needs_entropy protect_text same_device scales_with_rows names_sources"),
-        *_fields(_i32, "scope load importance reroute scoring"),
-        *_fields(_f64, "gamma rho alpha c_min"),
-        ("delta", _f32),
+        ("policy", Policy),
+        ("num_segments", _i32),
+        *_fields(_bool, "ids_are_i64 same_device scales_with_rows names_sources"),
         ("phase", _i32),
         ("timeout_ns", _u64),
         ("network", _p),

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field, replace
 
 import fused_c as fc
-import kernels_c as c
 import torch
 from kernel_case import POISON, Config, Inputs, make_inputs
 
@@ -236,13 +235,9 @@ class Group:
         f = self.config.plan
         params = fc.FusedDispatchParams(
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
-            bucket_bits=f.bucket_bits, reroute_rounds=f.rounds, num_segments=f.num_segments, ids_are_i64=f.ids_i64,
-            needs_entropy=self.config.needs_entropy, protect_text=f.protect_text, same_device=self.same_device,
-            scales_with_rows=self.config.scales_with_rows, names_sources=self.config.names_sources,
-            scope=c.SCOPES.index(f.scope),
-            load=c.LOADS.index(f.load), importance=c.IMPORTANCES.index(f.importance),
-            reroute=c.REROUTES.index(f.reroute), scoring=c.SCORINGS.index(f.scoring), gamma=f.gamma, rho=f.rho,
-            alpha=f.alpha, c_min=f.c_min, delta=f.delta, phase=phase, timeout_ns=self.config.timeout_ns,
+            policy=f.policy(self.config.needs_entropy), num_segments=f.num_segments, ids_are_i64=f.ids_i64,
+            same_device=self.same_device, scales_with_rows=self.config.scales_with_rows,
+            names_sources=self.config.names_sources, phase=phase, timeout_ns=self.config.timeout_ns,
             **self._launched(launched, only),
         )  # fmt: skip
         self.kernels("fused_dispatch", params)

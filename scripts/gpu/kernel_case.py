@@ -50,6 +50,13 @@ class Config:
     def buckets(self) -> int:
         return 16 << self.bucket_bits
 
+    def policy(self, needs_entropy: bool = True) -> c.Policy:
+        """What the launchers take. needs_entropy: decides in the fused dispatch alone."""
+        named = ("bucket_bits", "scope", "load", "importance", "reroute", "scoring", "protect_text")
+        own = {name: getattr(self, name) for name in (*named, "gamma", "rho", "alpha", "c_min", "delta")}
+        sizes = {"num_experts": self.E, "num_ranks": self.R, "reroute_rounds": self.rounds}
+        return c.policy(**own, **sizes, needs_entropy=needs_entropy)
+
     def sizes(self) -> dict[str, object]:
         sizes = {"T": self.T, "H": self.H, "E": self.E, "K": self.K, "R": self.R, "dtype": self.dtype}
         return sizes | {"scope": self.scope, "hot": self.hot}
@@ -141,22 +148,16 @@ class Run:
             self.hidden.data_ptr(), segment, out["entropy"], f.T, f.H, c.DTYPES.index(f.dtype)
         )
         self.weight_params = c.EntropyWeightParams(out["entropy"], segment, out["weight"], f.T, f.num_segments, f.delta)
-        common = c.Assignments(
-            self.ids.data_ptr(), self.gates.data_ptr(), out["weight"], segment, f.T, f.K, f.E, f.ids_i64,
-            f.bucket_bits, c.LOADS.index(f.load), c.IMPORTANCES.index(f.importance),
-        )  # fmt: skip
+        policy, routing = f.policy(), (self.ids.data_ptr(), self.gates.data_ptr(), out["weight"], segment)
+        common = c.Assignments(*routing, f.T, f.K, f.ids_i64, policy)
         self.histogram_params = c.LoadHistogramParams(common, out["histogram"])
         group = out["histogram"] if self.group is None else self.group.data_ptr()
-        policy = (c.SCOPES.index(f.scope), c.LOADS.index(f.load), c.REROUTES.index(f.reroute), f.protect_text)
         self.threshold_params = c.ClipThresholdParams(
-            out["histogram"], group, self.modality.data_ptr(), out["shift"], out["cut"], f.E, f.R, f.bucket_bits,
-            *policy, f.gamma, f.rho, f.alpha, f.c_min,
-        )  # fmt: skip
+            out["histogram"], group, self.modality.data_ptr(), out["shift"], out["cut"], policy
+        )
         self.apply_params = c.ClipApplyParams(
-            common, self.logits.data_ptr(), out["shift"], out["cut"], out["ids"], out["weights"], out["counts"],
-            f.R, f.rounds, c.SCOPES.index(f.scope), c.REROUTES.index(f.reroute), c.SCORINGS.index(f.scoring),
-            f.protect_text,
-        )  # fmt: skip
+            common, self.logits.data_ptr(), out["shift"], out["cut"], out["ids"], out["weights"], out["counts"]
+        )
 
     def poison(self) -> None:
         for tensor in (*self.out.values(), self.workspace, self.sums):

@@ -15,22 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fused_c
+from policy_c import NAMES, Policy, policy
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"
 FLAGS = ["-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-lineinfo", "-DMACS_C_API=1"]
 
-SCOPES, LOADS, IMPORTANCES = ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate")
-REROUTES, SCORINGS, DTYPES = ("none", "local", "global"), ("softmax", "sigmoid"), ("float32", "float16", "bfloat16")
+__all__ = ["NAMES", "Policy", "policy"]  # of policy_c, for those that fill these structures
 
-_p, _i64, _i32, _f32, _f64, _bool = (
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_int32,
-    ctypes.c_float,
-    ctypes.c_double,
-    ctypes.c_bool,
-)
+SCOPES, LOADS, IMPORTANCES, REROUTES, SCORINGS = NAMES.values()
+DTYPES = ("float32", "float16", "bfloat16")
+
+_p, _i64, _i32, _f32, _bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_bool
 
 
 def _struct(name: str, fields: list[tuple[str, type]]) -> type[ctypes.Structure]:
@@ -54,29 +50,20 @@ Assignments = _struct(
     "Assignments",
     [
         *_fields(_p, "topk_ids", "topk_weights", "weight", "segment"),
-        ("num_tokens", _i64),
-        *_fields(_i32, "top_k", "num_experts"),
-        ("ids_are_i64", _bool),
-        *_fields(_i32, "bucket_bits", "load", "importance"),
+        *[("num_tokens", _i64), ("top_k", _i32), ("ids_are_i64", _bool), ("policy", Policy)],
     ],
 )
 LoadHistogramParams = _struct("LoadHistogramParams", [("assignments", Assignments), ("histogram", _p)])
 ClipThresholdParams = _struct(
     "ClipThresholdParams",
-    [
-        *_fields(_p, "own", "group", "modality", "shift", "cut"),
-        *_fields(_i32, "num_experts", "num_ranks", "bucket_bits", "scope", "load", "reroute"),
-        ("protect_text", _bool),
-        *_fields(_f64, "gamma", "rho", "alpha", "c_min"),
-    ],
+    [*_fields(_p, "own", "group", "modality", "shift", "cut"), ("policy", Policy)],
 )
 ClipApplyParams = _struct(
     "ClipApplyParams",
     [
         ("assignments", Assignments),
         *_fields(_p, "router_logits", "shift", "cut", "new_ids", "new_weights", "counts"),
-        *_fields(_i32, "num_ranks", "reroute_rounds", "scope", "reroute", "scoring"),
-        ("protect_text", _bool),
+        ("logits_dtype", _i32),
     ],
 )
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]

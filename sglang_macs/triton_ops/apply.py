@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..policy import unpack
 from . import checks
 from .level import bucket_of, importance_of, level_of, load_assignments, load_units
 
@@ -180,20 +181,12 @@ def clip_apply(
     router_logits: Tensor | None,
     shift: Tensor,
     cut: Tensor,
-    num_ranks: int,
-    buckets: int,
-    scope: int,
-    load: int,
-    importance: int,
-    reroute: int,
-    protect_text: bool,
-    reroute_rounds: int,
-    scoring: int,
+    policy: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_experts = shift.numel()
-    checks.assignments(topk_ids, topk_weights, weight, segment, num_experts, load, importance)
-    checks.clips(topk_ids, router_logits, shift, cut, num_ranks, scope, reroute, scoring)
-    bits, effective = checks.bucket_bits(buckets), load == 1
+    p = unpack(policy)
+    num_experts, effective = p.num_experts, p.load == 1
+    checks.assignments(topk_ids, topk_weights, weight, segment)
+    checks.clips(topk_ids, router_logits, shift, cut, p)
     ids, gates, weight, segment = (t.contiguous() for t in (topk_ids, topk_weights, weight, segment))
     shift, cut = shift.contiguous(), cut.contiguous()
     logits = None if router_logits is None else router_logits.contiguous()
@@ -212,20 +205,20 @@ def clip_apply(
         _prefix_kernel[(num_bounds,)](totals, base, left, limit, num_blocks, PREFIX_BLOCK)
         _accept_kernel[(num_blocks,)](
             ids, gates, weight, logits, wanted, base, limit, left, totals, new_ids, new_weights, num_slots, num_blocks,
-            turn, top_k, num_experts, per_bound, effective, turn > 0, scoring == 1, BLOCK, num_warps=8,
+            turn, top_k, num_experts, per_bound, effective, turn > 0, p.scoring == 1, BLOCK, num_warps=8,
         )  # fmt: skip
 
     _clip_kernel[(num_blocks,)](
         ids, gates, weight, segment, shift, cut, new_ids, new_weights, wanted, totals, num_slots, num_blocks,
-        top_k, per_bound, bits, effective, importance, protect_text, BLOCK,
+        top_k, per_bound, p.bucket_bits, effective, p.importance, p.protect_text, BLOCK,
     )  # fmt: skip
     quota, room = cut.t()[1:3].clone(memory_format=torch.contiguous_format)  # a copy: what is given is taken off
     accept(0, quota)
-    if reroute != 0 and logits is not None:
-        for turn in range(1, reroute_rounds + 1):
+    if p.reroute != 0 and logits is not None:
+        for turn in range(1, p.reroute_rounds + 1):
             _propose_kernel[(triton.cdiv(num_tokens, TOKENS),)](
                 ids, weight, logits, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
-                top_k, num_experts, per_bound, num_experts // num_ranks, effective, reroute == 1,
+                top_k, num_experts, per_bound, num_experts // p.num_ranks, effective, p.reroute == 1,
                 TOKENS, triton.next_power_of_2(top_k), triton.next_power_of_2(num_experts), BLOCK,
             )  # fmt: skip
             accept(turn, room)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..policy import unpack
 from . import checks
 from .level import bucket_of, fixed_weight, importance_of, load_assignments, load_units
 
@@ -41,19 +42,16 @@ def load_histogram(
     topk_weights: Tensor,
     weight: Tensor,
     segment: Tensor,
-    num_experts: int,
-    buckets: int,
-    load: int,
-    importance: int,
+    policy: list[float],
 ) -> Tensor:
-    checks.assignments(topk_ids, topk_weights, weight, segment, num_experts, load, importance)
-    bits = checks.bucket_bits(buckets)
+    p = unpack(policy)
+    checks.assignments(topk_ids, topk_weights, weight, segment)
     inputs = [t.contiguous() for t in (topk_ids, topk_weights, weight, segment)]
     num_tokens, top_k = topk_ids.shape
-    histogram = torch.zeros(checks.histogram_size(num_experts, buckets), dtype=torch.int32, device=topk_ids.device)
+    histogram = torch.zeros(checks.histogram_size(p), dtype=torch.int32, device=topk_ids.device)
     slots = triton.next_power_of_2(top_k)
     tokens = max(1, SLOT_BLOCK // slots)
     _histogram_kernel[(triton.cdiv(num_tokens, tokens),)](
-        *inputs, histogram, num_tokens, num_experts, top_k, bits, load == 1, importance, tokens, slots
+        *inputs, histogram, num_tokens, p.num_experts, top_k, p.bucket_bits, p.load == 1, p.importance, tokens, slots
     )
     return histogram

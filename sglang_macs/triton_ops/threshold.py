@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..choices import WEIGHT_ONE
+from ..policy import unpack
 from . import checks
 from .level import level_of
 
@@ -115,37 +117,25 @@ def _share_room_kernel(
     tl.store(cut + n * 4 + 2, room, mask=here)
 
 
-def clip_threshold(
-    own: Tensor,
-    group: Tensor,
-    modality: Tensor,
-    num_ranks: int,
-    buckets: int,
-    scope: int,
-    load: int,
-    reroute: int,
-    protect_text: bool,
-    gamma: float,
-    rho: float,
-    alpha: float,
-    c_min: float,
-) -> tuple[Tensor, Tensor]:
-    bits = checks.bucket_bits(buckets)
-    checks.thresholds(own, group, modality, num_ranks, buckets, scope, load, reroute, gamma, rho, alpha, c_min)
+def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: list[float]) -> tuple[Tensor, Tensor]:
+    p = unpack(policy)
+    checks.thresholds(own, group, modality, p)
     own, group, modality = own.contiguous(), group.contiguous(), modality.contiguous()
-    num_experts, by_rank, unit = modality.numel(), scope == 1, 256 if load == 1 else 1
+    num_experts, num_ranks, bits = p.num_experts, p.num_ranks, p.bucket_bits
+    by_rank, unit = p.scope == 1, WEIGHT_ONE if p.load == 1 else 1
+    bounds = p.gamma, p.rho, p.c_min
     num_bounds = num_ranks if by_rank else num_experts
     shift = torch.empty(num_experts, dtype=torch.int32, device=own.device)
     cut = torch.empty(num_bounds, 4, dtype=torch.int32, device=own.device)
     shares = torch.empty(num_bounds, 3, dtype=torch.int64, device=own.device)
-    levels = torch.zeros(2, num_bounds, 2 * buckets, dtype=torch.int32, device=own.device)
-    alpha_q16 = round(65536 * alpha)  # half to even, as rint
+    levels = torch.zeros(2, num_bounds, 2 * p.buckets, dtype=torch.int32, device=own.device)
+    alpha_q16 = round(65536 * p.alpha)  # half to even, as rint
     _levels_kernel[(num_experts,)](
-        own, group, modality, shift, levels, gamma, rho, c_min, alpha_q16,
-        num_experts, num_bounds, bits, unit, by_rank and alpha > 0, protect_text, **EXACT,
+        own, group, modality, shift, levels, *bounds, alpha_q16,
+        num_experts, num_bounds, bits, unit, by_rank and p.alpha > 0, p.protect_text, **EXACT,
     )  # fmt: skip
     _cut_kernel[(num_bounds,)](
-        group, modality, levels, cut, shares, gamma, rho, c_min, num_experts, num_bounds, bits, unit, by_rank, **EXACT
+        group, modality, levels, cut, shares, *bounds, num_experts, num_bounds, bits, unit, by_rank, **EXACT
     )
-    _share_room_kernel[(num_ranks,)](cut, shares, num_bounds, num_ranks, reroute, triton.next_power_of_2(num_bounds))
+    _share_room_kernel[(num_ranks,)](cut, shares, num_bounds, num_ranks, p.reroute, triton.next_power_of_2(num_bounds))
     return shift, cut

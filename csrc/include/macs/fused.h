@@ -18,6 +18,8 @@ constexpr int kMaxFusedTopK = 16;
 constexpr int kMaxFusedSlots = 16352;  // assignments of a rank: what a thread may see of 16 ranks fits into 13 bits
 constexpr int kMaxFusedExperts = 256;
 constexpr int kMaxFusedBlocks = 256;   // of a rank
+constexpr int kMaxFusedRerouteRounds = 60;
+constexpr int kMinFusedHidden = 2048, kMaxFusedHidden = 8192, kFusedHiddenStep = 512;
 constexpr int kStamps = 24;
 constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
@@ -45,6 +47,15 @@ enum class Fault : int32_t {
   kOverflow,     // more rows than the buffer holds
   kValues,       // a peer never sent its part of a sum (peer_all_reduce.h)
 };
+
+template <>
+constexpr std::string_view kNames<RowFormat>{"bf16,fp8,fp8_power_of_two,fp8_ue8m0"};
+template <>
+constexpr std::string_view kNames<Phase>{"both,send,receive"};
+template <>
+constexpr std::string_view kNames<Fault>{
+    "none,entropies,assignments,cuts,proposals,counts,rows,outputs,bad tokens,bad expert,bad count,overflow,values"};
+static_assert(count_of<Fault>() == static_cast<int>(Fault::kValues) + 1);
 
 // One record a rank. `fault` is set last, once; the host clears it.
 struct FusedStatus {
@@ -165,20 +176,14 @@ struct FusedDispatchParams {
   FusedShape shape;
   FusedLayout layout;
   const int8_t* modality;  // [E]
-  int32_t bucket_bits, reroute_rounds, num_segments;
-  bool ids_are_i64, needs_entropy, protect_text;
+  Policy policy;
+  int32_t num_segments;
+  bool ids_are_i64;
   bool same_device;  // all regions lie on this device: signals need not reach further
   // FP8: a row's scales come with it, in one piece, and its receiver puts them in their places. Else its sender does, a store
   // of 4 bytes each: a packet of its own on NVLink. The same on all ranks, and in both phases.
   bool scales_with_rows;
   bool names_sources;  // `sources` are written: a store of 4 bytes a row. No kernel reads them
-  Scope scope;
-  Load load;
-  Importance importance;
-  Reroute reroute;
-  Scoring scoring;
-  double gamma, rho, alpha, c_min;
-  float delta;
   Phase phase;
   uint64_t timeout_ns;
   const void* network;     // of the network policy; nullptr where every peer is direct

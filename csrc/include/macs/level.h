@@ -29,9 +29,7 @@ MACS_HOST_DEVICE int32_t clamp_i32(int32_t x, int32_t low, int32_t high) { retur
 MACS_HOST_DEVICE int32_t num_buckets(int32_t bucket_bits) { return kOctaves << bucket_bits; }
 
 // One bound per expert or one per rank.
-MACS_HOST_DEVICE int32_t num_bounds(Scope scope, int32_t num_experts, int32_t num_ranks) {
-  return scope == Scope::kExpert ? num_experts : num_ranks;
-}
+MACS_HOST_DEVICE int32_t num_bounds(const Policy& p) { return p.scope == Scope::kExpert ? p.num_experts : p.num_ranks; }
 
 // An entropy weight in units of 1 / 256, at least one unit so that no assignment is free.
 MACS_HOST_DEVICE int32_t fixed_weight(float weight) {
@@ -59,9 +57,9 @@ MACS_HOST_DEVICE int32_t bucket_of(float importance, int32_t bucket_bits) {
 }
 
 // Order of giving up on a bound, ascending: visual below text where text is protected.
-MACS_HOST_DEVICE int32_t level_of(int32_t bucket, int32_t shift, bool text, bool protect_text, int32_t bucket_bits) {
+MACS_HOST_DEVICE int32_t level_of(int32_t bucket, int32_t shift, bool text, const Policy& p) {
   const int32_t shifted = bucket > shift ? bucket - shift : 0;
-  return shifted + (text && protect_text ? num_buckets(bucket_bits) : 0);
+  return shifted + (text && p.protect_text ? num_buckets(p.bucket_bits) : 0);
 }
 
 // By how many buckets an expert over its capacity moves down: alpha * log2(load / capacity) by the same float bits.

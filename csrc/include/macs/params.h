@@ -3,17 +3,15 @@
 #pragma once
 #include <cstdint>
 
+#include "macs/policy.h"
+
 namespace macs {
 
-enum class Scope : int32_t { kExpert = 0, kRank = 1 };
-enum class Load : int32_t { kRows = 0, kEffective = 1 };
-enum class Importance : int32_t { kEntropy = 0, kGate = 1, kEntropyGate = 2 };
-enum class Reroute : int32_t { kNone = 0, kLocal = 1, kGlobal = 2 };
-enum class Scoring : int32_t { kSoftmax = 0, kSigmoid = 1 };
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kWeightOne = 256;         // fixed-point 1.0 of an entropy weight
 constexpr int kOctaves = 16;            // importance octaves below 1.0 that the buckets cover
+constexpr int kMinBucketBits = 1, kMaxBucketBits = 4;
 constexpr int kNumSums = 4;             // N, N_visual, W_visual, W behind the [E, 2, B] cells
 constexpr float kStdEpsilon = 1e-6f;    // nats, against a segment whose entropies are all equal
 
@@ -26,7 +24,7 @@ struct EntropyScoreParams {
 };
 
 struct EntropyWeightParams {
-  const float* entropy;    // [T]
+  const float* entropy;    // [T]; nullptr where nothing depends on entropies: visual tokens weigh 0.5
   const int32_t* segment;  // [T]
   float* weight;           // [T] out
   int64_t num_tokens, num_segments;
@@ -40,11 +38,9 @@ struct Assignments {
   const float* weight;        // [T]
   const int32_t* segment;     // [T]
   int64_t num_tokens;
-  int32_t top_k, num_experts;
+  int32_t top_k;
   bool ids_are_i64;
-  int32_t bucket_bits;  // m: 2^m buckets an octave, B = 2^(4 + m)
-  Load load;
-  Importance importance;
+  Policy policy;
 };
 
 struct LoadHistogramParams {
@@ -58,27 +54,18 @@ struct ClipThresholdParams {
   const int8_t* modality;  // [E] in {-1, 0, +1}
   int32_t* shift;          // [E] out
   int32_t* cut;            // [NB, 4] out: level, quota, room, bound
-  int32_t num_experts, num_ranks, bucket_bits;
-  Scope scope;
-  Load load;
-  Reroute reroute;
-  bool protect_text;
-  double gamma, rho, alpha, c_min;
+  Policy policy;
 };
 
 struct ClipApplyParams {
   Assignments in;
-  const float* router_logits;  // [T, E] or nullptr
-  const int32_t* shift;        // [E]
-  const int32_t* cut;          // [NB, 4]
-  void* new_ids;               // [T, K] out, dtype of topk_ids
-  float* new_weights;          // [T, K] out
-  int32_t* counts;             // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
-  int32_t num_ranks, reroute_rounds;
-  Scope scope;
-  Reroute reroute;
-  Scoring scoring;
-  bool protect_text;
+  const void* router_logits;  // [T, E] or nullptr; only clipped tokens' are read
+  const int32_t* shift;       // [E]
+  const int32_t* cut;         // [NB, 4]
+  void* new_ids;              // [T, K] out, dtype of topk_ids
+  float* new_weights;         // [T, K] out
+  int32_t* counts;            // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
+  DType logits_dtype;         // on a CPU: f32
 };
 
 }  // namespace macs

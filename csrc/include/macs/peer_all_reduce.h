@@ -30,7 +30,8 @@ inline PeerReduceLayout peer_reduce_layout(int64_t num_ranks, int64_t size) {
 struct PeerReduceParams {
   char* region[kMaxPeers];  // of every rank, as this device sees them
   PeerReduceLayout layout;
-  int32_t* values;          // [size] in and out: the sum; left alone where a peer's part never came
+  const int32_t* values;    // [size] of this rank
+  int32_t* sum;             // [size] out, may be `values`; not written where a peer's part never came
   int64_t size;             // the same in every launch over these regions, so that a value is always the same block's
   int32_t num_ranks, rank;
   uint64_t timeout_ns;

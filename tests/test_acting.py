@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from sglang_macs import batch, plan_cost
+from sglang_macs import batch, plan_cost, plugin
 from sglang_macs.acting import AVERAGED, LAG, LOOK_EVERY, Acting, rows_gained
 from sglang_macs.agreement import Agreement
 from sglang_macs.config import MacsConfig
@@ -110,7 +110,8 @@ def test_balanced_layers_are_left_alone_and_skewed_ones_planned():
 
 
 def test_a_layer_whose_routing_changes_is_found_when_it_is_looked_at_again():
-    layers = Layers(rows_that_pay=50, layers=1)
+    """At once, whatever its plans before the gap have gained."""
+    layers = Layers(rows_that_pay=150, layers=1)
     passes = [bool(layers.serve(1.0 if n >= 5 else 0.0)) for n in range(LOOK_EVERY + 6)]
     back = [bool(layers.serve(0.0)) for _ in range(AVERAGED + LAG)]
     assert passes[LAG:LOOK_EVERY] == [False] * (LOOK_EVERY - LAG)
@@ -294,6 +295,17 @@ def test_what_pays_is_known_on_a_cpu_and_measured_on_a_gpu_unless_given():
     config, given = MacsConfig.from_preset(), MacsConfig.from_preset(act_rows=5)
     assert (config.on("cpu").act_rows, config.on("cuda").act_rows) == (8, None)
     assert {given.on(device).act_rows for device in ("cpu", "cuda")} == {5}
+
+
+@pytest.mark.parametrize(
+    ("options", "fuses", "rows"),
+    [({}, False, 8), ({"act_rows": 3}, False, 3), ({"act": "always"}, False, 0), ({}, True, 0)],
+)
+def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_itself(options, fuses, rows, capsys):
+    process = Worker(MacsConfig.from_preset(**options).on("cpu"))
+    process.transports._made = [None] * fuses
+    assert plugin._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
+    assert (f"gain {rows} rows" in capsys.readouterr().err) == (rows > 0)
 
 
 def test_batches_that_are_not_planned_do_not_count_as_passes():

@@ -53,10 +53,9 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
     """Of a plan with its exchange: on the host and on the device one after the other, as where DeepEP's counts make the
     host wait in every layer.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(TOKENS, planner.plan.num_experts, device=device, generator=generator)
+    logits = torch.randn(TOKENS, planner.plan.num_experts, dtype=torch.float32, device=device)
     weights, ids = torch.softmax(logits, -1).topk(sizes.top_k)
-    hidden = torch.randn(TOKENS, sizes.hidden_size, device=device, generator=generator).bfloat16()
+    hidden = torch.randn(TOKENS, sizes.hidden_size, dtype=torch.bfloat16, device=device)
     segment = torch.arange(TOKENS, dtype=torch.int32, device=device) % 2 - 1
     return _fastest(lambda: planner.plan(hidden, ids, weights, logits, segment, 1, planner.all_reduce), device)
 
@@ -64,9 +63,8 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
 def _row_seconds(sizes: ExpertSizes, device: torch.device) -> float:
     """Of a row at its rank: copied to its expert, through it, and added up."""
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    tokens = torch.randn(ROWS, hidden, device=device).bfloat16()
-    up = torch.randn(2 * inner, hidden, device=device).bfloat16()
-    down = torch.randn(hidden, inner, device=device).bfloat16()
+    shapes = ((ROWS, hidden), (2 * inner, hidden), (hidden, inner))
+    tokens, up, down = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
     order = torch.randperm(ROWS, device=device)
     sums = torch.zeros_like(tokens)
 

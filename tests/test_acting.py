@@ -111,7 +111,7 @@ def test_balanced_layers_are_left_alone_and_skewed_ones_planned():
 
 def test_a_layer_whose_routing_changes_is_found_when_it_is_looked_at_again():
     """At once, whatever its plans before the gap have gained."""
-    layers = Layers(rows_that_pay=150, layers=1)
+    layers = Layers(rows_that_pay=200, layers=1)
     passes = [bool(layers.serve(1.0 if n >= 5 else 0.0)) for n in range(LOOK_EVERY + 6)]
     back = [bool(layers.serve(0.0)) for _ in range(AVERAGED + LAG)]
     assert passes[LAG:LOOK_EVERY] == [False] * (LOOK_EVERY - LAG)

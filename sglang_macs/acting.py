@@ -24,9 +24,8 @@ from torch import Tensor
 
 from .backlog import to_host
 from .batch import Batch
-from .ops import NUM_SUMS
 from .plan import Plan, PlanResult
-from .stats import rows_per_bound
+from .stats import NUM_SUMS, rows_per_bound
 
 LAG = 2  # passes
 AVERAGED = 8  # plans

@@ -1,5 +1,6 @@
 """What a scheduler process holds for its lifetime: configuration, counters and, per MoE layer, its planner."""
 
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,8 @@ from .shared_state import SharedState
 from .stats import Stats
 from .transport import Transports
 
+IDLE_LOOK_SECONDS = 1.0  # between two looks of an idle process: each of them is work for the GPU
+
 
 class Worker:
     """One process's state. Nothing of --enable-metrics or --macs-trace is made before it is asked for."""
@@ -38,6 +41,7 @@ class Worker:
         self._rank, self._num_ranks = 0, 1
         self._shared_state: SharedState | None = None
         self._passes = 0  # that were planned or, with MACS off, would have been
+        self._looked = 0.0  # s of the monotonic clock
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
 
@@ -81,14 +85,20 @@ class Worker:
         self._exporter = Exporter(labels, self.config, self._rank)
 
     def tick(self, *, idle: bool = False) -> None:
-        """After each forward pass, and when the scheduler is idle. Raises what a fused dispatch found wrong."""
+        """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
         self.acting.end_pass()
-        self.transports.check()
-        if self.bounded is not None:
-            self.bounded.check()
+        now = time.monotonic()
+        if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
+            self._looked = now
+            self._check()
         self._export(idle)
         if idle and self._shared_state is not None and self._shared_state.is_due(self.stats.dispatches):
             self._shared_state.publish(self.state())
+
+    def _check(self) -> None:
+        self.transports.check()
+        if self.bounded is not None:
+            self.bounded.check()
 
     def _export(self, idle: bool) -> None:
         if self._exporter is None:

@@ -4,8 +4,12 @@ import base64
 import gzip
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +29,7 @@ import kernel_trace  # noqa: E402
 import plot  # noqa: E402
 import prefill  # noqa: E402
 import servers  # noqa: E402
+import standstill  # noqa: E402
 import summary  # noqa: E402
 from rounds import Run, Workload, picture_tokens  # noqa: E402
 from servers import STOCK, Variant, chosen_variants, grouped  # noqa: E402
@@ -280,7 +285,7 @@ class FakeClient:
     def __init__(self, seconds: float | None, slow: int | None = None, hangs: bool = False) -> None:
         self.hangs = hangs
         self.seconds, self.slow, self.rounds, self.chosen, self.stopped = seconds, slow, 0, [], False
-        self.server = SimpleNamespace(stop=self.stop)
+        self.server = SimpleNamespace(stop=self.stop, process=None)
 
     def stop(self) -> None:
         self.stopped = True
@@ -352,6 +357,43 @@ def test_a_server_that_stands_still_is_ended_and_the_others_go_on(tmp_path):
     clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8, hangs=True), ("i",): FakeClient(1.01)}
     found = measured_group(tmp_path, clients, FAKES)
     assert clients["r",].stopped and {row["case"]["variant"] for row in found["rows"]} == {"stock", "balanced", "inf"}
+    assert [(lost["variant"], lost["error"]) for lost in found["lost"]] == [("rank-1.05", "no answer")]
+
+
+RANK = """
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR1)
+def waits_for_its_peer():
+    print("up", flush=True)
+    time.sleep(600)
+waits_for_its_peer()
+"""
+LAUNCHER = """
+import subprocess, sys
+ranks = [subprocess.Popen([sys.executable, "-c", sys.argv[1], name]) for name in ("sglang::scheduler", "detokenizer")]
+ranks[0].wait()
+"""
+
+
+def test_ranks_of_a_server_that_stands_still_say_where(tmp_path):
+    log = tmp_path / "server.log"
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) as launcher:
+        server = SimpleNamespace(process=launcher, log=log)
+        try:
+            wait_for(lambda: log.read_text().count("up") == 2)
+            assert len(standstill.schedulers(launcher.pid)) == 1
+            assert standstill.look(server).count("in waits_for_its_peer") == 1
+        finally:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert standstill.look(server) == ""
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.05)
 
 
 def test_page_and_picture_show_a_result(tmp_path, monkeypatch):

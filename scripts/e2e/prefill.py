@@ -33,6 +33,7 @@ import mps  # noqa: E402
 import requests  # noqa: E402
 import result_file  # noqa: E402
 import servers  # noqa: E402
+import standstill  # noqa: E402
 import summary  # noqa: E402
 from rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload  # noqa: E402
 from servers import Launch, Variant  # noqa: E402
@@ -57,12 +58,13 @@ class Cell:
 
 
 class Report:
-    """The result file: rows by case, outliers; written after every cell."""
+    """The result file: rows by case, outliers, servers that were lost; written after every cell."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.rows: dict[str, dict] = {}
         self.outliers: list[dict] = []
+        self.lost: list[dict] = []
 
     def case(self, variant: Variant, cell: Cell) -> dict:
         own = {"variant": variant.name, "dispatch": variant.dispatch}
@@ -91,6 +93,7 @@ class Report:
             "date": datetime.now(UTC).date().isoformat(),
             "rows": list(self.rows.values()),
             "outliers": self.outliers,
+            "lost": self.lost,
         }
         partial = self.options.out.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -154,8 +157,12 @@ class Group:
         """
         if variant.flags == self.variants[0].flags:
             raise error
-        print(f"prefill: left out from here on, {error}", flush=True)
-        self.clients[variant.flags].server.stop()
+        server = self.clients[variant.flags].server
+        found = standstill.look(server)
+        print(f"prefill: left out from here on, {error}\n{found}", flush=True)
+        own = {"variant": variant.name, "dispatch": variant.dispatch}
+        self.report.lost.append({**own, "error": str(error), "found": found.splitlines()})
+        server.stop()
         self.variants = [other for other in self.variants if other.flags != variant.flags]
 
     def measure(self, cell: Cell, until: float, end: float) -> None:

@@ -9,9 +9,11 @@ most n tokens for a rank's pass. In FOLDER each scheduler process writes `passes
 its start (ns of the monotonic clock, which processes of a machine share) and its tokens.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -133,6 +135,7 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    faulthandler.register(signal.SIGUSR1)  # of all threads, into the log: standstill.py asks
     process = Process()
 
     def hook(target: str, function: Callable, kind: str) -> None:

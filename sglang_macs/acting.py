@@ -43,6 +43,14 @@ def rows_gained(loads: Tensor, bounds: Tensor, assignments: Tensor, num_ranks: i
     return ((before - after) * assignments // loads.sum(dim=1).clamp(min=1)).tolist()
 
 
+class _Planned(NamedTuple):
+    """What is kept of one plan until its pass ends, of `PlanResult`: the group's histogram, and cut [NB, 4]."""
+
+    layer_id: int
+    group: Tensor
+    cut: Tensor
+
+
 class _Plans(NamedTuple):
     """Plans of layers of equal size: what is read of each is numbers [N, E + NB + 1], loads, bounds and assignments."""
 
@@ -82,7 +90,7 @@ class Acting:
         self.rows_that_pay = 0
         self._passes = 0  # that were planned, in part at least
         self._tokens = 0  # of the pass that is running
-        self._planned: dict[tuple, list[tuple[int, Plan, PlanResult]]] = {}  # in it, by their sizes
+        self._planned: dict[tuple, list[_Planned]] = {}  # in it, by their sizes
         self._exchanged: deque[_Exchanged] = deque()
         self._gains: dict[int, deque[_Gain]] = {}  # of each layer's last plans
 
@@ -105,7 +113,7 @@ class Acting:
         """One plan of the pass that is running. Its histogram is kept until the end of the pass."""
         if self.rows_that_pay:
             alike = (plan.num_experts, plan.num_ranks, result.group.shape, result.cut.shape)
-            self._planned.setdefault(alike, []).append((layer_id, plan, result))
+            self._planned.setdefault(alike, []).append(_Planned(layer_id, result.group, result.cut))
 
     def end_pass(self) -> None:
         """Behind each pass, on its stream: sends what was exchanged on its way. The host does not wait."""
@@ -114,7 +122,7 @@ class Acting:
         with torch.inference_mode():
             plans = [_read(*alike[:2], planned) for alike, planned in self._planned.items()]
         arrived = None
-        if any(result.group.is_cuda for planned in self._planned.values() for _, _, result in planned):
+        if any(one.group.is_cuda for planned in self._planned.values() for one in planned):
             arrived = torch.cuda.Event()
             arrived.record()
         self._planned = {}
@@ -139,9 +147,9 @@ def _expected(gains: Sequence[_Gain], tokens: int) -> int:
     return sum(gain.rows for gain in gains) * tokens // max(sum(gain.tokens for gain in gains), 1)
 
 
-def _read(num_experts: int, num_ranks: int, planned: list[tuple[int, Plan, PlanResult]]) -> _Plans:
-    groups = torch.stack([result.group for _, _, result in planned])
-    bounds = torch.stack([result.cut for _, _, result in planned])[:, :, 3]
+def _read(num_experts: int, num_ranks: int, planned: list[_Planned]) -> _Plans:
+    groups = torch.stack([one.group for one in planned])
+    bounds = torch.stack([one.cut for one in planned])[:, :, 3]
     loads = groups[:, :-NUM_SUMS].unflatten(1, (num_experts, -1)).sum(dim=2)
     numbers = torch.cat([loads, bounds, groups[:, -NUM_SUMS, None]], dim=1)
-    return _Plans([layer_id for layer_id, _, _ in planned], num_experts, num_ranks, to_host(numbers))
+    return _Plans([one.layer_id for one in planned], num_experts, num_ranks, to_host(numbers))

@@ -613,7 +613,10 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
         sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
         rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
     if parallel.moe_ep_rank == 0:
-        say(f"plans a layer that is to gain {rows} rows of the most loaded rank, others once in {LOOK_EVERY} passes")
+        say(
+            f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), others "
+            f"once in {LOOK_EVERY} passes"
+        )
     return rows
 
 

@@ -305,7 +305,7 @@ def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_i
     process = Worker(MacsConfig.from_preset(**options).on("cpu"))
     process.transports._made = [None] * fuses
     assert plugin._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
-    assert (f"gain {rows} rows" in capsys.readouterr().err) == (rows > 0)
+    assert (f"from {rows} rows on" in capsys.readouterr().err) == (rows > 0)
 
 
 def test_batches_that_are_not_planned_do_not_count_as_passes():

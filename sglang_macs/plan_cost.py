@@ -54,6 +54,7 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
     host wait in every layer; side by side where the host runs ahead (--macs-dispatch bounded).
     """
     logits = torch.randn(TOKENS, planner.plan.num_experts, dtype=torch.float32, device=device)
+    logits[:, : planner.plan.num_experts // planner.plan.num_ranks] += 1  # over its bound: a plan that cuts is timed
     weights, ids = torch.softmax(logits, -1).topk(sizes.top_k)
     hidden = torch.randn(TOKENS, sizes.hidden_size, dtype=torch.bfloat16, device=device)
     segment = torch.arange(TOKENS, dtype=torch.int32, device=device) % 2 - 1

@@ -614,8 +614,8 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
         rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
     if parallel.moe_ep_rank == 0:
         say(
-            f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), others "
-            f"once in {LOOK_EVERY} passes"
+            f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "
+            f"others once in {LOOK_EVERY} passes"
         )
     return rows
 

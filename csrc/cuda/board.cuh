@@ -202,8 +202,8 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 #pragma unroll 1
   for (int first = part; first < blocks; first += kAhead * parts) {
     uint64_t words[kAhead];
-    bool complete;
-    do {
+    BlockWait wait;
+    for (bool complete = false; !complete; wait.look_again()) {
       complete = true;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -212,7 +212,7 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) complete &= Flagged(words[i]).flag == flag;
-    } while (!complete);
+    }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int units = Flagged(words[i]).number;

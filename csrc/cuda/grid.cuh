@@ -13,6 +13,20 @@ struct alignas(256) GridState {
   unsigned arrived, left, launches;
 };
 
+// Between two looks of a block at what another one has to do. Blocks of a grid are on the device together, and each does its
+// part within microseconds: should one never come, the kernel ends with an error that the host sees, in place of a
+// server that stands still.
+class BlockWait {
+ public:
+  __device__ __forceinline__ void look_again() {
+    constexpr unsigned kMostLooks = 1u << 26;  // a third of a microsecond each, at the least
+    if (++looks_ == kMostLooks) __trap();
+  }
+
+ private:
+  unsigned looks_ = 0;
+};
+
 class Grid {
  public:
   __device__ __forceinline__ explicit Grid(GridState* state) : state_(state) {}
@@ -23,8 +37,7 @@ class Grid {
     if (threadIdx.x == 0 && gridDim.x > 1) {
       target_ += gridDim.x;
       red_add_release_gpu(&state_->arrived, 1);
-      while (load_acquire_gpu(&state_->arrived) < target_) {
-      }
+      for (BlockWait wait; load_acquire_gpu(&state_->arrived) < target_;) wait.look_again();
     }
     __syncthreads();
   }

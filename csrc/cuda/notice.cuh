@@ -19,7 +19,7 @@ struct Flagged {
   }
   // Until it is there.
   static __device__ __forceinline__ int wait(const uint64_t* source, unsigned flag) {
-    for (;;) {
+    for (BlockWait wait;; wait.look_again()) {
       const Flagged word(load_relaxed_gpu(source));
       if (word.flag == flag) return word.number;
     }
@@ -85,8 +85,7 @@ class NoticeBoard {
       } else if (i < experts_ + words) {
         put_word(raw, i - experts_, Flagged::wait(cuts() + i - experts_, launch));
       } else {
-        while (load_acquire_gpu(ready()) != launch) {
-        }
+        for (BlockWait wait; load_acquire_gpu(ready()) != launch;) wait.look_again();
       }
     }
     __syncthreads();

@@ -14,8 +14,7 @@ nothing to wait for: SGLang's scheduler has the results of pass n - 2 before it 
 (`Scheduler.event_loop_overlap`).
 """
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -65,12 +64,31 @@ class _Plans(NamedTuple):
         return rows_gained(loads, bounds, assignments.squeeze(1), self.num_ranks)
 
 
-class _Gain(NamedTuple):
-    """Of one layer's plan: rows off the most loaded rank, of a batch of so many tokens of the group."""
+class _Gains:
+    """Of one layer's last plans, in passes in a row, at most `AVERAGED`: rows off the most loaded rank."""
 
-    number: int
-    tokens: int
-    rows: int
+    def __init__(self) -> None:
+        self._plans: deque[tuple[int, int]] = deque()
+        self._rows = self._tokens = 0  # of all of them
+        self._number = 0
+
+    def add(self, number: int, tokens: int, rows: int) -> None:
+        """Of pass `number`, in a batch of so many tokens of the group."""
+        if self._number < number - 1:
+            self._plans.clear()
+            self._rows = self._tokens = 0
+        elif len(self._plans) == AVERAGED:
+            old_tokens, old_rows = self._plans.popleft()
+            self._tokens -= old_tokens
+            self._rows -= old_rows
+        self._plans.append((tokens, rows))
+        self._tokens += tokens
+        self._rows += rows
+        self._number = number
+
+    def expected(self, tokens: int) -> int:
+        """Rows to expect of a plan for `tokens` tokens of the group."""
+        return self._rows * tokens // (self._tokens or 1)
 
 
 @dataclass(frozen=True)
@@ -92,7 +110,7 @@ class Acting:
         self._tokens = 0  # of the pass that is running
         self._planned: dict[tuple, list[_Planned]] = {}  # in it, by their sizes
         self._exchanged: deque[_Exchanged] = deque()
-        self._gains: dict[int, deque[_Gain]] = {}  # of each layer's last plans
+        self._gains: dict[int, _Gains] = {}  # of each layer
 
     def decide(self, decided: Batch, *, every_layer: bool = False) -> Batch:
         """`decided`, a batch that is to be planned, with the layers that are left alone in it. Before each such pass.
@@ -105,7 +123,7 @@ class Acting:
         self._passes += 1
         while self._exchanged and self._exchanged[0].number <= number - LAG:
             self._learn(self._exchanged.popleft())
-        gain = {layer: _expected(gains, decided.group_tokens) for layer, gains in self._gains.items()}
+        gain = {layer_id: gains.expected(decided.group_tokens) for layer_id, gains in self._gains.items()}
         too_little = (i for i, rows in gain.items() if rows < self.rows_that_pay and (number + i) % LOOK_EVERY)
         return replace(decided, gain=gain, no_gain=frozenset() if every_layer else frozenset(too_little))
 
@@ -131,20 +149,14 @@ class Acting:
     def _learn(self, exchanged: _Exchanged) -> None:
         if exchanged.arrived is not None:
             exchanged.arrived.synchronize()
-        rows: Counter[int] = Counter()  # both halves' under two-batch overlap
+        rows: dict[int, int] = {}
         for plans in exchanged.plans:
             for layer_id, gained in zip(plans.layer_ids, plans.rows_gained(), strict=True):
-                rows[layer_id] += gained
+                rows[layer_id] = rows.get(layer_id, 0) + gained  # both halves' under two-batch overlap
         for layer_id, gained in rows.items():
-            gains = self._gains.setdefault(layer_id, deque(maxlen=AVERAGED))
-            if gains and gains[-1].number < exchanged.number - 1:
-                gains.clear()
-            gains.append(_Gain(exchanged.number, exchanged.tokens, gained))
-
-
-def _expected(gains: Sequence[_Gain], tokens: int) -> int:
-    """Rows to expect of a plan for `tokens` tokens of the group."""
-    return sum(gain.rows for gain in gains) * tokens // max(sum(gain.tokens for gain in gains), 1)
+            if layer_id not in self._gains:
+                self._gains[layer_id] = _Gains()
+            self._gains[layer_id].add(exchanged.number, exchanged.tokens, gained)
 
 
 def _read(num_experts: int, num_ranks: int, planned: list[_Planned]) -> _Plans:

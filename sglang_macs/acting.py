@@ -11,8 +11,8 @@ ranks by construction: the group's histogram and its bounds, the group's tokens,
 that the ranks agreed upon at start-up. *When* loads count does not depend on when they arrive, either: pass n goes by
 what was exchanged up to pass n - `LAG`, and waits for it. On a GPU loads follow their pass to the host. As a rule there
 is nothing to wait for: SGLang's scheduler has the results of pass n - 2 before it launches pass n
-(`Scheduler.event_loop_overlap`). Where it runs further ahead (pipeline stages) the wait ends, since no rank's pass n - 2
-needs a later one.
+(`Scheduler.event_loop_overlap`). Where it runs further ahead (pipeline stages) the wait ends, since no rank's pass
+n - 2 needs a later one.
 """
 
 from collections import deque

@@ -79,6 +79,17 @@ def test_native_moe_is_the_sum_over_valid_routes(ids):
     assert got.dtype == x.dtype and torch.equal(got, loop_moe(layer, x, weights, ids))
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (3, 2, 4)], ids=["rows", "rows by rank"])
+def test_gathered_rows_lie_below_each_other_for_gloo(shape):
+    def gloo(group, output, input):
+        assert output.shape[1:] == input.shape[1:] and output.shape[0] == 3 * input.shape[0]
+        output.copy_(torch.cat([input + rank for rank in range(3)]))
+
+    output, own = torch.zeros(shape), torch.arange(8.0).view(2, 4)
+    gaps.gathered_rows(gloo, None, output, own)
+    assert torch.equal(output.view(3, 2, 4), torch.stack([own, own + 1, own + 2]))
+
+
 def test_native_moe_takes_zero_rows():
     empty = TopK(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32))
     got = gaps.native_moe(regular_moe, expert_layer(), torch.zeros(0, HIDDEN).bfloat16(), empty, None)

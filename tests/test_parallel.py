@@ -16,13 +16,16 @@ from sglang_macs.cpu_compat import threads_bind
 pytestmark = pytest.mark.server
 PICTURE, TEXT = QUESTIONS[4], QUESTIONS[2]
 LAYERS, TOP_K = 3, 4
+ATTENTION_TP = ["--tp", "4", "--dp", "2", "--enable-dp-attention", "--ep-size", "4", *CPU_ARGS]
+LOCAL_COUNTS = ["--enable-dp-lm-head", "--moe-dense-tp-size", "1"]
 # name -> (arguments, processes of all replicas and stages)
 LAYOUTS = {
-    "local token counts": ([*EP2_ARGS, "--enable-dp-lm-head", "--moe-dense-tp-size", "1"], 2),
+    "local token counts": ([*EP2_ARGS, *LOCAL_COUNTS], 2),
     "dense tp 1": ([*EP2_ARGS, "--moe-dense-tp-size", "1"], 2),
     "data-parallel lm head": ([*EP2_ARGS, "--enable-dp-lm-head"], 2),
     "tp 4": (["--tp", "4", "--ep-size", "4", *CPU_ARGS], 4),
-    "attention-tp 2 x dp 2": (["--tp", "4", "--dp", "2", "--enable-dp-attention", "--ep-size", "4", *CPU_ARGS], 4),
+    "attention-tp 2 x dp 2": (ATTENTION_TP, 4),
+    "attention-tp 2 x dp 2, local token counts": ([*ATTENTION_TP, *LOCAL_COUNTS], 4),
     "two stages": ([*EP2_ARGS, "--pp-size", "2"], 4),
 }
 

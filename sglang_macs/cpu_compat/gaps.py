@@ -22,6 +22,15 @@ class Gap:
     until: str
 
 
+def gathered_rows(original, self, output, input):
+    """AROUND `GroupCoordinator._all_gather_into_tensor`: an `output` [N, rows, ...] is handed on as [N * rows, ...].
+
+    The data-parallel LM head gathers the logits [rows, ...] of an attention-TP group of N into the former.
+    """
+    stacked = output.dim() > input.dim()
+    return original(self, output.flatten(0, 1) if stacked else output, input)
+
+
 def native_moe(original, layer, x, topk_output, moe_runner_config):
     """AROUND `moe_forward_native(layer, x [T, H], (weights [T, K], ids [T, K], logits), config) -> [T, H]`.
 
@@ -87,6 +96,13 @@ IDLE_MROPE = Gap(
 )
 
 GAPS = (
+    Gap(
+        target="sglang.srt.distributed.parallel_state.GroupCoordinator._all_gather_into_tensor",
+        value=gathered_rows,
+        kind="around",
+        why="attention-TP beside --enable-dp-lm-head gathers into a dimension for the ranks, which gloo refuses",
+        until="gloo's all_gather_into_tensor takes any output of the right size, as NCCL's does",
+    ),
     Gap(
         target="sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
         value=native_moe,

@@ -21,6 +21,8 @@ from PIL import Image
 from serving import EP2_ARGS, Server, ServerError, data_uri
 from tqdm import tqdm
 
+from sglang_macs.batch import NO_GAIN
+
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 
 from lab_questions import Question, questions
@@ -62,6 +64,8 @@ class Run:
     clipped: dict[str, int]
     rerouted: dict[str, int]
     dropped: dict[str, int]
+    planned: int  # dispatches of all ranks
+    no_gain: int  # and those left alone, since a plan would have gained too little
     checks: int
     violations: int
     latency_ms_median: float
@@ -147,6 +151,8 @@ def figures(preset: str, states: list[dict], answered: list[tuple[float, bool]],
         clipped=by_modality(states, "clipped"),
         rerouted=by_modality(states, "rerouted"),
         dropped=by_modality(states, "dropped"),
+        planned=sum(s["planned"] for s in states),
+        no_gain=sum(s["skipped"].get(NO_GAIN, 0) for s in states),
         checks=sum(sum(s["checks"].values()) for s in states),
         violations=sum(sum(s["violations"].values()) for s in states),
         latency_ms_median=statistics.median(latencies) if latencies else 0.0,
@@ -195,12 +201,13 @@ def table(runs: list[Run]) -> str:
         ("clipped (visual / text)", [pair(r.clipped) for r in runs]),
         ("re-routed (visual / text)", [pair(r.rerouted) for r in runs]),
         ("dropped (visual / text)", [pair(r.dropped) for r in runs]),
+        ("planned / left alone for no gain", [f"{r.planned} / {r.no_gain}" for r in runs]),
         ("bounds checked / violated", [f"{r.checks} / {r.violations}" for r in runs]),
         ("answers right", [shown(r.answers_right) for r in runs]),
         ("requests ok", [f"{r.requests_ok} / {r.requests}" for r in runs]),
         ("latency median / p95, ms", [f"{r.latency_ms_median:.0f} / {r.latency_ms_p95:.0f}" for r in runs]),
     ]
-    return "\n".join(f"{name:<32}" + "".join(f"{cell:>20}" for cell in cells) for name, cells in rows)
+    return "\n".join(f"{name:<34}" + "".join(f"{cell:>20}" for cell in cells) for name, cells in rows)
 
 
 def draw(runs: list[Run], gamma: float, path: Path) -> None:

@@ -353,7 +353,11 @@ def main() -> int:
     checks = run("off", _server("off", "--macs-preset", "off"), lambda server: control(server, options.requests, grown))
     for gamma, extra, parts in (
         (float("inf"), ["--macs-min-tokens", "0"], []),
-        (1.0, ["--macs-profile", str(corrupt)], [images, profile_swapped(corrupt), rank_killed]),
+        (
+            1.0,
+            ["--macs-act", "always", "--macs-profile", str(corrupt)],
+            [images, profile_swapped(corrupt), rank_killed],
+        ),
     ):
         load = partial(under_load, count=options.requests, gamma=gamma, control_mb=grown[0])
         name = f"gamma {gamma:g}"

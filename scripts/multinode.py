@@ -261,11 +261,12 @@ def on_one_host(model: Path, args: list[str], count: int) -> list[list[int]]:
         return [server.generate(*question).ids for question in questions(count)]
 
 
+RANK = ["--macs-preset", "rank", "--macs-gamma", "1.0", "--macs-act", "always"]  # each plan's bytes are wanted
 CASES = {
     "off": ["--macs-preset", "off"],
     "inf": ["--macs-preset", "rank", "--macs-gamma", "inf"],
-    "rank 1.0": ["--macs-preset", "rank", "--macs-gamma", "1.0"],
-    "rank 1.0, no re-routing": ["--macs-preset", "rank", "--macs-gamma", "1.0", "--macs-reroute", "none"],
+    "rank 1.0": RANK,
+    "rank 1.0, no re-routing": [*RANK, "--macs-reroute", "none"],
     "cai 1.0": ["--macs-preset", "cai", "--macs-gamma", "1.0"],
 }
 

@@ -5,7 +5,7 @@ The engine's hook opens a `Batch` around the forward pass; dispatchers read it. 
 from what every rank of the EP group knows alike (`RankBatches`), because the plan's exchange is collective.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from .config import MacsConfig
 PAD_ID_BASE = 1_000_000
 # Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
+NO_GAIN = "no_gain"  # why a layer of a planned batch is not planned: less to gain than a plan costs (acting.py)
 # Values of a segment that are not the number of one.
 TEXT, LEFT_ALONE = -1, -2
 
@@ -67,6 +68,9 @@ class Batch:
     halves: (start, end) token of each half under two-batch overlap, else empty.
     leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill. All ranks agree.
     measured: whether the group's rows are recounted after the plan. All ranks agree.
+    no_gain: layers that are not planned though the batch is. All ranks agree.
+    gain: by layer, rows that a plan is expected to take off the most loaded rank; a layer of which nothing is known is
+    missing.
     """
 
     segment: Tensor | None = None
@@ -76,8 +80,14 @@ class Batch:
     halves: tuple[tuple[int, int], ...] = ()
     leaves_alone: bool = False
     measured: bool = False
+    no_gain: frozenset[int] = frozenset()
+    gain: Mapping[int, int] = field(default_factory=dict)
     _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _left_alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def skip_of(self, layer_id: int) -> str:
+        """Why this layer is not planned, or "": as all ranks decide it."""
+        return self.skip or (NO_GAIN if layer_id in self.no_gain else "")
 
     def segment_of_rows(
         self, rows: int, half: int | None, attn_tp: tuple[int, int], device: torch.device

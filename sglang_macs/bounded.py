@@ -69,6 +69,11 @@ def room(config: MacsConfig, sizes: Sizes, group_rows: int, *, planned: bool) ->
     return Room(min(group_rows, rows), max(filled_up // TILE, sizes.local // TILE + 1) * TILE)
 
 
+def most_tokens(sizes: Sizes, group_tokens: int, attn_tp_size: int) -> int:
+    """Of the group in one dispatch. Ranks that share a batch pad it to equal shares, and padding may be routed."""
+    return group_tokens + sizes.num_ranks // attn_tp_size * (attn_tp_size - 1)
+
+
 def spare_bytes(sizes: Sizes, group_rows: int, rows: int) -> int:
     """Of a buffer of `rows` rows in bf16, what the mean load does not fill."""
     return max(0, rows - group_rows * sizes.top_k // sizes.num_ranks) * sizes.hidden_size * 2
@@ -150,11 +155,25 @@ class BoundedDispatch:
     def __init__(self, config: MacsConfig, say: Callable[[str], None], unfit: str = "") -> None:
         self.config, self._unfit = config, unfit
         self._say, self._said = say, set()
-        self._now: batch.Batch | None = None  # of the last dispatch, what it asked, and the answer
-        self._asked: tuple = ()
-        self._found: Room | None = None
+        self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
+        self._found: dict[tuple, Room | None] = {}
+        self._layers: set[tuple[Sizes, int]] = set()
         self._workspace: Workspace | None = None
         self._watch = Watch(lambda lost: int(lost) or None)
+
+    def join(self, sizes: Sizes, attn_tp_size: int) -> None:
+        """One layer that is dispatched here."""
+        self._layers.add((sizes, attn_tp_size))
+
+    def needs_plan(self, group_tokens: int) -> bool:
+        """Whether layers of such a batch that are left alone would have DeepEP count on the host, for want of a bound:
+        that costs more than a plan.
+        """
+        asked = ((sizes, most_tokens(sizes, group_tokens, attn_tp_size)) for sizes, attn_tp_size in self._layers)
+        return any(
+            spare_bytes(sizes, tokens, room(self.config, sizes, tokens, planned=False).rows) > SPARE_BYTES
+            for sizes, tokens in asked
+        )
 
     def workspace(self, device: torch.device) -> Workspace:
         """Made by the first dispatch."""
@@ -162,25 +181,28 @@ class BoundedDispatch:
             self._workspace = Workspace(device)
         return self._workspace
 
-    def room(self, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int) -> Room | None:
+    def room(
+        self, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int, planned: bool = True
+    ) -> Room | None:
         """For the batch that is running, or None: DeepEP's own way, as on all ranks. Says why, once a reason.
 
         attn_tp_size: ranks that share a batch; format: of the rows, None = not one of ours; domains: NVLink domains of
-        the group.
+        the group; planned: whether the layer that asks is planned where the batch is.
         """
-        now, asked = batch.current(), (sizes, attn_tp_size, format, domains)
-        if now is not self._now or asked != self._asked:  # else another layer of the pass has asked
-            self._now, self._asked, self._found = now, asked, self._room_for(now, *asked)
-        return self._found
+        now, asked = batch.current(), (sizes, attn_tp_size, format, domains, planned)
+        if now is not self._now:
+            self._now, self._found = now, {}
+        if asked not in self._found:  # else another layer of the pass has asked
+            self._found[asked] = self._room_for(now, *asked)
+        return self._found[asked]
 
     def _room_for(
-        self, now: batch.Batch, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int
+        self, now: batch.Batch, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int, planned: bool
     ) -> Room | None:
         if now.skip not in ("", "off") or not now.group_tokens:
             return None  # decode, small batches, graph capture
-        # Ranks that share a batch pad it to shares of one size, and padding may be routed.
-        tokens = now.group_tokens + sizes.num_ranks // attn_tp_size * (attn_tp_size - 1)
-        planned = not now.skip and not now.leaves_alone  # rows left alone come beside those of the bound
+        tokens = most_tokens(sizes, now.group_tokens, attn_tp_size)
+        planned = planned and not now.skip and not now.leaves_alone  # rows left alone come beside those of the bound
         found = room(self.config, sizes, tokens, planned=planned)
         spare = spare_bytes(sizes, tokens, found.rows)
         reasons = (
@@ -237,6 +259,7 @@ class BoundedNormal:
         make_output: Callable[[Any, Received], Any],
     ) -> None:
         self.impl, self.shared, self.planner, self.sizes, self.make_output = impl, shared, planner, sizes, make_output
+        shared.join(sizes, planner.attn_tp[1])
         self._room: Room | None = None  # of the dispatch that is being made
         self._own_buffer = impl._get_buffer
         impl._get_buffer = self._get_buffer
@@ -260,7 +283,8 @@ class BoundedNormal:
 
     def _dispatch_b(self, original: Callable, *state: Any) -> Any:
         domains = self._own_buffer().runtime.get_num_rdma_ranks()
-        found = self.shared.room(self.sizes, self.planner.attn_tp[1], self.format(), domains)
+        attn_tp_size = self.planner.attn_tp[1]
+        found = self.shared.room(self.sizes, attn_tp_size, self.format(), domains, self.planner.plans())
         if found is None:
             return original(*state)
         self._room = found

@@ -15,6 +15,9 @@ from .errors import MacsError
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
 # Prefill tokens a rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
+# Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
+# 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (sglang_macs/acting.py).
+ROWS_THAT_PAY_ON_CPU = 8
 
 PRESETS: dict[str, dict[str, object]] = {
     "rank": {
@@ -29,6 +32,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "importance": "entropy",
         "reroute": "local",
         "alpha": 0.0,
+        "act": "always",
     },
     "cai": {
         "scope": "expert",
@@ -39,6 +43,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "rho": 0.0,
         "alpha": 0.0,
         "protect_text": False,
+        "act": "always",
     },
     "off": {"gamma": math.inf},
 }
@@ -76,6 +81,14 @@ class MacsConfig:
         None, "act on prefill batches of so many tokens a rank, on average; None = 2048 on GPUs, 32 on a CPU"
     )
     decode: bool = _opt(False, "act on decode batches too")
+    act: str = _opt(
+        "auto", "plan a layer where that gains more than it costs (auto), or in every batch", ("auto", "always")
+    )
+    act_rows: int | None = _opt(
+        None,
+        "rows that a plan must be expected to take off the most loaded rank; None = measured at start-up on GPUs, 8 on "
+        "a CPU",
+    )
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
         "deepep",
@@ -120,6 +133,7 @@ class MacsConfig:
             raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
         self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < 1e9, "megabytes above 0")
         self._check_range("min_tokens", self.min_tokens is None or self.min_tokens >= 0, "a number of tokens >= 0")
+        self._check_range("act_rows", self.act_rows is None or self.act_rows >= 0, "a number of rows >= 0")
         self._check_range("verify_every", self.verify_every >= 0, "a number of passes >= 0")
 
     def _check_range(self, name: str, ok: bool, expected: str, fix: str = "") -> None:
@@ -128,9 +142,13 @@ class MacsConfig:
 
     def on(self, device: str) -> "MacsConfig":
         """With what depends on the device ("cuda", "cpu") decided. A server's ranks get this one."""
-        if self.min_tokens is not None:
-            return self
-        return replace(self, min_tokens=TOKENS_THAT_PAY["cpu" if device == "cpu" else "cuda"])
+        on_cpu = device == "cpu"
+        min_tokens, act_rows = self.min_tokens, self.act_rows
+        if min_tokens is None:
+            min_tokens = TOKENS_THAT_PAY["cpu" if on_cpu else "cuda"]
+        if act_rows is None and on_cpu:
+            act_rows = ROWS_THAT_PAY_ON_CPU
+        return replace(self, min_tokens=min_tokens, act_rows=act_rows)
 
     def needs_entropy(self, has_profile: bool) -> bool:
         """Whether any decision depends on the entropies, given whether experts have a modality; if not, skip them."""
@@ -141,6 +159,13 @@ class MacsConfig:
     def is_off(self) -> bool:
         """Whether nothing is planned at all. (Infinite gamma plans, and finds nothing to clip.)"""
         return self.preset == "off"
+
+    @property
+    def may_leave_layers(self) -> bool:
+        """Whether a layer may be left alone for want of gain: not at infinite gamma, which plans to be counted, nor
+        where ranks exchange nothing and so do not know the same loads.
+        """
+        return self.act == "auto" and not self.changes_nothing and self.exchange == "group"
 
     @property
     def changes_nothing(self) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import batch, stats
+from .acting import Acting
 from .peer_all_reduce import PeerAllReduce
 from .plan import Plan, PlanResult
 from .recorder import Recorder
@@ -119,6 +120,7 @@ class LayerPlanner:
         attn_tp: (rank, size) of attention tensor parallelism, over which the rows were scattered.
         recorder: of --macs-trace.
         peers: sums histograms in place of the group's all-reduce.
+        acting: of the process; is told what was planned.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class LayerPlanner:
         attn_tp: tuple[int, int] = (0, 1),
         recorder: Recorder | None = None,
         peers: PeerAllReduce | None = None,
+        acting: Acting | None = None,
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
@@ -138,6 +141,7 @@ class LayerPlanner:
         self.attn_tp = attn_tp
         self.recorder = recorder
         self.peers = peers
+        self.acting = acting
 
     def __call__(
         self,
@@ -154,14 +158,20 @@ class LayerPlanner:
         plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
         """
         now = batch.current()
+        skip = now.skip_of(self.layer_id)
         self.counters.dispatches += 1
-        if now.skip:
-            self.counters.skipped[now.skip] += 1
-            if now.skip != "off":
+        if skip:
+            self.counters.skipped[skip] += 1
+            if skip not in ("off", batch.NO_GAIN):
                 return Planned(topk_ids, topk_weights)
+        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
+            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
         segment = self._segment(now, half, topk_ids)
         left_alone, planned_segment = now.left_alone_of(segment)
-        if now.skip:
+        if skip:
+            if skip == batch.NO_GAIN and self.recorder is not None:
+                routed = self._as_routed(hidden_states, topk_ids, topk_weights, segment, now.num_segments)
+                self._record(now, topk_ids, topk_weights, routed, planned=False)
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
         given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
@@ -171,10 +181,32 @@ class LayerPlanner:
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
         self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
+        if self.acting is not None:
+            self.acting.add(self.layer_id, self.plan, result)
         if self.recorder is not None:
             recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
-            self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, recorded)
+            self._record(now, topk_ids, topk_weights, recorded, planned=True)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def _record(
+        self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
+    ) -> None:
+        about = {"planned": planned, "gain": now.gain.get(self.layer_id, 0)}
+        self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result, **about)
+
+    def _as_routed(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
+    ) -> PlanResult:
+        """For a trace, of a layer left alone: everything is kept, no bound, sums of this rank alone."""
+        segment = segment.clamp(min=batch.TEXT)
+        weight = self.plan.weight(hidden_states, segment, num_segments)
+        own = self.plan.histogram(topk_ids, topk_weights, weight, segment)
+        text = (segment < 0).unsqueeze(1)
+        by_modality = torch.stack([topk_ids.masked_fill(text, -1), topk_ids.masked_fill(~text, -1)])
+        counts = own.new_zeros(3, self.plan.num_experts, 2)
+        counts[0] = stats.rows_of(by_modality, self.plan.num_experts).t()
+        cut = own.new_tensor([[-1, 0, 0, 2**31 - 1]])
+        return PlanResult(topk_ids, topk_weights, weight, own, own, cut, counts)
 
     def _with_load(self, result: PlanResult, topk_ids: Tensor, left_alone: Tensor) -> PlanResult:
         """For a trace, which shows each rank's whole load: rows left alone count as text that was kept."""
@@ -213,12 +245,16 @@ class LayerPlanner:
             self.all_reduce(group)
             self.prove(planned, own, group)
 
+    def plans(self) -> bool:
+        """Whether this layer is planned in the batch that is running."""
+        return not batch.current().skip_of(self.layer_id)
+
     def expected_rows(self, top_k: int) -> int | None:
         """Rows that an expert has to expect of the batch that is running: the group's mean, never more than gamma times
         it. None where the batch is not planned or cannot be known (halves).
         """
         now, config = batch.current(), self.plan.config
-        if now.skip or now.halves or not now.group_tokens:
+        if not self.plans() or now.halves or not now.group_tokens:
             return None
         return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .batch import SKIP_REASONS
+from .batch import NO_GAIN, SKIP_REASONS
 from .choices import CLAIMS, MODALITIES
 from .config import MacsConfig
 from .stats import Stats
@@ -82,7 +82,13 @@ METRICS = (
     Metric("planned", "dispatches that were planned", _one(lambda s: s["planned"])),
     Metric("bounded", "dispatches without a count on the host", _one(lambda s: s["bounded"])),
     Metric("fused", "planned dispatches that the fused kernels carried", _one(lambda s: s["fused"])),
-    Metric("skipped", "dispatches left alone", _each("skipped", SKIP_REASONS), ("reason",)),
+    Metric("skipped", "dispatches left alone", _each("skipped", (*SKIP_REASONS, NO_GAIN)), ("reason",)),
+    Metric(
+        "expected_gain_rows",
+        "sum over dispatches: rows off the most loaded rank that a plan was expected to gain",
+        _each("expected_gain", ("planned", NO_GAIN)),
+        ("decision",),
+    ),
     Metric("misaligned", "plans that took all rows for text; must stay 0", _one(lambda s: s["misaligned"])),
     Metric("assignments", "assignments of this rank's tokens that were planned", _own("assignments"), ("modality",)),
     Metric("clipped", "assignments over a bound: re-routed or dropped", _own("clipped"), ("modality",)),

@@ -17,7 +17,21 @@ from functools import partial, wraps
 from itertools import zip_longest
 from typing import Any
 
-from . import batch, bounded, compat, cpu_compat, hooks, moe_config, ops, peer_memory, profile, recorder, worker
+from . import (
+    batch,
+    bounded,
+    compat,
+    cpu_compat,
+    hooks,
+    moe_config,
+    ops,
+    peer_memory,
+    plan_cost,
+    profile,
+    recorder,
+    worker,
+)
+from .acting import LOOK_EVERY
 from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
 from .console import say
@@ -306,9 +320,11 @@ def _layer_planner(moe_runner_config):
     traced = process.recorder_at(_place(parallel))
     group = parallel.tp_group
     peers = process.transports.all_reduce(plan.histogram_size, group.cpu_group)
-    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers)
+    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers, process.acting)
     process.planners[layer_id] = planner
     process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
+    sizes = (moe_runner_config.hidden_size, moe_runner_config.intermediate_size_per_partition, process.top_k)
+    process.expert_sizes = plan_cost.ExpertSizes(*sizes)
     return planner
 
 
@@ -539,7 +555,7 @@ def _forward(original, self, forward_batch, *args, **kwargs):
         with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
     process = worker.current()
-    acts_on = process.measured(_batch_of(forward_batch, process.config))
+    acts_on = process.decide(_batch_of(forward_batch, process.config))
     if not acts_on.skip:
         check_batch_size(acts_on.group_tokens, process.top_k, process.config.load)
     if acts_on.skip != "outside" and process.agreement is not None:
@@ -580,8 +596,28 @@ def _scheduler_init(result, self, *args, **kwargs):
     flags, options = compat.parallel_flags(self.server_args), process.options_of_the_group()
     agreement = Agreement(parallel.tp_group.cpu_group, flags, options)
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
+    process.acting.rows_that_pay = _rows_that_pay(process, parallel, self.model_config.quantization)
     if get_observability().enable_metrics:
         process.export_metrics(_metric_labels(self.metrics_collector, parallel))
+
+
+def _rows_that_pay(process, parallel, quantization: str | None) -> int:
+    """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
+    import torch
+
+    if not process.config.may_leave_layers or process.transports.fuses:  # that plans while it dispatches
+        return 0
+    rows = process.config.act_rows
+    if rows is None:
+        planner, group = next(iter(process.planners.values())), parallel.tp_group
+        sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
+        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
+    if parallel.moe_ep_rank == 0:
+        say(
+            f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "
+            f"others once in {LOOK_EVERY} passes"
+        )
+    return rows
 
 
 def _check_exchange_of_schedulers(parallel) -> None:

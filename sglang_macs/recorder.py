@@ -1,9 +1,9 @@
 """Recording what each plan did: `--macs-trace FOLDER`, one JSON-lines file a rank and start. `trace` reads them.
 
-A line a planned forward pass holds this rank's own counts by layer, expert and modality; summed over the ranks' files
-they are the group's loads, before and after. For the first few pictures a line also holds, per visual token and layer,
-what its weakest assignment was worth to the plan and how many of its assignments were clipped and dropped, and the
-picture itself, made smaller.
+A line a forward pass of a planned batch, with the layers in it that were left alone for want of gain, holds this rank's
+own counts by layer, expert and modality; summed over the ranks' files they are the group's loads, before and after. For
+the first few pictures a line also holds, per visual token and layer, what its weakest assignment was worth to the plan
+and how many of its assignments were clipped and dropped, and the picture itself, made smaller.
 
 Writing makes the host wait for each planned pass (decode passes are not planned): for studies, not for every day.
 Nothing that goes wrong in here fails a request: a full disk ends the recording, with one line on stderr.
@@ -95,10 +95,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One plan, on the device it was made on."""
+    """One plan, on the device it was made on; or, if not `planned`, a layer as it was routed. gain: rows expected."""
 
     layer_id: int
     result: PlanResult
+    planned: bool
+    gain: int
     importance: Tensor  # [T] f32, see `importance_of`
     clipped: Tensor  # [T] u8, slots of each row
     dropped: Tensor  # [T] u8
@@ -158,15 +160,29 @@ class Recorder:
         finally:
             self._layers.clear()
 
-    def add(self, layer_id: int, num_ranks: int, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult) -> None:
-        """One layer's plan. topk_ids, topk_weights [T, K] are those before it."""
+    def add(
+        self,
+        layer_id: int,
+        num_ranks: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        result: PlanResult,
+        *,
+        planned: bool = True,
+        gain: int = 0,
+    ) -> None:
+        """One layer's plan. topk_ids, topk_weights [T, K] are those before it; gain: the rows off the most loaded rank
+        that were expected of it, 0 where nothing was known.
+
+        planned: False for a layer that was left alone; `result` is then as routed, its sums those of this rank alone.
+        """
         if self.stopped:
             return
         with self._harmless():
             importance = importance_of(self.config.importance, topk_ids, topk_weights, result.weight)
             clipped = (topk_ids != result.topk_ids).sum(dim=1, dtype=torch.uint8)
             dropped = ((topk_ids >= 0) & (result.topk_ids < 0)).sum(dim=1, dtype=torch.uint8)
-            self._layers.append(_Layer(layer_id, result, importance, clipped, dropped))
+            self._layers.append(_Layer(layer_id, result, planned, gain, importance, clipped, dropped))
             self._sizes = (num_ranks, result.counts.shape[1], topk_ids.shape[1])
 
     @contextmanager
@@ -186,6 +202,7 @@ class Recorder:
 
     def _write(self, shown: Sequence[Shown], attn_tp_rank: int) -> None:
         by_layer: dict[int, list[PlanResult]] = {}  # two a layer where SGLang overlaps the halves of a batch
+        decisions = {layer.layer_id: (layer.planned, layer.gain) for layer in self._layers}
         for layer in self._layers:
             by_layer.setdefault(layer.layer_id, []).append(layer.result)
         whole = len(by_layer) == len(self._layers)  # the halves' rows would have to be put together again
@@ -202,6 +219,8 @@ class Recorder:
             "tokens": sum(result.weight.shape[0] for result in next(iter(by_layer.values()))),
             "layers": list(by_layer),
             "visual_share": [round(v / w, 4) if w else 0.5 for v, w in sums(lambda r: r.group[-2:].long()).tolist()],
+            "planned": [int(planned) for planned, _ in decisions.values()],
+            "gain": [gain for _, gain in decisions.values()],
             "bound": [b // units for b in sums(lambda r: r.cut[:, 3].amax().long()).tolist()],
             "counts": _pack(counts.numpy().astype(np.int32)) if counts.any() else "",
             "pictures": [picture for picture in pictures if picture is not None],

@@ -76,8 +76,10 @@ def _subtitle(trace: Trace) -> str:
     of = f"replica {trace.replicas[0]}" if trace.replicas != [0] else ""
     if len(trace.replicas) > 1:
         of = f"replicas {', '.join(map(str, trace.replicas))} together, {trace.ranks} ranks each"
-    passes = f"{len(trace.steps)} planned passes in {seconds:.1f} s{f' of {of}' if of else ''}"
-    return f"{what}; {size}; run {trace.run}: {passes}.{full}"
+    passes = f"{len(trace.steps)} passes in {seconds:.1f} s{f' of {of}' if of else ''}"
+    left = np.concatenate([~step.planned for step in trace.steps])
+    alone = f" {left.mean():.0%} of the dispatches were left alone: expected to gain too little." if left.any() else ""
+    return f"{what}; {size}; run {trace.run}: {passes}.{alone}{full}"
 
 
 def _text(value: object) -> str:
@@ -344,13 +346,17 @@ def _png(pixels: np.ndarray) -> bytes:
 def _table(trace: Trace) -> str:
     before, after = trace.rank_rows()
     fates = _fates(trace)
-    names = ("layer", "rows", "max / mean routed", "dispatched", "clipped visual", "text", "dropped visual", "text")
+    decided = np.stack([step.planned for step in trace.steps]).mean(axis=0)
+    gain = np.stack([step.gain for step in trace.steps]).mean(axis=0)
+    names = ("layer", "rows", "planned", "expected gain", "max / mean routed", "dispatched")
+    names += ("clipped visual", "text", "dropped visual", "text")
     lines = []
     for i, layer in enumerate(trace.layers):
         planned, lost = fates[i, KEPT] + fates[i, CLIPPED], fates[i, CLIPPED] - fates[i, REROUTED]
         worst = [f"{_imbalance(rows[:, i]).mean():.3f}" for rows in (before, after)]
         shares = [_share(part[m], planned[m]) for part in (fates[i, CLIPPED], lost) for m in (0, 1)]
-        lines.append([str(layer), f"{before[:, i].sum():,}", *worst, *shares])
+        decisions = [f"{decided[i]:.0%}", f"{gain[i]:,.0f}"]
+        lines.append([str(layer), f"{before[:, i].sum():,}", *decisions, *worst, *shares])
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
     return f"<details><summary>by layer</summary><table><tr>{head}</tr>{rows}</table></details>"

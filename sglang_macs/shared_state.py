@@ -17,6 +17,7 @@ SUMMED = (
     "bounded",
     "fused",
     "skipped",
+    "expected_gain",
     "misaligned",
     "received_rows",
     "remote_rows",

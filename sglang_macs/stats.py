@@ -104,6 +104,8 @@ class Stats:
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
     bounded: of `dispatches`, those whose received rows were never counted on the host.
+    expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
+    "planned", and of those left alone for "no_gain".
     measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
     [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after.
     expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
@@ -116,6 +118,7 @@ class Stats:
     fused: int = 0
     bounded: int = 0
     skipped: Counter = field(default_factory=Counter)
+    expected_gain: Counter = field(default_factory=Counter)
     misaligned: int = 0
     received_rows: int = 0
     remote_rows: int = 0

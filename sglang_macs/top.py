@@ -18,7 +18,7 @@ from .server_info import Server, State, missing_ranks, ranks
 HOME_AND_CLEAR = "\033[H\033[J"
 BAR_WIDTH = 28
 MOST_RANKS = 256  # that are drawn
-NOT_COUNTERS = ("version", "rank", "ranks", "config")
+NOT_COUNTERS = ("version", "rank", "ranks", "config", "acting")
 SINCE_START = "since the server's start"
 
 
@@ -70,7 +70,20 @@ def _dispatches(states: Sequence[State]) -> list[str]:
     if planned:
         share, plan = (_number(total.get(name)) / planned for name in ("visual_share_sum", "plan_seconds"))
         lines.append(f"visual share R_v {share:.2f}   plan {plan * 1e3:.2f} ms of the host a dispatch")
-    return lines
+    return lines + _gain(states, planned, _number(skipped.get("no_gain")))
+
+
+def _gain(states: Sequence[State], planned: float, left_alone: float) -> list[str]:
+    """Rows off the most loaded rank, where layers are planned that gain enough."""
+    pays = _number(_mapping(states[0].get("acting")).get("rows_that_pay"))
+    if not pays:
+        return []
+    expected = _sum([_mapping(state.get("expected_gain")) for state in states])
+    per_plan, per_other = (
+        _number(expected.get(name)) / max(count, 1) for name, count in (("planned", planned), ("no_gain", left_alone))
+    )
+    shown = f"expected gain, rows off the most loaded rank: {per_plan:.0f} a plan, {per_other:.0f} where left alone"
+    return [f"{shown}; a plan pays from {pays:.0f} on"]
 
 
 def _ranks(layers: Mapping[str, Any]) -> list[str]:

@@ -43,14 +43,19 @@ def file_name(run: str, replica: int, stage: int, rank: int) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One planned forward pass over the whole EP group. L layers of all stages, R ranks.
+    """One forward pass of a planned batch over the whole EP group. L layers of all stages, R ranks.
 
-    time in seconds; tokens: over all ranks; visual_share, bound [L]; before, after [L, R] i64: rows of each rank,
-    experts placed linearly; fates [L, 3, 2] i64 kept, clipped, re-routed in, by (visual | text).
+    time in seconds; tokens: over all ranks. planned [L] bool: False where a layer was left alone, since a plan costs
+    more than it would have gained; gain [L]: rows off the most loaded rank that were expected of a plan, 0 where
+    nothing was known. visual_share, bound [L]; of a layer left alone an average over the ranks, and no bound. before,
+    after [L, R] i64: rows of each rank, experts placed linearly; fates [L, 3, 2] i64 kept, clipped, re-routed in, by
+    (visual | text).
     """
 
     time: float
     tokens: int
+    planned: np.ndarray
+    gain: np.ndarray
     visual_share: np.ndarray
     bound: np.ndarray
     before: np.ndarray
@@ -278,17 +283,20 @@ def _layer_ids(value: object) -> list[int]:
 def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: _Budget) -> Step:
     """One pass; its lines by stage and rank."""
     stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
-    share, bound, of_rank, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
+    planned, gain, share, bound, of_rank, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
     if fates[:, REROUTED].sum() > fates[:, CLIPPED].sum():
         raise ValueError("counts that no plan makes")
     before, after = of_rank[:, KEPT] + of_rank[:, CLIPPED], of_rank[:, KEPT] + of_rank[:, REROUTED]
     first = by_stage[0]
     tokens = sum(int(_numbers(line["tokens"], (), 2**31)) for line in first)
-    return Step(float(_numbers(first[0]["time"], (), 1e12)), tokens, share, bound, before, after, fates)
+    time = float(_numbers(first[0]["time"], (), 1e12))
+    return Step(time, tokens, planned, gain, share, bound, before, after, fates)
 
 
 def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
-    """visual_share, bound [l]; counts [l, 3, R] by rank of the expert, and [l, 3, 2] by modality, over all sources."""
+    """planned, gain, visual_share, bound [l]; counts [l, 3, R] by rank of the expert, and [l, 3, 2] by modality, over
+    all sources.
+    """
     shape = (layers, 3, sizes["ranks"], sizes["experts"] // sizes["ranks"], 2)
     counts = np.zeros((layers, 3, sizes["ranks"], 2), dtype=np.int64)
     for line in lines:
@@ -299,8 +307,15 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budge
             raise ValueError("counts below 0")
         for modality in (0, 1):
             counts[..., modality] += own[..., modality].sum(axis=-1)
-    share, bound = (_numbers(lines[0][name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
-    return share, bound, counts.sum(axis=-1), counts.sum(axis=2)
+    of_line = lines[0]
+    planned = _numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
+    gain = _numbers(of_line.get("gain", [0] * layers), (layers,), 2**33)
+    share, bound = (_numbers(of_line[name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
+    if not planned.all():  # then a rank knows of its own tokens alone
+        tokens = [float(_numbers(line["tokens"], (), 2**31)) for line in lines]
+        shares = np.stack([_numbers(line["visual_share"], (layers,), 1) for line in lines])
+        share = np.where(planned, share, np.average(shares, axis=0, weights=tokens) if sum(tokens) else share)
+    return planned, gain, share, bound, counts.sum(axis=-1), counts.sum(axis=2)
 
 
 def _add_pictures(

@@ -49,6 +49,11 @@ class Transports:
             say_once(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
+    @property
+    def fuses(self) -> bool:
+        """Whether planned batches go through the fused dispatch."""
+        return bool(self._made)
+
     def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
         """What sums the histograms [size] of all layers, or None: their process group. Says which, once. Collective at
         the first call; group as of `of`. Raises MacsNotActive where --macs-all-reduce peer cannot be had.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from . import __version__, profile
+from .acting import Acting
 from .agreement import Agreement
 from .batch import Batch
 from .bounded import BoundedDispatch
@@ -14,6 +15,7 @@ from .config import MacsConfig, configured
 from .console import say
 from .dispatcher import LayerPlanner
 from .metrics import Exporter
+from .plan_cost import ExpertSizes
 from .recorder import Place, Recorder, agreed_run
 from .shared_state import SharedState
 from .stats import Stats
@@ -30,9 +32,11 @@ class Worker:
         self.stats = Stats()
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
+        self.acting = Acting()
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.top_k = 1  # the largest of the model's MoE layers
+        self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
         self.agreement: Agreement | None = None
         self._rank, self._num_ranks = 0, 1
         self._shared_state: SharedState | None = None
@@ -52,14 +56,19 @@ class Worker:
         self._rank, self._num_ranks = rank, num_ranks
         self.agreement, self._shared_state = agreement, shared_state
 
-    def measured(self, decided: Batch) -> Batch:
-        """`decided`, marked where its rows are to be recounted: by a count of passes that all ranks keep alike."""
-        if decided.skip not in ("", "off"):
-            return decided
+    def decide(self, batch: Batch) -> Batch:
+        """`batch` before its pass, with what follows from the passes before, of which all ranks keep count alike:
+        whether its rows are recounted, and which layers are left alone.
+        """
+        if batch.skip not in ("", "off"):
+            return batch
         every = self.config.verify_every
         chosen = self.config.verify or (every > 0 and self._passes % every == 0)
         self._passes += 1
-        return replace(decided, measured=chosen)
+        if not batch.skip:
+            needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
+            batch = self.acting.decide(batch, every_layer=needed)
+        return replace(batch, measured=chosen)
 
     def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
@@ -77,6 +86,7 @@ class Worker:
 
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
+        self.acting.end_pass()
         now = time.monotonic()
         if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
             self._looked = now
@@ -102,7 +112,8 @@ class Worker:
     def state(self) -> dict[str, object]:
         """This rank's counters as plain JSON values; with --macs-trace that of the recorder, too."""
         place = {"rank": self._rank, "ep_size": self._num_ranks}
-        about = {"version": __version__, **place, "config": self.config.to_json()}
+        acting = {"rows_that_pay": self.acting.rows_that_pay}
+        about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
         if self._recorder is not None:
             about["trace"] = self._recorder.state()
         return about | self.stats.snapshot()

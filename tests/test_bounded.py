@@ -19,6 +19,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.errors import MacsError
 from sglang_macs.stats import Stats
+from sglang_macs.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = Sizes(num_ranks=8, num_experts=128, top_k=8, hidden_size=2048)
@@ -134,7 +135,7 @@ def dispatched(
 ) -> tuple[object, Stats, list[str]]:
     said, counters = [], Stats()
     config = MacsConfig.from_preset(**({"preset": "rank", "gamma": 1.0} | options))
-    planner = SimpleNamespace(attn_tp=(0, attn_tp), counters=counters)
+    planner = SimpleNamespace(attn_tp=(0, attn_tp), counters=counters, plans=lambda: not now.skip_of(0))
     shared = bounded.BoundedDispatch(config, said.append)
     sizes = Sizes(2, 8, 2, 16)
     bounded.BoundedNormal(impl, shared, planner, sizes, lambda output, received: received)
@@ -153,6 +154,29 @@ def test_rows_left_alone_take_the_room_of_a_batch_without_a_bound(monkeypatch) -
         rows[alone] = dispatched(now, monkeypatch, Impl(), gamma=1.0)[0].rows
     assert rows[True] == bounded.room(MacsConfig.from_preset("rank"), Sizes(2, 8, 2, 16), 1000, planned=False).rows
     assert rows[False] < rows[True]
+
+
+def test_layers_left_alone_have_no_bound(monkeypatch) -> None:
+    """In the pass of others that are planned."""
+    impl, planned = Impl(), batch.Batch(skip="", group_tokens=1000)
+    rows = dispatched(planned, monkeypatch, impl, gamma=1.0)[0].rows
+    alone = batch.Batch(skip="", group_tokens=1000, no_gain=frozenset([0]))
+    received, _, said = dispatched(alone, monkeypatch, impl, gamma=1.0)
+    assert received.rows == bounded.room(MacsConfig.from_preset(), Sizes(2, 8, 2, 16), 1000, planned=False).rows > rows
+    assert len(said) == 1 and "for unplanned batches" in said[0]
+    shared = bounded.BoundedDispatch(MacsConfig.from_preset("rank", gamma=1.0), said.append)
+    with batch.forward(planned):
+        rooms = [shared.room(Sizes(2, 8, 2, 16), 1, "bf16", 1, planned) for planned in (True, False, True)]
+    assert [found.rows for found in rooms] == [rows, received.rows, rows]
+
+
+def test_every_layer_is_planned_where_only_a_bound_spares_the_count() -> None:
+    process = Worker(MacsConfig.from_preset("rank", gamma=1.1).on("cpu"))
+    process.bounded = bounded.BoundedDispatch(process.config, print)
+    process.acting.decide = lambda now, every_layer: batch.Batch(skip="", halves=(every_layer,))
+    for sizes, tokens, needed in ((Sizes(2, 128, 8, 2048), 2 * 16384, False), (Sizes(8, 256, 8, 7168), 8 * 8192, True)):
+        process.bounded.join(sizes, 1)
+        assert process.decide(batch.Batch(skip="", group_tokens=tokens)).halves == (needed,)
 
 
 def test_a_device_that_is_unfit_on_one_rank_is_unfit_for_all() -> None:

@@ -247,7 +247,7 @@ def test_a_recount_is_that_of_its_definition():
 def test_a_trace_holds_the_rows_left_alone_as_the_counters_do():
     config, recorded = CONFIGS["rank, verified"], []
     one, (hidden, ids, weights, logits, segment) = planner(config, Stats()), routed(0)
-    one.recorder = SimpleNamespace(add=lambda *arguments: recorded.append(arguments[-1].counts))
+    one.recorder = SimpleNamespace(add=lambda *arguments, **_: recorded.append(arguments[-1].counts))
     segment[-7:] = batch.LEFT_ALONE
     with batch.forward(replace(planned_batch(config, segment), leaves_alone=True)):
         planned = one(hidden, ids, weights, logits)

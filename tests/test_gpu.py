@@ -9,8 +9,10 @@ import os
 import bounded_case
 import pytest
 import torch
+import torch.distributed as dist
 
-from sglang_macs import ops
+from sglang_macs import ops, plan_cost
+from sglang_macs.acting import Acting
 from sglang_macs.batch import Batch, forward
 from sglang_macs.bounded import BoundedDispatch, Received
 from sglang_macs.choices import NUM_SUMS
@@ -34,11 +36,19 @@ PRESETS = {
 }
 
 
-def batch(tokens: int, top_k: int, seed: int, dtype=torch.bfloat16, hidden_size: int = 256, experts: int = EXPERTS):
+def batch(
+    tokens: int,
+    top_k: int,
+    seed: int,
+    dtype=torch.bfloat16,
+    hidden_size: int = 256,
+    experts: int = EXPERTS,
+    skew: float = 1.5,
+):
     """Skewed routing, some empty slots, two thirds visual; on the CPU."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, hidden_size, generator=g).to(dtype)
-    logits = torch.randn(tokens, experts, generator=g) + torch.linspace(1.5, 0, experts)
+    logits = torch.randn(tokens, experts, generator=g) + torch.linspace(skew, 0, experts)
     weights, ids = torch.softmax(logits, -1).topk(top_k)
     empty = torch.rand(ids.shape, generator=g) < 0.05
     segment = torch.where(torch.rand(tokens, generator=g) < 0.67, 0, -1).int()
@@ -210,6 +220,41 @@ def test_counting_never_makes_the_host_wait_and_is_right_across_streams(verify):
         assert sum(sum(layer["rows_before"]) for layer in layers) == sum(kept) + sum(clipped)
         assert sum(layer["dispatches"] for layer in layers) == count and (sum(clipped) > 0) == verify
     assert counters.snapshot() == {**got, "plan_seconds": counters.plan_seconds}
+
+
+def test_layers_are_left_alone_as_on_a_cpu_and_loads_come_without_a_wait():
+    """Layer by layer more skewed; batches of two sizes. The decisions follow from integers, so they are the same."""
+    config, decided = MacsConfig.from_preset("rank", gamma=1.05), {}
+    for device in ("cpu", "cuda"):
+        acting, counters = Acting(), Stats()
+        acting.rows_that_pay = 60
+        planners = [AloneInGroup(i, Plan(config, EXPERTS, RANKS), None, counters, acting=acting) for i in range(4)]
+        decided[device] = []
+        for number in range(12):
+            tokens = 256 if number % 3 else 1024
+            now = acting.decide(Batch(skip="", group_tokens=tokens))
+            decided[device].append((now.no_gain, now.gain))
+            batches = [[t.to(device) for t in batch(tokens, 8, number, skew=skew)] for skew in (0, 0.3, 0.6, 2.0)]
+            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first pass loads the modules
+            try:
+                with forward(now):
+                    for planner, (hidden, ids, weights, logits, _) in zip(planners, batches, strict=True):
+                        planner(hidden, ids, weights, logits)
+                acting.end_pass()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert decided["cuda"] == decided["cpu"] and len({no_gain for no_gain, _ in decided["cpu"]}) > 2
+
+
+def test_what_pays_is_measured():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        planner = AloneInGroup(0, Plan(MacsConfig.from_preset(), EXPERTS, RANKS), None, Stats())
+        sizes = plan_cost.ExpertSizes(2048, 768, 8)
+        rows = plan_cost.rows_that_pay(planner, sizes, torch.device("cuda"), dist.group.WORLD)
+        assert rows > plan_cost._row_seconds(sizes, torch.device("cuda")) > 0
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the fused dispatch exists in CUDA only")

@@ -64,7 +64,7 @@ EVERY_FIELD = {"preset": "paper", "gamma": 1.05, "scope": "expert", "load": "eff
 EVERY_FIELD |= {"reroute": "none", "reroute_rounds": 2, "exchange": "local", "delta": 0.5, "rho": 0.25, "alpha": 2.0}
 EVERY_FIELD |= {"c_min": 3.0, "entropy_scope": "image", "protect_text": False, "min_tokens": 7, "decode": True}
 EVERY_FIELD |= {"buckets": 64, "profile": "PROFILE", "verify": True, "trace": "/t", "trace_limit_mb": 8.0}
-EVERY_FIELD |= {"dispatch": "auto", "all_reduce": "auto", "verify_every": 5}
+EVERY_FIELD |= {"dispatch": "auto", "all_reduce": "auto", "verify_every": 5, "act": "auto", "act_rows": 9}
 OPTIONS = {"every field": EVERY_FIELD, "infinity": {"gamma": float("inf")}, "off": {"preset": "off"}, "none": {}}
 FILES = {  # name -> (lines of a --config file, what the record carries; None: no MACS)
     "file, enable-macs": ("enable-macs: true\nmoe-a2a-backend: deepep\nmacs-gamma: 1.25", {"gamma": 1.25}),

@@ -29,7 +29,7 @@ from traces import (
 )
 
 from sglang_macs import batch as batches
-from sglang_macs import plugin, recorder, trace, worker
+from sglang_macs import plugin, recorder, report, trace, worker
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatcher import LayerPlanner
 from sglang_macs.errors import MacsError
@@ -145,6 +145,32 @@ def test_what_is_planned_is_what_is_recorded(tmp_path):
     clipped = (planned.topk_ids != made["topk_ids"]).sum(dim=1)[3 : 3 + ROWS * COLUMNS]
     assert got.clipped.ravel().tolist() == clipped.tolist() and clipped.sum() > 0
     assert read.layers == [3]
+
+
+def test_a_layer_left_alone_is_recorded_as_it_was_routed(tmp_path):
+    """Beside one that was planned; two ranks, whose visual shares differ."""
+    settings = MacsConfig.from_preset("rank", gamma=0.5, trace=str(tmp_path))
+    batches_made, shares = [batch(40, 1, [shown()]), batch(20, 2, [])], []
+    for rank, made in enumerate(batches_made):
+        traced = Recorder(settings, Place(rank), RUN)
+        now = batches.Batch(made["segment"], 1, skip="", no_gain=frozenset([5]), gain={3: 70, 5: 2})
+        with batches.forward(now), traced.forward_pass([shown()] if rank == 0 else [], 0):
+            for layer in (3, 5):
+                planner = LayerPlanner(layer, Plan(settings, EXPERTS, 2), None, Stats(), recorder=traced)
+                planner.all_reduce = lambda histogram: histogram.mul_(2)
+                planner(made["hidden_states"], made["topk_ids"], made["topk_weights"], made["router_logits"])
+        shares.append(json.loads(rank_file(tmp_path, rank).read_text().splitlines()[1])["visual_share"][1])
+    read = trace.load(str(tmp_path))
+    (step,) = read.steps
+    assert read.layers == [3, 5] and step.planned.tolist() == [True, False] and step.gain.tolist() == [70, 2]
+    ids = torch.cat([made["topk_ids"] for made in batches_made])
+    routed = torch.bincount(ids.flatten(), minlength=EXPERTS).view(2, -1).sum(1).tolist()
+    assert step.before.tolist() == [routed, routed] and step.after[1].tolist() == routed != step.after[0].tolist()
+    assert step.fates[1, 0].tolist() == [ROWS * COLUMNS * TOP_K, (60 - ROWS * COLUMNS) * TOP_K]
+    assert not step.fates[1, 1:].any() and step.fates[0, 1].any()
+    assert shares[0] > shares[1] == 0 and step.visual_share[1] == pytest.approx(shares[0] * 40 / 60)
+    page = report.page(read)
+    assert "50% of the dispatches were left alone" in page and "<td>0%</td><td>2</td>" in page
 
 
 # ---- It costs no request -------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_the_page_says_which_run_and_which_replicas_it_shows(tmp_path):
     for replica in range(2):
         record(tmp_path, passes=1, replica=replica)
     text = Page(report.page(trace.load(str(tmp_path)))).text
-    assert f"run {RUN}: 2 planned passes" in text and "replicas 0, 1 together, 2 ranks each" in text
+    assert f"run {RUN}: 2 passes" in text and "replicas 0, 1 together, 2 ranks each" in text
     assert "as replica 0, rank 0 saw it, one of 2" in text
     assert "of replica 1." in Page(report.page(trace.load(str(tmp_path), replica=1))).text
 

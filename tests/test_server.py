@@ -14,13 +14,16 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from reference import NEW_TOKENS, QUESTIONS, Question
-from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs
+from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs, prompt
 
 from sglang_macs import cli, metrics, trace
+from sglang_macs.acting import LAG, LOOK_EVERY
 from sglang_macs.cpu_compat import environment
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
+LAYERS = 3  # of the tiny models
+WORDS = "How many visual tokens does a photograph of a flower have? "
 MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
 INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
 
@@ -84,7 +87,7 @@ def load(server: Server, count: int = 16) -> None:
         picture = {"type": "image_url", "image_url": {"url": uri}}
         words = {
             "type": "text",
-            "text": f"{i} How many visual tokens does a photograph of a flower have? " * (1 + i % 3),
+            "text": f"{i} {WORDS}" * (1 + i % 3),
         }
         server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
 
@@ -122,7 +125,8 @@ def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference
 
 
 def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model, capsys):
-    with serve(vl_model, *EP2_ARGS, *MACS, "--macs-gamma", "1.0", "--enable-metrics", log="rank") as server:
+    flags = ["--macs-gamma", "1.0", "--macs-act", "always", "--enable-metrics"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="rank") as server:
         load(server)
         for bad in (b"not a picture", photograph_files()["china"][:200], b""):
             with pytest.raises(ServerError, match="HTTP 4"):
@@ -138,6 +142,35 @@ def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_
         assert_metrics_are_the_counters(server)
         assert cli.main(["top", server.url, "--once"]) == 0
         assert "a bound cut in" in capsys.readouterr().out
+
+
+def test_layers_are_left_alone_while_they_are_balanced(vl_model, capsys):
+    """Text loads both ranks alike; pictures pull to one. Requests go to either rank in turn, the other one is idle."""
+    flags = ["--macs-gamma", "1.1", "--macs-act-rows", "20", "--disable-radix-cache", "--enable-metrics"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="act") as server:
+
+        def of_all(name: str) -> int:
+            first, other = (state[name] for state in states(server))
+            assert first == other, "all ranks decide alike"
+            return first["no_gain"] if name == "skipped" else first
+
+        for i in range(LAG + 4):
+            server.generate(prompt(f"{i} " + WORDS * 8), max_new_tokens=1)
+        assert (of_all("planned"), of_all("skipped")) == (LAYERS * LAG, LAYERS * 4)
+        for i in range(LOOK_EVERY + 4):
+            server.generate(prompt(f"{i} What?", images=1), data_uri(photograph_files()["china"]), max_new_tokens=1)
+        planned = of_all("planned")
+        assert planned > LAYERS * (LAG + 4), "each look has found that pictures pay"
+        for i in range(4):
+            server.generate(prompt(f"{i} Where?", images=1), data_uri(photograph_files()["china"]), max_new_tokens=1)
+        assert of_all("planned") == planned + 4 * LAYERS
+        for state in states(server):
+            assert state["acting"] == {"rows_that_pay": 20} and state["expected_gain"]["planned"] > 20 * 4
+            assert state["checks"]["bound"] == state["planned"] and not sum(state["violations"].values())
+        assert own(server, "clipped") > 0
+        assert_metrics_are_the_counters(server)
+        assert cli.main(["top", server.url, "--once"]) == 0
+        assert "where left alone; a plan pays from 20 on" in capsys.readouterr().out
 
 
 class SglangServe(Server):

@@ -39,6 +39,16 @@ def test_a_frame_holds_the_figures():
     assert "server has" not in text and "counters of" not in text
 
 
+def test_a_frame_tells_the_gain_expected_where_layers_may_be_left_alone():
+    shown = {"acting": {"rows_that_pay": 8}, "expected_gain": {"planned": 60, "no_gain": 9}}
+    one = state(0) | shown | {"skipped": {"no_gain": 3}}
+    text = top.frame([one, one], "")
+    assert "planned 4   left alone: no_gain 6" in text
+    assert "most loaded rank: 30 a plan, 3 where left alone; a plan pays from 8 on" in text
+    assert "expected gain" not in top.frame([state(0) | {"acting": {"rows_that_pay": 0}}], "")
+    assert top.since(one, one)["acting"] == shown["acting"]
+
+
 def test_violations_stand_out():
     bad = state(0)
     bad["violations"]["bound"] = 1

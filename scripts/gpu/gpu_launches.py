@@ -41,7 +41,7 @@ LARGE = (
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
     "inf": ["--macs-gamma", "inf", "--macs-verify", "true"],
-    "1.0": ["--macs-gamma", "1.0", "--macs-verify", "true"],
+    "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
     "MACS_EXPERIMENTAL": "bounded",  # what is refused in service is tried here

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from .common import CHAT_TEMPLATE, SEED
+from .families import build_deepseek_v3, build_glm4v_moe, build_internvl, build_kimi_vl, build_qwen3_omni
 from .qwen3 import PIXELS_PER_TOKEN, build_qwen3_moe, build_qwen3_vl_moe
 from .weights import VISUAL_PULL
 
@@ -24,7 +25,12 @@ __all__ = [
     "PIXELS_PER_TOKEN",
     "SEED",
     "VISUAL_PULL",
+    "build_deepseek_v3",
+    "build_glm4v_moe",
+    "build_internvl",
+    "build_kimi_vl",
     "build_qwen3_moe",
+    "build_qwen3_omni",
     "build_qwen3_vl_moe",
     "ensure",
     "reference_path",
@@ -33,6 +39,11 @@ __all__ = [
 BUILDERS = {
     "qwen3_moe": build_qwen3_moe,
     "qwen3_vl_moe": build_qwen3_vl_moe,
+    "internvl": build_internvl,
+    "kimi_vl": build_kimi_vl,
+    "glm4v_moe": build_glm4v_moe,
+    "qwen3_omni": build_qwen3_omni,
+    "deepseek_v3": build_deepseek_v3,
 }
 
 

@@ -19,7 +19,7 @@ MOOD = 4.0  # weight of the direction by which the context chooses between a wor
 ROUTER_GAIN = 3.0
 SIGMOID_GAIN = 1.0  # the same before a sigmoid, which would bring all of the best to 1 otherwise
 CORRECTION_BIAS = "e_score_correction_bias"
-BIAS_SPREAD = 0.15  # standard deviation of a router's correction bias: it decides in some cases, not in all
+BIAS_SPREAD = 0.05  # standard deviation of a router's correction bias: it decides for some tokens, not for all
 VISUAL_PULL = 0.8  # shift of a visual token's router logits: up for the first half of the experts, down for the second
 
 

@@ -13,7 +13,7 @@ docs/hooks.md says why each target is hooked.
 import argparse
 import os
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import zip_longest
 from typing import Any
 
@@ -537,6 +537,19 @@ def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
     """AFTER ForwardBatch.init_new: what the scheduler's batch knows and this one does not take along."""
     result.macs_ranks = getattr(schedule_batch, "macs_ranks", None)
     result.macs_decoding = len(schedule_batch.decoding_reqs or ())
+    if result.forward_mode.is_extend() and result.contains_mm_inputs():
+        _tell_of_unmarked(schedule_batch.reqs or ())
+
+
+def _tell_of_unmarked(reqs) -> None:
+    """Pictures that SGLang has not marked in the prompt are text to MACS; SGLang 0.5.21 dies on many of them."""
+    # A session's ids hold earlier turns, of which offsets do not speak.
+    inputs = [(req.multimodal_inputs, req.origin_input_ids) for req in reqs if req.session is None]
+    if any(batch.unmarked(mm.mm_items, ids) for mm, ids in inputs if mm is not None):
+        _say_once("a picture has no position of its own in the prompt: SGLang did not mark it, no token is visual")
+
+
+_say_once = cache(say)
 
 
 def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:

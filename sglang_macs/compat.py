@@ -21,6 +21,9 @@ REFUSED_ARCHITECTURES = {
     "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
 }
 
+# Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.
+TOWERS_OVER_ALL_RANKS = {"InternVLChat": None, "Glm4vMoe": "mm_enable_dp_encoder"}
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -99,6 +102,14 @@ def attention_dp(launch: Launch) -> int:
     """Data-parallel ranks of the EP group's attention."""
     ranks = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
     return launch.flag("attn_dp_size") or ranks  # the former from 0.5.22 on
+
+
+def _vision_tower(launch: Launch) -> str:
+    """Attention-DP ranks have requests of their own: one with a picture would wait for others that have none."""
+    for name, alone in TOWERS_OVER_ALL_RANKS.items():
+        if launch.architecture.startswith(name) and attention_dp(launch) > 1 and not (alone and launch.flag(alone)):
+            return f"{launch.architecture}, whose vision tower waits for ranks without a picture"
+    return ""
 
 
 def _stages(launch: Launch) -> str:
@@ -196,6 +207,12 @@ RULES = (
         _expert_parallel,
         "ep equal to tp, dividing the experts",
         "Pass --tp N --ep-size N, on one GPU --macs-scope expert.",
+    ),
+    Rule(
+        "--enable-dp-attention",
+        _vision_tower,
+        "a vision tower that runs on one rank",
+        "Leave it out; GLM can be served with --mm-enable-dp-encoder instead.",
     ),
     Rule(
         "--macs-reroute",

@@ -15,10 +15,14 @@ SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked a
 A2A_BACKENDS = ("macs", "deepep")
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
-# Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.
+# Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
+_SUMS = "it sums its MoE layers' outputs over the ranks once more, after the dispatch"
+_SUMMING = ("Mixtral", "KimiLinear", "Ernie4_5_Moe", "HunYuanMoE", "Cohere2Moe", "GraniteMoe", "Olmoe", "PhiMoE")
 REFUSED_ARCHITECTURES = {
     "Llama4": "it builds its MoE layers without a dispatcher",
+    "GptOss": "SGLang has not implemented its dispatch",
     "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
+    **dict.fromkeys((*_SUMMING, "Grok1", "Lfm2Moe", "Gemma4"), _SUMS),
 }
 
 # Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.

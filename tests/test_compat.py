@@ -256,7 +256,13 @@ def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
 
 @pytest.mark.parametrize(
     ("architecture", "experts"),
-    [("Llama4ForConditionalGeneration", 16), ("Ernie4_5_VLMoeForConditionalGeneration", 64), ("Qwen3ForCausalLM", 0)],
+    [
+        ("Llama4ForConditionalGeneration", 16),
+        ("Ernie4_5_VLMoeForConditionalGeneration", 64),
+        ("GptOssForCausalLM", 32),
+        ("MixtralForCausalLM", 8),
+        ("Qwen3ForCausalLM", 0),
+    ],
 )
 def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
     with pytest.raises(MacsError, match=architecture):

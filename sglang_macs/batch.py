@@ -5,7 +5,7 @@ The engine's hook opens a `Batch` around the forward pass; dispatchers read it. 
 from what every rank of the EP group knows alike (`RankBatches`), because the plan's exchange is collective.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,6 +187,18 @@ def _visual_segments(forward_batch: Any, config: MacsConfig) -> tuple[Tensor | N
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
     audio = frozenset(i.pad_value for i in items if i.is_audio())
     return segments(forward_batch.input_ids, config.entropy_scope, audio)
+
+
+def unmarked(items: Iterable[Any], input_ids: Sequence[int]) -> int:
+    """How many of a request's pictures and videos have no padded position in its ids: no token of theirs is visual.
+
+    items: SGLang's `MultimodalDataItem`s; `offsets` are (first, last) positions in `input_ids`.
+    """
+    return sum(
+        not item.is_audio() and not any(max(input_ids[first], input_ids[last]) >= PAD_ID_BASE for first, last in places)
+        for item in items
+        if (places := [(a, b) for a, b in item.offsets or () if 0 <= a <= b < len(input_ids)])
+    )
 
 
 def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:

@@ -15,11 +15,18 @@ SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked a
 A2A_BACKENDS = ("macs", "deepep")
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
-# Architectures whose MoE layers never reach a dispatcher, or that cannot keep the ranks in step.
+# Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
+_SUMS = "it sums its MoE layers' outputs over the ranks once more, after the dispatch"
+_SUMMING = ("Mixtral", "KimiLinear", "Ernie4_5_Moe", "HunYuanMoE", "Cohere2Moe", "GraniteMoe", "Olmoe", "PhiMoE")
 REFUSED_ARCHITECTURES = {
     "Llama4": "it builds its MoE layers without a dispatcher",
+    "GptOss": "SGLang has not implemented its dispatch",
     "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
+    **dict.fromkeys((*_SUMMING, "Grok1", "Lfm2Moe", "Gemma4"), _SUMS),
 }
+
+# Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.
+TOWERS_OVER_ALL_RANKS = {"InternVLChat": None, "Glm4vMoe": "mm_enable_dp_encoder"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,14 @@ def attention_dp(launch: Launch) -> int:
     """Data-parallel ranks of the EP group's attention."""
     ranks = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
     return launch.flag("attn_dp_size") or ranks  # the former from 0.5.22 on
+
+
+def _vision_tower(launch: Launch) -> str:
+    """Attention-DP ranks have requests of their own: one with a picture would wait for others that have none."""
+    for name, alone in TOWERS_OVER_ALL_RANKS.items():
+        if launch.architecture.startswith(name) and attention_dp(launch) > 1 and not (alone and launch.flag(alone)):
+            return f"{launch.architecture}, whose vision tower waits for ranks without a picture"
+    return ""
 
 
 def _stages(launch: Launch) -> str:
@@ -196,6 +211,12 @@ RULES = (
         _expert_parallel,
         "ep equal to tp, dividing the experts",
         "Pass --tp N --ep-size N, on one GPU --macs-scope expert.",
+    ),
+    Rule(
+        "--enable-dp-attention",
+        _vision_tower,
+        "a vision tower that runs on one rank",
+        "Leave it out; GLM can be served with --mm-enable-dp-encoder instead.",
     ),
     Rule(
         "--macs-reroute",

@@ -13,7 +13,7 @@ docs/hooks.md says why each target is hooked.
 import argparse
 import os
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import zip_longest
 from typing import Any
 
@@ -249,11 +249,29 @@ def run_scheduler_process(config: dict[str, object], run: str, *args, **kwargs):
     return entry(*args, **kwargs)
 
 
-def _is_deepep_class_backend(original):
-    """AROUND: models scatter their MoE rows and leave dispatch and combine to the dispatcher, as for DeepEP."""
+def _is_deepep(original, self):
+    """AROUND MoeA2ABackend.is_deepep: on CPU models scatter their MoE rows, keep shared experts whole and leave
+    dispatch and combine to the dispatcher, as for DeepEP.
+    """
+    return self.is_customized() or original(self)
+
+
+def _get_moe_impl_class(original, quant_config):
+    """AROUND get_moe_impl_class: on CPU the layer that takes any dispatcher, not the one for DeepEP's formats."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
-    return get_moe_a2a_backend().is_customized() or original()
+    return FusedMoE if get_moe_a2a_backend().is_customized() else original(quant_config)
+
+
+def _expert_location(original, cls, *args, **kwargs):
+    """AROUND ExpertLocationDispatchInfo.init_new: nothing, where nobody asked for it.
+
+    Up to 0.5.22, SGLang first asserts metadata that many multimodal models do not provide, and then does the same.
+    """
+    from sglang.srt.runtime_context import get_exec
+
+    return None if get_exec().moe.ep_dispatch_algorithm is None else original(cls, *args, **kwargs)
 
 
 def _or_exit(function):
@@ -535,6 +553,19 @@ def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
     """AFTER ForwardBatch.init_new: what the scheduler's batch knows and this one does not take along."""
     result.macs_ranks = getattr(schedule_batch, "macs_ranks", None)
     result.macs_decoding = len(schedule_batch.decoding_reqs or ())
+    if result.forward_mode.is_extend() and result.contains_mm_inputs():
+        _tell_of_unmarked(schedule_batch.reqs or ())
+
+
+def _tell_of_unmarked(reqs) -> None:
+    """Pictures that SGLang has not marked in the prompt are text to MACS; SGLang 0.5.21 dies on many of them."""
+    # A session's ids hold earlier turns, of which offsets do not speak.
+    inputs = [(req.multimodal_inputs, req.origin_input_ids) for req in reqs if req.session is None]
+    if any(batch.unmarked(mm.mm_items, ids) for mm, ids in inputs if mm is not None):
+        _say_once("a picture has no position of its own in the prompt: SGLang did not mark it, no token is visual")
+
+
+_say_once = cache(say)
 
 
 def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:
@@ -757,7 +788,9 @@ _DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
 _UNQUANT = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"
 SCHEDULER_HOOKS = (
     Hook("sglang.srt.layers.moe.topk.TopK.__init__", _topk_init, "after"),
-    Hook("sglang.srt.layers.moe.utils.is_deepep_class_backend", _is_deepep_class_backend, "around"),
+    Hook("sglang.srt.layers.moe.utils.MoeA2ABackend.is_deepep", _is_deepep, "around"),
+    Hook("sglang.srt.layers.moe.ep_moe.layer.get_moe_impl_class", _get_moe_impl_class, "around"),
+    Hook("sglang.srt.eplb.expert_location_dispatch.ExpertLocationDispatchInfo.init_new", _expert_location, "around"),
     Hook("sglang.srt.layers.moe.fused_moe_triton.layer.create_moe_dispatcher", _create_moe_dispatcher, "around"),
     Hook("sglang.srt.managers.scheduler_components.dp_attn._update_gather_batch", _update_gather_batch, "after"),
     Hook("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", _forward_batch_init_new, "after"),

@@ -22,7 +22,7 @@ def _model(kind: str, folder: str) -> Path:
 
 @pytest.fixture(scope="session")
 def vl_model() -> Path:
-    """Qwen3-VL-MoE: 3 layers, 16 experts, top-4; rebuilt when sglang_macs/tiny_models.py changed."""
+    """Qwen3-VL-MoE: 3 layers, 16 experts, top-4; rebuilt when sglang_macs/tiny_models changed."""
     return _model("qwen3_vl_moe", "tiny-qwen3-vl-moe")
 
 

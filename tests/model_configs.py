@@ -1,6 +1,7 @@
 """config.json of one small checkpoint a family, without weights: what the launcher decides by.
 
 `MODELS[name]`: (config, what MACS's default re-routing is refused for, "" where it is right).
+`REFUSED[name]`: (config, why no launch is taken).
 """
 
 TEXT = {
@@ -82,10 +83,12 @@ MODELS = {
     "InternVL3.5-30B-A3B": (_INTERNVL, ""),
     "Qwen3-Omni-30B-A3B": (_QWEN3_OMNI, ""),
     "DeepSeek-VL2": (_DEEPSEEK_VL2, ""),
-    "Mixtral": ({**_LOCAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, ""),
-    "gpt-oss": ({**_LOCAL, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, ""),
     "MiniMax-M2": ({**_LOCAL, **_MINIMAX, "scoring_func": "sigmoid", "use_routing_bias": True}, "sigmoid scores"),
     "GLM-4.5V": (_GLM, "a correction bias in the selection"),
     "Kimi-VL-A3B": (_KIMI, "sigmoid scores"),
     "DeepSeek-V2": ({**DEEPSEEK, **_DEEPSEEK_V2, **_GROUPS}, "experts from 2 of 4 groups"),
+}
+REFUSED = {
+    "Mixtral": ({**_LOCAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "it sums its MoE layers"),
+    "gpt-oss": ({**_LOCAL, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "has not implemented"),
 }

@@ -84,6 +84,11 @@ class Reference:
         best = torch.stack(out.logits).float().topk(2).values[:, 0]  # [new_tokens, 2]
         return Answer(out.sequences[0, length:].tolist(), (best[:, 0] - best[:, 1]).tolist(), length)
 
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return len(tokenizer(text)["input_ids"])
+
     def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
         if question.image is None:
             return self.processor(text=[question.prompt], return_tensors="pt")

@@ -20,6 +20,25 @@ def test_segments_by_batch_and_by_image_leave_audio_out():
     assert segment.tolist() == [-1, 1, 1, -1, 0, -1, -1]  # by ascending pad id
 
 
+PADDED = batch.PAD_ID_BASE + 7
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "unmarked"),
+    [
+        ([5, PADDED, PADDED, 6], [(1, 2)], 0),
+        ([5, 3, 3, 6], [(1, 2)], 1),
+        ([3, 3, 5, PADDED], [(0, 1), (3, 3)], 0),  # a video: its frames, of which one is enough
+        ([5, 6], [(1, 2)], 0),  # positions of other ids than these
+        ([5, 6], None, 0),
+    ],
+)
+def test_a_picture_without_padded_positions_is_counted(ids, offsets, unmarked):
+    picture = SimpleNamespace(is_audio=lambda: False, offsets=offsets)
+    sound = SimpleNamespace(is_audio=lambda: True, offsets=[(0, 0)])
+    assert batch.unmarked([picture, sound], ids) == unmarked
+
+
 def test_rows_follow_the_scatter_over_attention_tp():
     segment = torch.tensor([-1, 0, 0, 0, 0], dtype=torch.int32)
     shares = [batch.align(segment, 3, rank, 2, torch.device("cpu")).tolist() for rank in range(2)]

@@ -81,6 +81,22 @@ def test_flags_that_rule_macs_out_are_refused_in_one_line(flags):
     assert "(MACS)" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dp", [{"dp_size": 2, "enable_dp_attention": True}, {"attn_dp_size": 2}], ids=str)
+@pytest.mark.parametrize("architecture", ["InternVLChatModel", "Glm4vMoeForConditionalGeneration"])
+def test_towers_that_wait_for_all_ranks_are_served_where_all_have_the_picture(architecture, dp):
+    compat.check(launch(architecture))
+    with pytest.raises(MacsError, match=f"--enable-dp-attention: got {architecture}, whose vision tower waits"):
+        compat.check(launch(architecture, **dp))
+
+
+def test_a_tower_that_stays_on_its_rank_is_served_there():
+    dp = {"dp_size": 2, "enable_dp_attention": True, "mm_enable_dp_encoder": True}
+    compat.check(launch("Glm4vMoeForConditionalGeneration", **dp))
+    with pytest.raises(MacsError, match="InternVLChatModel"):
+        compat.check(launch("InternVLChatModel", **dp))
+    compat.check(launch(**{**dp, "mm_enable_dp_encoder": False}))
+
+
 # What these promise holds as long as MACS moves and drops nothing.
 PROMISES = [
     {"enable_deterministic_inference": True},
@@ -240,7 +256,13 @@ def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
 
 @pytest.mark.parametrize(
     ("architecture", "experts"),
-    [("Llama4ForConditionalGeneration", 16), ("Ernie4_5_VLMoeForConditionalGeneration", 64), ("Qwen3ForCausalLM", 0)],
+    [
+        ("Llama4ForConditionalGeneration", 16),
+        ("Ernie4_5_VLMoeForConditionalGeneration", 64),
+        ("GptOssForCausalLM", 32),
+        ("MixtralForCausalLM", 8),
+        ("Qwen3ForCausalLM", 0),
+    ],
 )
 def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
     with pytest.raises(MacsError, match=architecture):

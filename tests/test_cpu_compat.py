@@ -134,6 +134,27 @@ def test_idle_positions_leave_others_alone():
     assert torch.equal(busy.mrope_positions, torch.ones(3, 2)) and text.mrope_positions is None
 
 
+def test_rope_without_scaling_is_made_as_for_other_devices():
+    def original(*args, **kwargs):
+        return args, kwargs
+
+    args = (64, 64, 4096, 10000.0)
+    plain = gaps.plain_rope(original, *args, rope_scaling=None, device="cpu", dtype=torch.bfloat16)
+    assert plain == ((*args, True, None), {"device": None, "dtype": torch.bfloat16})
+    scaled = gaps.plain_rope(original, *args, False, {"rope_type": "deepseek_yarn"}, device="cpu")
+    assert scaled == ((*args, False, {"rope_type": "deepseek_yarn"}), {"device": "cpu"})
+
+
+def test_latent_attention_is_absorbed_under_torch_s_backend_alone(monkeypatch):
+    class Registry:
+        __module__ = "handlers"
+
+    monkeypatch.setitem(sys.modules, "handlers", SimpleNamespace(AttnForwardMethod=SimpleNamespace(MLA="absorbed")))
+    original = {"triton": "Triton's"}
+    get = lambda name: gaps.absorbed_mla(lambda cls, asked: original[asked], Registry, name)  # noqa: E731
+    assert get("torch_native")(None, None) == "absorbed" and get("triton") == "Triton's"
+
+
 def test_register_hands_every_gap_to_the_right_installer():
     hooked, defined = [], []
     targets = gaps.register(lambda *a: hooked.append(a), lambda *a: defined.append(a))

@@ -107,7 +107,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
         cases[name] = [*model, *EP2, "--config", written(folder / f"{name}.yaml", lines)]
     cases |= {name: {**engine, **keywords} for name, (keywords, _) in ENGINES.items()}
     cases |= {"engine, stock": engine}
-    for name, (values, _) in model_configs.MODELS.items():
+    for name, (values, _) in (model_configs.MODELS | model_configs.REFUSED).items():
         path = with_config(folder / name, Path(vl_model), values)
         cases[name] = ["--model-path", path, *EP2, *MACS]
         cases[f"{name}, no re-routing"] = [*cases[name], "--macs-reroute", "none"]
@@ -233,6 +233,13 @@ def test_a_model_family_is_re_routed_only_where_that_follows_its_router(launches
         assert result["code"] == 2 and special in line and "Pass --macs-reroute none." in line
     else:
         assert (result["code"], result["raised"], result["backend"]) == (None, None, "customized"), result
+
+
+@pytest.mark.parametrize("name", model_configs.REFUSED)
+def test_a_model_whose_layers_a_dispatch_does_not_fit_is_refused(launches, name):
+    for result in (launches[name], launches[f"{name}, no re-routing"]):
+        (line,) = our_lines(result)
+        assert result["code"] == 2 and model_configs.REFUSED[name][1] in line
 
 
 def launch_server(model, *arguments: str, **extra_env: str) -> subprocess.CompletedProcess:

@@ -81,3 +81,21 @@ def test_a_scheduler_ends_with_one_line_where_re_routing_cannot_follow(monkeypat
         plugin._topk_init(None, layer)
     (line,) = capfd.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.endswith("pass --macs-reroute none")
+
+
+def test_a_picture_without_positions_is_told_of_once(capfd):
+    picture = SimpleNamespace(is_audio=lambda: False, offsets=[(1, 2)])
+    inputs = SimpleNamespace(mm_items=[picture])
+
+    def prefill(*ids, session=None, extends=True):
+        req = SimpleNamespace(multimodal_inputs=inputs, origin_input_ids=ids, session=session)
+        text = SimpleNamespace(multimodal_inputs=None, origin_input_ids=ids, session=None)
+        mode = SimpleNamespace(is_extend=lambda: extends)
+        result = SimpleNamespace(forward_mode=mode, contains_mm_inputs=lambda: True)
+        plugin._forward_batch_init_new(result, None, SimpleNamespace(reqs=[text, req], decoding_reqs=None))
+        return capfd.readouterr().err
+
+    marked = plugin.batch.PAD_ID_BASE
+    assert prefill(5, marked, marked) == prefill(5, 6, 6, session="a turn") == prefill(5, 6, 6, extends=False) == ""
+    assert "a picture has no position of its own" in prefill(5, 6, 6)
+    assert prefill(5, 6, 6) == ""

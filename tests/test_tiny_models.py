@@ -31,6 +31,50 @@ def test_twin_differs_only_in_the_layout_of_fused_experts(built):
     assert all(torch.equal(ours[n], theirs[n]) for n in ours.keys() - set(fused))
 
 
+PARTS = {"internvl": "language_model.", "kimi_vl": "language_model.", "qwen3_omni": "thinker."}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_reference_of_a_family_is_a_part_of_it(tmp_path, kind):
+    out = tiny_models.ensure(tmp_path / "InternVL3_5", kind)
+    whole, part = (load_file(path / "model.safetensors") for path in (out, tiny_models.reference_path(out)))
+    assert all(torch.equal(whole[PARTS[kind] + name], weight) for name, weight in part.items())
+    assert len(whole) >= len(part) > 100
+
+
+@pytest.mark.parametrize("kind", ["kimi_vl", "glm4v_moe", "deepseek_v3"])
+def test_a_correction_bias_changes_the_selection_of_some_tokens_and_not_of_all(tmp_path, kind):
+    weights = load_file(tiny_models.ensure(tmp_path / "m", kind) / "model.safetensors")
+    gates = [name for name in weights if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    for name in gates:
+        gate, bias = weights[name].float(), weights[name.replace("weight", "e_score_correction_bias")].float()
+        tokens = torch.randn(500, gate.shape[1], generator=torch.Generator().manual_seed(0))
+        scores = (tokens @ gate.T).sigmoid()
+        chosen = [values.topk(4).indices.sort(dim=1).values for values in (scores, scores + bias)]
+        assert 0.2 < (chosen[0] != chosen[1]).any(dim=1).float().mean() < 0.95
+
+
+def test_kimi_vl_puts_as_many_tokens_as_its_pictures_have(tmp_path):
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    out = tiny_models.build_kimi_vl(tmp_path / "kimi-vl")
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    pictures = [Image.new("RGB", size) for size in ((640, 427), (60, 30))]
+    features = processor(text="a<|media_pad|>b<|media_pad|>", images=pictures)
+    rows, columns = features["image_grid_hws"][0].tolist()
+    assert rows * columns <= 640 and features["image_grid_hws"][1].tolist() == [2, 4]
+    assert features["pixel_values"].shape == (rows * columns + 8, 3, 14, 14)
+    token = processor.tokenizer.convert_tokens_to_ids("<|media_pad|>")
+    assert int((features["input_ids"] == token).sum()) == (rows * columns + 8) // 4
+
+
+def test_internvl_is_built_where_sglang_knows_it(tmp_path):
+    with pytest.raises(ValueError, match="name must contain InternVL3_5, got"):
+        tiny_models.build_internvl(tmp_path / "model")
+
+
 def test_visual_tokens_load_the_first_half_of_the_experts(vl_reference):
     """Rows of rank 0 of two over the mean, per layer: 1.05 to 1.6 with a photograph; text alone is close to even."""
     routes = []

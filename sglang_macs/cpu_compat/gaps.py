@@ -4,6 +4,7 @@ Written against `sglang/srt` of 0.5.21. Names: T tokens, K routes per token, H h
 registry: an `around` function gets the original first, an `after` function gets the result first.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,29 @@ def idle_mrope_positions(result, self, model_runner, num_tokens, bs):
         self.mrope_positions = self.positions.new_zeros((3, self.positions.shape[0]))
 
 
+def plain_rope(
+    original, head_size, rotary_dim, max_position, base, is_neox_style=True, rope_scaling=None, *, device=None, **kwargs
+):
+    """AROUND `get_rope_wrapper`: rotary embeddings without scaling are the same on every device.
+
+    For "cpu" the original takes deepseek_yarn alone; for any other device it asks `get_rope`, which takes all.
+    """
+    device = device if rope_scaling is not None else None
+    return original(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling, device=device, **kwargs)
+
+
+def absorbed_mla(original, cls, backend_name):
+    """AROUND `AttentionBackendRegistry.get_handler`: under torch's attention, MLA works on the latent KV cache.
+
+    The default is Triton's: a prefill without a prefix then attends to whole keys, which torch's attention reads from
+    the cache, where latent ones are.
+    """
+    if backend_name != "torch_native":
+        return original(cls, backend_name)
+    method = sys.modules[cls.__module__].AttnForwardMethod.MLA
+    return lambda attention, forward_batch: method
+
+
 IDLE_MROPE = Gap(
     target="sglang.srt.model_executor.forward_batch_info.ForwardBatch._pad_inputs_to_size",
     value=idle_mrope_positions,
@@ -123,6 +147,20 @@ GAPS = (
         kind="missing",
         why="_pad_inputs_to_size asks the attention backend for it on CPU; only the AMX and hybrid backends answer",
         until="TorchNativeAttnBackend or its base class defines it",
+    ),
+    Gap(
+        target="sglang.srt.layers.rotary_embedding.factory.get_rope_wrapper",
+        value=plain_rope,
+        kind="around",
+        why="on CPU it takes deepseek_yarn alone: an MLA model without scaling (Kimi-VL) dies on an assertion",
+        until="get_rope_cpu takes rope_scaling None",
+    ),
+    Gap(
+        target="sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
+        value=absorbed_mla,
+        kind="around",
+        why="MLA's prefill expects whole keys in the cache under torch's attention, and finds latent ones",
+        until="torch_native has a handler of its own",
     ),
     IDLE_MROPE,
 )

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .backlog import to_host
 from .batch import Batch
+from .choices import NUM_SUMS
 from .plan import Plan, PlanResult
-from .stats import NUM_SUMS, rows_per_bound
+from .stats import rows_per_bound
 
 LAG = 2  # passes
 AVERAGED = 8  # plans

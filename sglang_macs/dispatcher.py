@@ -170,13 +170,13 @@ class LayerPlanner:
         left_alone, planned_segment = now.left_alone_of(segment)
         if skip:
             if skip == batch.NO_GAIN and self.recorder is not None:
-                routed = self._as_routed(hidden_states, topk_ids, topk_weights, segment, now.num_segments)
+                routed = self._as_routed(hidden_states, topk_ids, topk_weights, planned_segment, now.num_segments)
                 self._record(now, topk_ids, topk_weights, routed, planned=False)
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
         given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
         start = time.perf_counter()
-        result = plan(*given) if plan else self.plan(*given, self.peers or self.all_reduce)
+        result = plan(*given) if plan else self.plan(*given, self.exchange)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
@@ -198,7 +198,6 @@ class LayerPlanner:
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
     ) -> PlanResult:
         """For a trace, of a layer left alone: everything is kept, no bound, sums of this rank alone."""
-        segment = segment.clamp(min=batch.TEXT)
         weight = self.plan.weight(hidden_states, segment, num_segments)
         own = self.plan.histogram(topk_ids, topk_weights, weight, segment)
         text = (segment < 0).unsqueeze(1)
@@ -214,6 +213,11 @@ class LayerPlanner:
         counts = result.counts.clone()
         counts[0, :, 1] += rows.to(counts.dtype)
         return result._replace(counts=counts)
+
+    @property
+    def exchange(self) -> PeerAllReduce | Callable[[Tensor], object]:
+        """What a plan sums its histogram by."""
+        return self.peers or self.all_reduce
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the EP group, in place."""

@@ -60,7 +60,7 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
     segment = torch.arange(TOKENS, dtype=torch.int32, device=device) % 2 - 1
 
     def plan() -> None:
-        planner.plan(hidden, ids, weights, logits, segment, 1, planner.peers or planner.all_reduce)
+        planner.plan(hidden, ids, weights, logits, segment, 1, planner.exchange)
 
     return _fastest(plan, device, in_a_row=8 if planner.plan.config.dispatch == "bounded" else 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ class BoundedDispatch:
 
     def __init__(self, config: MacsConfig, say: Callable[[str], None], unfit: str = "") -> None:
         self.config, self._unfit = config, unfit
-        self._say, self._said = say, set()
+        self._tell = cache(say)  # each line once
         self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
         self._found: dict[tuple, Room | None] = {}
         self._layers: set[tuple[Sizes, int]] = set()
@@ -232,11 +232,6 @@ class BoundedDispatch:
             f"no count on the host for {'planned' if planned else 'unplanned'} batches in normal mode: row buffers for "
             f"{bound / mean:.2f} times the mean load, {worst / mean:.2f} times without a bound"
         )
-
-    def _tell(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._say(line)
 
 
 class BoundedNormal:

@@ -13,7 +13,7 @@ docs/hooks.md says why each target is hooked.
 import argparse
 import os
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from itertools import zip_longest
 from typing import Any
 
@@ -34,7 +34,7 @@ from . import (
 from .acting import LOOK_EVERY
 from .agreement import Agreement
 from .config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
-from .console import say
+from .console import say, say_once
 from .dispatcher import LayerPlanner, MacsDispatcher
 from .errors import MacsError, MacsNotActive
 from .fused import Sizes
@@ -42,7 +42,7 @@ from .hooks import Hook
 from .low_latency import FusedLowLatency
 from .plan import Plan, check_batch_size
 from .shared_state import SharedState
-from .transport import say_once, unfit_device
+from .transport import say_for_group, unfit_device
 
 RUNNER = "macs"
 BOUNDED = "macs_bounded"  # format of a bounded dispatch in SGLang's registry
@@ -413,7 +413,7 @@ def _bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return
     if process.bounded is None:
         unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
-        tell = partial(say_once, group=planner.group)
+        tell = partial(say_for_group, group=planner.group)
         process.bounded = bounded.BoundedDispatch(process.config, tell, next(filter(None, unfit), ""))
         _register_bounded_permutation()
 
@@ -562,10 +562,7 @@ def _tell_of_unmarked(reqs) -> None:
     # A session's ids hold earlier turns, of which offsets do not speak.
     inputs = [(req.multimodal_inputs, req.origin_input_ids) for req in reqs if req.session is None]
     if any(batch.unmarked(mm.mm_items, ids) for mm, ids in inputs if mm is not None):
-        _say_once("a picture has no position of its own in the prompt: SGLang did not mark it, no token is visual")
-
-
-_say_once = cache(say)
+        say_once("a picture has no position of its own in the prompt: SGLang did not mark it, no token is visual")
 
 
 def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:

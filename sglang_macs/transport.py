@@ -46,7 +46,7 @@ class Transports:
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
-            say_once(self._line(why), group)
+            say_for_group(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
     @property
@@ -68,9 +68,11 @@ class Transports:
             if not why:
                 needed = PeerAllReduce.region_bytes(dist.get_world_size(group), size)
                 self._sum = PeerAllReduce(peer_memory.share(needed, group), size)
-                say_once(f"one kernel over the peers' memory sums the exchange: {needed / 1e6:.1f} MB a rank", group)
+                say_for_group(
+                    f"one kernel over the peers' memory sums the exchange: {needed / 1e6:.1f} MB a rank", group
+                )
             else:
-                say_once(f"the process group sums the exchange: {why}", group)
+                say_for_group(f"the process group sums the exchange: {why}", group)
         return self._sum if size == self._sum_size else None
 
     def _no_sum(self, group: dist.ProcessGroup) -> str:
@@ -101,8 +103,8 @@ class Transports:
         )
 
 
-def say_once(line: str, group: dist.ProcessGroup) -> None:
-    """Once for the group."""
+def say_for_group(line: str, group: dist.ProcessGroup) -> None:
+    """Once for the group: rank 0 says it."""
     if dist.get_rank(group) == 0:
         say(line)
 

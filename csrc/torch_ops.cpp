@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <sstream>
+#include <string>
 #include <string_view>
 #include <type_traits>
 
@@ -855,23 +855,23 @@ const char* kind_of() {
   return std::is_integral_v<Option> ? "int" : "float";
 }
 
-// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits.
+// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits. No
+// stream: where the linker takes libstdc++ from an archive, this library has a second one, whose streams know no locale.
 std::string definitions() {
-  std::ostringstream out;
+  std::string out = "{\"policy\":{";
   const char* separator = "";
-  out << "{\"policy\":{";
   const Policy policy = {};
   for_each_option(policy, [&](const char* name, const auto& option) {
-    out << separator << quoted(name) << ":" << quoted(kind_of<std::remove_cvref_t<decltype(option)>>());
+    out += separator + quoted(name) + ":" + quoted(kind_of<std::remove_cvref_t<decltype(option)>>());
     separator = ",";
   });
-  out << "},\"names\":{";
+  out += "},\"names\":{";
   for_each_option(policy, [&](const char* name, const auto& option) {
     using Option = std::remove_cvref_t<decltype(option)>;
-    if constexpr (std::is_enum_v<Option>) out << quoted(name) << ":" << list_of(kNames<Option>) << ",";
+    if constexpr (std::is_enum_v<Option>) out += quoted(name) + ":" + list_of(kNames<Option>) + ",";
   });
-  out << "\"format\":" << list_of(kNames<RowFormat>) << ",\"phase\":" << list_of(kNames<Phase>)
-      << ",\"fault\":" << list_of(kNames<Fault>) << "},\"limits\":{";
+  out += "\"format\":" + list_of(kNames<RowFormat>) + ",\"phase\":" + list_of(kNames<Phase>) +
+         ",\"fault\":" + list_of(kNames<Fault>) + "},\"limits\":{";
   const std::pair<const char*, int64_t> limits[] = {
       {"weight_one", kWeightOne},
       {"num_sums", kNumSums},
@@ -889,11 +889,10 @@ std::string definitions() {
   };
   separator = "";
   for (const auto& [name, value] : limits) {
-    out << separator << quoted(name) << ":" << value;
+    out += separator + quoted(name) + ":" + std::to_string(value);
     separator = ",";
   }
-  out << "}}";
-  return out.str();
+  return out + "}}";
 }
 
 // ---- Meta: shapes and dtypes only, so that the operators trace ------------------------------------------------------

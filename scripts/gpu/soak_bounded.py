@@ -56,6 +56,7 @@ class Layer:
         self.square = torch.randn(HIDDEN, HIDDEN, **self.bf16) * 0.02
         self.segment = torch.full((options.tokens,), -1, dtype=torch.int32, device="cuda")
         self.batches = [self._batch(seed, options.tokens) for seed in range(BATCHES)]
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _batch(self, seed: int, tokens: int) -> tuple[torch.Tensor, ...]:
         shares = routing.skewed(EXPERTS, RANKS, (1.1, 1.27)[seed % 2], seed)
@@ -64,8 +65,21 @@ class Layer:
         return torch.randn(tokens, HIDDEN, **self.bf16), ids, gates.contiguous(), logits
 
     def queue(self, n: int) -> list[torch.cuda.Event]:
-        """Launches it on batch `n`; an event behind every stage."""
-        return [self._event() for _ in self._stages(*self.batches[n % BATCHES])]
+        """Launches it on batch `n`; an event behind every stage, or behind all of them where they are a graph."""
+        batch = self.batches[n % BATCHES]
+        if self.graph is None:
+            return [self._event() for _ in self._stages(*batch)]
+        for static, x in zip(self.inputs, batch, strict=True):
+            static.copy_(x)
+        self.graph.replay()
+        return [self._event()]
+
+    def capture(self) -> None:
+        """From here on a layer is one launch, behind copies of its inputs."""
+        self.inputs, graph = [x.clone() for x in self.batches[0]], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            deque(self._stages(*self.inputs), maxlen=0)
+        self.graph = graph
 
     @staticmethod
     def _event() -> torch.cuda.Event:
@@ -112,7 +126,7 @@ class Layer:
 
 
 def tell(layer: int, events: list[torch.cuda.Event]) -> None:
-    ended = [name for name, event in zip(STAGES, events, strict=True) if event.query()]
+    ended = [name for name, event in zip(STAGES, events, strict=False) if event.query()]  # a graph has one event
     print(f"rank {dist.get_rank()}: layer {layer} stands still; ended: {', '.join(ended) or 'none'}", flush=True)
 
 
@@ -164,6 +178,9 @@ def run(rank: int, options: argparse.Namespace) -> None:
     layer.queue(0)  # compiles
     torch.cuda.synchronize()
     dist.barrier()
+    if options.graph:
+        layer.capture()
+        dist.barrier()
     soak(layer, options, group)
     layer.buffer.destroy()
 
@@ -177,6 +194,7 @@ def main() -> int:
     parser.add_argument("--attention", type=int, default=8, help="square matrix products in its place")
     parser.add_argument("--all-reduce", choices=("group", "peer"), default="group", help="of the plan")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds for a layer")
+    parser.add_argument("--graph", action="store_true", help="a layer is one CUDA graph")
     parser.add_argument("--share-gpu", action="store_true", help="both ranks on the first GPU, by CUDA MPS")
     parser.add_argument("--port", type=int, default=29555, help="of the rendezvous")
     options = parser.parse_args()

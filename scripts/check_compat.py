@@ -32,7 +32,8 @@ REFUSED_PORT = 19872  # nothing ever listens there
 HOOKS = """
 import json
 from importlib.metadata import version
-from sglang_macs import config, hooks, plugin
+from sglang_macs import config
+from sglang_macs.engine import hooks, plugin
 import sglang.srt.plugins as plugins
 
 def missing(registered):

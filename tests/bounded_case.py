@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sglang_macs import ops
-from sglang_macs.bounded import Sizes
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan
+from sglang_macs.dispatch.bounded import Sizes
+from sglang_macs.plan.plan import Plan
 
 POISON = 7  # in every output before a call; as a byte, a bf16 or an integer
 NOWHERE, LOST = -1, -2

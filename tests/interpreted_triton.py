@@ -10,13 +10,14 @@ import cases
 import torch
 from hypothesis import settings
 
-from sglang_macs import ops, triton_ops
+from sglang_macs import ops
+from sglang_macs.ops import triton as triton_ops
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 library = triton_ops.register("CPU")
 for operator in triton_ops.OPERATORS:
     registered = torch._C._dispatch_dump(f"{ops._ops.name}::{operator.__name__}").splitlines()
-    assert any(line.startswith("CPU: registered at") and "triton_ops" in line for line in registered)
+    assert any(line.startswith("CPU: registered at") and "ops/triton" in line for line in registered)
 for module, sizes in {
     triton_ops.entropy: {"ROW_BLOCK": 512, "TOKEN_BLOCK": 64},
     triton_ops.histogram: {"SLOT_BLOCK": 64},

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from sglang_macs import ops, policy
+from sglang_macs import ops
 from sglang_macs.config import MacsConfig
+from sglang_macs.ops import policy
 
 
 def policy_of(**options: Any) -> policy.Policy:

@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from sglang_macs import batch, plan_cost, plugin
-from sglang_macs.acting import AVERAGED, LAG, LOOK_EVERY, Acting, rows_gained
-from sglang_macs.agreement import Agreement
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import plan_cost
+from sglang_macs.dispatch.acting import AVERAGED, LAG, LOOK_EVERY, Acting, rows_gained
+from sglang_macs.dispatch.dispatcher import LayerPlanner
+from sglang_macs.engine import plugin
+from sglang_macs.engine.agreement import Agreement
+from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsNotActive
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
-from sglang_macs.worker import Worker
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 512
 CONFIG = MacsConfig.from_preset("rank", gamma=1.1, verify=True)

@@ -18,7 +18,7 @@ from serving import Server
 from sglang_macs.cpu_compat import environment
 
 SCHEDULER_WITHOUT_MACS = """
-from sglang_macs import plugin
+from sglang_macs.engine import plugin
 plugin._in_scheduler = True  # as in run_scheduler_process
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sglang_macs import batch, plugin
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats, rows_of
+from sglang_macs.dispatch.dispatcher import LayerPlanner
+from sglang_macs.engine import plugin
+from sglang_macs.observe.stats import Stats, rows_of
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 64
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from sglang_macs import batch
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import AllToAll, LayerPlanner, MacsDispatcher
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats, rows_of
+from sglang_macs.dispatch.dispatcher import AllToAll, LayerPlanner, MacsDispatcher
+from sglang_macs.observe.stats import Stats, rows_of
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 16
 

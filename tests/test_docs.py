@@ -11,7 +11,7 @@ import pytest
 
 from sglang_macs import cli, config
 from sglang_macs.cpu_compat import environment, gaps
-from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
+from sglang_macs.engine.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,16 +21,20 @@ import torch
 from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sglang_macs import batch, fused, ops, peer_memory, peer_status, plugin, transport
+from sglang_macs import ops
+from sglang_macs.comm import peer_memory, peer_status
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import fused, transport
+from sglang_macs.dispatch.dispatcher import LayerPlanner
+from sglang_macs.dispatch.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
+from sglang_macs.dispatch.low_latency import FusedLowLatency
+from sglang_macs.engine import plugin
 from sglang_macs.errors import MacsError, MacsNotActive
-from sglang_macs.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
-from sglang_macs.low_latency import FusedLowLatency
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)

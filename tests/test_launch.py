@@ -10,10 +10,11 @@ from pathlib import Path
 import model_configs
 import pytest
 
-from sglang_macs import config, profile
+from sglang_macs import config
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
-from sglang_macs.profile import Profile
+from sglang_macs.plan import profile
+from sglang_macs.plan.profile import Profile
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
@@ -263,7 +264,7 @@ def test_the_real_command_ends_with_code_2(vl_model):
 
 UNHOOKED = """
 import argparse
-from sglang_macs import plugin
+from sglang_macs.engine import plugin
 parser = argparse.ArgumentParser()
 parser.add_argument("--moe-a2a-backend", choices=["none", "deepep"])
 plugin._add_cli_args(None, parser)
@@ -281,7 +282,7 @@ def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
 ROUTERS = """
 import contextlib, io, json
 import torch
-from sglang_macs import plugin, worker
+from sglang_macs.engine import plugin, worker
 from sglang_macs.config import MacsConfig, configure
 from sglang.srt.plugins import load_plugins
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from peer_reduce_case import PeerReduceLayout
 
-from sglang_macs import dispatcher, ops, transport
+from sglang_macs import ops
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import dispatcher, transport
+from sglang_macs.dispatch.dispatcher import LayerPlanner
 from sglang_macs.errors import MacsError, MacsNotActive
-from sglang_macs.peer_all_reduce import PeerAllReduce
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan.plan import Plan
 
 
 def test_layout_is_that_of_the_kernel():

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_macs import plugin, worker
 from sglang_macs.config import CONFIG_ENV, MacsConfig, configure
+from sglang_macs.engine import plugin, worker
 from sglang_macs.errors import MacsError
 
 

@@ -28,15 +28,16 @@ from traces import (
     shown,
 )
 
-from sglang_macs import batch as batches
-from sglang_macs import plugin, recorder, report, trace, worker
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch.dispatcher import LayerPlanner
+from sglang_macs.engine import plugin, worker
 from sglang_macs.errors import MacsError
-from sglang_macs.plan import Plan, PlanResult
-from sglang_macs.recorder import Place, Recorder
-from sglang_macs.shared_state import merged
-from sglang_macs.stats import Stats
+from sglang_macs.observe import recorder, report, trace
+from sglang_macs.observe.recorder import Place, Recorder
+from sglang_macs.observe.shared_state import merged
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch as batches
+from sglang_macs.plan.plan import Plan, PlanResult
 
 
 def test_the_halves_of_an_overlapped_batch_are_one_pass(tmp_path):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
 
-from sglang_macs import cli, report, trace
+from sglang_macs import cli
+from sglang_macs.observe import report, trace
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br"}

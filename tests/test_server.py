@@ -16,9 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from reference import NEW_TOKENS, QUESTIONS, Question
 from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs, prompt
 
-from sglang_macs import cli, metrics, trace
-from sglang_macs.acting import LAG, LOOK_EVERY
+from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
+from sglang_macs.dispatch.acting import LAG, LOOK_EVERY
+from sglang_macs.observe import metrics, trace
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent

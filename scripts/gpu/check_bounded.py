@@ -28,8 +28,8 @@ from time_kernels import graph_us  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sglang_macs import ops  # noqa: E402
-from sglang_macs.bounded import TILE, Received, Sizes, Workspace, room  # noqa: E402
 from sglang_macs.config import MacsConfig  # noqa: E402
+from sglang_macs.dispatch.bounded import TILE, Received, Sizes, Workspace, room  # noqa: E402
 
 SIZES = Sizes(num_ranks=2, num_experts=128, top_k=8, hidden_size=2048)
 TOKENS = (2048, 4096, 8192, 16384)  # of a rank

@@ -29,10 +29,10 @@ import routing  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from sglang_macs import peer_memory  # noqa: E402
+from sglang_macs.comm import peer_memory  # noqa: E402
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce  # noqa: E402
 from sglang_macs.config import MacsConfig  # noqa: E402
-from sglang_macs.peer_all_reduce import PeerAllReduce  # noqa: E402
-from sglang_macs.plan import Plan  # noqa: E402
+from sglang_macs.plan.plan import Plan  # noqa: E402
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
 NORMAL_TOKENS = 4096  # a rank

@@ -28,7 +28,7 @@ import result_file  # noqa: E402
 from gpu_launches import LAUNCHES, RUNS, Launch, start  # noqa: E402
 from serving import Server, data_uri, photograph_files, prompt  # noqa: E402
 
-from sglang_macs import metrics, trace  # noqa: E402
+from sglang_macs.observe import metrics, trace  # noqa: E402
 
 # Servers start side by side, and answer in turn: kernels that wait for their peers, of several servers on one GPU, may
 # each hold what the others' peers need.

@@ -197,7 +197,7 @@ class Rank:
 def planned(rank: Rank, method: str, gamma: float, batch: dict):
     """(ids, gates, {"clipped", "rerouted", "dropped"} over the group) of one method at one bound."""
     from sglang_macs.config import MacsConfig
-    from sglang_macs.plan import Plan
+    from sglang_macs.plan.plan import Plan
 
     plan = Plan(MacsConfig.from_preset(method, gamma=gamma), EXPERTS, RANKS)
     result = plan(batch["hidden"], batch["ids"], batch["gates"], batch["logits"], batch["segment"], 1, rank.all_reduce)

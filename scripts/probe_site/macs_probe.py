@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_macs import batch, dispatcher
+from sglang_macs.dispatch import dispatcher
+from sglang_macs.plan import batch
 
 FOLDER = Path(os.environ["MACS_PROBE"])
 FORWARD = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"  # around what MACS hooks

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatch.dispatcher import LayerPlanner, MacsDispatcher
+from sglang_macs.dispatch.cpu import MacsDispatcher
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe import stats
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan

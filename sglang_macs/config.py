@@ -197,7 +197,7 @@ class MacsConfig:
 
 
 # A scheduler process serves with what stands in one environment variable. In a program that starts engines it holds
-# what an engine gets that asks for MACS without options; the engine itself carries its own (engine/plugin.py).
+# what an engine gets that asks for MACS without options; the engine itself carries its own (engine/launcher.py).
 
 
 def configured() -> MacsConfig | None:

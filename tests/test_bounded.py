@@ -18,7 +18,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import bounded
 from sglang_macs.dispatch.bounded import TILE, Room, Sizes, room, spare_bytes
-from sglang_macs.engine import plugin
+from sglang_macs.engine import deepep_bounded
 from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsError
 from sglang_macs.observe.stats import Stats
@@ -245,9 +245,9 @@ def test_the_worst_case_has_a_limit() -> None:
 REGISTERED = """
 from types import SimpleNamespace
 import torch
-from sglang_macs.engine import plugin
+from sglang_macs.engine import deepep_bounded
 from sglang_macs.dispatch.bounded import Received, Workspace
-plugin._register_bounded_permutation()
+deepep_bounded.register_permutation()
 from sglang.srt.layers.moe.moe_runner.base import PermuteMethodPool as pool
 ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
 tokens, weights = torch.randn(3, 64).bfloat16(), torch.rand(3, 2)
@@ -277,7 +277,7 @@ def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypat
     calls = []
     gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))
     monkeypatch.setitem(sys.modules, "deep_gemm", gemm)
-    around = plugin._grouped_gemm("gemm")
+    around = deepep_bounded._grouped_gemm("gemm")
 
     def original(a, b, out, layout, **more) -> None:
         calls.append(("rows", layout, more))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs.choices import WEIGHT_ONE
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatch.dispatcher import LayerPlanner
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.backlog import MOST, Backlog
 from sglang_macs.observe.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
 from sglang_macs.plan import batch

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatch.dispatcher import AllToAll, LayerPlanner, MacsDispatcher
+from sglang_macs.dispatch.cpu import AllToAll, MacsDispatcher
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan

@@ -14,7 +14,7 @@ from sglang_macs import cli, extension
 from sglang_macs.cli import doctor
 from sglang_macs.cli.doctor import FAIL, OK, SKIP, WARN, Check
 from sglang_macs.cpu_compat import environment
-from sglang_macs.engine.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
+from sglang_macs.engine import launcher, scheduler_process
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
 PACKAGE = extension.PACKAGE
@@ -36,7 +36,7 @@ def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
 def test_a_machine_and_a_launch_that_are_fine(vl_model):
     status, checks = run("--", "--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs")
     assert status == 0, checks
-    for side, hooks in (("launcher", LAUNCHER_HOOKS), ("scheduler", SCHEDULER_HOOKS)):
+    for side, hooks in (("launcher", launcher.HOOKS), ("scheduler", scheduler_process.HOOKS)):
         found = {check["found"] for check in checks[f"{side} hook"]}
         assert {hook.target for hook in hooks} <= found
     assert checks["server flags"][0]["status"] == checks["extension"][0]["status"] == OK

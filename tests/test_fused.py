@@ -27,10 +27,10 @@ from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import fused, transport
-from sglang_macs.dispatch.dispatcher import LayerPlanner
 from sglang_macs.dispatch.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
 from sglang_macs.dispatch.low_latency import FusedLowLatency
-from sglang_macs.engine import plugin
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import deepep
 from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
@@ -312,7 +312,9 @@ def make(verify: bool = True):
     plan = Plan(MacsConfig.from_preset("rank", gamma=1.0, verify=verify), SIZES.num_experts, SIZES.num_ranks)
     planner = AloneInGroup(3, plan, group=None, counters=counters)
     wrapped = FusedLowLatency(impl, carrier, planner, Output)
-    return plugin._plan_before_deepep(Outer(Inner(impl)), planner, [wrapped]), impl, carrier, counters
+    dispatcher = Outer(Inner(impl))
+    deepep.plan_before(dispatcher, planner, [wrapped])
+    return dispatcher, impl, carrier, counters
 
 
 def routed(tokens: int = 64):

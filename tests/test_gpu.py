@@ -19,8 +19,8 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import plan_cost
 from sglang_macs.dispatch.acting import Acting
 from sglang_macs.dispatch.bounded import BoundedDispatch, Received
-from sglang_macs.dispatch.dispatcher import LayerPlanner
 from sglang_macs.dispatch.fused import FusedDispatch, Sizes
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.plan import Plan

@@ -264,10 +264,10 @@ def test_the_real_command_ends_with_code_2(vl_model):
 
 UNHOOKED = """
 import argparse
-from sglang_macs.engine import plugin
+from sglang_macs.engine import launcher
 parser = argparse.ArgumentParser()
 parser.add_argument("--moe-a2a-backend", choices=["none", "deepep"])
-plugin._add_cli_args(None, parser)
+launcher._add_cli_args(None, parser)
 parser.parse_args(["--enable-macs", "--moe-a2a-backend", "deepep"])
 """
 
@@ -282,12 +282,12 @@ def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
 ROUTERS = """
 import contextlib, io, json
 import torch
-from sglang_macs.engine import plugin, worker
+from sglang_macs.engine import scheduler_process, worker
 from sglang_macs.config import MacsConfig, configure
 from sglang.srt.plugins import load_plugins
 
 configure(MacsConfig.from_preset())
-plugin._in_scheduler = True
+scheduler_process.here = True
 load_plugins()
 from sglang.srt.layers.moe.topk import TopK
 

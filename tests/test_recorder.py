@@ -29,8 +29,8 @@ from traces import (
 )
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatch.dispatcher import LayerPlanner
-from sglang_macs.engine import plugin, worker
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import dispatchers, launcher, worker
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import recorder, report, trace
 from sglang_macs.observe.recorder import Place, Recorder
@@ -348,7 +348,7 @@ def parallel(**options) -> SimpleNamespace:
     ],
 )
 def test_a_process_knows_its_place(options, expected):
-    assert plugin._place(parallel(**options)) == expected
+    assert dispatchers._place(parallel(**options)) == expected
 
 
 def test_every_launch_has_a_name_of_its_own():
@@ -356,7 +356,7 @@ def test_every_launch_has_a_name_of_its_own():
 
     def entry(backend: str):
         record = SimpleNamespace(moe_a2a_backend=backend)
-        return plugin._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, record, None, len)
+        return launcher._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, record, None, len)
 
     assert entry("none") is len
     assert len({entry("macs").args[1] for _ in range(3)}) == 3

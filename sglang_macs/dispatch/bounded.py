@@ -22,7 +22,7 @@ from ..comm.peer_status import Watch
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..plan import batch
-from .dispatcher import LayerPlanner
+from .planner import LayerPlanner
 
 TILE = 128  # rows of a tile of DeepGEMM's contiguous grouped GEMM, which begins at every expert
 # What a row buffer may hold beyond the mean load, in bf16 rows: more is left to DeepEP, whose buffers fit the rows that

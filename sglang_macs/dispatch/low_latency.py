@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..plan import batch
 from ..plan.plan import PlanResult
-from .dispatcher import LayerPlanner
 from .fused import FusedDispatch
+from .planner import LayerPlanner
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from .dispatcher import LayerPlanner
+from .planner import LayerPlanner
 
 TOKENS = 4096  # of a rank: a prefill chunk
 ROWS = 4096  # of an expert's GEMM

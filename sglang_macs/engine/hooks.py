@@ -1,7 +1,4 @@
-"""A hook on a function of SGLang, and the check that it took: SGLang logs and swallows what goes wrong with hooks.
-
-Targets are looked at by name, so nothing here imports sglang; `plugin.py` registers.
-"""
+"""A hook on a function of SGLang, and the check that it took: SGLang logs and swallows what goes wrong with hooks."""
 
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -22,6 +19,26 @@ class Hook:
     target: str
     function: Callable[..., Any]
     kind: str
+
+
+registered: list[Hook] = []  # in this process, in order
+
+
+def register(target: str, function: Callable[..., Any], kind: str) -> None:
+    """Hands a hook to SGLang, which applies it when all plugins are loaded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    registered.append(Hook(target, function, kind))
+    if kind == "class":
+        construct_through(target, function)
+    else:
+        HookRegistry.register(target, function, HookType(kind))
+
+
+def register_all(hooks: Iterable[Hook]) -> None:
+    """`register`, of each."""
+    for hook in hooks:
+        register(hook.target, hook.function, hook.kind)
 
 
 def check(hooks: Iterable[Hook]) -> None:

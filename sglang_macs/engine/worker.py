@@ -11,8 +11,8 @@ from ..config import MacsConfig, configured
 from ..console import say
 from ..dispatch.acting import Acting
 from ..dispatch.bounded import BoundedDispatch
-from ..dispatch.dispatcher import LayerPlanner
 from ..dispatch.plan_cost import ExpertSizes
+from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run

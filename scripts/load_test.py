@@ -36,7 +36,7 @@ from sglang_macs.plan import profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
-from reference import NEW_TOKENS, QUESTIONS, Question  # noqa: E402
+from support.reference import NEW_TOKENS, QUESTIONS, Question  # noqa: E402
 
 OUT = ROOT / "build" / "load"
 MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"

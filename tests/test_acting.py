@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import plan_cost

@@ -1,7 +1,7 @@
 """Ranks that would not decide alike are found in the first pass, on every one of them, instead of waiting for ever."""
 
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from sglang_macs.engine.agreement import PASSES, Agreement
 from sglang_macs.errors import MacsNotActive

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import bounded_case
 import pytest
 import torch
-from bounded_case import CASES, Case
+from support import bounded_case
+from support.bounded_case import CASES, Case
 
 from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS

@@ -5,7 +5,7 @@ arrive.
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.cpu import AllToAll, MacsDispatcher

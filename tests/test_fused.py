@@ -15,10 +15,10 @@ import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import fused_c as fc
 import pytest
 import torch
-from ranks import run_ranks
+from support import fused_c as fc
+from support.ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sglang_macs import ops

@@ -6,10 +6,10 @@ They test what CUDA tensors get (`ops.cuda_backend`): the extension's kernels, o
 
 import os
 
-import bounded_case
 import pytest
 import torch
 import torch.distributed as dist
+from support import bounded_case
 
 from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from info_server import answering, body
 from PIL import Image
 from serving import photograph_files
+from support.info_server import answering, body
 
 from sglang_macs.cli import main
 from sglang_macs.errors import MacsError

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import model_configs
 import pytest
+from support import model_configs
 
 from sglang_macs import config
 from sglang_macs.config import MacsConfig
@@ -118,7 +118,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
     ]
     text = json.dumps(replaced).replace('"PROFILE"', json.dumps(words["PROFILE"]))
     done = subprocess.run(
-        [sys.executable, str(HERE / "launch_cases.py")],
+        [sys.executable, str(HERE / "support" / "launch_cases.py")],
         input=text,
         env=env(),
         capture_output=True,

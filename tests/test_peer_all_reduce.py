@@ -7,10 +7,10 @@ from __future__ import annotations
 import ctypes
 from types import SimpleNamespace
 
-import fused_c as fc
 import pytest
 import torch
-from peer_reduce_case import PeerReduceLayout
+from support import fused_c as fc
+from support.peer_reduce_case import PeerReduceLayout
 
 from sglang_macs import ops
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce

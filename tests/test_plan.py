@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cases
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import cases, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import operators
 import pytest
 import torch
-from policy_c import Policy as PolicyInC
+from support import operators
+from support.policy_c import Policy as PolicyInC
 
 from sglang_macs import choices, ops
 from sglang_macs.config import MacsConfig

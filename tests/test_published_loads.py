@@ -6,9 +6,9 @@ import json
 from functools import cache
 from importlib import resources
 
-import cases
 import pytest
 import torch
+from support import cases
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.plan import Plan, check_batch_size

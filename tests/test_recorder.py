@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from traces import (
+from support.traces import (
     COLUMNS,
     EXPERTS,
     KEY,

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from info_server import answering, body
+from support.info_server import answering, body
 
 from sglang_macs import cli
 from sglang_macs.errors import MacsError

@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cases
 import check_simulation
 import numpy as np
 import pytest
 import torch
+from support import cases
 
 from sglang_macs import cli
 from sglang_macs.config import MacsConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from info_server import answering, body
+from support.info_server import answering, body
 
 from sglang_macs import __version__, cli
 from sglang_macs.cli import top

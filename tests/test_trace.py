@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, batch, config, rank_file, record, shown
+from support.traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, batch, config, rank_file, record, shown
 
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import trace

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import cases
-import operators
 import pytest
 import test_ops
 import torch
+from support import cases, operators
 
 from sglang_macs import ops
 
@@ -37,7 +36,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_operators_tests_pass_under_the_interpreter():
     selected = " ".join(SELECTED.split())
-    pytest_args = ("-m", "pytest", "-q", "-p", "interpreted_triton", "tests/test_ops.py", "-k", selected)
+    pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", "tests/test_ops.py", "-k", selected)
     run = python(*pytest_args, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100

@@ -21,11 +21,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
-
-import mps  # noqa: E402
-import result_file  # noqa: E402
+import mps
+import paths  # noqa: F401
+import result_file
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS

@@ -11,9 +11,10 @@ import json
 import time
 from collections.abc import Callable
 
+import paths  # noqa: F401
 import result_file
 import torch
-from kernel_case import Config, make_inputs
+from support.kernel_case import Config, make_inputs
 from time_kernels import HOT, graph_us
 
 from sglang_macs import ops

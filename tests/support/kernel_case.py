@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import kernels_c as c
 import numpy as np
 import torch
+
+from . import kernels_c as c
 
 POISON = 0x7F
 POISON_WORD = int.from_bytes(bytes([POISON]) * 4, "little")

@@ -7,7 +7,7 @@ from serving import CPU_ARGS, EP2_ARGS
 
 from sglang_macs import tiny_models
 
-MODELS = Path(__file__).resolve().parent.parent / "build" / "models"
+MODELS = Path(__file__).resolve().parents[2] / "build" / "models"
 ATTENTION_TP = ("--tp", "2", "--ep-size", "2", *CPU_ARGS)
 
 

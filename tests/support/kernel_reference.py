@@ -1,4 +1,4 @@
-"""Vectorised numpy references of docs/method.md for sizes where tests/oracle.py's loops would take hours.
+"""Vectorised numpy references of docs/method.md for sizes where tests/support/oracle.py's loops would take hours.
 
 Written from the contract, sharing nothing with csrc; itself checked against the oracle at small sizes (check_kernels).
 """

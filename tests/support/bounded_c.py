@@ -1,5 +1,5 @@
 """The bounded permutation's launchers through ctypes, with the arguments of `sglang_macs.ops`: for scripts/gpu and the
-emulated tests. `call(name, params)` runs a launcher (kernels_c.py, tests/emulated.py).
+emulated tests. `call(name, params)` runs a launcher (kernels_c.py, tests/support/emulated.py).
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
-import fused_c as fc
 import torch
-from kernel_case import POISON
+
+from . import fused_c as fc
+from .kernel_case import POISON
 
 GUARD = 64  # bytes of poison on either side
 

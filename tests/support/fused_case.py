@@ -6,9 +6,10 @@ import ctypes
 import math
 from dataclasses import dataclass, field, replace
 
-import fused_c as fc
 import torch
-from kernel_case import POISON, Config, Inputs, make_inputs
+
+from . import fused_c as fc
+from .kernel_case import POISON, Config, Inputs, make_inputs
 
 GUARD = 256  # bytes of poison on either side of every buffer
 # Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round, and

@@ -1,7 +1,7 @@
 """Builds csrc/cuda with nvcc into one library with a C interface, and calls it through ctypes on torch tensors.
 
-Needs neither the extension nor torch's headers, so the kernels can be checked and timed alone. `python kernels_c.py`
-only builds (no GPU needed).
+Needs neither the extension nor torch's headers, so the kernels can be checked and timed alone.
+`python -m tests.support.kernels_c` only builds (no GPU needed).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fused_c
-from policy_c import NAMES, Policy, policy
+from . import fused_c
+from .policy_c import NAMES, Policy, policy
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import fused_c as fc
-import kernels_c as c
 import numpy as np
-from fused_case import FusedConfig, masked
-from kernel_case import Config
+
+from . import fused_c as fc
+from . import kernels_c as c
+from .fused_case import FusedConfig, masked
+from .kernel_case import Config
 
 HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from sglang_macs import choices  # needs neither torch nor the extension
 
-from sglang_macs import choices  # noqa: E402  (needs neither torch nor the extension)
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = {
     "scope": choices.SCOPES,

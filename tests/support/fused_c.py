@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from policy_c import Policy, choices
+from .policy_c import Policy, choices
 
 FORMATS = ("bfloat16", *choices.FORMATS[1:])  # by the names of the result files
 BOTH, SEND, RECEIVE = range(len(choices.PHASES))

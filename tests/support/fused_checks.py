@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import fused_c as fc
-import fused_reference as reference
 import numpy as np
 import torch
-from check_kernels import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
-from fused_case import Group, Inputs, make_group
-from kernel_case import POISON, POISON_WORD
 from torch import Tensor
+
+from . import fused_c as fc
+from . import fused_reference as reference
+from .comparison import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
+from .fused_case import Group, Inputs, make_group
+from .kernel_case import POISON, POISON_WORD
 
 
 def expect_same(name: str, group: Group, got: Tensor, want: Tensor) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import fused_c as fc
 import torch
-from check_kernels import Mismatch
-from fused_case import FusedConfig, Group, make_group
-from fused_checks import check_guards, describe, play
-from kernel_case import POISON, Config
+
+from . import fused_c as fc
+from .comparison import Mismatch
+from .fused_case import FusedConfig, Group, make_group
+from .fused_checks import check_guards, describe, play
+from .kernel_case import POISON, Config
 
 # Everything goes to rank 0, so that its bound is exceeded, whatever rank 1 says.
 PLAN = Config(T=12, H=2048, E=16, K=4, R=2, hot=60.0, visual=0.8, gamma=1.0)

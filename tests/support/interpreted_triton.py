@@ -1,17 +1,18 @@
 """pytest plugin: the operators on CPU tensors are Triton's, interpreted.
 
-`TRITON_INTERPRET=1 pytest -p interpreted_triton tests/test_ops.py` then tests them as it tests those in C++, with
-fewer random cases and smaller blocks: loops over blocks take several steps on the small batches, too.
+`TRITON_INTERPRET=1 pytest -p support.interpreted_triton tests/test_ops.py` then tests them as it tests those in C++,
+with fewer random cases and smaller blocks: loops over blocks take several steps on the small batches, too.
 """
 
 import os
 
-import cases
 import torch
 from hypothesis import settings
 
 from sglang_macs import ops
 from sglang_macs.ops import triton as triton_ops
+
+from . import cases
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 library = triton_ops.register("CPU")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan
+from sglang_macs.plan.plan import Plan
 
 CASE = {"T": 8192, "H": 2048, "E": 128, "K": 8, "R": 8, "dtype": "bf16"}
 

@@ -32,7 +32,8 @@ REFUSED_PORT = 19872  # nothing ever listens there
 HOOKS = """
 import json
 from importlib.metadata import version
-from sglang_macs import config, hooks, plugin
+from sglang_macs import config
+from sglang_macs.engine import hooks, launcher, scheduler_process
 import sglang.srt.plugins as plugins
 
 def missing(registered):
@@ -40,10 +41,10 @@ def missing(registered):
 
 config.configure(config.MacsConfig.from_preset("rank"))
 plugins.load_plugins()
-lost = missing(plugin.LAUNCHER_HOOKS)
-plugin._in_scheduler, plugins._plugins_loaded = True, False
+lost = missing(launcher.HOOKS)
+scheduler_process.here, plugins._plugins_loaded = True, False
 plugins.load_plugins()
-lost |= missing((*plugin.SCHEDULER_HOOKS, *plugin._registered))
+lost |= missing((*scheduler_process.HOOKS, *hooks.registered))
 print("HOOKS", json.dumps({"version": version("sglang"), "lost": lost}))
 """
 STAGES = {

@@ -25,10 +25,12 @@ import paired
 import torch
 import torch.distributed as dist
 
-from sglang_macs import batch, stats
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner, MacsDispatcher
-from sglang_macs.plan import Plan
+from sglang_macs.dispatch.cpu import MacsDispatcher
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe import stats
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TOKENS = 256  # small: inputs stay in caches, and a sample is short enough to find the machine quiet

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sglang_macs.errors import MacsError
-from sglang_macs.machines import MACHINES, MODELS
+from sglang_macs.simulate.machines import MACHINES, MODELS
 from sglang_macs.simulate.times import Cluster, expert_us
 
 

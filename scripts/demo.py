@@ -21,7 +21,7 @@ from PIL import Image
 from serving import EP2_ARGS, Server, ServerError, data_uri
 from tqdm import tqdm
 
-from sglang_macs.batch import NO_GAIN
+from sglang_macs.plan.batch import NO_GAIN
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sglang_macs import metrics
-from sglang_macs.compat import SGLANG
 from sglang_macs.config import flag_table
+from sglang_macs.engine.compat import SGLANG
+from sglang_macs.observe import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)

@@ -31,11 +31,12 @@ import requests
 from PIL import Image
 from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
 
-from sglang_macs import profile, tiny_models
+from sglang_macs import tiny_models
+from sglang_macs.plan import profile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
-from reference import NEW_TOKENS, QUESTIONS, Question  # noqa: E402
+from support.reference import NEW_TOKENS, QUESTIONS, Question  # noqa: E402
 
 OUT = ROOT / "build" / "load"
 MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"

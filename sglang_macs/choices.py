@@ -1,5 +1,5 @@
 """Names and limits that the options, the operators, the counters and the tools share; nothing here needs torch. Those
-of csrc/include/macs must be the extension's (definitions.py).
+of csrc/include/macs must be the extension's (ops/definitions.py).
 """
 
 SCOPES = ("expert", "rank")

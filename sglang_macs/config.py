@@ -16,7 +16,7 @@ CONFIG_ENV = "SGLANG_MACS_CONFIG"
 # Prefill tokens a rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 # Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
-# 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (sglang_macs/acting.py).
+# 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (dispatch/plan_cost.py).
 ROWS_THAT_PAY_ON_CPU = 8
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -172,6 +172,14 @@ class MacsConfig:
         """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
         return math.isinf(self.gamma)
 
+    def no_low_latency(self, mode: str) -> str:
+        """Why no batch that is planned is dispatched in DeepEP's low-latency mode under --deepep-mode `mode`, or ""."""
+        if mode == "normal":
+            return "--deepep-mode normal"
+        if mode == "auto" and not self.decode:
+            return "--deepep-mode auto, under which planned batches (prefill) are in normal mode"
+        return ""
+
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads back; infinity as the string "inf"."""
         return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
@@ -189,7 +197,7 @@ class MacsConfig:
 
 
 # A scheduler process serves with what stands in one environment variable. In a program that starts engines it holds
-# what an engine gets that asks for MACS without options; the engine itself carries its own (sglang_macs/plugin.py).
+# what an engine gets that asks for MACS without options; the engine itself carries its own (engine/launcher.py).
 
 
 def configured() -> MacsConfig | None:

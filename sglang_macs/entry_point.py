@@ -14,7 +14,7 @@ CONFIG_ENV = "SGLANG_MACS_CONFIG"  # as in config.py, which is among the things 
 def register() -> None:
     """Registers the plugin. Ends the process with one line and status 2 if that fails and MACS is asked for."""
     try:
-        from . import plugin
+        from .engine import plugin
 
         plugin.register()
     except Exception as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import MacsError
 
 NAME = "sglang_macs._C"
+PACKAGE = Path(__file__).parent
 
 
 def library_in(package: Path) -> Path | None:
@@ -30,6 +31,6 @@ def missing(package: Path) -> MacsError:
 
 def _installed_beside(package: Path) -> Path | None:
     """The first `sglang_macs` with an extension on the path, or the one that runs, apart from `package`."""
-    others = (*(Path(entry or ".") / package.name for entry in sys.path), Path(__file__).parent)
+    others = (*(Path(entry or ".") / package.name for entry in sys.path), PACKAGE)
     found = (other.resolve() for other in others if library_in(other))
     return next((other for other in found if other != package.resolve()), None)

@@ -8,17 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
-from sglang_macs import batch, plan_cost, plugin
-from sglang_macs.acting import AVERAGED, LAG, LOOK_EVERY, Acting, rows_gained
-from sglang_macs.agreement import Agreement
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import plan_cost
+from sglang_macs.dispatch.acting import AVERAGED, LAG, LOOK_EVERY, Acting, rows_gained
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import scheduler
+from sglang_macs.engine.agreement import Agreement
+from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsNotActive
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
-from sglang_macs.worker import Worker
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 512
 CONFIG = MacsConfig.from_preset("rank", gamma=1.1, verify=True)
@@ -304,7 +306,7 @@ def test_what_pays_is_known_on_a_cpu_and_measured_on_a_gpu_unless_given():
 def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_itself(options, fuses, rows, capsys):
     process = Worker(MacsConfig.from_preset(**options).on("cpu"))
     process.transports._made = [None] * fuses
-    assert plugin._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
+    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
     assert (f"from {rows} rows on" in capsys.readouterr().err) == (rows > 0)
 
 

@@ -1,11 +1,11 @@
 """Ranks that would not decide alike are found in the first pass, on every one of them, instead of waiting for ever."""
 
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
-from sglang_macs.agreement import PASSES, Agreement
-from sglang_macs.batch import Batch
+from sglang_macs.engine.agreement import PASSES, Agreement
 from sglang_macs.errors import MacsNotActive
+from sglang_macs.plan.batch import Batch
 
 FLAGS = "--moe-dense-tp-size=1 --enable-dp-lm-head=True"
 

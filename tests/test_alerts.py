@@ -12,8 +12,8 @@ import pytest
 import yaml
 from serving import reserve_port
 
-from sglang_macs import metrics
 from sglang_macs.cpu_compat import environment
+from sglang_macs.observe import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -96,7 +96,7 @@ SECOND_NODE = """
 import sys, time, urllib.request
 from sglang.srt.utils.common import launch_dummy_health_check_server
 from sglang_macs.config import MacsConfig
-from sglang_macs.metrics import Exporter
+from sglang_macs.observe.metrics import Exporter
 Exporter({"model_name": "m", "moe_ep_rank": "8"}, MacsConfig.from_preset(), 8)  # as one of its schedulers does
 launch_dummy_health_check_server("127.0.0.1", int(sys.argv[1]), True)
 for attempt in range(200):

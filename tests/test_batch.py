@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_macs import batch
 from sglang_macs.config import MacsConfig
+from sglang_macs.plan import batch
 
 CAT, DOG, SOUND = batch.PAD_ID_BASE + 7, batch.PAD_ID_BASE + 3, batch.PAD_ID_BASE + 99
 

@@ -7,19 +7,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import bounded_case
 import pytest
 import torch
-from bounded_case import CASES, Case
+from support import bounded_case
+from support.bounded_case import CASES, Case
 
-from sglang_macs import batch, bounded, ops, plugin
-from sglang_macs.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
+from sglang_macs.dispatch import bounded
+from sglang_macs.dispatch.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs.engine import deepep_bounded
+from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsError
-from sglang_macs.stats import Stats
-from sglang_macs.worker import Worker
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = Sizes(num_ranks=8, num_experts=128, top_k=8, hidden_size=2048)
@@ -242,9 +245,9 @@ def test_the_worst_case_has_a_limit() -> None:
 REGISTERED = """
 from types import SimpleNamespace
 import torch
-from sglang_macs import plugin
-from sglang_macs.bounded import Received, Workspace
-plugin._register_bounded_permutation()
+from sglang_macs.engine import deepep_bounded
+from sglang_macs.dispatch.bounded import Received, Workspace
+deepep_bounded.register_permutation()
 from sglang.srt.layers.moe.moe_runner.base import PermuteMethodPool as pool
 ids = torch.tensor([[0, 2], [2, -1], [-1, -1]])
 tokens, weights = torch.randn(3, 64).bfloat16(), torch.rand(3, 2)
@@ -274,7 +277,7 @@ def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypat
     calls = []
     gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))
     monkeypatch.setitem(sys.modules, "deep_gemm", gemm)
-    around = plugin._grouped_gemm("gemm")
+    around = deepep_bounded._grouped_gemm("gemm")
 
     def original(a, b, out, layout, **more) -> None:
         calls.append(("rows", layout, more))

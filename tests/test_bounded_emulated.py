@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bounded_c
-import bounded_case
-import emulated
 import pytest
-from bounded_case import CASES, Case
-from emulated import Kernels
+from support import bounded_c, bounded_case, emulated
+from support.bounded_case import CASES, Case
+from support.emulated import Kernels
 
 from sglang_macs import ops
 

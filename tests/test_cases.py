@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import cases
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.25, 2.0, 4.0])

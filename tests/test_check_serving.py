@@ -18,12 +18,12 @@ from serving import Server
 from sglang_macs.cpu_compat import environment
 
 SCHEDULER_WITHOUT_MACS = """
-from sglang_macs import plugin
-plugin._in_scheduler = True  # as in run_scheduler_process
+from sglang_macs.engine import hooks, scheduler_process
+scheduler_process.here = True  # as in run_scheduler_process
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
-print("hooks:", plugin._registered, [h for h in HookRegistry._hooks] if hasattr(HookRegistry, "_hooks") else "?")
+print("hooks:", hooks.registered, [h for h in HookRegistry._hooks] if hasattr(HookRegistry, "_hooks") else "?")
 """
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from info_server import answering, body
+from support import traces
+from support.info_server import answering, body
 
 from sglang_macs import __version__, cli
 from sglang_macs.errors import MacsError, printable

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_macs import compat
 from sglang_macs.config import MacsConfig
+from sglang_macs.engine import compat
 from sglang_macs.errors import MacsError
 
 GOOD = {"tp_size": 2, "ep_size": 2}

@@ -9,8 +9,8 @@ MACS.
 from pathlib import Path
 
 import pytest
-from reference import QUESTIONS, TEXT_QUESTIONS, Question
 from serving import CPU_ARGS, Server, ServerError, data_uri, photograph_files
+from support.reference import QUESTIONS, TEXT_QUESTIONS, Question
 
 from sglang_macs.cpu_compat import SITE_DIR
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_macs import batch
-from sglang_macs.backlog import MOST, Backlog
 from sglang_macs.choices import WEIGHT_ONE
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.plan import Plan, PlanResult
-from sglang_macs.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe.backlog import MOST, Backlog
+from sglang_macs.observe.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan, PlanResult
 
 EXPERTS, RANKS, TOP_K, TOKENS, LAYERS = 8, 2, 2, 64, 3
 CONFIGS = {

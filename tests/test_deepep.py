@@ -5,11 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sglang_macs import batch, plugin
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats, rows_of
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import deepep
+from sglang_macs.observe.stats import Stats, rows_of
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 64
 
@@ -69,7 +70,9 @@ def planned():
     counters = Stats()
     config = MacsConfig.from_preset("rank", gamma=1.0, verify=True)
     planner = AloneInGroup(0, Plan(config, EXPERTS, RANKS), group=None, counters=counters)
-    return plugin._plan_before_deepep(MaybeTbo(), planner), counters
+    dispatcher = MaybeTbo()
+    deepep.plan_before(dispatcher, planner)
+    return dispatcher, counters
 
 
 def routed(tokens: int = TOKENS):

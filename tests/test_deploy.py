@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sglang_macs import doctor
+from sglang_macs.cli import doctor
 from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ import argparse, json, os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import ServerArgs
-from sglang_macs import plugin
+from sglang_macs.engine import plugin
 from sglang_macs.config import from_options
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)

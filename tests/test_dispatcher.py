@@ -5,13 +5,14 @@ arrive.
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 
-from sglang_macs import batch
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import AllToAll, LayerPlanner, MacsDispatcher
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats, rows_of
+from sglang_macs.dispatch.cpu import AllToAll, MacsDispatcher
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe.stats import Stats, rows_of
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 16
 

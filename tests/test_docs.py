@@ -11,7 +11,7 @@ import pytest
 
 from sglang_macs import cli, config
 from sglang_macs.cpu_compat import environment, gaps
-from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
+from sglang_macs.engine import launcher, scheduler_process
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def test_readme_flag_table_is_that_of_the_config():
 
 def test_hook_ledger_lists_exactly_what_is_registered():
     ledger = re.findall(r"^\| `(sglang\.\S+)` \| (\w+) \|", PAGES["docs/hooks.md"], re.MULTILINE)
-    hooks = [(h.target, h.kind) for h in (*LAUNCHER_HOOKS, *SCHEDULER_HOOKS)]
+    hooks = [(h.target, h.kind) for h in (*launcher.HOOKS, *scheduler_process.HOOKS)]
     assert ledger == hooks + [(g.target, g.kind) for g in gaps.GAPS]
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from test_launch import BREAK
 
-from sglang_macs import cli, doctor
+from sglang_macs import cli, extension
+from sglang_macs.cli import doctor
+from sglang_macs.cli.doctor import FAIL, OK, SKIP, WARN, Check
 from sglang_macs.cpu_compat import environment
-from sglang_macs.doctor import FAIL, OK, SKIP, WARN, Check
-from sglang_macs.plugin import LAUNCHER_HOOKS, SCHEDULER_HOOKS
+from sglang_macs.engine import launcher, scheduler_process
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
-PACKAGE = Path(doctor.__file__).parent
+PACKAGE = extension.PACKAGE
 
 
 def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
@@ -35,7 +36,7 @@ def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
 def test_a_machine_and_a_launch_that_are_fine(vl_model):
     status, checks = run("--", "--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs")
     assert status == 0, checks
-    for side, hooks in (("launcher", LAUNCHER_HOOKS), ("scheduler", SCHEDULER_HOOKS)):
+    for side, hooks in (("launcher", launcher.HOOKS), ("scheduler", scheduler_process.HOOKS)):
         found = {check["found"] for check in checks[f"{side} hook"]}
         assert {hook.target for hook in hooks} <= found
     assert checks["server flags"][0]["status"] == checks["extension"][0]["status"] == OK
@@ -61,7 +62,7 @@ def test_a_lost_hook_and_a_bad_flag_are_named(tmp_path, vl_model):
 def test_the_exit_status_follows_the_checks(monkeypatch, capsys):
     fine = [Check("a", OK, "x"), Check("b", SKIP, "y"), Check("c", WARN, "x", "do y")]
     for checks, status in ((fine, 0), ([Check("a", FAIL, "x", "do z")], 1)):
-        monkeypatch.setattr(doctor, "run", lambda flags, checks=checks: checks)
+        monkeypatch.setattr(doctor, "examine", lambda flags, checks=checks: checks)
         assert cli.main(["doctor"]) == status
     assert "fix: do z" in capsys.readouterr().out
 
@@ -91,7 +92,7 @@ def test_other_versions_fail(monkeypatch, name, found):
     ],
 )
 def test_what_the_fused_dispatch_needs_is_said_and_fails_nothing(monkeypatch, unfit, apart, status, found):
-    monkeypatch.setattr("sglang_macs.transport.unfit_device", lambda: unfit)
+    monkeypatch.setattr("sglang_macs.dispatch.transport.unfit_device", lambda: unfit)
     monkeypatch.setattr(doctor, "_apart", lambda: apart)
     check = doctor._fused()
     assert check.status == status and found in check.found and bool(check.fix) == (status == SKIP)
@@ -129,7 +130,7 @@ def test_a_clone_that_shadows_the_installed_package_is_the_only_thing_wrong(tmp_
     package = shadow(tmp_path, monkeypatch)
     for name, value in environment(ranks=2).items():
         monkeypatch.setenv(name, value if name != "PYTHONPATH" else f"{value}{os.pathsep}{PACKAGE.parent}")
-    checks = doctor.run([*EP2, "--moe-a2a-backend", "macs"])
+    checks = doctor.examine([*EP2, "--moe-a2a-backend", "macs"])
     (failed,) = [check for check in checks if check.status in (FAIL, WARN)]
     assert failed.name == "extension"
     assert f"no extension in {package}, while the installed package lies in {PACKAGE}" in failed.found
@@ -140,7 +141,7 @@ def test_a_clone_that_shadows_the_installed_package_is_the_only_thing_wrong(tmp_
 
 def test_another_build_that_a_launch_here_would_take_is_named(tmp_path, monkeypatch):
     package = shadow(tmp_path, monkeypatch)
-    shutil.copy(doctor.extension.library_in(PACKAGE), package)
+    shutil.copy(extension.library_in(PACKAGE), package)
     (found,) = doctor._package(doctor._imported())
     assert found.status == WARN and str(package) in found.found and str(PACKAGE) in found.found
     assert not list(doctor._package(PACKAGE))

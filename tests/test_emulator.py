@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import emulated
 import pytest
 import torch
+from support import emulated
 
 THREADS, WARP = 128, 32
 SEEDS = range(20)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_macs import entry_point, extension, ops, plugin
+from sglang_macs import engine, entry_point, extension
+from sglang_macs.engine import plugin
 
-PACKAGE = Path(ops.__file__).parent
+PACKAGE = extension.PACKAGE
 MACS = ["launch_server", "--moe-a2a-backend", "macs"]
 CHECK = "from sglang_macs import ops\ntry: ops.check()\nexcept ValueError as error: print(error)"
 
@@ -31,7 +32,7 @@ def in_clone(clone: Path, program: str, **env: str) -> subprocess.CompletedProce
 
 def test_without_an_extension_everything_imports_and_use_says_where_the_installed_one_lies(clone):
     program = """
-import sglang_macs.plugin
+import sglang_macs.engine.plugin
 from sglang_macs import ops
 operators = (lambda: ops.entropy_score(None, None), lambda: ops._ops.clip_apply)
 for use in (ops.check, ops.has_cuda, ops.cuda_backend, *operators):
@@ -69,7 +70,7 @@ def test_an_extension_of_another_python_or_torch_is_not_taken(clone, tmp_path):
 
 
 def test_a_bad_backend_does_not_keep_the_plugin_from_importing(clone):
-    program = "import sglang_macs.plugin\n" + CHECK
+    program = "import sglang_macs.engine.plugin\n" + CHECK
     done = in_clone(PACKAGE.parent, program, MACS_CUDA_BACKEND="opencl")
     assert done.stdout.strip() == "MACS_CUDA_BACKEND: got opencl, expected cuda or triton.", done.stderr
 
@@ -92,10 +93,8 @@ def test_a_plugin_that_does_not_register_ends_a_launch_that_asks_for_macs(monkey
 
 
 def test_a_plugin_that_does_not_import_ends_such_a_launch(monkeypatch, capsys):
-    import sglang_macs
-
-    monkeypatch.delattr(sglang_macs, "plugin")
-    monkeypatch.setitem(sys.modules, "sglang_macs.plugin", None)  # its import raises ImportError
+    monkeypatch.delattr(engine, "plugin")
+    monkeypatch.setitem(sys.modules, "sglang_macs.engine.plugin", None)  # its import raises ImportError
     monkeypatch.setattr(sys, "argv", MACS)
     with pytest.raises(SystemExit):
         entry_point.register()

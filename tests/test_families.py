@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import FAMILIES, Family
-from reference import NEW_TOKENS, Question, Reference
 from serving import Generation, Server, data_uri, photographs
+from support.families import FAMILIES, Family
+from support.reference import NEW_TOKENS, Question, Reference
 
 from sglang_macs.cpu_compat import environment
 

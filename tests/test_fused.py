@@ -15,22 +15,26 @@ import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import fused_c as fc
 import pytest
 import torch
-from ranks import run_ranks
+from support import fused_c as fc
+from support.ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sglang_macs import batch, fused, ops, peer_memory, peer_status, plugin, transport
+from sglang_macs import ops
+from sglang_macs.comm import peer_memory, peer_status
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import fused, transport
+from sglang_macs.dispatch.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
+from sglang_macs.dispatch.low_latency import FusedLowLatency
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import deepep
 from sglang_macs.errors import MacsError, MacsNotActive
-from sglang_macs.fused import FusedDispatch, Sizes, region_shape, rows_per_expert, unsupported
-from sglang_macs.low_latency import FusedLowLatency
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)
@@ -308,7 +312,9 @@ def make(verify: bool = True):
     plan = Plan(MacsConfig.from_preset("rank", gamma=1.0, verify=verify), SIZES.num_experts, SIZES.num_ranks)
     planner = AloneInGroup(3, plan, group=None, counters=counters)
     wrapped = FusedLowLatency(impl, carrier, planner, Output)
-    return plugin._plan_before_deepep(Outer(Inner(impl)), planner, [wrapped]), impl, carrier, counters
+    dispatcher = Outer(Inner(impl))
+    deepep.plan_before(dispatcher, planner, [wrapped])
+    return dispatcher, impl, carrier, counters
 
 
 def routed(tokens: int = 64):

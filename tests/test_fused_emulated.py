@@ -8,17 +8,17 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
-import emulated
-import fused_c as fc
 import numpy as np
 import pytest
 import torch
-from emulated import Kernels
-from fused_case import FusedConfig, Group, make_group, masked
-from fused_checks import check_guards, describe, output, play
-from fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
-from kernel_case import POISON, Config
-from kernel_reference import fixed
+from support import emulated
+from support import fused_c as fc
+from support.emulated import Kernels
+from support.fused_case import FusedConfig, Group, make_group, masked
+from support.fused_checks import check_guards, describe, output, play
+from support.fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
+from support.kernel_case import POISON, Config
+from support.kernel_reference import fixed
 
 SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import fused_reference as reference
 import numpy as np
-import operators
 import pytest
 import torch
-from fused_case import FusedConfig, make_group, masked
-from kernel_case import Config
+from support import fused_reference as reference
+from support import operators
+from support.fused_case import FusedConfig, make_group, masked
+from support.kernel_case import Config
 
 from sglang_macs import ops
 

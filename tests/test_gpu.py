@@ -6,23 +6,24 @@ They test what CUDA tensors get (`ops.cuda_backend`): the extension's kernels, o
 
 import os
 
-import bounded_case
 import pytest
 import torch
 import torch.distributed as dist
+from support import bounded_case
 
-from sglang_macs import ops, plan_cost
-from sglang_macs.acting import Acting
-from sglang_macs.batch import Batch, forward
-from sglang_macs.bounded import BoundedDispatch, Received
+from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
-from sglang_macs.fused import FusedDispatch, Sizes
-from sglang_macs.peer_all_reduce import PeerAllReduce
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
+from sglang_macs.dispatch import plan_cost
+from sglang_macs.dispatch.acting import Acting
+from sglang_macs.dispatch.bounded import BoundedDispatch, Received
+from sglang_macs.dispatch.fused import FusedDispatch, Sizes
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan.batch import Batch, forward
+from sglang_macs.plan.plan import Plan
 
 pytestmark = pytest.mark.gpu
 EXPERTS, RANKS = 128, 8
@@ -64,7 +65,7 @@ def test_the_operators_are_those_asked_for():
     assert ops.cuda_backend() == os.environ.get("MACS_CUDA_BACKEND", ops.cuda_backend())
     registered = torch._C._dispatch_dump("sglang_macs::clip_apply").splitlines()
     active = next(line for line in registered if line.startswith("CUDA:"))
-    assert ("triton_ops" in active) == (ops.cuda_backend() == "triton")
+    assert ("ops/triton" in active) == (ops.cuda_backend() == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -1,14 +1,7 @@
 """The model lab: its model is transformers', its tasks are what they say, its methods meet the bound they share."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "lab"))
 
 import evaluate
 import lab_checkpoint
@@ -17,6 +10,8 @@ import lab_methods
 import lab_model
 import lab_muon
 import lab_tokens
+import pytest
+import torch
 import train
 from lab_judge import RANKS, as_batch, by_task, exact
 from lab_methods import Inputs, rank_rows

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from info_server import answering, body
 from PIL import Image
 from serving import photograph_files
+from support.info_server import answering, body
 
-from sglang_macs import calibrate, profile
-from sglang_macs.calibrate import Recording
 from sglang_macs.cli import main
 from sglang_macs.errors import MacsError
+from sglang_macs.observe import calibration
+from sglang_macs.observe.calibration import Recording
+from sglang_macs.plan import profile
 
 LAYERS, EXPERTS = 2, 16
 
@@ -29,7 +30,7 @@ def recording(samples: int = 60, planted: float = 0.0, seed: int = 0) -> Recordi
 
 
 def test_planted_experts_are_found_and_no_others():
-    modality, p = calibrate.modalities(recording(planted=1.0))
+    modality, p = calibration.modalities(recording(planted=1.0))
     expected = torch.zeros(LAYERS, EXPERTS, dtype=torch.int8)
     expected[:, 0], expected[:, 1] = 1, -1
     assert torch.equal(modality, expected)
@@ -38,12 +39,12 @@ def test_planted_experts_are_found_and_no_others():
 
 def test_chance_alone_makes_no_modality():
     for seed in range(20):
-        assert not calibrate.modalities(recording(seed=seed))[0].any()
+        assert not calibration.modalities(recording(seed=seed))[0].any()
 
 
 def test_a_significant_but_small_difference_is_none():
     """Many samples make 10 % significant; capacity should not move for it."""
-    modality, p = calibrate.modalities(recording(samples=20_000, planted=0.1))
+    modality, p = calibration.modalities(recording(samples=20_000, planted=0.1))
     assert (p[:, 0] < 1e-6).all() and not modality.any()
 
 
@@ -51,11 +52,11 @@ def test_too_few_samples_with_both_modalities_are_refused():
     only_text = recording(planted=1.0)
     only_text.rows[15:, :, :, 0] = 0
     with pytest.raises(MacsError, match="15 samples with image and text"):
-        calibrate.modalities(only_text)
+        calibration.modalities(only_text)
 
 
 def test_a_profile_keeps_its_evidence_and_old_ones_are_read(tmp_path):
-    made = calibrate.make_profile(recording(planted=1.0), "A", "f00")
+    made = calibration.make_profile(recording(planted=1.0), "A", "f00")
     profile.save(made, str(tmp_path / "p.json"))
     read = profile.load(str(tmp_path / "p.json"))
     assert read == made and read.evidence.samples == 60
@@ -77,18 +78,18 @@ def test_the_fingerprint_is_the_routers(tmp_path):
         (tmp_path / name).mkdir()
         tensors = {"layers.0.mlp.gate.weight": torch.full((2, 2), router).bfloat16(), "x": torch.full((2,), other)}
         save_file(tensors, str(tmp_path / name / "model.safetensors"))
-        return calibrate.routers(tmp_path / name).fingerprint
+        return calibration.routers(tmp_path / name).fingerprint
 
     assert stored("a", 1.0, 1.0) == stored("b", 1.0, 2.0) != stored("c", 2.0, 1.0)
     with pytest.raises(MacsError, match=r"no \*\.safetensors"):
-        calibrate.routers(tmp_path)
+        calibration.routers(tmp_path)
 
 
 def test_the_committed_profile_is_of_the_committed_model():
     model = Path(__file__).resolve().parent.parent / "models" / "lab-vl-moe"
-    made, routers = profile.load(str(model / "profile.json")), calibrate.routers(model)
+    made, routers = profile.load(str(model / "profile.json")), calibration.routers(model)
     assert made.evidence.fingerprint == routers.fingerprint
-    calibrate.check_layers(made.modality, routers.layers)
+    calibration.check_layers(made.modality, routers.layers)
 
 
 # ---- From a running server -----------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ GROWING = recording(planted=1.0).rows.cumsum(0)  # what a server has counted aft
 
 def watched(monkeypatch, *answers, samples: int = 20) -> Recording:
     server = Server(*answers)
-    monkeypatch.setattr(calibrate, "time", server)
-    return calibrate.watch_server(server, range(LAYERS), samples, interval=1.0, patience=5.0)
+    monkeypatch.setattr(calibration, "time", server)
+    return calibration.watch_server(server, range(LAYERS), samples, interval=1.0, patience=5.0)
 
 
 def refused(monkeypatch, *answers) -> str:
@@ -140,7 +141,7 @@ def refused(monkeypatch, *answers) -> str:
 def test_a_running_server_is_watched(monkeypatch):
     found = watched(monkeypatch, *map(states, GROWING), samples=30)
     assert found.layers == [0, 1] and torch.equal(found.rows, GROWING[1:31] - GROWING[:30])
-    assert calibrate.modalities(found)[0][0, :2].tolist() == [1, -1]
+    assert calibration.modalities(found)[0][0, :2].tolist() == [1, -1]
 
 
 def test_a_server_is_watched_from_before_its_traffic(monkeypatch):
@@ -267,9 +268,9 @@ def test_a_checkpoint_without_a_model_is_refused_in_one_line(checkpoint, tmp_pat
 
 
 def test_layers_that_a_recording_lacks_are_named():
-    calibrate.check_layers([1, 0], {0, 1})
+    calibration.check_layers([1, 0], {0, 1})
     with pytest.raises(MacsError, match=r"no rows in layers \[2\]"):
-        calibrate.check_layers([0, 1], {0, 1, 2})
+        calibration.check_layers([0, 1], {0, 1, 2})
 
 
 def test_a_dataset_is_replayed_by_the_command(vl_model, tmp_path, capsys):
@@ -283,7 +284,7 @@ def test_a_dataset_is_replayed_by_the_command(vl_model, tmp_path, capsys):
     arguments = ["calibrate", "--model-path", str(model), "--out", str(out)]
     assert main([*arguments, "--dataset", str(tmp_path / "d.jsonl")]) == 0
     made = profile.load(str(out))
-    assert made.evidence.samples == 20 and made.evidence.fingerprint == calibrate.routers(model).fingerprint
+    assert made.evidence.samples == 20 and made.evidence.fingerprint == calibration.routers(model).fingerprint
     # The tiny model is built so that its first half serves images (tiny_models.VISUAL_PULL).
     first = [m for row in made.modality.values() for m in row[: made.num_experts // 2]]
     second = [m for row in made.modality.values() for m in row[made.num_experts // 2 :]]

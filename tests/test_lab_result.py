@@ -4,12 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import lab_result
+
+from sglang_macs.config import MacsConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts" / "lab"))
-
-import lab_result  # noqa: E402
-
-from sglang_macs.config import MacsConfig  # noqa: E402
 
 
 def measured(method: str, bound: float | None, read: float, kept: float) -> dict:

@@ -6,11 +6,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "lab"))
-
 import gpu_run
+import pytest
 
 
 @pytest.fixture

@@ -1,20 +1,14 @@
 """SGLang's real server gives the lab model's answers, transformers' and the evaluator's: the same three times."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from serving import EP2_ARGS, Server, data_uri, prompt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "lab"))
-
 import lab_checkpoint
 import lab_material
+import pytest
+import torch
 from lab_judge import as_batch, exact
 from lab_questions import of_group
 from lab_tasks import Maker
 from lab_tokens import Vocabulary
+from serving import EP2_ARGS, Server, data_uri, prompt
 
 TRAINED = (lab_checkpoint.CHECKPOINT / "model.safetensors").exists()
 MIX = {  # mostly what the model has learned, and some that it gets wrong

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import model_configs
 import pytest
+from support import model_configs
 
-from sglang_macs import config, profile
+from sglang_macs import config
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
-from sglang_macs.profile import Profile
+from sglang_macs.plan import profile
+from sglang_macs.plan.profile import Profile
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
     ]
     text = json.dumps(replaced).replace('"PROFILE"', json.dumps(words["PROFILE"]))
     done = subprocess.run(
-        [sys.executable, str(HERE / "launch_cases.py")],
+        [sys.executable, str(HERE / "support" / "launch_cases.py")],
         input=text,
         env=env(),
         capture_output=True,
@@ -263,10 +264,10 @@ def test_the_real_command_ends_with_code_2(vl_model):
 
 UNHOOKED = """
 import argparse
-from sglang_macs import plugin
+from sglang_macs.engine import launcher
 parser = argparse.ArgumentParser()
 parser.add_argument("--moe-a2a-backend", choices=["none", "deepep"])
-plugin._add_cli_args(None, parser)
+launcher._add_cli_args(None, parser)
 parser.parse_args(["--enable-macs", "--moe-a2a-backend", "deepep"])
 """
 
@@ -281,12 +282,12 @@ def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
 ROUTERS = """
 import contextlib, io, json
 import torch
-from sglang_macs import plugin, worker
+from sglang_macs.engine import scheduler_process, worker
 from sglang_macs.config import MacsConfig, configure
 from sglang.srt.plugins import load_plugins
 
 configure(MacsConfig.from_preset())
-plugin._in_scheduler = True
+scheduler_process.here = True
 load_plugins()
 from sglang.srt.layers.moe.topk import TopK
 

@@ -8,9 +8,9 @@ import prometheus_client
 import pytest
 import torch
 
-from sglang_macs import metrics
 from sglang_macs.config import MacsConfig
-from sglang_macs.stats import Recount, Stats
+from sglang_macs.observe import metrics
+from sglang_macs.observe.stats import Recount, Stats
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)

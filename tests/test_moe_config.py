@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_macs import moe_config
+from sglang_macs.engine import moe_config
 
 FIRST_DENSE = {"num_hidden_layers": 5, "first_k_dense_replace": 1}
 NOAUX = {"topk_method": "noaux_tc"}

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import cases
-import operators
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import cases, operators, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

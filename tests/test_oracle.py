@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
+from support import oracle
 
 ROWS = {"buckets": 32, "load": "rows"}
 ORDER = {"num_ranks": 2, "scope": "rank", "protect_text": True}

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import requests
-from reference import NEW_TOKENS, QUESTIONS
 from serving import CPU_ARGS, EP2_ARGS, Server, data_uri, photograph_files, prompt
+from support.reference import NEW_TOKENS, QUESTIONS
 from test_server import INFINITE, MACS, ask, assert_bounds_held, own, serve, states
 
 from sglang_macs.cpu_compat import threads_bind

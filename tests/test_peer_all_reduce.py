@@ -7,19 +7,20 @@ from __future__ import annotations
 import ctypes
 from types import SimpleNamespace
 
-import fused_c as fc
 import pytest
 import torch
-from peer_reduce_case import PeerReduceLayout
+from support import fused_c as fc
+from support.peer_reduce_case import PeerReduceLayout
 
-from sglang_macs import dispatcher, ops, transport
+from sglang_macs import ops
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch import transport
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.errors import MacsError, MacsNotActive
-from sglang_macs.peer_all_reduce import PeerAllReduce
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan
-from sglang_macs.stats import Stats
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan.plan import Plan
 
 
 def test_layout_is_that_of_the_kernel():
@@ -90,7 +91,7 @@ def test_the_process_group_is_the_default_and_nobody_is_asked(capsys):
 def test_only_histograms_go_that_way(monkeypatch):
     """The proof's recounts have another size."""
     asked = []
-    monkeypatch.setattr(dispatcher.dist, "all_reduce", lambda tensor, group: asked.append("group"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: asked.append("group"))
     peers = SimpleNamespace(takes=lambda t: t.numel() == 500)
     planner = LayerPlanner(0, Plan(MacsConfig(), 16, 2), None, Stats(), peers=None)
     planner.all_reduce(torch.zeros(500, dtype=torch.int32))

@@ -3,12 +3,12 @@ one."""
 
 from __future__ import annotations
 
-import emulated
-import fused_c as fc
 import pytest
 import torch
-from emulated import Kernels
-from peer_reduce_case import ReduceGroup
+from support import emulated
+from support import fused_c as fc
+from support.emulated import Kernels
+from support.peer_reduce_case import ReduceGroup
 
 SOURCES = [emulated.CUDA / name for name in ("peer_all_reduce.cu", "peer_capi.cu")]
 SOON_NS = 300_000  # of simulated time

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 
-from sglang_macs import peer_memory
+from sglang_macs.comm import peer_memory
 from sglang_macs.errors import MacsNotActive
 
 

@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cases
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import cases, oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig
-from sglang_macs.peer_all_reduce import PeerAllReduce
-from sglang_macs.peer_memory import PeerMemory
-from sglang_macs.plan import Plan, PlanResult, check_batch_size
+from sglang_macs.plan.plan import Plan, PlanResult, check_batch_size
 
 PRESETS = ("paper", "rank", "cai")
 

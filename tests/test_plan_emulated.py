@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import cases
-import emulated
-import kernels_c as c
-import operators
 import pytest
 import torch
-from peer_reduce_case import ReduceGroup
+from support import cases, emulated, operators
+from support import kernels_c as c
+from support.peer_reduce_case import ReduceGroup
 from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
 
 from sglang_macs import ops

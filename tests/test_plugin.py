@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_macs import plugin, worker
 from sglang_macs.config import CONFIG_ENV, MacsConfig, configure
+from sglang_macs.engine import launcher, model_runner, scheduler_process, topk, worker
 from sglang_macs.errors import MacsError
 
 
@@ -29,7 +29,7 @@ def record(backend: str = "none", **config):
 
 def entry_of(server_args):
     """What the hook lets SGLang start schedulers with."""
-    return plugin._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, server_args, None, len)
+    return launcher._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, server_args, None, len)
 
 
 def test_every_engine_starts_schedulers_with_its_own_configuration(monkeypatch):
@@ -37,7 +37,7 @@ def test_every_engine_starts_schedulers_with_its_own_configuration(monkeypatch):
     first, second = record(gamma=1.05), record(gamma=1.2, min_tokens=7)
     for one in (first, second, first):
         entry = entry_of(one)
-        assert isinstance(entry, partial) and entry.func is plugin.run_scheduler_process
+        assert isinstance(entry, partial) and entry.func is scheduler_process.run_scheduler_process
         assert entry.args[0] == one._macs_config
         assert entry_of(record()) is len  # an engine without MACS, between those with it
     assert CONFIG_ENV not in os.environ
@@ -54,8 +54,8 @@ def test_configure_is_for_engines_that_ask_and_bring_no_options(monkeypatch):
 
 def test_an_engine_that_starts_schedulers_itself_is_refused():
     with pytest.raises(MacsError, match="OtherEngine, which starts schedulers in its own way"):
-        plugin._launch_subprocesses(None, OtherEngine, record("macs"))
-    assert plugin._launch_subprocesses(lambda cls, args: "started", OtherEngine, record()) == "started"
+        launcher._launch_subprocesses(None, OtherEngine, record("macs"))
+    assert launcher._launch_subprocesses(lambda cls, args: "started", OtherEngine, record()) == "started"
 
 
 SOFTMAX = {"custom_routing_function": None, "correction_bias": None, "scoring_func": "softmax"}
@@ -75,10 +75,10 @@ def test_a_scheduler_ends_with_one_line_where_re_routing_cannot_follow(monkeypat
     monkeypatch.setattr(worker, "_current", SimpleNamespace(config=MacsConfig.from_preset(**options)))
     layer = SimpleNamespace(topk_config=SimpleNamespace(**{**SOFTMAX, **special}))
     if not special or "reroute" in options or "gamma" in options:
-        plugin._topk_init(None, layer)
+        topk._topk_init(None, layer)
         return
     with pytest.raises(SystemExit) as stop:
-        plugin._topk_init(None, layer)
+        topk._topk_init(None, layer)
     (line,) = capfd.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.endswith("pass --macs-reroute none")
 
@@ -92,10 +92,10 @@ def test_a_picture_without_positions_is_told_of_once(capfd):
         text = SimpleNamespace(multimodal_inputs=None, origin_input_ids=ids, session=None)
         mode = SimpleNamespace(is_extend=lambda: extends)
         result = SimpleNamespace(forward_mode=mode, contains_mm_inputs=lambda: True)
-        plugin._forward_batch_init_new(result, None, SimpleNamespace(reqs=[text, req], decoding_reqs=None))
+        model_runner._forward_batch_init_new(result, None, SimpleNamespace(reqs=[text, req], decoding_reqs=None))
         return capfd.readouterr().err
 
-    marked = plugin.batch.PAD_ID_BASE
+    marked = model_runner.batch.PAD_ID_BASE
     assert prefill(5, marked, marked) == prefill(5, 6, 6, session="a turn") == prefill(5, 6, 6, extends=False) == ""
     assert "a picture has no position of its own" in prefill(5, 6, 6)
     assert prefill(5, 6, 6) == ""

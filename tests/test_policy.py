@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import operators
 import pytest
 import torch
-from policy_c import Policy as PolicyInC
+from support import operators
+from support.policy_c import Policy as PolicyInC
 
-from sglang_macs import choices, definitions, ops, policy
+from sglang_macs import choices, ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
-from sglang_macs.plan import Plan
+from sglang_macs.ops import definitions, policy
+from sglang_macs.plan.plan import Plan
 
 OTHERS = {"num_experts": 60, "num_ranks": 4, "scoring": "sigmoid", "needs_entropy": True}
 OPTIONS = {

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_macs import profile
 from sglang_macs.errors import MacsError
-from sglang_macs.profile import Profile
+from sglang_macs.plan import profile
+from sglang_macs.plan.profile import Profile
 
 GOOD = Profile("Qwen3VLMoeForConditionalGeneration", 4, {0: [1, 0, -1, 0], 2: [0, 0, 0, 1]})
 

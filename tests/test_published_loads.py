@@ -6,12 +6,12 @@ import json
 from functools import cache
 from importlib import resources
 
-import cases
 import pytest
 import torch
+from support import cases
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan, check_batch_size
+from sglang_macs.plan.plan import Plan, check_batch_size
 
 LOADS = json.loads((resources.files("sglang_macs.simulate") / "qwen3vl_30b_a3b.json").read_text())
 EXPERTS, TOP_K, RANKS = 128, 8, 8

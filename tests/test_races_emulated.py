@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import emulated
-import fused_c as fc
 import pytest
 import torch
-from emulated import Kernels
-from fused_case import FusedConfig, Group, make_group
-from kernel_case import Config
+from support import emulated
+from support import fused_c as fc
+from support.emulated import Kernels
+from support.fused_case import FusedConfig, Group, make_group
+from support.kernel_case import Config
 from test_ops import USUAL
 from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from traces import (
+from support.traces import (
     COLUMNS,
     EXPERTS,
     KEY,
@@ -28,15 +28,16 @@ from traces import (
     shown,
 )
 
-from sglang_macs import batch as batches
-from sglang_macs import plugin, recorder, report, trace, worker
 from sglang_macs.config import MacsConfig
-from sglang_macs.dispatcher import LayerPlanner
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import dispatchers, launcher, worker
 from sglang_macs.errors import MacsError
-from sglang_macs.plan import Plan, PlanResult
-from sglang_macs.recorder import Place, Recorder
-from sglang_macs.shared_state import merged
-from sglang_macs.stats import Stats
+from sglang_macs.observe import recorder, report, trace
+from sglang_macs.observe.recorder import Place, Recorder
+from sglang_macs.observe.shared_state import merged
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch as batches
+from sglang_macs.plan.plan import Plan, PlanResult
 
 
 def test_the_halves_of_an_overlapped_batch_are_one_pass(tmp_path):
@@ -347,7 +348,7 @@ def parallel(**options) -> SimpleNamespace:
     ],
 )
 def test_a_process_knows_its_place(options, expected):
-    assert plugin._place(parallel(**options)) == expected
+    assert dispatchers._place(parallel(**options)) == expected
 
 
 def test_every_launch_has_a_name_of_its_own():
@@ -355,7 +356,7 @@ def test_every_launch_has_a_name_of_its_own():
 
     def entry(backend: str):
         record = SimpleNamespace(moe_a2a_backend=backend)
-        return plugin._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, record, None, len)
+        return launcher._launch_scheduler_processes(lambda cls, args, ports, entry: entry, None, record, None, len)
 
     assert entry("none") is len
     assert len({entry("macs").args[1] for _ in range(3)}) == 3

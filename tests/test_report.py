@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
+from support.traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
 
-from sglang_macs import cli, report, trace
+from sglang_macs import cli
+from sglang_macs.observe import report, trace
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br"}
@@ -217,7 +218,7 @@ def test_a_browser_draws_it(recorded, tmp_path):
         assert found(tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))) > 200, colour
     assert found((226, 232, 240)) > 1000, "the sections' borders"
     assert found((255, 255, 255), 0) > 300_000, "the sections"
-    # The made-up picture of tests/traces.py: red below, green to the right, blue in one corner, as nothing else is.
+    # The made-up picture of traces.py: red below, green to the right, blue in one corner, as nothing else is.
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     assert ((red > 200) & (green < 60) & (blue < 60)).sum() > 500 and ((green > 200) & (red < 60)).sum() > 500
     # Its overlay, on grey: red throughout, and redder where more was lost.

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from reference import NEW_TOKENS, QUESTIONS, Question
 from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs, prompt
+from support.reference import NEW_TOKENS, QUESTIONS, Question
 
-from sglang_macs import cli, metrics, trace
-from sglang_macs.acting import LAG, LOOK_EVERY
+from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
+from sglang_macs.dispatch.acting import LAG, LOOK_EVERY
+from sglang_macs.observe import metrics, trace
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
@@ -221,7 +222,7 @@ def test_deepstack_rows_are_scattered_without_dp_attention(vl_model, vl_referenc
 def test_engine_in_this_process_answers_as_transformers_do(text_model, text_reference):
     questions = [q for q in QUESTIONS if q.image is None]
     done = subprocess.run(
-        [sys.executable, str(HERE / "engine_program.py"), str(text_model)],
+        [sys.executable, str(HERE / "support" / "engine_program.py"), str(text_model)],
         input=json.dumps([q.prompt for q in questions]),
         env={**os.environ, **environment(ranks=2), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -4,12 +4,12 @@ import shutil
 import subprocess
 
 import pytest
-from info_server import answering, body
+from support.info_server import answering, body
 
-from sglang_macs import cli, server_info
-from sglang_macs.arguments import API_KEY_ENV
+from sglang_macs import cli
 from sglang_macs.errors import MacsError
-from sglang_macs.server_info import Server
+from sglang_macs.observe import server_info
+from sglang_macs.observe.server_info import API_KEY_ENV, Server
 
 STATE = {"version": "0", "rank": 0}
 

@@ -6,8 +6,8 @@ import time
 import torch.distributed as dist
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.shared_state import SharedState, merged
-from sglang_macs.stats import Stats
+from sglang_macs.observe.shared_state import SharedState, merged
+from sglang_macs.observe.stats import Stats
 
 
 def state(rank: int, planned: int, layers: tuple[int, ...] = (0,)) -> dict:

@@ -6,19 +6,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cases
 import check_simulation
 import numpy as np
 import pytest
 import torch
+from support import cases
 
 from sglang_macs import cli
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
-from sglang_macs.machines import MACHINES, MODELS, SOURCES, Machine
-from sglang_macs.plan import Plan
+from sglang_macs.plan.plan import Plan
 from sglang_macs.simulate import loads, study, times
 from sglang_macs.simulate.cuts import cut
+from sglang_macs.simulate.machines import MACHINES, MODELS, SOURCES, Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 H200, MODEL = MACHINES["h200"], MODELS["qwen3-vl-30b-a3b"]

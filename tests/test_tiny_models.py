@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from reference import QUESTIONS
 from safetensors.torch import load_file
+from support.reference import QUESTIONS
 
 from sglang_macs import tiny_models
 

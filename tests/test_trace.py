@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, batch, config, rank_file, record, shown
+from support.traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, batch, config, rank_file, record, shown
 
-from sglang_macs import trace
 from sglang_macs.errors import MacsError
-from sglang_macs.plan import Plan
-from sglang_macs.recorder import Place, Recorder
+from sglang_macs.observe import trace
+from sglang_macs.observe.recorder import Place, Recorder
+from sglang_macs.plan.plan import Plan
 
 
 def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):
@@ -242,7 +242,7 @@ def test_no_damage_raises_anything_but_a_macs_error(tmp_path_factory, recorded, 
         read = trace.load(str(folder))
     except MacsError:
         return
-    from sglang_macs import report
+    from sglang_macs.observe import report
 
     assert "</html>" in report.page(read)  # what is accepted can be drawn
 
@@ -261,7 +261,7 @@ def recorded(tmp_path_factory) -> bytes:
 
 HOSTILE = """
 import resource, sys
-from sglang_macs import report, trace
+from sglang_macs.observe import report, trace
 from sglang_macs.errors import MacsError
 
 assert "torch" not in sys.modules

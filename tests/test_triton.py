@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import cases
-import operators
 import pytest
 import test_ops
 import torch
+from support import cases, operators
 
 from sglang_macs import ops
 
@@ -37,7 +36,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_operators_tests_pass_under_the_interpreter():
     selected = " ".join(SELECTED.split())
-    pytest_args = ("-m", "pytest", "-q", "-p", "interpreted_triton", "tests/test_ops.py", "-k", selected)
+    pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", "tests/test_ops.py", "-k", selected)
     run = python(*pytest_args, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
@@ -48,7 +47,7 @@ def test_the_operators_tests_pass_under_the_interpreter():
 )
 def test_bad_input_says_what_was_got_and_what_expected(monkeypatch, name, what, call):
     """The checks that the C++ operators make, before any kernel is launched."""
-    from sglang_macs import triton_ops
+    from sglang_macs.ops import triton as triton_ops
 
     operator, inputs, settings = test_ops.chain(cases.named("imbalanced"))[name]
     monkeypatch.setattr(ops, "_ops", SimpleNamespace(**{f.__name__: f for f in triton_ops.OPERATORS}))
@@ -95,7 +94,7 @@ def compiled(monkeypatch, tmp_path) -> dict[str, list[str]]:
 
 
 def test_every_kernel_compiles_for_sm_90(compiled):
-    from sglang_macs import triton_ops
+    from sglang_macs.ops import triton as triton_ops
 
     tokens, experts, ranks = 64, 16, 4
     ids = torch.zeros(tokens, 4, dtype=torch.int64)
@@ -114,7 +113,7 @@ def test_every_kernel_compiles_for_sm_90(compiled):
         modality = torch.zeros(experts, dtype=torch.int8)
         shift, cut = triton_ops.clip_threshold(own, own, modality, policy)
         triton_ops.clip_apply(ids, gates, weight, segment, logits, shift, cut, policy)
-    written = {name for file in (ROOT / "sglang_macs/triton_ops").glob("*.py")
+    written = {name for file in (ROOT / "sglang_macs/ops/triton").glob("*.py")
                for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}  # fmt: skip
     assert set(compiled) == written
     for name in ("_levels_kernel", "_cut_kernel"):  # the thresholds' double arithmetic is in the order written

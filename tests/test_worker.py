@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_macs import worker
 from sglang_macs.config import MacsConfig
+from sglang_macs.engine import worker
 
 
 @pytest.fixture

@@ -2,34 +2,29 @@
 
     python3 scripts/gpu/check_bounded.py --out FILE [--check-only]
 
-Correct: every case of tests/bounded_case.py, the gather to the CPU's bits; sums equal to SGLang's to the bit; and
-DeepGEMM's grouped GEMM over the ends of the experts' rows gives what it gives over each row's expert. Timed: two ranks,
-128 experts, top-8, hidden size 2048, gamma 1.05 and the worst case. Each by replay of a CUDA graph.
+Correct: every case of tests/support/bounded_case.py, the gather to the CPU's bits; sums equal to SGLang's to the bit;
+and DeepGEMM's grouped GEMM over the ends of the experts' rows gives what it gives over each row's expert. Timed: two
+ranks, 128 experts, top-8, hidden size 2048, gamma 1.05 and the worst case. Each by replay of a CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests")]
+import paths  # noqa: F401
+import result_file
+import torch
+from support import bounded_case
+from time_kernels import graph_us
+from torch import Tensor
 
-import bounded_case  # noqa: E402
-import result_file  # noqa: E402
-import torch  # noqa: E402
-from time_kernels import graph_us  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from sglang_macs import ops  # noqa: E402
-from sglang_macs.bounded import TILE, Received, Sizes, Workspace, room  # noqa: E402
-from sglang_macs.config import MacsConfig  # noqa: E402
+from sglang_macs import ops
+from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch.bounded import TILE, Received, Sizes, Workspace, room
 
 SIZES = Sizes(num_ranks=2, num_experts=128, top_k=8, hidden_size=2048)
 TOKENS = (2048, 4096, 8192, 16384)  # of a rank

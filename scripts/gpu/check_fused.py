@@ -19,19 +19,19 @@ import sys
 import time
 from dataclasses import replace
 
-import fused_cases
-import fused_faults
 import fused_processes
 import fused_rounds
-import kernels_c as c
 import numpy as np
+import paths  # noqa: F401
 import result_file
 import time_fused
 import torch
-from check_kernels import Mismatch
-from fused_case import FusedConfig, Group, masked
-from fused_checks import play
-from kernel_case import Config
+from support import fused_cases, fused_faults
+from support import kernels_c as c
+from support.comparison import Mismatch
+from support.fused_case import FusedConfig, Group, masked
+from support.fused_checks import play
+from support.kernel_case import Config
 
 GRAPH_ROUNDS = 1000
 FAULT_TIMEOUT_NS = 5_000_000

@@ -3,7 +3,7 @@
     python3 scripts/gpu/check_kernels.py                 everything; times to kernels.json
     python3 scripts/gpu/check_kernels.py --check-only --small 12     e.g. under compute-sanitizer
 
-Small random cases are compared with tests/oracle.py (and so is the vectorised reference), large ones with that
+Small random cases are compared with tests/support/oracle.py (and so is the vectorised reference), large ones with that
 reference. Outputs and scratch are poisoned before every run; integers must be equal, floats close.
 """
 
@@ -11,55 +11,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import kernel_reference as reference
-import kernels_c as c
 import numpy as np
-import torch
-from kernel_case import Config, Inputs, Run, make_inputs, small_configs
+import paths  # noqa: F401
+from support import kernel_reference as reference
+from support import kernels_c as c
+from support import oracle
+from support.comparison import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
+from support.kernel_case import Config, Inputs, Run, make_inputs, small_configs
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import oracle
-
-ENTROPY_ATOL, WEIGHT_RTOL = 2e-5, 2e-5
 REPEATS, SMALL_REPEATS = 20, 3
-
-
-class Mismatch(AssertionError):
-    """The first wrong coordinate with both values."""
-
-
-def expect(name: str, config: Config, got: np.ndarray, want: np.ndarray, rtol: float = 0.0, atol: float = 0.0) -> None:
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape:
-        raise Mismatch(f"{name}: shape {got.shape}, expected {want.shape}; {config}")
-    exact = rtol == atol == 0.0
-    good = got == want if exact else np.abs(got.astype(np.float64) - want) <= atol + rtol * np.abs(want)
-    if not good.all():
-        at = tuple(int(i) for i in np.argwhere(~good)[0])
-        raise Mismatch(f"{name}{list(at)}: got {got[at]!r}, expected {want[at]!r}, {(~good).sum()} wrong; {config}")
-
-
-def entropy_f64(hidden: torch.Tensor, segment: np.ndarray) -> np.ndarray:
-    out = np.zeros(len(segment))
-    for first in range(0, len(segment), 4096):
-        x = hidden[first : first + 4096].double()
-        log_p = torch.log_softmax(x, 1)
-        out[first : first + 4096] = -(log_p.exp() * log_p).sum(1).cpu().numpy()
-    return np.where(segment >= 0, out, 0.0)
-
-
-def weight_f64(entropy: np.ndarray, segment: np.ndarray, num_segments: int, delta: float) -> np.ndarray:
-    weight = np.ones(len(entropy))
-    for s in range(num_segments):
-        x = entropy[segment == s].astype(np.float64)
-        if len(x):
-            weight[segment == s] = 1 / (1 + np.exp(delta * (x - x.mean()) / (x.std() + 1e-6)))
-    return weight
 
 
 def policy(config: Config, *names: str) -> dict[str, object]:

@@ -18,14 +18,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import fused_c as fc
+import paths  # noqa: F401
 import torch
 import torch.distributed as dist
-from fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
-from fused_checks import check_combine, check_dispatch, fresh_outputs, output
-from kernel_case import POISON, Config
 from low_latency import most_tokens
 from mps import shared_gpu
+from support import fused_c as fc
+from support.fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
+from support.fused_checks import check_combine, check_dispatch, fresh_outputs, output
+from support.kernel_case import POISON, Config
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
 from time_kernels import graph_us
 from time_phases import time_composed, together_us

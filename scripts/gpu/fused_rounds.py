@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import fused_reference as reference
 import numpy as np
+import paths  # noqa: F401
 import torch
-from check_kernels import Mismatch
-from fused_case import FusedConfig, Group, make_group
-from fused_checks import scales_by_row
-from kernel_case import POISON, POISON_WORD, Run
+from support import fused_reference as reference
+from support.comparison import Mismatch
+from support.fused_case import FusedConfig, Group, make_group
+from support.fused_checks import scales_by_row
+from support.kernel_case import POISON, POISON_WORD, Run
 from torch import Tensor
 
 COMPARED = (

@@ -11,14 +11,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import paths
+from check_serving import REPEATED_FLAGS
+from serving import Server
+
+from sglang_macs import tiny_models
+
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from check_serving import REPEATED_FLAGS  # noqa: E402
-from serving import Server  # noqa: E402
-
-from sglang_macs import tiny_models  # noqa: E402
+ROOT = paths.ROOT
 
 ONE_GPU_SITE = HERE / "one_gpu_site"
 COMMON = [

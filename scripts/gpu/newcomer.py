@@ -20,11 +20,11 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
+import paths
+import result_file
 
-import result_file  # noqa: E402
+HERE = Path(__file__).resolve().parent
+ROOT = paths.ROOT
 
 LAUNCH = "1 rank, low latency"
 NOT_SOURCE = shutil.ignore_patterns("build", "*.so", "*.egg-info", "__pycache__", ".gpu", ".venv", ".git", "shared")

@@ -17,22 +17,19 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+import deep_ep
+import low_latency
+import paths  # noqa: F401
+import result_file
+import routing
+import torch
+import torch.distributed as dist
 
-import deep_ep  # noqa: E402
-import low_latency  # noqa: E402
-import result_file  # noqa: E402
-import routing  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from sglang_macs import peer_memory  # noqa: E402
-from sglang_macs.config import MacsConfig  # noqa: E402
-from sglang_macs.peer_all_reduce import PeerAllReduce  # noqa: E402
-from sglang_macs.plan import Plan  # noqa: E402
+from sglang_macs.comm import peer_memory
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.config import MacsConfig
+from sglang_macs.plan.plan import Plan
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
 NORMAL_TOKENS = 4096  # a rank

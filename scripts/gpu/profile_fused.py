@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 
-import kernels_c as c
+import paths  # noqa: F401
 import torch
+from support import kernels_c as c
 from time_fused import CLIPPED, GATE, SCORED, Layer, timed_config
 
 # By the number of the stamp (csrc/cuda/fused_dispatch.cu).

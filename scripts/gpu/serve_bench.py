@@ -21,14 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
+import paths
+import result_file
+from check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval
+from gpu_launches import Launch, bench_launch, start
+from serving import Server
 
-import result_file  # noqa: E402
-from check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval  # noqa: E402
-from gpu_launches import Launch, bench_launch, start  # noqa: E402
-from serving import Server  # noqa: E402
+ROOT = paths.ROOT
 
 WORKLOAD = Workload(prompts=64, resolution="384x416", images=4, concurrency=64, repeated=True)
 FLAGS = {

@@ -19,16 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
+import mps
+import paths
+import result_file
+from gpu_launches import LAUNCHES, RUNS, Launch, start
+from serving import Server, data_uri, photograph_files, prompt
 
-import mps  # noqa: E402
-import result_file  # noqa: E402
-from gpu_launches import LAUNCHES, RUNS, Launch, start  # noqa: E402
-from serving import Server, data_uri, photograph_files, prompt  # noqa: E402
+from sglang_macs.observe import metrics, trace
 
-from sglang_macs import metrics, trace  # noqa: E402
+ROOT = paths.ROOT
 
 # Servers start side by side, and answer in turn: kernels that wait for their peers, of several servers on one GPU, may
 # each hold what the others' peers need.

@@ -21,11 +21,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
-
-import mps  # noqa: E402
-import result_file  # noqa: E402
+import mps
+import paths  # noqa: F401
+import result_file
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
@@ -197,7 +195,7 @@ class Rank:
 def planned(rank: Rank, method: str, gamma: float, batch: dict):
     """(ids, gates, {"clipped", "rerouted", "dropped"} over the group) of one method at one bound."""
     from sglang_macs.config import MacsConfig
-    from sglang_macs.plan import Plan
+    from sglang_macs.plan.plan import Plan
 
     plan = Plan(MacsConfig.from_preset(method, gamma=gamma), EXPERTS, RANKS)
     result = plan(batch["hidden"], batch["ids"], batch["gates"], batch["logits"], batch["segment"], 1, rank.all_reduce)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import paths  # noqa: F401
 import torch
 import torch.distributed as dist
-from fused_case import FusedConfig, Group, make_group, masked
-from fused_checks import check_no_fault
-from kernel_case import Config, Inputs, Run
 from low_latency import make_buffer, most_tokens
+from support.fused_case import FusedConfig, Group, make_group, masked
+from support.fused_checks import check_no_fault
+from support.kernel_case import Config, Inputs, Run
 from time_kernels import copy_bandwidth, graph_us
 
 COLD_BYTES = 200_000_000

@@ -15,9 +15,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import paths  # noqa: F401
 import result_file
 import torch
-from kernels_c import FLAGS
+from support.kernels_c import FLAGS
 from time_kernels import COLD_BYTES
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)  # instructions of 16 bytes

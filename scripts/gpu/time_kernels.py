@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import kernels_c as c
 import numpy as np
+import paths  # noqa: F401
 import result_file
 import torch
-from kernel_case import Config, Run, make_inputs
+from support import kernels_c as c
+from support.kernel_case import Config, Run, make_inputs
 
 REPLAYS = 200
 COLD_BYTES = 300_000_000  # several times the 60 MB of L2

@@ -11,14 +11,15 @@ import json
 import time
 from collections.abc import Callable
 
+import paths  # noqa: F401
 import result_file
 import torch
-from kernel_case import Config, make_inputs
+from support.kernel_case import Config, make_inputs
 from time_kernels import HOT, graph_us
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan
+from sglang_macs.plan.plan import Plan
 
 
 def host_us(step: Callable[[], object], repeats: int = 50) -> float:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import paths  # noqa: F401
 import torch
-from kernel_case import Run
+from support.kernel_case import Run
 from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
 from time_kernels import capture
 

@@ -13,11 +13,12 @@ import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import kernels_c as c
 import numpy as np
+import paths  # noqa: F401
 import result_file
 import torch
-from kernel_case import Config, Run, make_inputs
+from support import kernels_c as c
+from support.kernel_case import Config, Run, make_inputs
 from time_kernels import HOT, graph_us
 
 TURNS = 3

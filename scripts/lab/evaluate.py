@@ -33,7 +33,7 @@ from lab_tasks import NO_LABEL, Group, Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
 
-from sglang_macs import profile
+from sglang_macs.plan import profile
 
 # Batches by turns from three mixes of requests. Experts are balanced over training; as in production, it is traffic
 # that differs from it which fills some ranks more than others.

@@ -19,7 +19,8 @@ from lab_tasks import Maker
 from lab_tokens import Vocabulary
 from torch import Tensor
 
-from sglang_macs import calibrate, profile
+from sglang_macs.observe import calibration
+from sglang_macs.plan import profile
 
 ARCHITECTURE = "Qwen3VLMoeForConditionalGeneration"
 # Another mix than the one that is judged on: mostly large pictures, and mostly text.
@@ -36,7 +37,7 @@ SAMPLES = 48
 class Recorded:
     """A recording, and the mean output norm of every expert: [layers, E, 2] (visual, text)."""
 
-    recording: calibrate.Recording
+    recording: calibration.Recording
     norms: Tensor
 
 
@@ -59,7 +60,7 @@ def record(model: LabModel, make: Maker, mix: dict, batches: int, dtype: torch.d
                 table[r.layer] += (
                     torch.zeros(2 * arch.experts, device=device).scatter_add_(0, cell, value).view(-1, 2).cpu()
                 )
-    return Recorded(calibrate.Recording(torch.stack(samples), list(range(arch.layers))), total / count.clamp(min=1))
+    return Recorded(calibration.Recording(torch.stack(samples), list(range(arch.layers))), total / count.clamp(min=1))
 
 
 def _routings(model: LabModel, make: Maker, mix: dict, dtype: torch.dtype) -> list[Routing]:
@@ -68,7 +69,7 @@ def _routings(model: LabModel, make: Maker, mix: dict, dtype: torch.dtype) -> li
 
 
 def _rows(routing: Routing, experts: int) -> Tensor:
-    return calibrate.count_rows(routing.ids, (~routing.visual).long(), experts).cpu()
+    return calibration.count_rows(routing.ids, (~routing.visual).long(), experts).cpu()
 
 
 def expert_norms(model: LabModel, layer: int, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def drift(model: LabModel, make: Maker, other: Maker, dtype: torch.dtype) -> dic
     halves = [_profile(recorded.recording.part(slice(i, None, 2))) for i in range(2)]
     found = {
         "experts": {s: sum(row.count(m) for row in base.modality.values()) for s, m in SIGNS.items()},
-        "halves_agree": round(calibrate.agreement(*halves), 4),
+        "halves_agree": round(calibration.agreement(*halves), 4),
         "unseen_digits_agree": round(
-            calibrate.agreement(base, _profile(record(model, make, {}, 0, dtype, seed=95_000).recording)), 4
+            calibration.agreement(base, _profile(record(model, make, {}, 0, dtype, seed=95_000).recording)), 4
         ),
         "shares": {},
     }
@@ -120,8 +121,8 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((share[0] - share[1]).abs().sum(1).mean() / 2)
 
 
-def _profile(recording: calibrate.Recording) -> profile.Profile:
-    return calibrate.make_profile(recording, ARCHITECTURE, "")
+def _profile(recording: calibration.Recording) -> profile.Profile:
+    return calibration.make_profile(recording, ARCHITECTURE, "")
 
 
 def main() -> None:
@@ -136,7 +137,9 @@ def main() -> None:
     make = Maker(words, lab_material.load("train", path=options.material, variants=2), "train")
     with torch.no_grad():
         recorded = record(model, make, {}, 0, torch.float32)
-    made = calibrate.make_profile(recorded.recording, ARCHITECTURE, calibrate.routers(options.checkpoint).fingerprint)
+    made = calibration.make_profile(
+        recorded.recording, ARCHITECTURE, calibration.routers(options.checkpoint).fingerprint
+    )
     profile.save(made, str(options.checkpoint / "profile.json"))
     print({name: sum(row.count(m) for row in made.modality.values()) for name, m in SIGNS.items()})
 

@@ -15,7 +15,7 @@ from lab_judge import RANKS
 from torch import Tensor
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan import Plan
+from sglang_macs.plan.plan import Plan
 
 EFFORT = 9  # halvings of the bracket in which `_mildest` looks
 

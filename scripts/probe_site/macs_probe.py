@@ -13,11 +13,12 @@ from pathlib import Path
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_macs import batch, dispatcher
+from sglang_macs.dispatch import planner
+from sglang_macs.plan import batch
 
 FOLDER = Path(os.environ["MACS_PROBE"])
 FORWARD = "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation"  # around what MACS hooks
-decide, plan = batch.skip_reason, dispatcher.LayerPlanner.__call__
+decide, plan = batch.skip_reason, planner.LayerPlanner.__call__
 spent = {"cpu_seconds": [0.0, 0.0], "layer_cpu_seconds": [0.0, 0.0], "layer_ms": [[], []]}
 
 
@@ -56,5 +57,5 @@ def timed_forward(original, *args, **kwargs):
 def register() -> None:
     """Entry point; the launcher must not import the model stack, which applying the hook would do."""
     if multiprocessing.parent_process() is not None:
-        batch.skip_reason, dispatcher.LayerPlanner.__call__ = skip_reason, timed_layer
+        batch.skip_reason, planner.LayerPlanner.__call__ = skip_reason, timed_layer
         HookRegistry.register(FORWARD, timed_forward, HookType.AROUND)

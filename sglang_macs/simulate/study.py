@@ -7,10 +7,10 @@ import numpy as np
 
 from ..config import MacsConfig
 from ..errors import MacsError
-from ..machines import Machine, Model
 from . import times
 from .cuts import cut
 from .loads import Loads, max_over_mean
+from .machines import Machine, Model
 
 
 @dataclass(frozen=True)

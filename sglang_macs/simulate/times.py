@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..machines import Machine, Model
+from .machines import Machine, Model
 
 EXCHANGES = ("flat", "hierarchical")
 FP8_SCALE_BYTES = 4 / 128  # one f32 scale for 128 elements

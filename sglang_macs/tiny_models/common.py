@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 VOCAB = 512
-SEED = 4  # chosen for a decisive model: tests/reference.py says how decisive
+SEED = 4  # chosen for a decisive model: tests/support/reference.py says how decisive
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

@@ -1,4 +1,4 @@
-// The host side: CUDA's calls for launchers, and the emulator's own for tests (extern "C", see tests/emulated.py).
+// The host side: CUDA's calls for launchers, and the emulator's own for tests (extern "C", see tests/support/emulated.py).
 #include <cxxabi.h>
 
 #include <cstdlib>

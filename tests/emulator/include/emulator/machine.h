@@ -151,7 +151,7 @@ void pass_if_complete(Block& block);
 
 // For reports.
 std::string place(Where where);
-std::string code(uint32_t offset);  // of this library; tests/emulated.py finds the line
+std::string code(uint32_t offset);  // of this library; tests/support/emulated.py finds the line
 std::string name_of(const Thread& thread);
 std::string describe(const std::vector<Block*>& blocks);
 

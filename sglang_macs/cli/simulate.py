@@ -1,0 +1,115 @@
+"""`sglang-macs simulate`: the study of `sglang_macs.simulate` from the command line."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from ..errors import MacsError, printable
+from ..simulate.machines import MACHINES, MODELS, SOURCES
+from .arguments import number, several
+
+HELP = "what MACS would buy on a cluster, from expert loads and a machine description"
+DEFAULT_MACHINE, DEFAULT_MODEL = "h200", "qwen3-vl-30b-a3b"
+LEAST, MOST = 1e-6, 1e15  # of a machine's figures: no time made of them is infinite
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--machine", choices=list(MACHINES), default=DEFAULT_MACHINE)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=NUMBER", help="change a machine's figure")
+    parser.add_argument("--model", choices=list(MODELS), default=DEFAULT_MODEL)
+    parser.add_argument("--loads", help="JSON of loads (docs/simulate.md); default: the published ones")
+    parser.add_argument(
+        "--visual-share", type=number(float, 0, 1), default=0.9, help="of the tokens, for the published loads"
+    )
+    parser.add_argument(
+        "--noise", type=number(float, 0, 2), help="spread of an expert's share between batches, over its mean"
+    )
+    parser.add_argument("--ep", type=several(number(int, 2, 1024)), default=(8, 16, 32, 64, 128), metavar="N,N")
+    parser.add_argument("--presets", type=several(str), default=("cai", "paper", "rank"), metavar="NAME,NAME")
+    parser.add_argument(
+        "--gamma", type=several(number(float, 0.01, 100)), default=(1.0, 1.05, 1.1, 1.2, 1.5), metavar="G,G"
+    )
+    parser.add_argument(
+        "--tokens", type=number(int, 1, 2**20), default=8192, help="prefill tokens per rank and forward pass"
+    )
+    parser.add_argument("--context", type=number(int, 0, 2**24), default=2048, help="tokens that attention looks at")
+    parser.add_argument("--batches", type=number(int, 1, 1000), default=100, help="random batches to average over")
+    parser.add_argument(
+        "--tile", type=number(int, 1, 2**20), default=128, help="rows to which grouped GEMMs pad an expert"
+    )
+    parser.add_argument("--fp8", action="store_true", help="experts and dispatch in FP8")
+    parser.add_argument("--low-latency", action="store_true", help="DeepEP's low-latency mode: one row an assignment")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random batches")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the study, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import files
+    from ..simulate import picture, study
+
+    if args.plot is not None:
+        if Path(args.plot).suffix != ".png":
+            raise MacsError("--plot", repr(args.plot), "a file whose name ends in .png")
+        files.check_writable(args.plot, "--plot")  # not after the study
+    settings = _settings(args)
+    loads = _loads(args)
+    rows = study.run(settings, loads)
+    if args.plot:
+        title = (
+            f"{args.model} on {args.machine}, {args.tokens} tokens a rank ({'FP8' if args.fp8 else 'bf16'}); simulated"
+        )
+        picture.draw(rows, title, args.plot)
+    if args.json:
+        print(json.dumps(study.to_json(settings, loads, rows), indent=1))
+    else:
+        print(f"{study.table(rows)}\n\nSimulated, not measured. Loads: {printable(loads.source)}")
+        print(f"Machine: {settings.machine.source}; " + "; ".join(f"{k}: {v}" for k, v in SOURCES.items()))
+    return 0
+
+
+def _settings(args: argparse.Namespace):
+    from ..config import PRESETS
+    from ..simulate.study import Settings
+
+    for name in args.presets:
+        if name not in PRESETS or name == "off":
+            raise MacsError("--presets", repr(name), "names among rank, paper, cai", "off is always shown.")
+    return Settings(
+        machine=_machine(args.machine, args.set),
+        model=MODELS[args.model],
+        ep=args.ep,
+        presets=args.presets,
+        gammas=args.gamma,
+        tokens=args.tokens,
+        batches=args.batches,
+        context=args.context,
+        fp8=args.fp8,
+        tile_m=args.tile,
+        low_latency=args.low_latency,
+        seed=args.seed,
+    )
+
+
+def _machine(name: str, changes: list[str]):
+    """The preset with FIELD=NUMBER changes; whole numbers where the field is one."""
+    machine = MACHINES[name]
+    numbers = {f.name: f.type for f in dataclasses.fields(machine) if f.type in (int, float)}
+    for change in changes:
+        field, _, text = change.partition("=")
+        try:
+            value = numbers[field](text)
+        except (KeyError, ValueError) as error:
+            raise MacsError("--set", repr(change), f"FIELD=NUMBER with FIELD among {', '.join(numbers)}") from error
+        if not LEAST <= value <= MOST:
+            raise MacsError("--set", repr(change), f"a number from {LEAST:g} to {MOST:g}")
+        machine = dataclasses.replace(machine, **{field: value})
+    return machine
+
+
+def _loads(args: argparse.Namespace):
+    from ..simulate import loads
+
+    found = loads.load(args.loads) if args.loads is not None else loads.published(args.visual_share)
+    return found if args.noise is None else dataclasses.replace(found, noise=args.noise)

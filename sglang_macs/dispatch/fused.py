@@ -1,0 +1,259 @@
+"""The fused dispatch and combine (docs/fused_dispatch.md) of one expert-parallel group: its region, and the launches
+over it. One dispatch is under way at a time, from `send` to `combine`; all layers share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import ops
+from ..choices import FORMATS
+from ..comm import peer_status
+from ..comm.peer_memory import PeerMemory, everyone
+from ..config import MacsConfig
+from ..errors import MacsError
+from ..ops.definitions import limit
+from ..plan.plan import Plan, PlanResult
+
+# Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
+# compile kernels that the others, who wait for it here, do not need: a minute with empty caches.
+TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
+SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
+KEPT_ROUNDS = 1024  # of which it is known which layer they were
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model's MoE layers and their group; max_tokens: of a rank in one dispatch."""
+
+    num_ranks: int
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    hidden_size: int
+
+
+def timeout_ns(in_round: int) -> int:
+    """Of the waits of a round; rounds count from 1."""
+    return FIRST_TIMEOUT_NS if in_round <= FIRST_ROUNDS else TIMEOUT_NS
+
+
+def unsupported(config: MacsConfig, sizes: Sizes) -> str:
+    """Why the fused dispatch does not take this, in words, or ""."""
+    hidden_sizes = range(limit("fused_min_hidden"), limit("fused_max_hidden") + 1, limit("fused_hidden_step"))
+    numbers = (
+        (sizes.num_ranks, "{} ranks", "peers"),
+        (sizes.num_experts, "{} experts", "fused_experts"),
+        (sizes.top_k, "top-{}", "fused_top_k"),
+        (sizes.max_tokens, "{} tokens a rank", "fused_tokens"),
+        (sizes.max_tokens * sizes.top_k, "{} assignments a rank", "fused_slots"),
+        (config.reroute_rounds, "{} rounds of re-routing", "fused_reroute_rounds"),
+    )
+    reasons = (
+        (config.is_off, "MACS is off"),
+        (config.exchange != "group", "--macs-exchange local, and it decides over the group"),
+        *((got > limit(most), f"{words.format(got)}, at most {limit(most)}") for got, words, most in numbers),
+        (
+            sizes.hidden_size not in hidden_sizes,
+            f"hidden size {sizes.hidden_size}, no multiple of {hidden_sizes.step} in "
+            f"{hidden_sizes.start}..{hidden_sizes.stop - 1}",
+        ),
+    )
+    return next((words for refused, words in reasons if refused), "")
+
+
+def rows_per_expert(config: MacsConfig, sizes: Sizes) -> int:
+    """Rows that an expert can get of one planned dispatch: what its bound lets through, at most every token."""
+    worst = sizes.num_ranks * sizes.max_tokens
+    assignments = worst * sizes.top_k
+    most = float(worst)
+    if config.load == "rows" and config.scope == "expert":
+        most = max(config.c_min, config.gamma * assignments / sizes.num_experts * (1 + config.rho / 2))
+    elif config.load == "rows":
+        most = config.gamma * assignments / sizes.num_ranks
+    rows = worst if math.isinf(most) else min(worst, math.floor(most) + 1)  # + 1: the bound rounds in another order
+    return -(-rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+
+
+def region_shape(config: MacsConfig, sizes: Sizes, format: str, num_blocks: int) -> ops.RegionShape:
+    """Experts side by side, as DeepGEMM's masked grouped GEMM takes them."""
+    rows = rows_per_expert(config, sizes)
+    local = sizes.num_experts // sizes.num_ranks
+    return ops.RegionShape(
+        sizes.num_ranks,
+        sizes.num_experts,
+        sizes.top_k,
+        sizes.max_tokens,
+        sizes.hidden_size,
+        num_blocks,
+        FORMATS.index(format),
+        rows,
+        local * rows,
+    )
+
+
+class FusedDispatch:
+    """Dispatch and combine over one region.
+
+    Args:
+        config, sizes: what `unsupported` takes.
+        memory: at least `region_bytes` of every rank, zero-filled.
+        num_blocks: multiprocessors of a launch; the same on all ranks.
+    """
+
+    def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:
+        self.config, self.sizes, self.memory, self.num_blocks = config, sizes, memory, num_blocks
+        self.shape: ops.RegionShape | None = None  # once the format of the rows is known
+        self._layers: deque[int] = deque(maxlen=KEPT_ROUNDS)  # of the last rounds, the newest last
+        self._round = 0
+        self._under_way: int | None = None  # layer whose rows were sent and not yet received
+        self._watch = peer_status.Watch()
+
+    @staticmethod
+    def region_bytes(config: MacsConfig, sizes: Sizes, num_blocks: int) -> int:
+        """Of a rank's region, whatever the format of the rows."""
+        return max(ops.fused_layout(region_shape(config, sizes, f, num_blocks)).bytes for f in FORMATS)
+
+    @staticmethod
+    def saved_bytes(config: MacsConfig, sizes: Sizes) -> int:
+        """What the bound saves of a rank's rows and outputs, against room for every token of every rank (bf16)."""
+        local, worst = sizes.num_experts // sizes.num_ranks, sizes.num_ranks * sizes.max_tokens
+        return max(0, worst - rows_per_expert(config, sizes)) * local * sizes.hidden_size * 2 * 2
+
+    def send(
+        self,
+        plan: Plan,
+        layer_id: int,
+        format: str,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+    ) -> PlanResult:
+        """Plans and sends; shapes as of `Plan.__call__`, T <= sizes.max_tokens. Collective.
+
+        `group` and `own` of the result hold only the group's sums: no histogram is made. Raises MacsError if the rows
+        of the `send` before were not received: their scales would be taken for those of these.
+        """
+        if self._under_way is not None:
+            raise MacsError("fused dispatch", f"layer {layer_id} sent", f"layer {self._under_way} received before", "")
+        self._set_format(format)
+        self._under_way = layer_id
+        self._layers.append(layer_id)
+        self._round += 1
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        ids, weights, weight, cut, counts, sums = ops.fused_dispatch(
+            *self._where(),
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            segment,
+            logits,
+            num_segments=num_segments,
+            phase="send",
+            timeout_ns=timeout_ns(self._round),
+            **plan.fused_options(hidden_states.device),
+        )
+        return PlanResult(ids, weights, weight, sums, sums, cut, counts)
+
+    def receive(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What `send` of all ranks brought: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for
+        bf16), and rows of each expert [E_l] i32.
+        """
+        ops.fused_receive(*self._where(), timeout_ns(self._round))
+        self._under_way = None
+        return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
+
+    def offer(self, outputs: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """The experts' outputs [E_l, M, H] bf16, to whoever sent the rows."""
+        self._combine(outputs, topk_ids, topk_weights, "send")
+
+    def combine(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """[T, H] bf16 behind `offer` of all ranks; ids and weights [T, K] of `send`."""
+        return self._combine(None, topk_ids, topk_weights, "receive")
+
+    def rows(self) -> Tensor:
+        """[E_l, M, H] bf16 or e4m3; made anew every time, since SGLang's runner disposes of what it is handed."""
+        dtype = torch.bfloat16 if self._format == "bf16" else torch.float8_e4m3fn
+        return self._part("rows", dtype, self._local, self.shape.expert_rows, self.sizes.hidden_size)
+
+    def scales(self) -> Tensor | None:
+        """[E_l, M, H / 128] f32 over column-major memory, or None."""
+        if self._format == "bf16":
+            return None
+        words = self.sizes.hidden_size // 128
+        return self._part("scales", torch.float32, self._local, words, self.shape.expert_rows).transpose(1, 2)
+
+    def check(self) -> None:
+        """Raises MacsError once a wait has given up or a peer was found wrong. Never makes the host wait: it looks at
+        the status of an earlier call, and sends for the next.
+        """
+        if self.shape is not None:
+            self._raise_for(self._watch.look(self._status()))
+
+    def recover(self, group: dist.ProcessGroup) -> None:
+        """Behind a fault, with every rank here: faults are cleared, and all go on from one round. Collective.
+
+        group: on the host (gloo), of the ranks that are left; the same number as before.
+        """
+        torch.cuda.synchronize()
+        rounds = self._part("round", torch.int32, 1)
+        self._round = max(everyone(int(rounds), group)) + 1
+        rounds.fill_(self._round)
+        self._status().zero_()
+        self._part("row_scales", torch.uint8, self._layout.scales - self._layout.row_scales).zero_()
+        self._under_way = None
+        self._layers.clear()
+        self._watch = peer_status.Watch()
+        torch.cuda.synchronize()
+        dist.barrier(group)
+
+    @property
+    def _format(self) -> str:
+        return FORMATS[self.shape.format]
+
+    @property
+    def _local(self) -> int:
+        return self.sizes.num_experts // self.sizes.num_ranks
+
+    def _set_format(self, format: str) -> None:
+        if self.shape is None:
+            self.shape = region_shape(self.config, self.sizes, format, self.num_blocks)
+            self._layout = ops.fused_layout(self.shape)
+        elif self._format != format:
+            raise MacsError("fused dispatch", f"rows in {format}", f"{self._format}, as the layers before", "")
+
+    def _where(self) -> tuple[Tensor, list[int], int, ops.RegionShape]:
+        return self.memory.own, self.memory.addresses, self.memory.rank, self.shape
+
+    def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
+        limit = timeout_ns(self._round)
+        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, timeout_ns=limit)
+
+    def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        start = getattr(self._layout, name)
+        return self.memory.own[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def _status(self) -> Tensor:
+        return self._part("status", torch.uint8, peer_status.SIZE)
+
+    def _raise_for(self, found: peer_status.Record | None) -> None:
+        if found is None:
+            return
+        back = self._round - found.in_round
+        layer = self._layers[-1 - back] if 0 <= back < len(self._layers) else "unknown"
+        what = f"round {found.in_round}, {found.seen} for {found.expected}"
+        raise MacsError(
+            "fused dispatch",
+            f"{found.words} in layer {layer}, says rank {self.memory.rank} ({what})",
+            f"every rank within {timeout_ns(found.in_round) // 10**9} s",
+            "Look at that rank's log, or serve with --macs-dispatch deepep.",
+        )

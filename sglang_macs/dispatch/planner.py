@@ -1,0 +1,199 @@
+"""Planning in front of one MoE layer's dispatches, whatever carries them, and the proof of what is sent. Any device."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comm.peer_all_reduce import PeerAllReduce
+from ..observe import stats
+from ..observe.recorder import Recorder
+from ..plan import batch
+from ..plan.plan import Plan, PlanResult
+from .acting import Acting
+
+
+class Planned(NamedTuple):
+    """What one layer dispatches: ids and weights [T, K]; the plan's result, if it planned.
+
+    segment [T] is None for a batch that MACS leaves alone and does not count (decode, small): that path does nothing.
+    left_alone: [T] bool, rows that went past the plan; None in a pass where no rank has any.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    segment: Tensor | None = None
+    result: PlanResult | None = None
+    left_alone: Tensor | None = None
+
+
+class LayerPlanner:
+    """Plans one MoE layer's dispatches, or leaves them alone, and counts what it did. Any device.
+
+    Args:
+        layer_id: for the counters.
+        plan: the layer's plan; its config says what is done and proved.
+        group: EP process group.
+        counters: the process's `Stats`.
+        attn_tp: (rank, size) of attention tensor parallelism, over which the rows were scattered.
+        recorder: of --macs-trace.
+        peers: sums histograms in place of the group's all-reduce.
+        acting: of the process; is told what was planned.
+    """
+
+    def __init__(
+        self,
+        layer_id: int,
+        plan: Plan,
+        group: dist.ProcessGroup,
+        counters: stats.Stats,
+        attn_tp: tuple[int, int] = (0, 1),
+        recorder: Recorder | None = None,
+        peers: PeerAllReduce | None = None,
+        acting: Acting | None = None,
+    ) -> None:
+        self.layer_id = layer_id
+        self.plan = plan
+        self.group = group
+        self.counters = counters
+        self.attn_tp = attn_tp
+        self.recorder = recorder
+        self.peers = peers
+        self.acting = acting
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        half: int | None = None,
+        plan: Callable[..., PlanResult] | None = None,
+    ) -> Planned:
+        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
+
+        half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
+        plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
+        """
+        now = batch.current()
+        skip = now.skip_of(self.layer_id)
+        self.counters.dispatches += 1
+        if skip:
+            self.counters.skipped[skip] += 1
+            if skip not in ("off", batch.NO_GAIN):
+                return Planned(topk_ids, topk_weights)
+        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
+            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
+        segment = self._segment(now, half, topk_ids)
+        left_alone, planned_segment = now.left_alone_of(segment)
+        if skip:
+            if skip == batch.NO_GAIN and self.recorder is not None:
+                routed = self._as_routed(hidden_states, topk_ids, topk_weights, planned_segment, now.num_segments)
+                self._record(now, topk_ids, topk_weights, routed, planned=False)
+            return Planned(topk_ids, topk_weights, segment, None, left_alone)
+        planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
+        given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
+        start = time.perf_counter()
+        result = plan(*given) if plan else self.plan(*given, self.exchange)
+        self.counters.plan_seconds += time.perf_counter() - start
+        if left_alone is not None:
+            result = result.with_rows(left_alone, topk_ids, topk_weights)
+        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
+        if self.acting is not None:
+            self.acting.add(self.layer_id, self.plan, result)
+        if self.recorder is not None:
+            recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
+            self._record(now, topk_ids, topk_weights, recorded, planned=True)
+        return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def _record(
+        self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
+    ) -> None:
+        about = {"planned": planned, "gain": now.gain.get(self.layer_id, 0)}
+        self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result, **about)
+
+    def _as_routed(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
+    ) -> PlanResult:
+        """For a trace, of a layer left alone: everything is kept, no bound, sums of this rank alone."""
+        weight = self.plan.weight(hidden_states, segment, num_segments)
+        own = self.plan.histogram(topk_ids, topk_weights, weight, segment)
+        text = (segment < 0).unsqueeze(1)
+        by_modality = torch.stack([topk_ids.masked_fill(text, -1), topk_ids.masked_fill(~text, -1)])
+        counts = own.new_zeros(3, self.plan.num_experts, 2)
+        counts[0] = stats.rows_of(by_modality, self.plan.num_experts).t()
+        cut = own.new_tensor([[-1, 0, 0, 2**31 - 1]])
+        return PlanResult(topk_ids, topk_weights, weight, own, own, cut, counts)
+
+    def _with_load(self, result: PlanResult, topk_ids: Tensor, left_alone: Tensor) -> PlanResult:
+        """For a trace, which shows each rank's whole load: rows left alone count as text that was kept."""
+        rows = stats.rows_of(topk_ids.masked_fill(~left_alone.unsqueeze(1), -1), self.plan.num_experts)
+        counts = result.counts.clone()
+        counts[0, :, 1] += rows.to(counts.dtype)
+        return result._replace(counts=counts)
+
+    @property
+    def exchange(self) -> PeerAllReduce | Callable[[Tensor], object]:
+        """What a plan sums its histogram by."""
+        return self.peers or self.all_reduce
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums over the EP group, in place."""
+        if self.peers is not None and self.peers.takes(tensor):
+            self.peers(tensor)
+        else:
+            dist.all_reduce(tensor, group=self.group)
+
+    def recount(self, topk_ids: Tensor, planned: Planned) -> Tensor:
+        """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
+        weight = planned.result.weight if planned.result else None
+        segment = planned.segment if batch.current().measured else None
+        sent, left_alone = planned.topk_ids, planned.left_alone
+        return stats.recount(self.plan.num_experts, topk_ids, sent, weight, segment, left_alone)
+
+    def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
+        """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
+        if planned.segment is not None:
+            cut = planned.result.cut if planned.result else None
+            left_alone = planned.left_alone is not None
+            config, num_ranks = self.plan.config, self.plan.num_ranks
+            self.counters.add_recount(stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone))
+
+    def measure(self, topk_ids: Tensor, planned: Planned) -> None:
+        """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
+        if batch.current().measured and planned.segment is not None:
+            own = self.recount(topk_ids, planned)
+            group = own.clone()
+            self.all_reduce(group)
+            self.prove(planned, own, group)
+
+    def measure_gathered(self, topk_ids: Tensor, planned: Planned, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Recounts and proves every pass by an exchange that the dispatch needs anyway: `gather` makes of this rank's
+        recount [S, E] those of all ranks [R, S, E], which are returned.
+        """
+        own = self.recount(topk_ids, planned)
+        rows = gather(own)
+        self.prove(planned, own, rows.sum(dim=0))
+        return rows
+
+    def plans(self) -> bool:
+        """Whether this layer is planned in the batch that is running."""
+        return not batch.current().skip_of(self.layer_id)
+
+    def expected_rows(self, top_k: int) -> int | None:
+        """Rows that an expert has to expect of the batch that is running: the group's mean, never more than gamma times
+        it. None where the batch is not planned or cannot be known (halves).
+        """
+        now, config = batch.current(), self.plan.config
+        if not self.plans() or now.halves or not now.group_tokens:
+            return None
+        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
+
+    def _segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+        segment, fits = now.segment_of_rows(topk_ids.shape[0], half, self.attn_tp, topk_ids.device)
+        self.counters.misaligned += not fits
+        return segment

@@ -1,0 +1,1 @@
+"""MACS in SGLang: flags, hooks and refusals. The only package that imports sglang, and only in functions."""

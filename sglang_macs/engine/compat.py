@@ -1,0 +1,389 @@
+"""Which launches MACS can serve. One rule per line; each names the flag, why, and the way out.
+
+Rules read a plain view of SGLang's resolved flags, so that they can be tested without SGLang.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import MacsConfig
+from ..errors import MacsError
+
+SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
+A2A_BACKENDS = ("macs", "deepep")
+EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
+
+# Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
+_SUMS = "it sums its MoE layers' outputs over the ranks once more, after the dispatch"
+_SUMMING = ("Mixtral", "KimiLinear", "Ernie4_5_Moe", "HunYuanMoE", "Cohere2Moe", "GraniteMoe", "Olmoe", "PhiMoE")
+REFUSED_ARCHITECTURES = {
+    "Llama4": "it builds its MoE layers without a dispatcher",
+    "GptOss": "SGLang has not implemented its dispatch",
+    "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
+    **dict.fromkeys((*_SUMMING, "Grok1", "Lfm2Moe", "Gemma4"), _SUMS),
+}
+
+# Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.
+TOWERS_OVER_ALL_RANKS = {"InternVLChat": None, "Glm4vMoe": "mm_enable_dp_encoder"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
+
+    top_k: 0 where it does not say. special_routing: `moe_config.special_routing`. context_length: in tokens.
+    """
+
+    flags: Any
+    config: MacsConfig
+    architecture: str
+    num_experts: int
+    top_k: int = 0
+    special_routing: str = ""
+    context_length: int = 0
+
+    def flag(self, name: str, default: object = None) -> Any:
+        return getattr(self.flags, name, default)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """refuses(launch): what was got, in words, or "" where the launch is fine."""
+
+    what: str
+    refuses: Callable[[Launch], str]
+    expected: str
+    fix: str
+
+
+def _if(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
+    return lambda launch: got if condition(launch) else ""
+
+
+def _if_routing_changes(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
+    """For promises of other flags that hold as long as no assignment is moved or dropped."""
+    return lambda launch: got if not launch.config.changes_nothing and condition(launch) else ""
+
+
+def _on(*names: str) -> Callable[[Launch], bool]:
+    return lambda launch: any(launch.flag(name) for name in names)
+
+
+def _architecture(launch: Launch) -> str:
+    for name, reason in REFUSED_ARCHITECTURES.items():
+        if launch.architecture.startswith(name):
+            return f"{launch.architecture}: {reason}"
+    return "" if launch.num_experts else f"{launch.architecture}, which has no experts"
+
+
+def _expert_parallel(launch: Launch) -> str:
+    tp, ep = launch.flag("tp_size", 1), launch.flag("ep_size", 1)
+    if ep != tp:
+        return f"tp {tp}, ep {ep}"
+    if ep == 1 and launch.config.scope == "rank" and not launch.config.is_off:
+        return "one rank, which has nothing to balance (scope rank)"
+    if ep == 1 and launch.flag("device") == "cuda" and launch.flag("deepep_mode") != "low_latency":
+        return "one rank, which DeepEP's normal mode does not take (use --deepep-mode low_latency)"
+    return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
+
+
+def _overlap(launch: Launch) -> str:
+    for name in ("enable_two_batch_overlap", "enable_single_batch_overlap"):
+        if launch.flag(name) and launch.flag("device") == "cpu":
+            return f"--{name.replace('_', '-')} on the CPU, whose dispatcher sends and waits in one"
+    return ""
+
+
+def _routing(launch: Launch) -> str:
+    if launch.config.reroute == "none" or launch.config.changes_nothing or not launch.special_routing:
+        return ""
+    return f"{launch.config.reroute} for {launch.architecture}, which routes by {launch.special_routing}"
+
+
+def attention_dp(launch: Launch) -> int:
+    """Data-parallel ranks of the EP group's attention."""
+    ranks = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
+    return launch.flag("attn_dp_size") or ranks  # the former from 0.5.22 on
+
+
+def _vision_tower(launch: Launch) -> str:
+    """Attention-DP ranks have requests of their own: one with a picture would wait for others that have none."""
+    for name, alone in TOWERS_OVER_ALL_RANKS.items():
+        if launch.architecture.startswith(name) and attention_dp(launch) > 1 and not (alone and launch.flag(alone)):
+            return f"{launch.architecture}, whose vision tower waits for ranks without a picture"
+    return ""
+
+
+def _stages(launch: Launch) -> str:
+    shares = launch.flag("tp_size", 1) // attention_dp(launch)
+    if launch.flag("pp_size", 1) == 1 or shares == 1:
+        return ""
+    return f"{launch.flag('pp_size')} stages whose batches are each scattered over {shares} ranks"
+
+
+def largest_prefill(launch: Launch) -> tuple[int, int]:
+    """(data-parallel ranks of the EP group, tokens that SGLang puts at most into a prefill batch of each).
+
+    SGLang has divided --chunked-prefill-size by the ranks already; without chunks a request is not split.
+    """
+    ranks = attention_dp(launch)
+    chunk = launch.flag("chunked_prefill_size") or -1
+    return ranks, chunk if chunk > 0 else max(launch.flag("max_prefill_tokens") or 0, launch.context_length)
+
+
+def _prefill(launch: Launch) -> str:
+    from ..plan.plan import most_tokens  # imports torch, which `sglang-macs doctor` may find missing
+
+    (ranks, tokens), most = largest_prefill(launch), most_tokens(max(1, launch.top_k), launch.config.load)
+    return f"{ranks * tokens} tokens a prefill batch ({ranks} x {tokens})" if ranks * tokens > most else ""
+
+
+def _decode_only(launch: Launch) -> bool:
+    return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
+
+
+def _replicas(launch: Launch) -> str:
+    alone = not launch.flag("enable_dp_attention") and (launch.flag("attn_dp_size") or 1) == 1
+    replicas = launch.flag("dp_size") or 1
+    return f"{replicas} replicas" if alone and replicas > 1 else ""
+
+
+def _fused(launch: Launch) -> str:
+    if launch.config.dispatch != "fused":
+        return ""
+    if launch.flag("device") == "cpu":
+        return "fused on the CPU"
+    if launch.flag("enable_single_batch_overlap"):
+        return "fused with --enable-single-batch-overlap, whose combine starts inside the experts' GEMM"
+    if launch.config.exchange != "group":
+        return "fused with --macs-exchange local"
+    return launch.config.no_low_latency(launch.flag("deepep_mode", "auto"))
+
+
+def _unfinished(launch: Launch) -> str:
+    if launch.config.dispatch != "bounded" or os.environ.get(EXPERIMENTAL_ENV) == "bounded":
+        return ""
+    return "bounded, under which a server on two GPUs stood still"
+
+
+def _bounded(launch: Launch) -> str:
+    if launch.config.dispatch != "bounded":
+        return ""
+    reasons = (
+        (launch.flag("device") == "cpu", "on the CPU"),
+        (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
+        (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
+        (launch.flag("quantization") not in (None, "fp8"), f"with --quantization {launch.flag('quantization')}"),
+        (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
+        (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
+        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
+        (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
+    )
+    return next((f"bounded {words}" for refused, words in reasons if refused), "")
+
+
+_LEAVE_OUT = "Leave it out, or pass --macs-preset off."
+
+RULES = (
+    Rule("--use-ray", _if(_on("use_ray"), "Ray actors"), "schedulers that load plugins", "Leave it out."),
+    Rule(
+        "--smg-grpc-mode",
+        _if(_on("smg_grpc_mode", "grpc_mode"), "a gRPC server that starts schedulers in its own way"),
+        "schedulers that load plugins",
+        "Use --grpc-port, which stands beside the HTTP server.",
+    ),
+    Rule("--encoder-only", _if(_on("encoder_only"), "an encoder server"), "MoE layers", "Serve it without MACS."),
+    Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
+    Rule(
+        "expert parallelism",
+        _expert_parallel,
+        "ep equal to tp, dividing the experts",
+        "Pass --tp N --ep-size N, on one GPU --macs-scope expert.",
+    ),
+    Rule(
+        "--enable-dp-attention",
+        _vision_tower,
+        "a vision tower that runs on one rank",
+        "Leave it out; GLM can be served with --mm-enable-dp-encoder instead.",
+    ),
+    Rule(
+        "--macs-reroute",
+        _routing,
+        "none: other experts are ranked and weighted as softmax over the logits alone has them",
+        "Pass --macs-reroute none.",
+    ),
+    Rule(
+        "--chunked-prefill-size",
+        _prefill,
+        "a prefill batch of the EP group whose load histograms hold in 32 bits (docs/method.md, 3)",
+        "Lower it.",
+    ),
+    Rule(
+        "--disaggregation-mode",
+        _if_routing_changes(_decode_only, "decode, which has no prefill batches to act on"),
+        "prefill, or --macs-decode true",
+        "Serve this side without MACS.",
+    ),
+    Rule(
+        "--enable-prefill-cp",
+        _if(
+            lambda x: bool(x.flag("enable_prefill_cp")) or x.flag("attn_cp_size", 1) > 1, "prefill context parallelism"
+        ),
+        "none: its zigzag order hides which rows are visual",
+        "Leave it out.",
+    ),
+    Rule(
+        "--pp-size",
+        _stages,
+        "a batch to itself for every rank: SGLang hands one rank's rows to the next stage as if all ranks had them",
+        "Pass --dp equal to --tp, with --enable-dp-attention.",
+    ),
+    Rule(
+        "--elastic-ep-backend",
+        _if(
+            lambda x: any(x.flag(name) is not None for name in ("elastic_ep_backend", "ep_join_mode", "max_ep_size")),
+            "elastic EP",
+        ),
+        "none",
+        "Leave it out.",
+    ),
+    Rule(
+        "--dp-size",
+        _replicas,
+        "one server: replicas with an all-to-all backend end in their schedulers' first round (SGLang to 0.5.23)",
+        "Add --enable-dp-attention, or start a server a replica behind SGLang's router.",
+    ),
+    Rule("--dwdp-size", _if(lambda x: (x.flag("dwdp_size") or 1) > 1, "DWDP"), "none", "Leave it out."),
+    Rule(
+        "--enable-waterfill",
+        _if(_on("enable_waterfill"), "Waterfill"),
+        "none: its shared-expert column must not be clipped",
+        "Leave it out.",
+    ),
+    Rule(
+        "--enable-eplb, redundant experts",
+        _if(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts"),
+        "experts in their own order: re-routing reads logical router logits",
+        "Leave EPLB out.",
+    ),
+    Rule(
+        "--init-expert-location",
+        _if_routing_changes(lambda x: (x.flag("init_expert_location") or "trivial") != "trivial", "moved experts"),
+        "trivial: router logits and profiles count experts in the model's own order",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--ep-dispatch-algorithm",
+        _if_routing_changes(_on("ep_dispatch_algorithm"), "physical experts"),
+        "none: router logits and profiles count experts in the model's own order",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--enforce-shared-experts-fusion",
+        _if(_on("enforce_shared_experts_fusion"), "fused shared experts"),
+        "shared experts of their own: a fused one must not be clipped",
+        "Leave it out.",
+    ),
+    Rule(
+        "--enable-deterministic-inference",
+        _if_routing_changes(_on("enable_deterministic_inference", "rl_on_policy_target"), "batch-invariant answers"),
+        "answers that may depend on what else is in the batch",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--enable-return-routed-experts",
+        _if_routing_changes(_on("enable_return_routed_experts"), "experts noted before MACS re-routes and drops"),
+        "none",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--expert-distribution-recorder-mode",
+        _if_routing_changes(
+            lambda x: (
+                x.flag("expert_distribution_recorder_mode") == "stat_approx"
+                or (x.flag("expert_distribution_recorder_mode") and x.flag("deepep_mode") == "low_latency")
+            ),
+            "loads counted behind the dispatch, where MACS has cut them",
+        ),
+        "loads as the router asked for them (stat, per_pass or per_token with --deepep-mode normal)",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--enable-pdmux",
+        _if_routing_changes(_on("enable_pdmux"), "prefill split by layers"),
+        "prefill in one pass: later parts no longer know which tokens are visual",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--dllm-algorithm",
+        _if_routing_changes(_on("dllm_algorithm"), "a diffusion model, which decodes by prefill passes"),
+        "decoding that is told from prefill",
+        _LEAVE_OUT,
+    ),
+    Rule(
+        "--kt-weight-path",
+        _if_routing_changes(_on("kt_weight_path"), "experts computed on the CPU beside the GPU"),
+        "ranks whose time follows from their rows",
+        _LEAVE_OUT,
+    ),
+    Rule("overlap", _overlap, "none on the CPU", "Leave it out."),
+    Rule(
+        "--macs-dispatch",
+        _fused,
+        "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
+        "Or pass --macs-dispatch deepep.",
+    ),
+    Rule(
+        "--macs-dispatch",
+        _unfinished,
+        "deepep, until the cause is found (docs/bounded.md)",
+        f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
+    ),
+    Rule(
+        "--macs-dispatch",
+        _bounded,
+        "bounded only in DeepEP's normal mode, whole batches, with DeepGEMM's runner in bf16 or FP8 blocks",
+        "Or pass --macs-dispatch deepep.",
+    ),
+    Rule("--enable-lora", _if(_on("enable_lora"), "LoRA"), "none on MoE layers", "Leave it out."),
+)
+
+
+def check_a2a(backend: str) -> None:
+    """Raises MacsError unless the asked-for all-to-all backend is one that MACS plans for."""
+    if backend not in A2A_BACKENDS:
+        raise MacsError(
+            "--moe-a2a-backend", repr(backend), "macs or deepep with --enable-macs", "Pass --moe-a2a-backend macs."
+        )
+
+
+def check(launch: Launch) -> None:
+    """Raises MacsError for the first rule that refuses this launch."""
+    for rule in RULES:
+        if got := rule.refuses(launch):
+            raise MacsError(rule.what, got, f"{rule.expected} (MACS)", rule.fix)
+
+
+PARALLEL_FLAGS = (
+    "tp_size",
+    "dp_size",
+    "ep_size",
+    "pp_size",
+    "attn_dp_size",
+    "enable_dp_attention",
+    "enable_dp_lm_head",
+    "moe_dense_tp_size",
+    "enable_two_batch_overlap",
+    "enable_mixed_chunk",
+)
+
+
+def parallel_flags(flags: Any) -> str:
+    """Those of a launch that say how ranks share their work, as they are set."""
+    given = {name: getattr(flags, name, None) for name in PARALLEL_FLAGS}
+    return " ".join(
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, False)
+    )

@@ -1,0 +1,80 @@
+"""The plan in front of DeepEP's dispatcher, and the fused dispatch in place of its low-latency kernels."""
+
+from functools import partial
+from itertools import zip_longest
+
+from ..dispatch.fused import Sizes
+from ..dispatch.low_latency import FusedLowLatency
+from ..dispatch.planner import LayerPlanner
+from . import worker
+from .topk import logits_of, routed_nowhere
+
+
+def fused_low_latency(dispatcher, planner, moe_runner_config):
+    """For every half of a batch the fused dispatch in place of DeepEP's low-latency kernels; empty: DeepEP's carry."""
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
+    from sglang.srt.layers.moe.utils import is_sbo_enabled
+    from sglang.srt.runtime_context import get_parallel
+
+    if planner.plan.config.dispatch in ("deepep", "bounded"):
+        return []
+    inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
+    mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
+    # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
+    impl = getattr(inners[0], "_low_latency_dispatcher", None)
+    tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
+    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    return [
+        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
+        for inner, transport in zip(inners, transports, strict=False)
+    ]
+
+
+def plan_before(dispatcher, planner: LayerPlanner, fused=()) -> None:
+    """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class.
+
+    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one.
+    """
+    halves = _Halves(planner)
+    for inner, of_half in zip_longest(dispatcher._inners, fused):
+        inner.dispatch_a = partial(halves.plan_first, inner.dispatch_a, inner, of_half)
+        inner.dispatch_b = partial(halves.hint_rows, inner.dispatch_b)
+    dispatcher._execute = partial(halves.execute, dispatcher._execute)
+
+
+class _Halves:
+    """What is wrapped around a layer's dispatchers, and which half of the batch they dispatch: under two-batch overlap
+    there is one for each.
+    """
+
+    def __init__(self, planner: LayerPlanner) -> None:
+        self._planner = planner
+        self._half: int | None = None  # None: a whole batch
+
+    def execute(self, original, name, tbo_subbatch_index=None, **kwargs):
+        """AROUND `_execute`, which knows the half."""
+        self._half = tbo_subbatch_index
+        return original(name, tbo_subbatch_index, **kwargs)
+
+    def plan_first(self, dispatch_a, inner, fused, hidden_states, topk_output):
+        """AROUND `dispatch_a`: what is planned is sent, and proved."""
+        planner = self._planner
+        topk_output = routed_nowhere(topk_output, hidden_states.shape[0])
+        ids, weights = topk_output.topk_ids, topk_output.topk_weights
+        takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
+        plan = fused.plan if takes else None
+        planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
+        planner.measure(ids, planned)
+        output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
+        return dispatch_a(hidden_states=hidden_states, topk_output=output)
+
+    def hint_rows(self, dispatch_b):
+        """AROUND `dispatch_b`, low latency: the rows that DeepGEMM tiles for. DeepEP's hint takes all ranks to be as
+        full as this one.
+        """
+        output = dispatch_b()
+        if not hasattr(output, "expected_m"):
+            return output
+        rows = self._planner.expected_rows(output.topk_ids.shape[1])
+        return output if rows is None else output._replace(expected_m=rows)

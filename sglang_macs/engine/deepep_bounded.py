@@ -1,0 +1,108 @@
+"""`--macs-dispatch bounded` in SGLang: DeepEP's normal mode with no count on the host, and DeepGEMM behind it."""
+
+from functools import partial
+
+from ..comm import peer_memory
+from ..dispatch import bounded
+from ..dispatch.transport import say_for_group, unfit_device
+from . import worker
+from .hooks import Hook
+
+BOUNDED = "macs_bounded"  # format of a bounded dispatch in SGLang's registry
+_DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
+
+
+def bound_normal(dispatcher, planner, moe_runner_config) -> None:
+    """With --macs-dispatch bounded, DeepEP's normal mode is told how many tokens can come, and counts none."""
+    from sglang.srt.layers.moe.token_dispatcher.base import DispatchOutputFormat
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
+    from sglang.srt.runtime_context import get_parallel
+
+    process = worker.current()
+    if process.config.dispatch != "bounded":
+        return
+    if process.bounded is None:
+        unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
+        tell = partial(say_for_group, group=planner.group)
+        process.bounded = bounded.BoundedDispatch(process.config, tell, next(filter(None, unfit), ""))
+        register_permutation()
+
+    class Format:
+        """DeepEP's, but for the name under which the runner finds its permutation."""
+
+        value = BOUNDED
+
+        def __getattr__(self, name):
+            return getattr(DispatchOutputFormat.DEEPEP_NORMAL, name)
+
+    class Output(DeepEPNormalDispatchOutput):
+        format = Format()
+
+    def make_output(output, received):
+        made = Output(*output)
+        made.received = received
+        return made
+
+    config = moe_runner_config
+    sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    for inner in dispatcher._inners:
+        impl = getattr(inner, "_normal_dispatcher", None)
+        if impl is not None:
+            bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
+
+
+def register_permutation() -> None:
+    """What lies between a bounded dispatch and DeepGEMM's runner, in SGLang's registry."""
+    from sglang.srt.layers.moe.moe_runner.base import register_post_permute, register_pre_permute
+    from sglang.srt.layers.moe.moe_runner.deep_gemm import DeepGemmRunnerInput
+    from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalCombineInput
+    from sglang.srt.utils import dispose_tensor
+
+    @register_pre_permute(BOUNDED, "deep_gemm")
+    def permute(dispatch_output, quant_info, runner_config, running_state):
+        received = dispatch_output.received
+        rows, scales, index = received.permute()
+        running_state |= {
+            "all_tokens": rows.shape[0],
+            "hidden_states_shape": received.tokens.shape,
+            "hidden_states_device": rows.device,
+            "hidden_states_dtype": rows.dtype,
+            BOUNDED: (received, index.place),
+        }
+        dispose_tensor(received.tokens)  # as SGLang's own does: its memory serves the GEMM
+        return DeepGemmRunnerInput(
+            hidden_states=rows,
+            hidden_states_scale=scales,
+            use_masked_gemm=False,
+            m_indices=index.expert_end,
+            hidden_states_scale_tma_aligned=True,
+            activation_scale_block_size=128,
+        )
+
+    @register_post_permute("deep_gemm", BOUNDED)
+    def gather(runner_output, quant_info, runner_config, running_state):
+        received, place = running_state[BOUNDED]
+        tokens = received.gather(runner_output.hidden_states, place)
+        return DeepEPNormalCombineInput(tokens, received.topk_ids, received.topk_weights)
+
+
+def _grouped_gemm(gemm: str):
+    """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_contig: a bounded dispatch tells the end of each expert's rows in
+    place of each row's expert, and no tile behind is computed. (Those marked -1 are, in bf16.)
+    """
+
+    def around(original, lhs, rhs, out, layout, **recipes):
+        if layout.shape[0] == out.shape[0]:
+            return original(lhs, rhs, out, layout, **recipes)
+        import deep_gemm
+
+        given = {name: recipe for name, recipe in recipes.items() if recipe is not None}
+        return getattr(deep_gemm, gemm)(lhs, rhs, out, layout, use_psum_layout=True, **given)
+
+    return around
+
+
+HOOKS = (
+    Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_bf16_contig", _grouped_gemm("m_grouped_bf16_gemm_nt_contiguous"), "around"),
+    Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_f8f8bf16_contig", _grouped_gemm("m_grouped_fp8_gemm_nt_contiguous"), "around"),
+)

@@ -1,0 +1,135 @@
+"""What a scheduler process holds for its lifetime: configuration, counters and, per MoE layer, its planner."""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from .. import __version__
+from ..config import MacsConfig, configured
+from ..console import say
+from ..dispatch.acting import Acting
+from ..dispatch.bounded import BoundedDispatch
+from ..dispatch.plan_cost import ExpertSizes
+from ..dispatch.planner import LayerPlanner
+from ..dispatch.transport import Transports
+from ..observe.metrics import Exporter
+from ..observe.recorder import Place, Recorder, agreed_run
+from ..observe.shared_state import SharedState
+from ..observe.stats import Stats
+from ..plan import profile
+from ..plan.batch import Batch
+from .agreement import Agreement
+
+IDLE_LOOK_SECONDS = 1.0  # between two looks of an idle process: each of them is work for the GPU
+
+
+class Worker:
+    """One process's state. Nothing of --enable-metrics or --macs-trace is made before it is asked for."""
+
+    def __init__(self, config: MacsConfig) -> None:
+        self.config = config
+        self.stats = Stats()
+        self.profile = profile.load(config.profile) if config.profile else None
+        self.planners: dict[int, LayerPlanner] = {}
+        self.acting = Acting()
+        self.transports = Transports(config)
+        self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
+        self.top_k = 1  # the largest of the model's MoE layers
+        self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
+        self.agreement: Agreement | None = None
+        self._rank, self._num_ranks = 0, 1
+        self._shared_state: SharedState | None = None
+        self._passes = 0  # that were planned or, with MACS off, would have been
+        self._looked = 0.0  # s of the monotonic clock
+        self._exporter: Exporter | None = None
+        self._recorder: Recorder | None = None
+
+    def options_of_the_group(self) -> str:
+        """What must be the same on every node; where its files lie may differ."""
+        options = self.config.to_json()
+        del options["trace"], options["trace_limit_mb"], options["profile"]
+        return f"{options} {self.profile.modality if self.profile else None}"
+
+    def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
+        """Takes its place among the expert-parallel ranks, once the process groups are there."""
+        self._rank, self._num_ranks = rank, num_ranks
+        self.agreement, self._shared_state = agreement, shared_state
+
+    def decide(self, batch: Batch) -> Batch:
+        """`batch` before its pass, with what follows from the passes before, of which all ranks keep count alike:
+        whether its rows are recounted, and which layers are left alone.
+        """
+        if batch.skip not in ("", "off"):
+            return batch
+        every = self.config.verify_every
+        chosen = self.config.verify or (every > 0 and self._passes % every == 0)
+        self._passes += 1
+        if not batch.skip:
+            needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
+            batch = self.acting.decide(batch, every_layer=needed)
+        return replace(batch, measured=chosen)
+
+    def recorder_at(self, place: Place) -> Recorder | None:
+        """Of --macs-trace, None without; the first layer that asks makes it."""
+        if self.config.trace and self._recorder is None:
+            self._recorder = Recorder(self.config, place, agreed_run())
+        return self._recorder
+
+    def recorded(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager:
+        """Around a forward pass: its pictures and plans belong together in the trace."""
+        return nullcontext() if self._recorder is None else self._recorder.pass_of(forward_batch, attn_tp_rank)
+
+    def export_metrics(self, labels: Mapping[str, Any]) -> None:
+        """Of --enable-metrics: from now on `tick` publishes the counters under SGLang's own labels."""
+        self._exporter = Exporter(labels, self.config, self._rank)
+
+    def tick(self, *, idle: bool = False) -> None:
+        """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
+        self.acting.end_pass()
+        now = time.monotonic()
+        if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
+            self._looked = now
+            self._check()
+        self._export(idle)
+        if idle and self._shared_state is not None and self._shared_state.is_due(self.stats.dispatches):
+            self._shared_state.publish(self.state())
+
+    def _check(self) -> None:
+        self.transports.check()
+        if self.bounded is not None:
+            self.bounded.check()
+
+    def _export(self, idle: bool) -> None:
+        if self._exporter is None:
+            return
+        try:
+            self._exporter.tick(self.stats, idle=idle)
+        except OSError as error:  # a full disk below PROMETHEUS_MULTIPROC_DIR must not end the server
+            self._exporter = None
+            say(f"metrics are published no more: {error.strerror or error}. The server serves on.")
+
+    def state(self) -> dict[str, object]:
+        """This rank's counters as plain JSON values; with --macs-trace that of the recorder, too."""
+        place = {"rank": self._rank, "ep_size": self._num_ranks}
+        acting = {"rows_that_pay": self.acting.rows_that_pay}
+        about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        if self._recorder is not None:
+            about["trace"] = self._recorder.state()
+        return about | self.stats.snapshot()
+
+    def answer(self) -> dict[str, object]:
+        """For `GET /server_info`: the counters of all ranks that this one speaks for."""
+        return self._shared_state.answer(self.state())
+
+
+_current: Worker | None = None
+
+
+def current() -> Worker:
+    """The worker of this process, made from the process tree's configuration by the first call."""
+    global _current
+    if _current is None:
+        _current = Worker(configured())
+    return _current

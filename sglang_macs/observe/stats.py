@@ -1,0 +1,264 @@
+"""What one rank counts and proves. A snapshot is plain JSON.
+
+The proof does not trust the plan: rows are counted again from the ids that are really sent, summed over the EP group,
+and held against the bound. `checks` says how often a claim was tested, `violations` how often it failed and must
+stay 0. Sums stay on the plan's device, so that counting never makes the host wait; only a snapshot reads them.
+Dispatches are counted many at a time (`Backlog`): what is left is counted before anything is read.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..choices import MODALITIES, NUM_SUMS, WEIGHT_ONE
+from ..config import MacsConfig
+from ..plan.plan import PlanResult
+from .backlog import Backlog, SumsByLayer, to_host
+
+BEFORE, AFTER, KEPT_VISUAL, CLIPPED_TEXT, UNITS = range(5)  # rows of a recount
+
+
+def rows_of(ids: Tensor, num_experts: int, weight: Tensor | None = None) -> Tensor:
+    """[..., E] i64: assignments of each expert in ids [..., T, K], or their summed integer `weight` (same shape); -1
+    counts nowhere.
+    """
+    cells = (ids.flatten(-2).long() + 1).clamp_(min=0)  # cell 0 takes what counts nowhere
+    weight = torch.ones_like(cells) if weight is None else weight.flatten(-2).long()
+    return cells.new_zeros(*cells.shape[:-1], num_experts + 1).scatter_add_(-1, cells, weight)[..., 1:].contiguous()
+
+
+def recount(
+    num_experts: int,
+    ids: Tensor,
+    sent: Tensor,
+    weight: Tensor | None,
+    segment: Tensor | None,
+    left_alone: Tensor | None = None,
+) -> Tensor:
+    """This rank's rows, counted from the ids that were routed and those that are sent, both [T, K].
+
+    Returns [2, E] i64, before and after; with a segment [T] [5, E], what the claims on text and on effective load need,
+    too. weight [T] is the plan's, None without a plan. left_alone [T] bool, rows that no bound speaks of: their counts
+    are one row more, the last.
+    """
+    planned = sent if left_alone is None else sent.masked_fill(left_alone.unsqueeze(1), -1)
+    counted = [ids, sent]
+    if segment is not None:
+        clipped, text = sent != ids, (segment < 0).unsqueeze(1)
+        kept_visual, clipped_text = ids.masked_fill(clipped | text, -1), ids.masked_fill(~(clipped & text), -1)
+        counted += [kept_visual, clipped_text, planned]
+    if left_alone is not None:
+        counted.append(sent.masked_fill(~left_alone.unsqueeze(1), -1))
+    each = None
+    if segment is not None:
+        each = torch.ones((len(counted), *ids.shape), dtype=torch.int64, device=ids.device)
+        each[UNITS] = WEIGHT_ONE if weight is None else (weight * WEIGHT_ONE).round_().clamp_(min=1).unsqueeze(1)
+    return rows_of(torch.stack(counted), num_experts, each)
+
+
+def rows_per_bound(rows: Tensor, num_bounds: int) -> Tensor:
+    """[..., E] -> [..., num_bounds], experts placed linearly."""
+    return rows.unflatten(-1, (num_bounds, -1)).sum(dim=-1)
+
+
+def imbalance(rows: Tensor) -> Tensor:
+    """[...] f64: maximum over mean of [..., R] rows; 1 where there are none."""
+    total = rows.sum(dim=-1)
+    return torch.where(total > 0, rows.amax(dim=-1) * rows.shape[-1] / total.clamp(min=1).double(), 1.0)
+
+
+class _Plan(NamedTuple):
+    """What is counted of a plan by its own account: counts [3, E, 2] i32, and of `group` [...] i32 the last NUM_SUMS,
+    the group's sums, before which its whole histogram may lie. by_expert: also for a calibration.
+    """
+
+    layer_id: int
+    by_expert: bool
+    counts: Tensor
+    group: Tensor
+
+
+class Recount(NamedTuple):
+    """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group; cut [NB, 4] of the plan,
+    None without one; left_alone: whether the last row of a recount is of rows that no bound speaks of.
+    """
+
+    config: MacsConfig
+    layer_id: int
+    num_ranks: int
+    own: Tensor
+    group: Tensor
+    cut: Tensor | None
+    left_alone: bool = False
+
+
+@dataclass
+class Stats:
+    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality.
+
+    received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
+    fused: of `planned`, those that the fused dispatch planned and carried.
+    bounded: of `dispatches`, those whose received rows were never counted on the host.
+    expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
+    "planned", and of those left alone for "no_gain".
+    measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
+    [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after.
+    expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
+
+    What the backlogs hold is not in it: read it by `to_host` or `snapshot`.
+    """
+
+    dispatches: int = 0
+    planned: int = 0
+    fused: int = 0
+    bounded: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    expected_gain: Counter = field(default_factory=Counter)
+    misaligned: int = 0
+    received_rows: int = 0
+    remote_rows: int = 0
+    runner_calls: int = 0
+    plan_seconds: float = 0.0
+    visual_share_sum: Tensor | float = 0.0
+    fate: Tensor | int = 0
+    checks: Counter = field(default_factory=Counter)
+    violations: Counter = field(default_factory=Counter)  # of tensors
+    measured: Counter = field(default_factory=Counter)
+    cut: SumsByLayer = field(default_factory=SumsByLayer)
+    rows: SumsByLayer = field(default_factory=SumsByLayer)
+    max_over_mean: SumsByLayer = field(default_factory=SumsByLayer)
+    expert_rows: dict[int, SumsByLayer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._plans = Backlog(self._count_plans)
+        self._recounts = Backlog(self._count_recounts)
+
+    def add_plan(self, layer_id: int, result: PlanResult, *, by_expert: bool) -> None:
+        """One plan, by its own account. by_expert: also what a calibration is made from."""
+        self.planned += 1
+        group = result.group
+        if not group.is_cuda:  # to keep the whole histogram costs a CPU more, in caches, than a copy of its end
+            group = group[-NUM_SUMS:].clone()
+        plan = _Plan(layer_id, by_expert, result.counts, group)
+        self._plans.add(plan, group.device, (by_expert, plan.counts.shape, group.shape))
+
+    def _count_plans(self, plans: Sequence[_Plan]) -> None:
+        counts = torch.stack([plan.counts for plan in plans])
+        sums = torch.stack([plan.group for plan in plans])[:, -NUM_SUMS:]
+        visual, total = sums[:, 2:].double().unbind(dim=1)
+        self.visual_share_sum += torch.where(total > 0, visual / total.clamp(min=1), 0.5).sum()
+        self.fate += counts.sum(dim=(0, 2), dtype=torch.int64)
+        if plans[0].by_expert:  # this rank's own assignments, before clipping
+            rows = self.expert_rows.setdefault(counts.shape[2], SumsByLayer())
+            rows.add([plan.layer_id for plan in plans], counts[:, :2].sum(dim=1, dtype=torch.int64))
+
+    def add_recount(self, counted: Recount) -> None:
+        """The rows of one dispatch of a batch that MACS acts on. They are held against the bounds of the plan's cut."""
+        self.measured[counted.layer_id] += 1
+        cut, group = counted.cut, counted.group
+        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, None if cut is None else cut.shape)
+        self._recounts.add(counted, group.device, alike)
+
+    def _count_recounts(self, recounts: Sequence[Recount]) -> None:
+        first, layer_ids = recounts[0], [one.layer_id for one in recounts]
+        group = torch.stack([one.group for one in recounts])
+        rows = rows_per_bound(group[:, : AFTER + 1], first.num_ranks)
+        self.rows.add(layer_ids, rows)
+        self.max_over_mean.add(layer_ids, imbalance(rows))
+        if first.cut is None:
+            self.cut.add(layer_ids, rows.new_zeros(len(recounts)))
+            return
+        cut = torch.stack([one.cut for one in recounts])
+        self.cut.add(layer_ids, (cut[:, :, 0] >= 0).any(dim=1).long())
+        # With exchange=local a rank promises its own share only.
+        promised = group if first.config.exchange == "group" else torch.stack([one.own for one in recounts])
+        if first.left_alone:
+            planned = promised[:, AFTER] - promised[:, -1]
+            promised = torch.cat([promised[:, :AFTER], planned.unsqueeze(1), promised[:, AFTER + 1 : -1]], dim=1)
+        self._prove(first.config, rows_per_bound(promised, cut.shape[1]), cut[:, :, 3])
+
+    def _prove(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
+        """Holds N recounts [N, S, NB] of planned rows against their bounds [N, NB]."""
+        in_full = per_bound.shape[1] > UNITS
+        if config.load == "rows":
+            self._check("bound", per_bound[:, AFTER] > bound)
+        elif in_full:
+            self._check("bound", per_bound[:, UNITS] > bound)
+        if in_full and config.protect_text:
+            self._check("text_last", (per_bound[:, CLIPPED_TEXT] > 0) & (per_bound[:, KEPT_VISUAL] > 0))
+
+    def _check(self, claim: str, violated: Tensor) -> None:
+        self.checks[claim] += violated.shape[0]
+        self.violations[claim] += violated.any(dim=1).sum()
+
+    def to_host(self) -> "Stats":
+        """A copy on the host, made without waiting: on a GPU its figures are there when the current stream is."""
+        with self._settled():
+            return Stats(**{name: _to_host(value) for name, value in self._values().items()})
+
+    def snapshot(self) -> dict[str, object]:
+        """Every counter as JSON values; `fate` becomes `own`, and what is by layer `layers`, whose ids are strings."""
+        by_layer = ("measured", "cut", "rows", "max_over_mean")
+        with self._settled():
+            raw = {name: _plain(value) for name, value in self._values().items()}
+        raw["own"] = _fates(raw.pop("fate"))
+        measured, cut, rows, max_over_mean = (raw.pop(name) for name in by_layer)
+        raw["layers"] = {str(i): _layer(measured[i], cut[i], rows[i], max_over_mean[i]) for i in measured}
+        raw["expert_rows"] = {i: rows for of_size in raw["expert_rows"].values() for i, rows in of_size.items()}
+        return raw
+
+    def _values(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def _settled(self) -> ExitStack:
+        both = ExitStack()
+        both.enter_context(self._plans.settled())
+        both.enter_context(self._recounts.settled())
+        return both
+
+
+def _to_host(value: object) -> object:
+    if isinstance(value, Tensor):
+        return to_host(value)
+    if isinstance(value, SumsByLayer):
+        return value.to_host()
+    if isinstance(value, dict):
+        return type(value)({key: _to_host(item) for key, item in value.items()})
+    return value
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, SumsByLayer):
+        return value.by_layer()
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list[float]) -> dict[str, object]:
+    """Of one layer, as it is shown."""
+    return {
+        "dispatches": dispatches,
+        "cut": cut,
+        "rows_before": rows[0],
+        "rows_after": rows[1],
+        "max_over_mean_before": max_over_mean[0],
+        "max_over_mean_after": max_over_mean[1],
+    }
+
+
+def _fates(fate: list[list[int]] | int) -> dict[str, int]:
+    """{"clipped_visual": n, ...} from [3, 2] kept, clipped, re-routed by (visual, text)."""
+    kept, clipped, rerouted = fate or [[0, 0]] * 3
+    named = {}
+    for i, modality in enumerate(MODALITIES):
+        named[f"assignments_{modality}"] = kept[i] + clipped[i]
+        named[f"clipped_{modality}"] = clipped[i]
+        named[f"rerouted_{modality}"] = rerouted[i]
+        named[f"dropped_{modality}"] = clipped[i] - rerouted[i]
+    return named

@@ -1,0 +1,63 @@
+"""What csrc/torch_ops.cpp checks, for the operators that do not pass through it: ValueError with got and expected."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ...choices import NUM_SUMS
+from ...errors import MacsError
+
+HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _require(holds: bool, what: str, got: object, expected: str) -> None:
+    if not holds:
+        raise MacsError(what, got, expected)
+
+
+def _like(x: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...], beside: Tensor) -> None:
+    _require(x.dtype == dtype, name, f"dtype {x.dtype}", str(dtype))
+    _require(x.shape == shape, name, f"shape {list(x.shape)}", str(list(shape)))
+    _require(x.device == beside.device, name, f"device {x.device}", str(beside.device))
+
+
+def histogram_size(policy: SimpleNamespace) -> int:
+    """Entries of a histogram: cells and the sums."""
+    return policy.num_experts * 2 * policy.buckets + NUM_SUMS
+
+
+def hidden_states(x: Tensor, segment: Tensor) -> None:
+    _require(x.dim() == 2 and x.size(1) > 0, "hidden_states", f"shape {list(x.shape)}", "[T, H] with H > 0")
+    _require(x.dtype in HIDDEN_DTYPES, "hidden_states", f"dtype {x.dtype}", "bfloat16, float16 or float32")
+    _like(segment, "segment", torch.int32, (x.size(0),), x)
+
+
+def entropies(entropy: Tensor, segment: Tensor, num_segments: int) -> None:
+    _require(num_segments >= 0, "num_segments", num_segments, "at least 0")
+    _require(entropy.dim() == 1, "entropy", f"shape {list(entropy.shape)}", "[T]")
+    _like(entropy, "entropy", torch.float32, entropy.shape, entropy)
+    _like(segment, "segment", torch.int32, entropy.shape, entropy)
+
+
+def assignments(topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> None:
+    _require(topk_ids.dim() == 2, "topk_ids", f"shape {list(topk_ids.shape)}", "[T, K]")
+    is_integer = topk_ids.dtype in (torch.int32, torch.int64)
+    _require(is_integer, "topk_ids", f"dtype {topk_ids.dtype}", "int32 or int64")
+    _like(topk_weights, "topk_weights", torch.float32, topk_ids.shape, topk_ids)
+    _like(weight, "weight", torch.float32, topk_ids.shape[:1], topk_ids)
+    _like(segment, "segment", torch.int32, topk_ids.shape[:1], topk_ids)
+
+
+def thresholds(own: Tensor, group: Tensor, modality: Tensor, policy: SimpleNamespace) -> None:
+    _like(own, "own", torch.int32, (histogram_size(policy),), own)
+    _like(group, "group", torch.int32, own.shape, own)
+    _like(modality, "modality", torch.int8, (policy.num_experts,), own)
+
+
+def clips(topk_ids: Tensor, router_logits: Tensor | None, shift: Tensor, cut: Tensor, policy: SimpleNamespace) -> None:
+    num_experts = policy.num_experts
+    _like(shift, "shift", torch.int32, (num_experts,), topk_ids)
+    _like(cut, "cut", torch.int32, (policy.num_ranks if policy.scope == 1 else num_experts, 4), topk_ids)
+    if router_logits is not None:
+        _like(router_logits, "router_logits", torch.float32, (topk_ids.size(0), num_experts), topk_ids)

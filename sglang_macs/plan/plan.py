@@ -1,0 +1,193 @@
+"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..choices import NUM_SUMS, SCORINGS, WEIGHT_ONE
+from ..comm.peer_all_reduce import PeerAllReduce
+from ..config import MacsConfig
+from ..errors import MacsError
+from ..ops import policy
+
+AllReduce = Callable[[Tensor], object]
+
+
+class PlanResult(NamedTuple):
+    """What one plan decided on this rank.
+
+    topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
+    room, bound per bound. counts [3, E, 2] i32: kept, clipped, re-routed in, by (expert, visual | text).
+
+    New memory in every plan, of every backend, which nobody writes to afterwards: counters and trace keep parts of it.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    weight: Tensor
+    own: Tensor
+    group: Tensor
+    cut: Tensor
+    counts: Tensor
+
+    def with_rows(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> "PlanResult":
+        """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
+        rows = rows.unsqueeze(1)
+        ids = torch.where(rows, topk_ids, self.topk_ids)
+        return self._replace(topk_ids=ids, topk_weights=torch.where(rows, topk_weights, self.topk_weights))
+
+
+class Plan:
+    """One layer's plan; holds no state between batches.
+
+    Args:
+        config: the options.
+        num_experts, num_ranks: E and R; E % R == 0.
+        modality: [E] i8 from the profile, or None: every expert is shared.
+        scoring: how the router made its probabilities, "softmax" or "sigmoid".
+    """
+
+    def __init__(
+        self,
+        config: MacsConfig,
+        num_experts: int,
+        num_ranks: int,
+        modality: Tensor | None = None,
+        scoring: str = "softmax",
+    ) -> None:
+        if num_ranks < 1 or num_experts % num_ranks:
+            raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
+        policy.choice("scoring", scoring, SCORINGS)
+        self.config = config
+        self.num_experts = num_experts
+        self.num_ranks = num_ranks
+        self.scoring = scoring
+        self._needs_entropy = config.needs_entropy(modality is not None)
+        self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
+        alone = config.exchange == "local"
+        self.policy = policy.of_config(
+            config,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            scoring=scoring,
+            needs_entropy=self._needs_entropy,
+            c_min=config.c_min / num_ranks if alone else config.c_min,
+        )
+
+    @property
+    def histogram_size(self) -> int:
+        """Numbers that the exchange sums."""
+        return self.num_experts * 2 * self.config.buckets + NUM_SUMS
+
+    def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+        """[T] f32 entropy weights; hidden_states [T, H] are not read if nothing depends on them."""
+        if self._needs_entropy and num_segments > 0:
+            entropy = ops.entropy_score(hidden_states, segment)
+            return ops.entropy_weight(entropy, segment, num_segments, self.config.delta)
+        return torch.full(segment.shape, 0.5, dtype=torch.float32, device=segment.device).masked_fill_(segment < 0, 1.0)
+
+    def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
+        """This rank's integer histogram, [E * 2 * buckets + 4] i32."""
+        return ops.load_histogram(topk_ids, topk_weights, weight, segment, self.policy)
+
+    def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
+        if self.config.exchange == "local":
+            group = own
+        return ops.clip_threshold(own, group, self._modality_on(own.device), self.policy)
+
+    def _modality_on(self, device: torch.device) -> Tensor:
+        if self.modality.device != device:  # once: a copy to a GPU makes the host wait
+            self.modality = self.modality.to(device)
+        return self.modality
+
+    def fused_options(self, device: torch.device) -> dict[str, object]:
+        """What `ops.fused_dispatch` needs to decide as this plan does."""
+        return {"modality": self._modality_on(device), "policy": self.policy}
+
+    def apply(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        weight: Tensor,
+        segment: Tensor,
+        router_logits: Tensor | None,
+        shift: Tensor,
+        cut: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
+        return ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, self.policy)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+        all_reduce: AllReduce | None = None,
+    ) -> PlanResult:
+        """Plans one dispatch. Collective where `exchange=group`: every rank of the EP group calls it, T = 0 included.
+
+        Args:
+            hidden_states: [T, H]; topk_ids [T, K]; topk_weights [T, K] f32; router_logits [T, E] or None.
+            segment: [T] i32, -1 = text, otherwise below num_segments.
+            all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group. With a
+                `PeerAllReduce` the whole plan is one operator call, else two around it.
+        """
+        routing = topk_ids, topk_weights
+        if self.config.exchange == "local":
+            all_reduce = None
+        if not ops.is_whole(topk_ids):
+            return self._by_operators(hidden_states, *routing, router_logits, segment, num_segments, all_reduce)
+        modality = self._modality_on(topk_ids.device)
+        if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
+            peers = ops.ALONE if all_reduce is None else all_reduce.peers
+            batch = hidden_states, *routing, router_logits, segment, num_segments
+            return PlanResult(*ops.plan(*batch, modality, self.policy, peers))
+        weight, own, group, workspace = ops.score_histogram(
+            hidden_states, *routing, segment, num_segments, self.policy, True
+        )
+        all_reduce(group)
+        ids, weights, cut, counts = ops.threshold_apply(
+            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy
+        )
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+    def _by_operators(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        router_logits: Tensor | None,
+        segment: Tensor,
+        num_segments: int,
+        all_reduce: AllReduce | None,
+    ) -> PlanResult:
+        """As `__call__`, by the five operators one after the other."""
+        weight = self.weight(hidden_states, segment, num_segments)
+        own = group = self.histogram(topk_ids, topk_weights, weight, segment)
+        if all_reduce is not None:
+            group = own.clone()
+            all_reduce(group)
+        shift, cut = self.threshold(own, group)
+        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+
+def most_tokens(top_k: int, load: str) -> int:
+    """Tokens of the EP group whose histograms hold in i32: `units` an assignment, and 256 a token for R_v's sums."""
+    units = WEIGHT_ONE if load == "effective" else 1
+    return (2**31 - 1) // max(WEIGHT_ONE, units * top_k)
+
+
+def check_batch_size(group_tokens: int, top_k: int, load: str = "rows") -> None:
+    """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
+    most = most_tokens(top_k, load)
+    if group_tokens > most:
+        raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -1,0 +1,87 @@
+"""The tiny checkpoint of each family as its server wants it: layout, flags, and how a prompt marks pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving import CPU_ARGS, EP2_ARGS
+
+from sglang_macs import tiny_models
+
+MODELS = Path(__file__).resolve().parents[2] / "build" / "models"
+ATTENTION_TP = ("--tp", "2", "--ep-size", "2", *CPU_ARGS)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of `tiny_models.BUILDERS`.
+
+    kind: the builder's name; folder: below build/models.
+    slot: what stands for a picture in a prompt; around: what is left of it around the visual tokens.
+    reroute: flags with which the family is served at a finite gamma.
+    decisive: texts to which the two best logits of transformers' answer stay 0.4 apart, so that bfloat16 does not
+    decide it.
+    """
+
+    kind: str
+    folder: str
+    decisive: tuple[str, ...]
+    slot: str = ""
+    around: str = ""
+    layout: tuple[str, ...] = tuple(EP2_ARGS)
+    reroute: tuple[str, ...] = ()
+
+    def build(self) -> Path:
+        return tiny_models.ensure(MODELS / self.folder, self.kind)
+
+    def prompt(self, text: str, pictures: int = 0) -> str:
+        """One user turn, the pictures behind the text: prompts that differ in it share no prefix with a picture."""
+        return f"<|im_start|>user\n{text}{self.slot * pictures}<|im_end|>\n<|im_start|>assistant\n"
+
+    def around_pictures(self, text: str, pictures: int) -> str:
+        """`prompt` without its visual tokens."""
+        return self.prompt(text, pictures).replace(self.slot, self.around) if pictures else self.prompt(text)
+
+
+CLIP_ALONE = ("--macs-reroute", "none")  # the launch is refused without
+FAMILIES = {
+    "Qwen3-MoE": Family("qwen3_moe", "tiny-qwen3-moe", ("hello world", "Why is the sky blue?")),
+    # InternViT sums over all ranks, so none of them may be without the picture.
+    "InternVL3.5": Family(
+        "internvl",
+        "tiny-InternVL3_5",
+        ("Why is the sky blue?", "Once upon a time"),
+        slot="<image>",
+        around="<img></img>",
+        layout=ATTENTION_TP,
+    ),
+    "Kimi-VL": Family(
+        "kimi_vl",
+        "tiny-kimi-vl",
+        ("Why do birds sing?", "Write a poem."),
+        slot="<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
+        around="<|media_start|>image<|media_content|><|media_end|>",
+        layout=(*EP2_ARGS, "--trust-remote-code"),
+        reroute=CLIP_ALONE,
+    ),
+    "GLM-4.5V": Family(
+        "glm4v_moe",
+        "tiny-glm4v-moe",
+        ("Who waits for whom?", "List the planets."),
+        slot="<|begin_of_image|><|image|><|end_of_image|>",
+        around="<|begin_of_image|><|end_of_image|>",
+        layout=(*EP2_ARGS, "--mm-enable-dp-encoder"),
+        reroute=CLIP_ALONE,
+    ),
+    # The tower of sounds sums over all ranks, as InternViT does.
+    "Qwen3-Omni": Family(
+        "qwen3_omni",
+        "tiny-qwen3-omni",
+        ("Why is the sky blue?", "hello world"),
+        slot="<|vision_start|><|image_pad|><|vision_end|>",
+        around="<|vision_start|><|vision_end|>",
+        layout=ATTENTION_TP,
+    ),
+    "DeepSeek-V3": Family(
+        "deepseek_v3", "tiny-deepseek-v3", ("How far is the moon?", "How does a mill work?"), reroute=CLIP_ALONE
+    ),
+}

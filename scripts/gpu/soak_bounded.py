@@ -15,22 +15,20 @@ import os
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+import deep_ep
+import deep_gemm
+import mps
+import paths  # noqa: F401
+import routing
+import torch
+import torch.distributed as dist
 
-import deep_ep  # noqa: E402
-import deep_gemm  # noqa: E402
-import mps  # noqa: E402
-import routing  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from sglang_macs import bounded, peer_memory  # noqa: E402
-from sglang_macs.config import MacsConfig  # noqa: E402
-from sglang_macs.peer_all_reduce import PeerAllReduce  # noqa: E402
-from sglang_macs.plan import Plan  # noqa: E402
+from sglang_macs.comm import peer_memory
+from sglang_macs.comm.peer_all_reduce import PeerAllReduce
+from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch import bounded
+from sglang_macs.plan.plan import Plan
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 128, 8, 2048, 768  # a layer of Qwen3-VL-30B-A3B
 BATCHES = 8  # with routings of their own

@@ -78,7 +78,7 @@ void check_ranks(int64_t num_experts, int64_t num_ranks) {
                     " for ", num_experts, " experts, expected a divisor of the number of experts");
 }
 
-// From the numbers that Python packed (sglang_macs/policy.py), one an option.
+// From the numbers that Python packed (sglang_macs/ops/policy.py), one an option.
 Policy checked_policy(at::ArrayRef<double> packed) {
   Policy p = {};
   size_t size = 0;

@@ -424,9 +424,6 @@ size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyPa
 
 cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
                                    cudaStream_t stream) {
-  bool small = false;
-  const cudaError_t error = enqueue_small_apply(threshold, apply, small, stream);
-  if (small) return error;
   return enqueue_clip_apply<true>(args_of(threshold, apply, workspace), stream);
 }
 

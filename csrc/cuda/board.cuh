@@ -11,6 +11,7 @@
 #include "macs/params.h"
 #include "macs/ptx.cuh"
 #include "notice.cuh"
+#include "plan/accept.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
@@ -48,7 +49,7 @@ struct Scratch {
   uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block, by the prefix's number from 1; two, so that the
                         // next prefix may begin before all have read this one. Behind a barrier: as many ints without
                         // flags.
-  int* taken;           // [blocks, NB] units accepted in a round
+  int* accepted;        // [blocks, NB] units accepted in a round
 
   static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {
     return num_bounds * (sizeof(RawCut) + (2 * sizeof(uint64_t) + sizeof(int)) * num_blocks);
@@ -57,7 +58,7 @@ struct Scratch {
     raw = static_cast<RawCut*>(memory);
     totals[0] = reinterpret_cast<uint64_t*>(raw + num_bounds);
     totals[1] = totals[0] + num_bounds * num_blocks;
-    taken = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
+    accepted = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
   }
   // One block, everybody's flags. Nobody may set one or wait for one before it knows.
   __device__ __forceinline__ void clear_flags(int num_bounds) const {
@@ -109,7 +110,7 @@ struct Board {
   __device__ __forceinline__ int* room() const { return of_bounds(2); }
   __device__ __forceinline__ int* base() const { return of_bounds(3); }   // units of the blocks before this one
   __device__ __forceinline__ int* total() const { return of_bounds(4); }  // units of all blocks
-  __device__ __forceinline__ int* taken() const { return of_bounds(5); }  // units that this block accepted in a round
+  __device__ __forceinline__ int* accepted() const { return of_bounds(5); }  // units that this block accepted in a round
   // [warps, NB + 1] units of the warps before, then of this warp so far.
   __device__ __forceinline__ int* running(int warp) const { return of_bounds(6) + warp * (num_bounds + 1); }
   __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
@@ -231,27 +232,19 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 template <bool kFlagged>
 __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, const Scratch& scratch, Grid& grid,
                                    int number) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   const bool flagged = kFlagged && board.num_bounds <= kMaxFlaggedBounds;
   uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
   int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
-#pragma unroll 1
-  for (int n = warp; n < board.num_bounds; n += num_warps) {
-    int* const mine = board.running(lane) + n;
-    const int units = lane < num_warps ? *mine : 0;
-    const int upto = warp_inclusive_sum(units);
-    if (lane < num_warps) *mine = upto - units;
-    if (lane == kWarp - 1) {
-      const int at = blockIdx.x * board.num_bounds + n;
-      if (flagged) {
-        Flagged::publish(totals + at, upto, static_cast<unsigned>(number) + 1);
-      } else {
-        plain[at] = upto;
-      }
+  scan_warps(board.running(0), board.num_bounds + 1, board.num_bounds, [&](int n, int units) {
+    const int at = blockIdx.x * board.num_bounds + n;
+    if (flagged) {
+      Flagged::publish(totals + at, units, static_cast<unsigned>(number) + 1);
+    } else {
+      plain[at] = units;
     }
-    if (lane == 0) board.base()[n] = board.total()[n] = board.taken()[n] = 0;
-  }
+    board.base()[n] = board.total()[n] = board.accepted()[n] = 0;
+  });
   if (flagged) {
     __syncthreads();
     sum_flagged(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
@@ -262,26 +255,15 @@ __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, 
   __syncthreads();
 }
 
-// Take what a round accepted from the room. Rows: as much as fits, known already. Else the blocks' sums, by a barrier.
-__device__ inline void grid_take(const ClipApplyParams& p, const Board& board, const Scratch& scratch, Grid& grid) {
-  __syncthreads();
-  if (p.in.policy.load == Load::kRows) {
+// What all blocks accepted in a round, in `total`. Behind a barrier of the block.
+__device__ inline void grid_sum_accepted(const Board& board, const Scratch& scratch, Grid& grid) {
 #pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-      board.room()[n] -= min(board.total()[n], board.room()[n]);
-    }
-  } else {
-#pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-      scratch.taken[blockIdx.x * board.num_bounds + n] = board.taken()[n];
-      board.total()[n] = board.base()[n] = 0;
-    }
-    grid.barrier();
-    sum_blocks(scratch.taken, board.num_bounds, board.total(), board.base());
-    __syncthreads();
-#pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) board.room()[n] -= board.total()[n];
+  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+    scratch.accepted[blockIdx.x * board.num_bounds + n] = board.accepted()[n];
+    board.total()[n] = board.base()[n] = 0;
   }
+  grid.barrier();
+  sum_blocks(scratch.accepted, board.num_bounds, board.total(), board.base());
   __syncthreads();
 }
 

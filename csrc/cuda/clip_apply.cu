@@ -20,6 +20,8 @@
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
+#include "plan/accept.cuh"
+#include "plan/rounds.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
@@ -252,63 +254,50 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   });
 }
 
-// Proposals in order, up to the room.
-template <class Id>
-__device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
-  const ClipApplyParams& p = walk.p;
-  const Board& board = walk.board;
-  const bool rows = p.in.policy.load == Load::kRows;
-  walk.for_each(true, [&](State& state, int64_t) {
-    const Slot& slot = state.slot;
-    const int wanted = slot.expert >= 0 ? -2 - state.current : -1;
-    const bool pending = wanted >= 0;
-    if (!__any_sync(kFullMask, pending)) return;
-    const int bound = pending ? board.bound_of()[wanted] : 0, units = walk.units(slot);
-    const int64_t limit = static_cast<int64_t>(board.room()[bound]) - board.base()[bound];
-    const bool accepted = accept_in_order(pending, bound, units, rows, board.own_running(), limit);
-    const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
-    if (!pending) return;
-    if (accepted) {
-      const Logits logits = {p.router_logits, p.logits_dtype};
-      const int64_t row = slot.token * p.in.policy.num_experts;
-      const float to = logits.at(row + wanted), from = logits.at(row + reference.expert);
-      walk.put(state, wanted, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
-      if (!rows) atomicAdd(board.taken() + bound, units);
-      walk.count(2, wanted, slot.text());
-    } else {
-      walk.put(state, -1);
-    }
-  });
-}
-
-// A round wants another one only if it turned somebody away: who found no candidate will find none later. A warp looks
-// for itself.
-__device__ __forceinline__ void read_round(const Board& board, bool& any, bool& again) {
-  any = again = false;
-#pragma unroll 1
-  for (int n = threadIdx.x % kWarp; n < board.num_bounds; n += kWarp) {
-    any |= board.total()[n] > 0;
-    again |= board.total()[n] > board.room()[n];
-  }
-  any = __any_sync(kFullMask, any);
-  again = __any_sync(kFullMask, again);
-}
-
+// The blocks of a grid, whose warps own the tokens of a rank: what rounds.cuh asks of them.
 template <class Id, int kKeys, bool kFlagged>
-__device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& scratch, Grid& grid) {
-  const Policy& policy = walk.p.in.policy;
-  const int rounds = policy.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : policy.reroute_rounds;
-  for (int round = 0; round < rounds; ++round) {
+struct GridTeam {
+  Walk<Id>& walk;
+  const Scratch& scratch;
+  Grid& grid;
+
+  __device__ __forceinline__ bool propose(int round) {
     propose_pass<Id, kKeys>(walk);
     grid_prefix<kFlagged>(walk.sizes, walk.board, scratch, grid, round + 1);
-    bool any, again;
-    read_round(walk.board, any, again);
-    if (!any) return;
-    accept_pass(walk);
-    if (!again || round + 1 == rounds) return;
-    grid_take(walk.p, walk.board, scratch, grid);
+    return true;
   }
-}
+  template <class Body>
+  __device__ __forceinline__ void for_each_proposal(Body body) {
+    walk.for_each(true, [&](State& state, int64_t) {
+      body(state, state.slot.expert >= 0 ? -2 - state.current : -1, walk.units(state.slot));
+    });
+  }
+  __device__ __forceinline__ void settle(State& state, int expert, bool accepted) {
+    const ClipApplyParams& p = walk.p;
+    const Slot& slot = state.slot;
+    const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
+    if (expert < 0) return;
+    if (!accepted) return walk.put(state, -1);
+    const Logits logits = {p.router_logits, p.logits_dtype};
+    const int64_t row = slot.token * p.in.policy.num_experts;
+    const float to = logits.at(row + expert), from = logits.at(row + reference.expert);
+    walk.put(state, expert, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
+    walk.count(2, expert, slot.text());
+  }
+  __device__ __forceinline__ int num_bounds() const { return walk.board.num_bounds; }
+  __device__ __forceinline__ int bound_of(int expert) const { return walk.board.bound_of()[expert]; }
+  __device__ __forceinline__ int64_t limit(int bound) const {
+    return static_cast<int64_t>(walk.board.room()[bound]) - walk.board.base()[bound];
+  }
+  __device__ __forceinline__ int* running() const { return walk.board.own_running(); }
+  __device__ __forceinline__ const int* proposed() const { return walk.board.total(); }
+  __device__ __forceinline__ int* headroom() const { return walk.board.room(); }
+  __device__ __forceinline__ int* accepted() const { return walk.board.accepted(); }
+  __device__ __forceinline__ const int* sum_accepted() {
+    grid_sum_accepted(walk.board, scratch, grid);
+    return walk.board.total();
+  }
+};
 
 template <class Id, int kKeys, bool kWithThreshold>
 __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_constant__ ThresholdApplyArgs args) {
@@ -340,7 +329,8 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   if (cut) {
     grid_prefix<kWithThreshold>(args.sizes, board, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
-    reroute_rounds<Id, kKeys, kWithThreshold>(walk, scratch, grid);
+    GridTeam<Id, kKeys, kWithThreshold> team = {walk, scratch, grid};
+    reroute_rounds(team, p.in.policy, p.router_logits);
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
   }

@@ -10,6 +10,7 @@
 #include "launch.cuh"
 #include "macs/level.h"
 #include "macs/params.h"
+#include "warp.cuh"
 
 namespace macs::cuda {
 
@@ -27,16 +28,6 @@ struct Cut {
 struct Cell {
   int group, own;
 };
-
-__device__ __forceinline__ int warp_inclusive_sum(int x) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int below = __shfl_up_sync(kFullMask, x, offset);
-    if (lane >= offset) x += below;
-  }
-  return x;
-}
 
 // Units per level of one bound, in shared memory. Without an exchange `own` is `group`.
 struct Levels {

@@ -53,9 +53,9 @@ struct FusedDesk {
   int raw;          // [NB] RawCut
   int edge;         // [NB] where own assignments stop to stay (fused_cut.cuh)
   int room;         // [NB]
-  int taken;        // [NB]
-  int counted;      // [warps, NB], to re-route
-  int running;      // [warps, NB]
+  int proposed;     // [NB] units, by the whole rank
+  int accepted;     // [NB] units, in a round
+  int running;      // [warps, NB + 1] units proposed to a bound by the warps before, then by this warp so far
   int struck;       // [warps, kStruckWords], to re-route
   int listed;       // [kMostListed] own slots of the bounds that this block cuts
   int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
@@ -135,8 +135,9 @@ struct FusedBlock {
   __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
   __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
   __device__ __forceinline__ int* listed() const { return at<int>(args.desk.listed); }
-  __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }
-  __device__ __forceinline__ int* running() const { return at<int>(args.desk.running) + warp * args.bounds; }
+  __device__ __forceinline__ int* running(int of_warp) const {
+    return at<int>(args.desk.running) + of_warp * (args.bounds + 1);
+  }
   __device__ __forceinline__ unsigned char* staged(int row) const {
     return shared + args.desk.staged + static_cast<int64_t>(row) * args.row_stride;
   }

@@ -39,8 +39,6 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
     b.at<uint32_t>(b.args.desk.own_rows)[thread] = 0;
     b.bound_of()[thread] = b.p.policy.scope == Scope::kExpert ? thread : b.args.by_per_rank.divide(thread);
   }
-#pragma unroll 1
-  for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
   if (b.p.policy.needs_entropy) {
     const int limbs = b.args.keeps_limbs ? b.p.num_segments * 2 * kLimbs : 0;
 #pragma unroll 1
@@ -306,7 +304,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
   };
   const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
   const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counters = p.policy.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
+  const int64_t counters = p.policy.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * (num_bounds + 1);
   const FusedDesk desk = {
       .rank = take(sizeof(FusedRank)),
       .group_rows = take(4 * kNamedExperts),
@@ -319,8 +317,8 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .raw = take(sizeof(RawCut) * num_bounds),
       .edge = take(4 * num_bounds),
       .room = take(4 * num_bounds),
-      .taken = take(4 * num_bounds),
-      .counted = take(counters),
+      .proposed = take(4 * num_bounds),
+      .accepted = take(4 * num_bounds),
       .running = take(counters),
       .struck = take(4 * kFusedWarps * kStruckWords),
       .listed = take(4 * kMostListed),

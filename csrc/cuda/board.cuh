@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "clip_threshold.cuh"
 #include "divisor.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
@@ -12,36 +11,11 @@
 #include "macs/ptx.cuh"
 #include "notice.cuh"
 #include "plan/accept.cuh"
+#include "plan/headroom.cuh"
+#include "plan/threshold.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
-
-// One warp: the own share of the room of a pool's bounds [first, end).
-__device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int first, int end,
-                                                 int* room) {
-  const int lane = threadIdx.x % kWarp;
-  unsigned group = 0, own = 0;  // all units of a group fit into 31 bits
-#pragma unroll 1
-  for (int n = first + lane; n < end; n += kWarp) {
-    const bool cut = raw[n].cut.x >= 0;
-    group += cut ? static_cast<unsigned>(raw[n].kept.group) : 0;
-    own += cut ? static_cast<unsigned>(raw[n].kept.own) : 0;
-  }
-  const Kept kept = {__reduce_add_sync(kFullMask, group), __reduce_add_sync(kFullMask, own)};
-#pragma unroll 1
-  for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
-}
-
-// A whole block, a warp per pool, before a barrier.
-__device__ __forceinline__ void block_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int num_bounds,
-                                                  int* room) {
-  const int pools = p.policy.reroute == Reroute::kLocal ? p.policy.num_ranks : 1;
-  const int size = pools == 1 ? num_bounds : num_bounds / pools;
-#pragma unroll 1
-  for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
-    warp_share_rooms(p, raw, pool * size, (pool + 1) * size, room);
-  }
-}
 
 // Scratch in device memory, behind what was prepared.
 struct Scratch {
@@ -107,7 +81,7 @@ struct Board {
   __device__ __forceinline__ int* of_bounds(int i) const { return ints + 9 * experts + i * num_bounds; }
   __device__ __forceinline__ int* level() const { return of_bounds(0); }
   __device__ __forceinline__ int* quota() const { return of_bounds(1); }
-  __device__ __forceinline__ int* room() const { return of_bounds(2); }
+  __device__ __forceinline__ int* headroom() const { return of_bounds(2); }
   __device__ __forceinline__ int* base() const { return of_bounds(3); }   // units of the blocks before this one
   __device__ __forceinline__ int* total() const { return of_bounds(4); }  // units of all blocks
   __device__ __forceinline__ int* accepted() const { return of_bounds(5); }  // units that this block accepted in a round
@@ -146,13 +120,13 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
-    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.room()[n] = cut.z;
+    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.headroom()[n] = cut.z;
     any |= cut.x >= 0;
   }
   return __syncthreads_or(any) != 0;
 }
 
-// The same from the raw cuts, the shifts being there: every block shares the room out for itself, a warp per pool, and the
+// The same from the raw cuts, the shifts being there: every block shares the headroom out for itself, a warp per pool, and the
 // first one writes the result.
 __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
   bool any = false;
@@ -162,13 +136,13 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
     board.level()[n] = cut.x, board.quota()[n] = cut.y;
     any |= cut.x >= 0;
   }
-  block_share_rooms(p, raws, board.num_bounds, board.room());
+  block_share_headroom(p.policy, raws, board.num_bounds, board.headroom());
   any = __syncthreads_or(any) != 0;
   if (blockIdx.x != 0) return any;
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     int4 cut = raws[n].cut;
-    cut.z = board.room()[n];
+    cut.z = board.headroom()[n];
     reinterpret_cast<int4*>(p.cut)[n] = cut;
   }
   return any;

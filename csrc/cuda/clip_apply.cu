@@ -15,13 +15,13 @@
 // Determinism: ordered prefixes of integers; no result depends on thread order.
 #include "assignments.cuh"
 #include "board.cuh"
-#include "clip_threshold.cuh"
 #include "grid.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
 #include "plan/accept.cuh"
 #include "plan/rounds.cuh"
+#include "plan/threshold.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
-  const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
+  const Rooms<kKeys> rooms(experts, board.headroom(), board.bound_of());
   const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
@@ -287,11 +287,11 @@ struct GridTeam {
   __device__ __forceinline__ int num_bounds() const { return walk.board.num_bounds; }
   __device__ __forceinline__ int bound_of(int expert) const { return walk.board.bound_of()[expert]; }
   __device__ __forceinline__ int64_t limit(int bound) const {
-    return static_cast<int64_t>(walk.board.room()[bound]) - walk.board.base()[bound];
+    return static_cast<int64_t>(walk.board.headroom()[bound]) - walk.board.base()[bound];
   }
   __device__ __forceinline__ int* running() const { return walk.board.own_running(); }
   __device__ __forceinline__ const int* proposed() const { return walk.board.total(); }
-  __device__ __forceinline__ int* headroom() const { return walk.board.room(); }
+  __device__ __forceinline__ int* headroom() const { return walk.board.headroom(); }
   __device__ __forceinline__ int* accepted() const { return walk.board.accepted(); }
   __device__ __forceinline__ const int* sum_accepted() {
     grid_sum_accepted(walk.board, scratch, grid);

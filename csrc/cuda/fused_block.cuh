@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "board.cuh"
-#include "clip_threshold.cuh"
 #include "divisor.cuh"
 #include "fused_entry.cuh"
 #include "fused_rank.cuh"
@@ -13,6 +11,7 @@
 #include "launch.cuh"
 #include "macs/fused.h"
 #include "macs/peer_view.cuh"
+#include "plan/threshold.cuh"
 
 // The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
 #ifndef MACS_NETWORK
@@ -52,7 +51,7 @@ struct FusedDesk {
   int starts;       // [E] first row of each expert in its rank's buffer
   int raw;          // [NB] RawCut
   int edge;         // [NB] where own assignments stop to stay (fused_cut.cuh)
-  int room;         // [NB]
+  int headroom;     // [NB]
   int proposed;     // [NB] units, by the whole rank
   int accepted;     // [NB] units, in a round
   int running;      // [warps, NB + 1] units proposed to a bound by the warps before, then by this warp so far
@@ -133,6 +132,7 @@ struct FusedBlock {
   __device__ __forceinline__ int* modality() const { return at<int>(args.desk.modality); }
   __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
   __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
+  __device__ __forceinline__ int* headroom() const { return at<int>(args.desk.headroom); }
   __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
   __device__ __forceinline__ int* listed() const { return at<int>(args.desk.listed); }
   __device__ __forceinline__ int* running(int of_warp) const {

@@ -4,6 +4,10 @@
 // units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What
 // becomes of an assignment is from then on one comparison with its bound's *edge*: nobody has to agree on an order.
 //
+// This is where the fused dispatch truly differs from clip_apply, which finds levels in histograms and hands the quota out
+// in order over a grid (plan/threshold.cuh, plan/accept.cuh). Both give the same bits; bounds, shifts, quota and headroom
+// are the same code.
+//
 // From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by letters.
 #pragma once
 #include <cuda_runtime.h>
@@ -12,6 +16,8 @@
 
 #include "fused_block.cuh"
 #include "fused_exchange.cuh"
+#include "plan/threshold.cuh"
+#include "warp.cuh"
 
 namespace macs::cuda {
 
@@ -136,10 +142,9 @@ __device__ __forceinline__ Crossing warp_find_crossing(const int* cells, int cou
 
 // One warp: the level that exceeded bound `n` cuts, its quota and what is kept.
 __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const CutCells& cells, int at) {
-  const int room = raw_cut(b, n).cut.z, bound = raw_cut(b, n).cut.w;
+  const int headroom = raw_cut(b, n).cut.z, bound = raw_cut(b, n).cut.w;
   const int *const group = cells.group(at), *const own = cells.own(at);
   const Crossing found = warp_find_crossing(group, cells.num_levels, bound);
-  const int64_t remainder = bound - found.above;
   const int here = group[found.at], own_here = own[found.at];
   int own_kept = 0;
   if (b.p.policy.reroute != Reroute::kNone) {
@@ -150,9 +155,8 @@ __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const Cut
   __syncwarp();  // all lanes have read the bound
   mark_experts(b, n, mark_of(at, found.at));
   if (b.lane != 0) return;
-  const int quota = static_cast<int>(own_here == here ? remainder : remainder * own_here / here);
-  raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = quota;
-  raw_cut(b, n).kept = {static_cast<unsigned>(bound - room - found.above), static_cast<unsigned>(own_kept)};
+  raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = own_quota(bound - found.above, here, own_here);
+  raw_cut(b, n).kept = {static_cast<unsigned>(bound - headroom - found.above), static_cast<unsigned>(own_kept)};
 }
 
 // Log of how many own slots share a cell.

@@ -13,7 +13,9 @@
 #include "fused_cut.cuh"
 #include "fused_weight.cuh"
 #include "plan/accept.cuh"
+#include "plan/headroom.cuh"
 #include "plan/rounds.cuh"
+#include "plan/threshold.cuh"
 #include "reroute.cuh"
 
 namespace macs::cuda {
@@ -86,16 +88,15 @@ __device__ inline void find_shifts(const FusedBlock& b) {
   __syncthreads();
 }
 
-// The room that this rank has for what is re-routed.
-__device__ inline void share_rooms(const FusedBlock& b) {
+// The headroom that this rank has for what is re-routed.
+__device__ inline void share_headroom(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   if (t.policy.reroute == Reroute::kNone) return;
   RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
-  int* const room = b.at<int>(b.args.desk.room);
-  block_share_rooms(t, raw, b.args.bounds, room);
+  block_share_headroom(t.policy, raw, b.args.bounds, b.headroom());
   __syncthreads();
 #pragma unroll 1
-  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = room[n];
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = b.headroom()[n];
 }
 
 // The own assignments that this warp walks over, 32 at a time.
@@ -133,7 +134,7 @@ __device__ inline bool clip_own(const FusedBlock& b) {
 template <int kKeys>
 __device__ inline void propose_own(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
-  const Rooms<kKeys> rooms(experts, b.at<int>(b.args.desk.room), b.bound_of());
+  const Rooms<kKeys> rooms(experts, b.headroom(), b.bound_of());
   unsigned* const words = b.at<unsigned>(b.args.desk.struck) + b.warp * kStruckWords;
 #pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
@@ -189,7 +190,7 @@ class BlockTeam {
   __device__ __forceinline__ int64_t limit(int bound) const { return headroom()[bound]; }
   __device__ __forceinline__ int* running() const { return b_.running(b_.warp); }
   __device__ __forceinline__ int* proposed() const { return b_.at<int>(b_.args.desk.proposed); }
-  __device__ __forceinline__ int* headroom() const { return b_.at<int>(b_.args.desk.room); }
+  __device__ __forceinline__ int* headroom() const { return b_.headroom(); }
   __device__ __forceinline__ int* accepted() const { return b_.at<int>(b_.args.desk.accepted); }
   __device__ __forceinline__ const int* sum_accepted() const { return accepted(); }
 

@@ -129,7 +129,7 @@ template <int kKeys>
 __device__ inline bool cut_rows(const FusedBlock& b) {
   find_shifts(b);
   if (!cut_bounds(b)) return false;
-  share_rooms(b);
+  share_headroom(b);
   b.stamp(9);
   const bool homeless = clip_own(b);
   b.stamp(10);
@@ -316,7 +316,7 @@ FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int blo
       .starts = take(4 * experts),
       .raw = take(sizeof(RawCut) * num_bounds),
       .edge = take(4 * num_bounds),
-      .room = take(4 * num_bounds),
+      .headroom = take(4 * num_bounds),
       .proposed = take(4 * num_bounds),
       .accepted = take(4 * num_bounds),
       .running = take(counters),

@@ -7,6 +7,7 @@
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
 #include "fused_scales.cuh"
+#include "warp.cuh"
 
 namespace macs::cuda {
 

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#include "clip_threshold.cuh"
 #include "grid.cuh"
 #include "macs/ptx.cuh"
+#include "plan/threshold.cuh"
 
 namespace macs::cuda {
 
@@ -32,16 +32,6 @@ struct Flagged {
 };
 // With more bounds the flags would be more traffic than a barrier.
 constexpr int kMaxFlaggedBounds = 32;
-
-// A bound's cut before the room is shared out.
-struct alignas(32) RawCut {
-  int4 cut;  // level, quota, group room, bound
-  Kept kept;
-
-  static __device__ __forceinline__ RawCut of(const Cut& cut, int bound) {
-    return {make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound), cut.kept};
-  }
-};
 
 // In device memory, behind the GridState, and like that zero before the first launch: it belongs to what score_histogram
 // prepares, which knows the experts and not the bounds.

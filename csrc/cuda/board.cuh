@@ -11,9 +11,9 @@
 #include "macs/ptx.cuh"
 #include "notice.cuh"
 #include "plan/accept.cuh"
+#include "plan/choose.cuh"
 #include "plan/headroom.cuh"
 #include "plan/threshold.cuh"
-#include "reroute.cuh"
 
 namespace macs::cuda {
 

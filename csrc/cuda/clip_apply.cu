@@ -7,7 +7,7 @@
 //              acceptance is two passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes
 //              over all blocks by a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the
 //              places out in order (match_any inside a step); the cuts before them are told by notices (notice.cuh).
-//              Between the passes an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert
+//              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
 //              no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
@@ -20,9 +20,9 @@
 #include "launch.cuh"
 #include "macs/cuda.h"
 #include "plan/accept.cuh"
+#include "plan/choose.cuh"
 #include "plan/rounds.cuh"
 #include "plan/threshold.cuh"
-#include "reroute.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -102,7 +102,7 @@ struct Output {
   __device__ __forceinline__ void set(int id, float weight) const { *ids = static_cast<Id>(id), *weights = weight; }
 };
 
-// A slot, its present id (>= 0 an expert, -1 homeless, -2 - j a proposal) and its new weight.
+// A slot, its present id (>= 0 an expert, -1 unplaced, -2 - j a proposal) and its new weight.
 struct State {
   Slot slot;
   int current;
@@ -201,7 +201,7 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
   });
 }
 
-// Proposals of a round: the homeless slots of every token of this warp, two tokens at a time as far as registers go.
+// Proposals of a round: the unplaced slots of every token of this warp, two tokens at a time as far as registers go.
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
@@ -210,7 +210,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
-  const Rooms<kKeys> rooms(experts, board.headroom(), board.bound_of());
+  const Headroom<kKeys> headroom(experts, board.headroom(), board.bound_of());
   const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
@@ -219,27 +219,27 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
     if (left == 0) return;
     const bool local = p.in.policy.reroute == Reroute::kLocal && slot.expert >= 0;
     const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
-    const auto take = [&](Chooser<kKeys>(&tokens)[kTokensAtOnce]) {
+    const auto take = [&](UnplacedToken<kKeys>(&tokens)[kTokensAtOnce]) {
 #pragma unroll
       for (int t = 0; t < kTokensAtOnce; ++t) {
         const int token = left != 0 ? walk.sizes.by_top_k.divide(__ffs(left) - 1) : 0;
         const unsigned of_token = slots << (token * top_k);
         const bool mine = walk.step.used && walk.step.token_lane == token;
-        tokens[t].homeless = left & of_token;
+        tokens[t].unplaced = left & of_token;
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].homeless != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].unplaced != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
       }
     };
-    Chooser<kKeys> tokens[kTokensAtOnce];
+    UnplacedToken<kKeys> tokens[kTokensAtOnce];
     take(tokens);
     int choice = -1;
     for (bool more = true; more;) {
       more = left != 0;
-      Chooser<kKeys> next[kTokensAtOnce];
+      UnplacedToken<kKeys> next[kTokensAtOnce];
       if (more && kAhead) take(next);  // on their way meanwhile
-      choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank, board.own_struck()));
+      choice = max(choice, choose<kTokensAtOnce, kKeys>(headroom, tokens, per_rank, board.own_struck()));
       if constexpr (kAhead) {
 #pragma unroll
         for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];

@@ -28,7 +28,7 @@ constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which i
 constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
-constexpr int kHomeless = -1, kEmptySlot = -2;
+constexpr int kUnplaced = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
 constexpr int kClaim = 4;  // letters of a lane that it waits for together

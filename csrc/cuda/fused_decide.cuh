@@ -13,10 +13,10 @@
 #include "fused_cut.cuh"
 #include "fused_weight.cuh"
 #include "plan/accept.cuh"
+#include "plan/choose.cuh"
 #include "plan/headroom.cuh"
 #include "plan/rounds.cuh"
 #include "plan/threshold.cuh"
-#include "reroute.cuh"
 
 namespace macs::cuda {
 
@@ -123,37 +123,37 @@ __device__ inline bool clip_own(const FusedBlock& b) {
     const Fate fate = {entry.in(b.fate())};
     const bool present = entry.present();
     const bool stays = standing(level_of_entry(b, entry, fate), slot) >= static_cast<int>(fate.about());
-    b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kHomeless);
+    b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kUnplaced);
     if (present && stays) count_row(b, slot, entry.expert());
     any |= present && !stays;
   }
   return __syncthreads_or(any) != 0;
 }
 
-// The homeless slots of this block's tokens, a token a warp: what each wants is told to the rank's other blocks.
+// The unplaced slots of this block's tokens, a token a warp: what each wants is told to the rank's other blocks.
 template <int kKeys>
 __device__ inline void propose_own(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
-  const Rooms<kKeys> rooms(experts, b.headroom(), b.bound_of());
+  const Headroom<kKeys> headroom(experts, b.headroom(), b.bound_of());
   unsigned* const words = b.at<unsigned>(b.args.desk.struck) + b.warp * kStruckWords;
 #pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
     const int current = b.lane < top_k ? b.current()[slot] : kEmptySlot;
-    const unsigned homeless = __ballot_sync(kFullMask, current == kHomeless);
-    if (homeless == 0) continue;
+    const unsigned unplaced = __ballot_sync(kFullMask, current == kUnplaced);
+    if (unplaced == 0) continue;
     const Entry entry = b.lane < top_k ? b.own_entry(slot) : Entry::nobody();
-    Chooser<kKeys> tokens[1];
-    tokens[0].homeless = homeless;
+    UnplacedToken<kKeys> tokens[1];
+    tokens[0].unplaced = unplaced;
     tokens[0].original = entry.present() ? entry.expert() : -1;
     tokens[0].current = max(current, -1);
     const bool local = b.p.policy.reroute == Reroute::kLocal && entry.present();
     tokens[0].from = local ? entry.expert() / b.args.per_rank * b.args.per_rank : -1;
-    const int leader = __ffs(homeless) - 1;
+    const int leader = __ffs(unplaced) - 1;
     tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.policy.load), leader);
     load_logits<kKeys>(Logits{b.me.router_logits, DType::kFloat32}, experts, token, tokens[0].logits);
-    const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank, words);
-    if (current == kHomeless) wanted[slot] = choice;
+    const int choice = choose<1, kKeys>(headroom, tokens, b.args.per_rank, words);
+    if (current == kUnplaced) wanted[slot] = choice;
   }
 }
 
@@ -196,7 +196,7 @@ class BlockTeam {
 
  private:
   __device__ __forceinline__ int wanted_by(int slot) const {
-    return b_.current()[slot] == kHomeless ? __ldcg(wanted_ + slot) : -1;
+    return b_.current()[slot] == kUnplaced ? __ldcg(wanted_ + slot) : -1;
   }
   __device__ __forceinline__ void sum_proposals() {
 #pragma unroll 1

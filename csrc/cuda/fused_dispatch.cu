@@ -131,9 +131,9 @@ __device__ inline bool cut_rows(const FusedBlock& b) {
   if (!cut_bounds(b)) return false;
   share_headroom(b);
   b.stamp(9);
-  const bool homeless = clip_own(b);
+  const bool unplaced = clip_own(b);
   b.stamp(10);
-  if (homeless && !reroute_own<kKeys>(b)) return false;
+  if (unplaced && !reroute_own<kKeys>(b)) return false;
   b.stamp(11);
   return exchange_counts(b);
 }

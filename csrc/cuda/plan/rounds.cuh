@@ -1,6 +1,6 @@
 // Re-routing (docs/method.md 5): rounds of proposals, whoever runs them.
 //
-// In a round every unplaced assignment proposes the best expert left to it (reroute.cuh). Once all proposals are known,
+// In a round every unplaced assignment proposes the best expert left to it (choose.cuh). Once all proposals are known,
 // every bound accepts them in (token, slot) order up to its headroom.
 //
 // A Team is the threads that plan for a rank: a grid whose warps own a share of the tokens each (GridTeam, clip_apply.cu), or
@@ -9,6 +9,7 @@
 //                                  one waited for did not take part.
 //   for_each_proposal(body)        body(slot, expert, units) by whole warps, in order; expert -1: the lane has none
 //   settle(slot, expert, accepted) by whole warps, and only where one lane proposes; what becomes of a proposal
+//   int num_bounds()
 //   int bound_of(int expert)
 //   int64_t limit(int bound)       how many units this block may accept, those of the warps before included
 //   int* running()                 [NB] of this warp, units of the warps before it

@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
+#include "cut_broadcast.cuh"
 #include "divisor.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "macs/params.h"
 #include "macs/ptx.cuh"
-#include "notice.cuh"
 #include "plan/accept.cuh"
 #include "plan/choose.cuh"
 #include "plan/headroom.cuh"
@@ -20,9 +20,8 @@ namespace macs::cuda {
 // Scratch in device memory, behind what was prepared.
 struct Scratch {
   RawCut* raw;          // [NB]
-  uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block, by the prefix's number from 1; two, so that the
-                        // next prefix may begin before all have read this one. Behind a barrier: as many ints without
-                        // flags.
+  uint64_t* totals[2];  // [blocks, NB] LL words: units per bound and block; the epoch is the prefix's number from 1. Two, so that
+                        // the next prefix may begin before all have read this one. Behind a barrier: as many plain ints.
   int* accepted;        // [blocks, NB] units accepted in a round
 
   static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {
@@ -34,8 +33,8 @@ struct Scratch {
     totals[1] = totals[0] + num_bounds * num_blocks;
     accepted = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
   }
-  // One block, everybody's flags. Nobody may set one or wait for one before it knows.
-  __device__ __forceinline__ void clear_flags(int num_bounds) const {
+  // One block, everybody's words. Nobody may publish or wait for one before it knows.
+  __device__ __forceinline__ void clear_words(int num_bounds) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * num_bounds * static_cast<int>(gridDim.x); i += blockDim.x) totals[0][i] = 0;
   }
@@ -167,9 +166,9 @@ __device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, i
   }
 }
 
-// The same of flagged entries, up to kMaxFlaggedBounds of them a block: waits for each.
-__device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint64_t* entries, unsigned flag,
-                                            int num_bounds, int* all, int* before) {
+// The same of LL words, up to kMaxLlBounds of them a block: waits for each.
+__device__ __forceinline__ void sum_words(const ApplySizes& sizes, const uint64_t* entries, unsigned epoch, int num_bounds,
+                                          int* all, int* before) {
   constexpr int kAhead = 4;  // of a thread, on their way together
   const int blocks = gridDim.x, parts = sizes.parts, part = sizes.by_bounds.divide(threadIdx.x);
   const int n = threadIdx.x - part * num_bounds;
@@ -184,14 +183,14 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int block = first + i * parts;
-        words[i] = block < blocks ? load_relaxed_gpu(entries + block * num_bounds + n) : uint64_t{flag} << 32;
+        words[i] = block < blocks ? load_relaxed_gpu(entries + block * num_bounds + n) : make_ll_word(0, epoch);
       }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) complete &= Flagged(words[i]).flag == flag;
+      for (int i = 0; i < kAhead; ++i) complete &= is_of(words[i], epoch);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int units = Flagged(words[i]).number;
+      const int units = static_cast<int>(value_of(words[i]));
       sum += units;
       lower += first + i * parts < static_cast<int>(blockIdx.x) ? units : 0;
     }
@@ -201,27 +200,27 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 }
 
 // Units per (warp, bound) -> prefixes: `running` over the warps of the block, `base` over the blocks of the grid, and
-// the totals. `number`: of the prefix within this launch, from 0. kFlagged: where the flags were cleared before a
+// the totals. `number`: of the prefix within this launch, from 0. kLlWords: where the words were cleared before a
 // barrier, few bounds do without another one; nothing else that a block wrote is visible to the others then.
-template <bool kFlagged>
+template <bool kLlWords>
 __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, const Scratch& scratch, Grid& grid,
                                    int number) {
-  const bool flagged = kFlagged && board.num_bounds <= kMaxFlaggedBounds;
+  const bool by_words = kLlWords && board.num_bounds <= kMaxLlBounds;
   uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
   int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
   scan_warps(board.running(0), board.num_bounds + 1, board.num_bounds, [&](int n, int units) {
     const int at = blockIdx.x * board.num_bounds + n;
-    if (flagged) {
-      Flagged::publish(totals + at, units, static_cast<unsigned>(number) + 1);
+    if (by_words) {
+      publish(totals + at, units, static_cast<unsigned>(number) + 1);
     } else {
       plain[at] = units;
     }
     board.base()[n] = board.total()[n] = board.accepted()[n] = 0;
   });
-  if (flagged) {
+  if (by_words) {
     __syncthreads();
-    sum_flagged(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
+    sum_words(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
   } else {
     grid.barrier();
     sum_blocks(plain, board.num_bounds, board.total(), board.base());

@@ -5,8 +5,8 @@
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   the grid's W warps own T / W tokens each, in order, the first T mod W of them one more. Each ordered
 //              acceptance is two passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes
-//              over all blocks by a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the
-//              places out in order (match_any inside a step); the cuts before them are told by notices (notice.cuh).
+//              over all blocks by a grid barrier, or by LL words (board.cuh), and a second pass hands the
+//              places out in order (match_any inside a step); the cuts before them are LL words, too (cut_broadcast.cuh).
 //              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
 //              no other.
@@ -35,7 +35,7 @@ struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
   ApplySizes sizes;
-  GridState* state;  // the notices lie behind it
+  GridState* state;  // the CutBroadcast lies behind it
   void* scratch;
 };
 
@@ -45,49 +45,49 @@ __device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
   for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
 }
 
-// The cuts as they are found: to all blocks by notices, or behind a barrier.
+// The cuts as they are found: to all blocks as LL words, or behind a barrier.
 struct StoreCuts {
   const ClipThresholdParams& p;
   RawCut* raw;
-  const NoticeBoard& notices;
-  unsigned launch;  // 0: by a barrier
+  const CutBroadcast& broadcast;
+  unsigned epoch;  // 0: by a barrier
 
   __device__ __forceinline__ void shift(int expert, int shift) const {
     if (threadIdx.x % kWarp != 0) return;
-    if (launch != 0) notices.tell_shift(expert, shift, launch);
+    if (epoch != 0) broadcast.publish_shift(expert, shift, epoch);
     p.shift[expert] = shift;
   }
   __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
-    if (launch != 0) return notices.tell_cut(n, RawCut::of(cut, bound), launch);
+    if (epoch != 0) return broadcast.publish_cut(n, RawCut::of(cut, bound), epoch);
     if (threadIdx.x % kWarp == 0) raw[n] = RawCut::of(cut, bound);
   }
 };
 
-// Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the flags
+// Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the words
 // are cleared and the counts zero, by the last block, which has no cuts to make where there are others.
 __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const Board& board, const Scratch& scratch,
                                           Grid& grid, int* levels) {
-  __shared__ RawCut heard[kMaxFlaggedBounds];
-  const NoticeBoard notices(args.state, board.experts);
-  const bool flagged = board.num_bounds <= kMaxFlaggedBounds;
-  const unsigned launch = flagged ? grid.launch() : 0;
+  __shared__ RawCut raw[kMaxLlBounds];
+  const CutBroadcast broadcast(args.state, board.experts);
+  const bool by_words = board.num_bounds <= kMaxLlBounds;
+  const unsigned epoch = by_words ? grid.launch() : 0;
   if (blockIdx.x == gridDim.x - 1) {
     clear_counts(args.apply);
-    if (flagged) {
-      scratch.clear_flags(board.num_bounds);
-      notices.tell_ready(launch);
+    if (by_words) {
+      scratch.clear_words(board.num_bounds);
+      broadcast.publish_ready(epoch);
     }
   }
   find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x,
-            StoreCuts{args.threshold, scratch.raw, notices, launch});
-  if (flagged) {
-    notices.hear_all(launch, board.num_bounds, board.shift(), heard);
+            StoreCuts{args.threshold, scratch.raw, broadcast, epoch});
+  if (by_words) {
+    broadcast.await_all(epoch, board.num_bounds, board.shift(), raw);
   } else {
     grid.barrier();
 #pragma unroll 1
     for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
   }
-  return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
+  return fill_bounds(args.threshold, board, by_words ? raw : scratch.raw);
 }
 
 template <class Id>
@@ -255,7 +255,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
 }
 
 // The blocks of a grid, whose warps own the tokens of a rank: what rounds.cuh asks of them.
-template <class Id, int kKeys, bool kFlagged>
+template <class Id, int kKeys, bool kLlWords>
 struct GridTeam {
   Walk<Id>& walk;
   const Scratch& scratch;
@@ -263,7 +263,7 @@ struct GridTeam {
 
   __device__ __forceinline__ bool propose(int round) {
     propose_pass<Id, kKeys>(walk);
-    grid_prefix<kFlagged>(walk.sizes, walk.board, scratch, grid, round + 1);
+    grid_prefix<kLlWords>(walk.sizes, walk.board, scratch, grid, round + 1);
     return true;
   }
   template <class Body>
@@ -357,7 +357,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
-  const int most = max_shared_bytes() - static_cast<int>(kMaxFlaggedBounds * sizeof(RawCut));
+  const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (!raised[current_device()]) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);

@@ -31,7 +31,7 @@ constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per 
 constexpr int kUnplaced = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
-constexpr int kClaim = 4;  // letters of a lane that it waits for together
+constexpr int kClaim = 4;  // LL words of a lane that it waits for together
 constexpr int kMostListed = kFusedThreads;  // own assignments: one a thread
 
 // How many lanes take the scales of a row that came in one piece.
@@ -73,7 +73,7 @@ struct FusedDesk {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int claims[2];                     // of letters to be heard, by exchange
+  int claims[2];                     // of LL words to be heard, by exchange
   int listed;                        // own slots, more than there is room for included
   bool faulty;                       // this rank has a fault on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
@@ -143,16 +143,16 @@ struct FusedBlock {
   }
   __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
   __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
-  // Letters of a source's assignments; shared memory keeps what they say.
-  __device__ __forceinline__ const uint64_t* letters_of(int64_t letters, int source) const {
-    return own<uint64_t>(letters) + static_cast<int64_t>(source) * most_slots();
+  // LL words of a source's assignments; shared memory keeps what they say.
+  __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
+    return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
     return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
   // Where assignments are told that hold all that decides.
-  __device__ __forceinline__ int64_t whole_letters() const {
+  __device__ __forceinline__ int64_t whole_words() const {
     return p.policy.needs_entropy ? p.layout.weighed : p.layout.entries;
   }
 

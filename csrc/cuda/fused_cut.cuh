@@ -8,7 +8,7 @@
 // in order over a grid (plan/threshold.cuh, plan/accept.cuh). Both give the same bits; bounds, shifts, quota and headroom
 // are the same code.
 //
-// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by letters.
+// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by LL words.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ int experts_of_bound(const FusedBlock& b) {
   return b.p.policy.scope == Scope::kExpert ? 1 : b.args.per_rank;
 }
 
-constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
+constexpr int kCutWords = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
 constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;
 static_assert(kMaxFusedSlots <= kLastSlot);
@@ -189,12 +189,12 @@ __device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) {
 // One warp: a cut to the rank's other blocks.
 __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   const RawCut& raw = raw_cut(b, n);
-  if (b.lane >= kCutLetters) return;
+  if (b.lane >= kCutWords) return;
   uint32_t word = edge;
   if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
   if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
   if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
-  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
+  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.patience.round));
 }
 
 // An own assignment of a bound that this block cuts while others cut others: few are.
@@ -245,16 +245,16 @@ __device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     RawCut& raw = raw_cut(b, n);
     if (!is_exceeded(raw)) continue;
-    const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutLetters;
-    static_assert(kCutLetters == kClaim);
-    uint64_t letters[kCutLetters];
+    const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutWords;
+    static_assert(kCutWords == kClaim);
+    uint64_t words[kCutWords];
 #pragma unroll
-    for (int i = 0; i < kCutLetters; ++i) letters[i] = load_relaxed_sys(address + i);
-    ok = ok && await_letters(b, address, 1, letters, Fault::kCuts, b.rank);
-    const uint32_t cut = value_of(letters[1]);
-    set_edge(b, n, static_cast<int>(value_of(letters[0])));
+    for (int i = 0; i < kCutWords; ++i) words[i] = load_relaxed_sys(address + i);
+    ok = ok && await_words(b, address, 1, words, Fault::kCuts, b.rank);
+    const uint32_t cut = value_of(words[1]);
+    set_edge(b, n, static_cast<int>(value_of(words[0])));
     raw.cut = make_int4(static_cast<int>(cut & (1u << kLevelBits) - 1), static_cast<int>(cut >> kLevelBits), 0, raw.cut.w);
-    raw.kept = {value_of(letters[2]), value_of(letters[3])};
+    raw.kept = {value_of(words[2]), value_of(words[3])};
   }
   return ok;
 }

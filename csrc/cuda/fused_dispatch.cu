@@ -2,9 +2,9 @@
 //
 // Problem:     R ranks of one NVLink domain with up to 1023 tokens each; [T, H] bf16 in, rows packed by expert out. Bound by
 //              latency at small T, by reading a row and writing its copies at large T.
-// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (a letter
+// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (an LL word
 //              each). Rows are read once, scored, cast and kept in shared memory. Rows per expert, which all blocks count
-//              from everybody's letters, mostly show that no bound is exceeded. Where one may be, assignments are told
+//              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are told
 //              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
 //              prefix sum, so that rows are written once, to where the experts read them. docs/fused_dispatch.md draws it.
@@ -102,7 +102,7 @@ class RowReader {
 
  private:
   __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
-    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
+    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_ll_word(__float_as_uint(entropy), b.patience.round));
   }
 
   const int begin_, end_;

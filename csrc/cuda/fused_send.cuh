@@ -16,7 +16,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const int* const tokens = b.at<int>(b.args.desk.tokens);
-  const uint64_t* const letters = b.own<uint64_t>(b.p.layout.counts) + expert;
+  const uint64_t* const words = b.own<uint64_t>(b.p.layout.counts) + expert;
   uint32_t rows = own;
 #pragma unroll 1
   for (int base = 0; base < ranks && ranks > 1; base += kInFlight) {
@@ -24,15 +24,15 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const bool awaited = base + i < ranks && base + i != b.rank;
-      held[i] = awaited ? load_relaxed_sys(letters + (base + i) * experts) : 0;
+      held[i] = awaited ? load_relaxed_sys(words + (base + i) * experts) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int source = base + i;
       if (source >= ranks || source == b.rank) continue;
-      uint64_t letter = held[i];
-      if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
-      const uint32_t count = value_of(letter);
+      uint64_t word = held[i];
+      if (!await_word(words + source * experts, word, b.patience, Fault::kCounts, source)) return false;
+      const uint32_t count = value_of(word);
       if (count > static_cast<uint32_t>(tokens[source])) {
         report(b.patience, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
         return false;
@@ -54,7 +54,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
     const int64_t row = b.p.layout.counts + 8LL * b.rank * experts;
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.patience.round));
     }
   }
   bool ok = true;

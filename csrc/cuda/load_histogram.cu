@@ -7,11 +7,11 @@
 // Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
 // Determinism: integer additions only.
 #include "assignments.cuh"
+#include "cut_broadcast.cuh"
 #include "histogram.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
-#include "notice.cuh"
 
 namespace macs::cuda {
 namespace {

@@ -78,24 +78,24 @@ struct FusedShape {
 };
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
-// A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
+// An LL word is 64 bits: a 32-bit value, and above it the round that it is of (ll_word.cuh).
 // Peers write: flags, tokens, entries, weighed, weights, counts, rows, row_scales, sources, and scales where these do not come
 // with the rows. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
   int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
-  int64_t tokens;     // [R] letters: tokens of each source
-  int64_t entries;    // [R, max_tokens * K] letters: packed assignments (csrc/cuda/fused_entry.cuh)
+  int64_t tokens;     // [R] LL words: tokens of each source
+  int64_t entries;    // [R, max_tokens * K] LL words: packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t weighed;    // the same with what follows from the entropies, where that decides
-  int64_t weights;    // [2, R] letters by the round's parity: the weight of each source's visual tokens, where only sums ask
-  int64_t counts;     // [R, E] letters: rows that each source sends to each expert
+  int64_t weights;    // [2, R] LL words by the round's parity: the weight of each source's visual tokens, where only sums ask
+  int64_t counts;     // [R, E] LL words: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
   int64_t row_scales; // [max_rows, row_scale_stride] u32: the words of a row's scales, where these come with the rows; else 0
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), where that is asked for
   int64_t barrier;    // [blocks] u32
-  int64_t entropy;    // [max_tokens] letters: f32
-  int64_t cuts;       // [E, 4] letters: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
+  int64_t entropy;    // [max_tokens] LL words: f32
+  int64_t cuts;       // [E, 4] LL words: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
   int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
   int64_t received;   // [E_l] i32 rows of each local expert

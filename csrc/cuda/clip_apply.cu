@@ -359,11 +359,8 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
-  if (!raised[current_device()]) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error != cudaSuccess) return error;
-    raised[current_device()] = true;
-  }
+  const cudaError_t error = raise_shared_limit(kernel, most, raised);
+  if (error != cudaSuccess) return error;
   const Shape shape = {
       .grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
   return launch(kernel, shape, args, stream);

@@ -40,7 +40,7 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 }
 
 // Offsets into a block's shared memory, in bytes.
-struct FusedDesk {
+struct FusedTables {
   int rank;         // FusedRank
   int group_rows;   // [named] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
   int group_units;  // [named] i32, once weights are told
@@ -89,7 +89,7 @@ struct Decision {
 struct FusedArgs {
   FusedDispatchParams p;
   ClipThresholdParams threshold;  // options only
-  FusedDesk desk;
+  FusedTables tables;
   int bounds;       // NB
   int per_rank;     // experts
   Divisor by_per_rank, by_ranks, by_top_k, by_blocks, by_scale_chunks;
@@ -126,20 +126,20 @@ struct FusedBlock {
   __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }
   template <class T>
   __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(shared + offset); }
-  __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
-  __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
-  __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
-  __device__ __forceinline__ int* modality() const { return at<int>(args.desk.modality); }
-  __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
-  __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
-  __device__ __forceinline__ int* headroom() const { return at<int>(args.desk.headroom); }
-  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
-  __device__ __forceinline__ int* listed() const { return at<int>(args.desk.listed); }
+  __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.tables.scalars); }
+  __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.tables.current); }
+  __device__ __forceinline__ int* bound_of() const { return at<int>(args.tables.bound_of); }
+  __device__ __forceinline__ int* modality() const { return at<int>(args.tables.modality); }
+  __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.tables.group_rows); }
+  __device__ __forceinline__ int* group_units() const { return at<int>(args.tables.group_units); }
+  __device__ __forceinline__ int* headroom() const { return at<int>(args.tables.headroom); }
+  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.tables.fate); }
+  __device__ __forceinline__ int* listed() const { return at<int>(args.tables.listed); }
   __device__ __forceinline__ int* running(int of_warp) const {
-    return at<int>(args.desk.running) + of_warp * (args.bounds + 1);
+    return at<int>(args.tables.running) + of_warp * (args.bounds + 1);
   }
   __device__ __forceinline__ unsigned char* staged(int row) const {
-    return shared + args.desk.staged + static_cast<int64_t>(row) * args.row_stride;
+    return shared + args.tables.staged + static_cast<int64_t>(row) * args.row_stride;
   }
   __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
   __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
@@ -148,7 +148,7 @@ struct FusedBlock {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
-    return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
+    return at<uint32_t>(args.tables.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
   // Where assignments are told that hold all that decides.

@@ -82,7 +82,7 @@ __device__ __forceinline__ void mark_experts(const FusedBlock& b, int n, uint32_
 // Where an own assignment stands on its bound: those below the edge are given up.
 __device__ __forceinline__ int standing(int level, int slot) { return level << kSlotBits | (kLastSlot - slot); }
 
-__device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.desk.raw)[n]; }
+__device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.tables.raw)[n]; }
 __device__ __forceinline__ bool is_exceeded(const RawCut& raw) { return raw.cut.z < 0; }  // until it is cut
 
 // Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot, the
@@ -97,7 +97,7 @@ struct CutCells {
   static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
-      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.policy.bucket_bits)) {}
+      : cells(b.at<int>(b.args.tables.cells)), num_levels(levels(b.p.policy.bucket_bits)) {}
   __device__ __forceinline__ int stride() const { return 2 * num_levels + kSlotCells; }
   __device__ __forceinline__ int* group(int at) const { return cells + at * stride(); }
   __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
@@ -106,7 +106,7 @@ struct CutCells {
 
 // For the next cut_some, which cuts up to `bounds`. A barrier has to follow.
 __device__ __forceinline__ void clear_cells(const FusedBlock& b, int bounds, int thread) {
-  int* const cells = b.at<int>(b.args.desk.cells);
+  int* const cells = b.at<int>(b.args.tables.cells);
   const int words = min(bounds, kCutsAtOnce) * CutCells::words(b.p.policy.bucket_bits);
 #pragma unroll 1
   for (int i = thread; i < words; i += kFusedThreads) cells[i] = 0;
@@ -184,7 +184,7 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
   return standing(level, kLastSlot);  // all of the level stay
 }
 
-__device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.desk.edge)[n] = edge; }
+__device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.tables.edge)[n] = edge; }
 
 // One warp: a cut to the rank's other blocks.
 __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
@@ -283,7 +283,7 @@ __device__ inline bool cut_bounds(const FusedBlock& b) {
   b.stamp(22);
   __syncthreads();  // nobody looks for exceeded bounds any more
   if (__syncthreads_and(!share.told || hear_cuts(b)) == 0) return false;
-  const int* const edge = b.at<int>(b.args.desk.edge);
+  const int* const edge = b.at<int>(b.args.tables.edge);
   set_fates(b, [&](int j) { return static_cast<uint32_t>(edge[b.bound_of()[j]]); });
   return true;
 }

@@ -92,7 +92,7 @@ __device__ inline void find_shifts(const FusedBlock& b) {
 __device__ inline void share_headroom(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   if (t.policy.reroute == Reroute::kNone) return;
-  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
+  RawCut* const raw = b.at<RawCut>(b.args.tables.raw);
   block_share_headroom(t.policy, raw, b.args.bounds, b.headroom());
   __syncthreads();
 #pragma unroll 1
@@ -111,7 +111,7 @@ struct Span {
 // An own assignment that stays or has found another expert.
 __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int expert) {
   const bool before = slot < b.first * b.p.shape.top_k;
-  atomicAdd(b.at<uint32_t>(b.args.desk.own_rows) + expert, before ? 0x10001u : 1u);
+  atomicAdd(b.at<uint32_t>(b.args.tables.own_rows) + expert, before ? 0x10001u : 1u);
 }
 
 // The own assignments against their bounds' edges. Returns whether one is given up.
@@ -135,7 +135,7 @@ template <int kKeys>
 __device__ inline void propose_own(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
   const Headroom<kKeys> headroom(experts, b.headroom(), b.bound_of());
-  unsigned* const words = b.at<unsigned>(b.args.desk.struck) + b.warp * kStruckWords;
+  unsigned* const words = b.at<unsigned>(b.args.tables.struck) + b.warp * kStruckWords;
 #pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
@@ -189,9 +189,9 @@ class BlockTeam {
   __device__ __forceinline__ int bound_of(int expert) const { return b_.bound_of()[expert]; }
   __device__ __forceinline__ int64_t limit(int bound) const { return headroom()[bound]; }
   __device__ __forceinline__ int* running() const { return b_.running(b_.warp); }
-  __device__ __forceinline__ int* proposed() const { return b_.at<int>(b_.args.desk.proposed); }
+  __device__ __forceinline__ int* proposed() const { return b_.at<int>(b_.args.tables.proposed); }
   __device__ __forceinline__ int* headroom() const { return b_.headroom(); }
-  __device__ __forceinline__ int* accepted() const { return b_.at<int>(b_.args.desk.accepted); }
+  __device__ __forceinline__ int* accepted() const { return b_.at<int>(b_.args.tables.accepted); }
   __device__ __forceinline__ const int* sum_accepted() const { return accepted(); }
 
  private:

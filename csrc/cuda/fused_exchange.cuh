@@ -40,8 +40,8 @@ class OwnSlots {
       const unsigned others = __ballot_sync(kFullMask, present) & step_.token_mask(in_.top_k);
       if (!slot_.inside) continue;
       const int at = static_cast<int>(slot_.token) * in_.top_k + step_.slot, here = at - b.first * in_.top_k;
-      b.at<int>(b.args.desk.ids)[here] = slot_.expert;
-      b.at<float>(b.args.desk.gates)[here] = slot_.gate;
+      b.at<int>(b.args.tables.ids)[here] = slot_.expert;
+      b.at<float>(b.args.tables.gates)[here] = slot_.gate;
       b.current()[at] = static_cast<int16_t>(present ? slot_.expert : kEmptySlot);
       const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry::nobody();
       send(b, b.p.layout.entries, at, entry);
@@ -103,7 +103,7 @@ __device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, fl
   const Entry told = b.own_entry(slot);
   if (!told.present()) return told;
   const int token = b.args.by_top_k.divide(slot);
-  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.desk.weight)[token], true};
+  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.tables.weight)[token], true};
   return Entry::of(told.expert(), bucket_of_slot(options_of(b), whole), told.text(), told.leads(), fixed_weight(whole.weight));
 }
 
@@ -113,7 +113,7 @@ __device__ inline void tell_weighed(const FusedBlock& b) {
   const int first = b.first * b.p.shape.top_k, end = b.end * b.p.shape.top_k;
 #pragma unroll 1
   for (int slot = first + threadIdx.x; slot < end; slot += kFusedThreads) {
-    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.desk.gates)[slot - first]));
+    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.tables.gates)[slot - first]));
   }
 }
 
@@ -130,7 +130,7 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
       return -1;
     }
   }
-  if (b.warp == 0 && b.lane < b.p.shape.num_ranks) b.at<int>(b.args.desk.tokens)[b.lane] = tokens;
+  if (b.warp == 0 && b.lane < b.p.shape.num_ranks) b.at<int>(b.args.tables.tokens)[b.lane] = tokens;
   return tokens;
 }
 
@@ -237,7 +237,7 @@ class Tally {
 __device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Tally& tally) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
   Claimed next(b, exchange);
-  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
+  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.tables.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
   // Otherwise every warp claims once, in the order in which they come.
@@ -311,7 +311,7 @@ __device__ inline void report_unknown(const FusedBlock& b, int exchange) {
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     if (exchange != 0 && source == b.rank) continue;
     const uint64_t* const words = b.words_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source);
-    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+    const int slots = b.at<int>(b.args.tables.tokens)[source] * b.p.shape.top_k;
 #pragma unroll 1
     for (int slot = threadIdx.x; slot < slots; slot += kFusedThreads) {
       const int expert = Entry{value_of(load_relaxed_sys(words + slot))}.expert();
@@ -329,7 +329,7 @@ __device__ __forceinline__ void for_each_assignment(const FusedBlock& b, bool li
 #pragma unroll 1
   for (int source = kOwn ? b.rank : 0, end = kOwn ? b.rank + 1 : b.p.shape.num_ranks; source < end; ++source) {
     const bool own = source == b.rank, here = b.args.keeps_group || own, from_list = kOwn && listed;
-    const int count = from_list ? b.scalars().listed : b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+    const int count = from_list ? b.scalars().listed : b.at<int>(b.args.tables.tokens)[source] * b.p.shape.top_k;
     const uint64_t* const words = b.words_of(b.whole_words(), source);
     const uint32_t* const kept = b.entries_of(source);
 #pragma unroll 1

@@ -15,7 +15,7 @@ namespace macs::cuda {
 __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own) {
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
+  const int* const tokens = b.at<int>(b.args.tables.tokens);
   const uint64_t* const words = b.own<uint64_t>(b.p.layout.counts) + expert;
   uint32_t rows = own;
 #pragma unroll 1
@@ -47,7 +47,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
 // After a cut only a rank itself knows what it sends: it tells the others. `group_rows` are then the rows after the plan.
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
-  const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
+  const uint32_t* const own = b.at<uint32_t>(b.args.tables.own_rows);
 #pragma unroll 1
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
     if (peer == b.rank) continue;
@@ -67,7 +67,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
 __device__ inline bool pack_experts(const FusedBlock& b, int rank) {
   const int per_rank = b.args.per_rank, alignment = b.p.shape.alignment;
   const uint32_t* const rows = b.group_rows() + rank * per_rank;
-  int* const starts = b.at<int>(b.args.desk.starts) + rank * per_rank;
+  int* const starts = b.at<int>(b.args.tables.starts) + rank * per_rank;
   bool fits = true;
   int next = 0;
 #pragma unroll 1
@@ -88,7 +88,7 @@ __device__ inline bool place_experts(const FusedBlock& b) {
     const uint32_t* const rows = b.group_rows();
 #pragma unroll 1
     for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
-      b.at<int>(b.args.desk.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
+      b.at<int>(b.args.tables.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
       fits &= static_cast<int>(rows[j] & 0xffffu) <= s.expert_rows;
     }
   } else {
@@ -104,7 +104,7 @@ __device__ inline void report_no_room(const FusedBlock& b) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
     const int count = static_cast<int>(b.group_rows()[j] & 0xffffu);
-    const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.desk.starts)[j];
+    const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.tables.starts)[j];
     if (count > limit) report(b.patience, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
   }
 }
@@ -115,7 +115,7 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
   const int16_t* const current = b.current() + b.first * b.p.shape.top_k;
   const int expert = current[i];
   if (expert < 0) return -1;
-  int row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(b.group_rows()[expert] >> 16);
+  int row = b.at<int>(b.args.tables.starts)[expert] + static_cast<int>(b.group_rows()[expert] >> 16);
 #pragma unroll 1
   for (int base = 0; base < i; base += kWarp) {
     const int j = base + b.lane;

@@ -60,13 +60,13 @@ __device__ __forceinline__ SegmentSums sums_of(const int* halves) {
 
 // The limbs of a segment, while `cells` holds nothing else yet.
 __device__ __forceinline__ int* limbs_of(const FusedBlock& b, int segment) {
-  return b.at<int>(b.args.desk.cells) + segment * 2 * kLimbs;
+  return b.at<int>(b.args.tables.cells) + segment * 2 * kLimbs;
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.
 __device__ inline bool hear_entropies(const FusedBlock& b) {
   const uint64_t* const words = b.own<uint64_t>(b.p.layout.entropy);
-  float* const entropies = b.at<float>(b.args.desk.entropies);
+  float* const entropies = b.at<float>(b.args.tables.entropies);
   bool ok = true;
 #pragma unroll 1
   for (int first = b.warp * kWarp; first < b.me.num_tokens; first += kFusedThreads) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   SegmentSums sums = {0, 0, 0, 0};
 #pragma unroll 1
   for (int token = b.lane; token < b.me.num_tokens; token += kWarp) {
-    if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.desk.entropies)[token]);
+    if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.tables.entropies)[token]);
   }
   sums.add_over<kWarp>();
   return sums;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
     if (segment >= 0) {
       const SegmentSums sums = b.args.keeps_limbs ? sums_of(limbs_of(b, min(segment, b.p.num_segments - 1)))
                                                   : warp_segment_sums(b, segment);
-      weight = weight_of(b.at<float>(b.args.desk.entropies)[token], moments_of(sums), b.p.policy.delta);
+      weight = weight_of(b.at<float>(b.args.tables.entropies)[token], moments_of(sums), b.p.policy.delta);
     }
     if (together == 1 || b.lane == 0) body(token, weight);
   }
@@ -119,7 +119,7 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
 // The weights of all of the rank's tokens. False: a block of this rank never scored its own.
 __device__ inline bool weigh_tokens(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
-  float* const weights = b.at<float>(b.args.desk.weight);
+  float* const weights = b.at<float>(b.args.tables.weight);
   for_each_weight(b, [&](int token, float weight) { weights[token] = weight; });
   __syncthreads();
   return true;

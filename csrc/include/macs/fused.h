@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "macs/carver.h"
 #include "macs/level.h"
 #include "macs/params.h"
 
@@ -117,36 +118,31 @@ MACS_HOST_DEVICE int64_t row_scale_stride(const FusedShape& s) { return (scale_w
 
 inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout layout = {};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t mine = at;
-    at += (bytes + 255) / 256 * 256;
-    return mine;
-  };
+  Carver<int64_t> region(256);
   const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
   const int64_t local = s.num_experts / s.num_ranks;
-  layout.flags = take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
-  layout.tokens = take(8LL * s.num_ranks);
-  layout.entries = take(8LL * s.num_ranks * slots);
-  layout.weighed = take(8LL * s.num_ranks * slots);
-  layout.weights = take(2 * 8LL * s.num_ranks);
-  layout.counts = take(8LL * s.num_ranks * s.num_experts);
-  layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
-  layout.row_scales = take(4LL * rows * row_scale_stride(s));
-  layout.scales = take(rows * scale_words(s) * 4);
-  layout.outputs = take(rows * s.hidden_size * 2);
-  layout.sources = take(rows * 4);
-  layout.barrier = take(4LL * s.num_blocks);
-  layout.entropy = take(8LL * s.max_tokens);
-  layout.cuts = take(4 * 8LL * s.num_experts);
-  layout.wanted = take(2 * 4 * slots);
-  layout.positions = take(4 * slots);
-  layout.received = take(4 * local);
-  layout.starts = take(4 * local);
-  layout.round = take(4);
-  layout.stamps = take(8LL * s.num_blocks * kStamps);
-  layout.status = take(sizeof(FusedStatus));
-  layout.bytes = at;
+  layout.flags = region.take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
+  layout.tokens = region.take(8LL * s.num_ranks);
+  layout.entries = region.take(8LL * s.num_ranks * slots);
+  layout.weighed = region.take(8LL * s.num_ranks * slots);
+  layout.weights = region.take(2 * 8LL * s.num_ranks);
+  layout.counts = region.take(8LL * s.num_ranks * s.num_experts);
+  layout.rows = region.take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
+  layout.row_scales = region.take(4LL * rows * row_scale_stride(s));
+  layout.scales = region.take(rows * scale_words(s) * 4);
+  layout.outputs = region.take(rows * s.hidden_size * 2);
+  layout.sources = region.take(rows * 4);
+  layout.barrier = region.take(4LL * s.num_blocks);
+  layout.entropy = region.take(8LL * s.max_tokens);
+  layout.cuts = region.take(4 * 8LL * s.num_experts);
+  layout.wanted = region.take(2 * 4 * slots);
+  layout.positions = region.take(4 * slots);
+  layout.received = region.take(4 * local);
+  layout.starts = region.take(4 * local);
+  layout.round = region.take(4);
+  layout.stamps = region.take(8LL * s.num_blocks * kStamps);
+  layout.status = region.take(sizeof(FusedStatus));
+  layout.bytes = region.bytes();
   return layout;
 }
 

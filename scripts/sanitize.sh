@@ -3,8 +3,8 @@
 #
 #   scripts/sanitize.sh [PYTHON]
 #
-# Racecheck warns of an mbarrier that one thread initialises and then uses (0 errors, seen on an H100): its errors count here,
-# its warnings do not. Races between blocks and ranks, which it cannot see, are tests/test_races_emulated.py's.
+# Racecheck's errors count here, its warnings do not. Races between blocks and ranks, which it cannot see, are
+# tests/test_races_emulated.py's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}

@@ -140,7 +140,7 @@ def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
 
 
 def told_again(group: Group, rank: int) -> bool:
-    """Whether this round's assignments were told with their weights: a letter of any of its slots says so."""
+    """Whether this round's assignments were told with their weights: an LL word of any of its slots says so."""
     f = group.config.plan
     rounds = group.part(rank, "weighed", torch.int32, f.R, f.T * f.K, 2)[rank, :, 1]
     return bool((rounds == group.round(rank)).any())
@@ -222,7 +222,7 @@ def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[G
 
 
 def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> None:
-    """What its tokens weigh is heard late: its next letter must not lie in the same place."""
+    """What its tokens weigh is heard late: its next word must not lie in the same place."""
     config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), timeout_ns=SOON_NS)
     group = Group(kernels, config, "cpu")
     group.load(ranks := make_group(config, 7))

@@ -56,7 +56,7 @@ def test_a_thread_adds_more_values_than_one() -> None:
 
 
 def test_a_rank_may_be_a_round_ahead(kernels: Kernels) -> None:
-    """Several rounds of all ranks in flight, each over the sums of the one before: the letters of the next round do not
+    """Several rounds of all ranks in flight, each over the sums of the one before: the words of the next round do not
     take those of this one away.
     """
     group = ReduceGroup(kernels, 3, 600, "cpu")

@@ -204,22 +204,13 @@ def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: 
     return c.ClipApplyParams(assignments(*routing, len(shift), options), *tensors, dtype_index(logits))
 
 
-def library_of(name: str, max_cluster: int) -> Launchers:
-    return Launchers(
-        emulated.build(name, *sorted(emulated.CUDA.glob("*.cu")), defines=["MACS_C_API"], max_cluster=max_cluster)
-    )
+def build(**device: int) -> Launchers:
+    return Launchers(emulated.build("plan", *sorted(emulated.CUDA.glob("*.cu")), defines=["MACS_C_API"], **device))
 
 
 @pytest.fixture(scope="module")
 def launchers() -> Launchers:
-    """On a device without clusters, where every batch takes the path of large ones."""
-    return library_of("plan", 1)
-
-
-@pytest.fixture(scope="module")
-def with_clusters() -> Launchers:
-    """On a device whose clusters are large enough for small batches to be planned in one."""
-    return library_of("plan_small", 8)
+    return build()
 
 
 ENTROPY_INPUTS = {  # [T, H] and dtype, an instance of the kernel each
@@ -304,6 +295,12 @@ def small_group(seed: int = 5, tokens: int = 24, **changes: Any) -> cases.Group:
     return cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
 
 
+def first_tokens(group: cases.Group, tokens: int) -> cases.Group:
+    (b,) = group.batches
+    parts = {name: value[:tokens] for name, value in vars(b).items() if isinstance(value, torch.Tensor)}
+    return replace(group, batches=[replace(b, **parts)])
+
+
 def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     for name, tensor in got.items():
         assert torch.equal(tensor.view(torch.uint8), want[name].view(torch.uint8)), name
@@ -316,40 +313,40 @@ FUSED_CASES = {
 
 
 @pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
-@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 4), ("with_clusters", 2)])
-def test_fused_launchers_give_the_operators_bits(
-    request, path: str, num_launches: int, options: dict[str, Any], launchers: Launchers
-) -> None:
-    group, options = small_group(), USUAL | options
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17, 24])
+def test_fused_launchers_give_the_operators_bits(tokens: int, options: dict[str, Any], launchers: Launchers) -> None:
+    """A grid has a warp a token, and no fewer blocks than ranks: most of them have nothing to do here."""
+    group, options = first_tokens(small_group(), tokens), USUAL | options
     want = one_by_one(launchers, group, options)
-    fused = request.getfixturevalue(path)
     for seed in range(2):
-        fused.library.configure(seed)
-        before = fused.library.launches
-        got = fused.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
-        assert fused.library.launches - before == num_launches
+        launchers.library.configure(seed)
+        before = launchers.library.launches
+        got = launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
+        assert launchers.library.launches - before == (4 if tokens > 0 else 2)  # nothing to score or to count
         assert_same_bits(got, want)
-    assert want["counts"][1].sum() > 0, "something has to move"
+    assert want["counts"][:2].sum() == group.batches[0].topk_ids.ge(0).sum()
+    assert want["counts"][1].sum() > 0 or tokens < 17, "something has to move"
+
+
+def test_a_device_without_clusters_gives_the_same_bits(launchers: Launchers) -> None:
+    got = one_by_one(build(max_cluster=1), small_group(), USUAL)
+    assert_same_bits(got, one_by_one(launchers, small_group(), USUAL))
 
 
 @pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
-@pytest.mark.parametrize("path", ["launchers", "with_clusters"])
-def test_the_second_launcher_leaves_the_workspace_prepared(
-    request, path: str, options: dict, launchers: Launchers
-) -> None:
+def test_the_second_launcher_leaves_the_workspace_prepared(options: dict, launchers: Launchers) -> None:
     """Nothing that it says the first time passes for what it says the second."""
     group = small_group(seed=7, tokens=40)
     options = USUAL | options | {"num_ranks": group.num_ranks, "scoring": group.scoring}
     once, want = (one_by_one(launchers, group, options | {"gamma": gamma}) for gamma in (1.3, 0.8))
     assert not torch.equal(once["cut"], want["cut"])
-    fused = request.getfixturevalue(path)
     for seed in range(4):
-        fused.library.configure(seed)
-        assert_same_bits(fused.plan(group, options | {"gamma": 1.3}, then_gamma=0.8), want)
+        launchers.library.configure(seed)
+        assert_same_bits(launchers.plan(group, options | {"gamma": 1.3}, then_gamma=0.8), want)
 
 
 @pytest.mark.parametrize("top_k", [3, 4], ids=["slots_in_turn", "halves"])
-def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clusters: Launchers, top_k: int) -> None:
+def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, top_k: int) -> None:
     """A token's gates are equal, its logits are not: what a re-routed expert weighs says whose logit was taken."""
     group = small_group(seed=9, top_k=top_k)
     b = replace(group.batches[0], topk_weights=torch.full_like(group.batches[0].topk_weights, 0.25))
@@ -359,13 +356,11 @@ def test_of_equal_gates_the_first_is_referred_to(launchers: Launchers, with_clus
     ids, weights, counts = operators.clip_apply(*routing, **pick(USUAL, APPLY, num_ranks=4, scoring=group.scoring))
     assert counts[2].sum() > 3 and torch.equal(got["ids"], ids)
     torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
-    fused = with_clusters.plan(group, USUAL | {"num_ranks": 4, "scoring": group.scoring})
-    assert_same_bits(fused, got)
+    assert_same_bits(launchers.plan(group, USUAL | {"num_ranks": 4, "scoring": group.scoring}), got)
 
 
 @pytest.mark.parametrize("scope", FUSED_CASES)
-@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 3), ("with_clusters", 2)])
-def test_fused_launchers_without_scores(request, path: str, num_launches: int, scope: str) -> None:
+def test_fused_launchers_without_scores(launchers: Launchers, scope: str) -> None:
     """Where only gates matter no hidden vector is read: visual tokens weigh 0.5, else the bits are the operators'."""
     b = cases.batch(cases.generator(6), **(cases.NAMED["imbalanced"] | {"num_tokens": 24}))
     group = cases.Group([b], 16, 4, torch.arange(16).remainder(3).sub(1).to(torch.int8))
@@ -377,12 +372,11 @@ def test_fused_launchers_without_scores(request, path: str, num_launches: int, s
     applied = pick(options, APPLY, num_ranks=4, scoring=group.scoring)
     ids, weights, counts = operators.clip_apply(*routing, b.router_logits, shift, cut, **applied)
     want = {"weight": weight, "histogram": own, "shift": shift, "cut": cut, "counts": counts, "ids": ids}
-    fused = request.getfixturevalue(path)
     for seed in range(2):
-        fused.library.configure(seed)
-        before = fused.library.launches
-        got = fused.plan(group, options | {"num_ranks": 4, "scoring": group.scoring}, scored=False)
-        assert fused.library.launches - before == num_launches
+        launchers.library.configure(seed)
+        before = launchers.library.launches
+        got = launchers.plan(group, options | {"num_ranks": 4, "scoring": group.scoring}, scored=False)
+        assert launchers.library.launches - before == 3
         torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
         for name, expected in want.items():
             assert torch.equal(got[name], expected), name
@@ -400,10 +394,7 @@ def peer_group(logits: torch.dtype) -> cases.Group:
 
 @pytest.mark.parametrize("logits", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scope", FUSED_CASES)
-@pytest.mark.parametrize(("path", "num_launches"), [("launchers", 4), ("with_clusters", 3)])
-def test_a_plan_with_its_exchange_over_peers(
-    request, path: str, num_launches: int, scope: str, logits: torch.dtype
-) -> None:
+def test_a_plan_with_its_exchange_over_peers(launchers: Launchers, scope: str, logits: torch.dtype) -> None:
     """Every rank's chain of launches on a stream of its own; logits as the router has them."""
     group = peer_group(logits)
     options = USUAL | FUSED_CASES[scope] | {"importance": "gate", "buckets": 32, "gamma": 1.05}
@@ -412,13 +403,12 @@ def test_a_plan_with_its_exchange_over_peers(
     routings = [(b.topk_ids, b.topk_weights, w, b.segment) for b, w in zip(group.batches, weights, strict=True)]
     own = [operators.load_histogram(*r, **pick(options, HISTOGRAM, num_experts=16)) for r in routings]
     total = torch.stack(own).sum(0, dtype=torch.int32)
-    fused = request.getfixturevalue(path)
     moved = 0
     for seed in range(2):
-        fused.library.configure(seed)
-        before = fused.library.launches
-        results = fused.plans(group, options, scored=False)
-        assert fused.library.launches - before == 2 * num_launches
+        launchers.library.configure(seed)
+        before = launchers.library.launches
+        results = launchers.plans(group, options, scored=False)
+        assert launchers.library.launches - before == 2 * 4
         for b, routing, histogram, got in zip(group.batches, routings, own, results, strict=True):
             shift, cut = operators.clip_threshold(
                 histogram, total, group.modality, **pick(options, THRESHOLD, num_ranks=2)

@@ -1,6 +1,6 @@
 """No data race in the kernels of csrc/cuda, on the emulated machine that watches every access.
 
-The plan on both of its paths; the fused dispatch and combine in rounds over the same regions, every rank on a stream of
+The plan; the fused dispatch and combine in rounds over the same regions, every rank on a stream of
 its own and the host never waiting in between, so that what one round leaves and the next overwrites is watched too.
 """
 
@@ -22,28 +22,23 @@ from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, s
 ROUNDS = 3
 
 
-def watched(name: str, *, max_cluster: int) -> emulated.Library:
+def watched() -> emulated.Library:
     sources = sorted(emulated.CUDA.glob("*.cu"))
-    return emulated.build(
-        name, *sources, defines=["MACS_C_API"], races=True, multiprocessors=2, max_cluster=max_cluster
-    )
+    return emulated.build("watched", *sources, defines=["MACS_C_API"], races=True, multiprocessors=2)
 
 
 @pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)
-@pytest.mark.parametrize("max_cluster", [1, 8], ids=["large", "small"])
-def test_plan(max_cluster: int, options: dict[str, str]) -> None:
-    launchers, group, options = Launchers(watched("watched", max_cluster=max_cluster)), small_group(), USUAL | options
+def test_plan(options: dict[str, str]) -> None:
+    launchers, group, options = Launchers(watched()), small_group(), USUAL | options
     for seed in range(2):
         launchers.library.configure(seed)
-        if max_cluster == 1:
-            one_by_one(launchers, group, options)
+        one_by_one(launchers, group, options)
         launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
 
 
-@pytest.mark.parametrize("max_cluster", [1, 8], ids=["large", "small"])
-def test_plan_with_its_exchange(max_cluster: int) -> None:
+def test_plan_with_its_exchange() -> None:
     """Two ranks' chains of launches, a stream each."""
-    launchers, group = Launchers(watched("watched", max_cluster=max_cluster)), peer_group(torch.bfloat16)
+    launchers, group = Launchers(watched()), peer_group(torch.bfloat16)
     options = USUAL | {"importance": "gate", "buckets": 32, "gamma": 1.05, "num_ranks": 2, "scoring": group.scoring}
     launchers.plans(group, options, scored=False)
 
@@ -90,7 +85,7 @@ def in_two_phases(group: Group, rank: int) -> None:
     ],
 )
 def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combines: bool) -> None:
-    kernels = Kernels(watched("watched", max_cluster=1))
+    kernels = Kernels(watched())
     group = Group(kernels, FUSED[name], "cpu")
     group.load(make_group(group.config, 1))
     group.poison()
@@ -109,7 +104,7 @@ def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combine
 @pytest.mark.parametrize("name", ["rank", "fp8_with_rows"])
 def test_a_dead_rank(name: str, dispatch: Callable[[Group, int], None]) -> None:
     """The ways out of a dispatch and a combine that gave up."""
-    kernels = Kernels(watched("watched", max_cluster=1))
+    kernels = Kernels(watched())
     group = Group(kernels, replace(FUSED[name], timeout_ns=100_000), "cpu")
     group.load(make_group(group.config, 1))
     with kernels.machine.together():

@@ -21,7 +21,7 @@ struct Apply {
   const Policy& policy = a.policy;
   const int32_t per_rank = policy.num_experts / policy.num_ranks;
   const int32_t num_bounds = macs::num_bounds(policy);
-  std::vector<Slot> homeless;                  // in (token, slot) order
+  std::vector<Slot> unplaced;                  // in (token, slot) order
   std::vector<int64_t> room, proposed, taken;  // [NB] units
   std::vector<int64_t> excluded;               // [E] token that may not use the expert, +1
 
@@ -55,7 +55,7 @@ struct Apply {
         count(keep ? 0 : 1, expert, text);
         if (keep) continue;
         set(i, -1, 0.0f);
-        homeless.push_back({t, k, static_cast<int32_t>(expert)});
+        unplaced.push_back({t, k, static_cast<int32_t>(expert)});
       }
     }
   }
@@ -103,7 +103,7 @@ struct Apply {
     std::fill(excluded.begin(), excluded.end(), 0);
     std::vector<Slot> still;
     int64_t token = -1;
-    for (const Slot& s : homeless) {
+    for (const Slot& s : unplaced) {
       if (s.token != token) exclude(token = s.token);
       const int64_t expert = candidate(s);
       const int32_t units = units_at(a, s.token);
@@ -117,7 +117,7 @@ struct Apply {
       count(2, expert, is_text(a, s.token));
     }
     for (int32_t n = 0; n < num_bounds; ++n) room[n] -= taken[n];
-    homeless.swap(still);
+    unplaced.swap(still);
   }
 
   void run() {
@@ -125,7 +125,7 @@ struct Apply {
     clip();
     if (policy.reroute == Reroute::kNone || p.router_logits == nullptr) return;
     for (int32_t n = 0; n < num_bounds; ++n) room[n] = cut(n)[2];
-    for (int32_t round = 0; round < policy.reroute_rounds && !homeless.empty(); ++round) reroute_round();
+    for (int32_t round = 0; round < policy.reroute_rounds && !unplaced.empty(); ++round) reroute_round();
   }
 };
 

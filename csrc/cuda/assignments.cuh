@@ -76,35 +76,4 @@ __device__ __forceinline__ int bucket_of_slot(const Assignments& in, const Slot&
   return bucket_of(both ? product : importance_of(in.policy.importance, slot.weight, slot.gate), in.policy.bucket_bits);
 }
 
-// Hand out places in lane order: whether the running sum of the bound's units, own included, stays within its limit.
-// `running`: [NB] of this warp, what the bounds have given so far.
-__device__ __forceinline__ bool accept_in_order(bool pending, int bound, int units, bool rows, int* running,
-                                                int64_t limit) {
-  const unsigned active = __ballot_sync(kFullMask, pending);
-  if (active == 0) return false;
-  const int lane = threadIdx.x % kWarp;
-  bool accepted = false;
-  if (pending) {
-    const unsigned peers = __match_any_sync(active, bound);
-    const unsigned lower = peers & ((1u << lane) - 1u);
-    int sum = units;
-    if (rows) {
-      sum += __popc(lower);
-    } else {
-#pragma unroll 1
-      for (unsigned left = active; left != 0; left &= left - 1) {
-        const int source = __ffs(left) - 1;
-        const int other = __shfl_sync(active, units, source);
-        if ((lower >> source & 1u) != 0) sum += other;
-      }
-    }
-    sum += running[bound];
-    __syncwarp(active);
-    if (lane == kWarp - 1 - __clz(peers)) running[bound] = sum;
-    accepted = sum <= limit;
-  }
-  __syncwarp();
-  return accepted;
-}
-
 }  // namespace macs::cuda

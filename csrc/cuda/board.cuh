@@ -4,51 +4,25 @@
 
 #include <cstdint>
 
-#include "clip_threshold.cuh"
+#include "cut_broadcast.cuh"
 #include "divisor.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "macs/params.h"
 #include "macs/ptx.cuh"
-#include "notice.cuh"
-#include "reroute.cuh"
+#include "plan/accept.cuh"
+#include "plan/choose.cuh"
+#include "plan/headroom.cuh"
+#include "plan/threshold.cuh"
 
 namespace macs::cuda {
-
-// One warp: the own share of the room of a pool's bounds [first, end).
-__device__ __forceinline__ void warp_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int first, int end,
-                                                 int* room) {
-  const int lane = threadIdx.x % kWarp;
-  unsigned group = 0, own = 0;  // all units of a group fit into 31 bits
-#pragma unroll 1
-  for (int n = first + lane; n < end; n += kWarp) {
-    const bool cut = raw[n].cut.x >= 0;
-    group += cut ? static_cast<unsigned>(raw[n].kept.group) : 0;
-    own += cut ? static_cast<unsigned>(raw[n].kept.own) : 0;
-  }
-  const Kept kept = {__reduce_add_sync(kFullMask, group), __reduce_add_sync(kFullMask, own)};
-#pragma unroll 1
-  for (int n = first + lane; n < end; n += kWarp) room[n] = room_share(p, raw[n].cut.z, kept);
-}
-
-// A whole block, a warp per pool, before a barrier.
-__device__ __forceinline__ void block_share_rooms(const ClipThresholdParams& p, const RawCut* raw, int num_bounds,
-                                                  int* room) {
-  const int pools = p.policy.reroute == Reroute::kLocal ? p.policy.num_ranks : 1;
-  const int size = pools == 1 ? num_bounds : num_bounds / pools;
-#pragma unroll 1
-  for (int pool = threadIdx.x / kWarp; pool < pools; pool += blockDim.x / kWarp) {
-    warp_share_rooms(p, raw, pool * size, (pool + 1) * size, room);
-  }
-}
 
 // Scratch in device memory, behind what was prepared.
 struct Scratch {
   RawCut* raw;          // [NB]
-  uint64_t* totals[2];  // [blocks, NB] Flagged units per bound and block, by the prefix's number from 1; two, so that the
-                        // next prefix may begin before all have read this one. Behind a barrier: as many ints without
-                        // flags.
-  int* taken;           // [blocks, NB] units accepted in a round
+  uint64_t* totals[2];  // [blocks, NB] LL words: units per bound and block; the epoch is the prefix's number from 1. Two, so that
+                        // the next prefix may begin before all have read this one. Behind a barrier: as many plain ints.
+  int* accepted;        // [blocks, NB] units accepted in a round
 
   static __host__ __device__ size_t bytes(int num_bounds, int num_blocks) {
     return num_bounds * (sizeof(RawCut) + (2 * sizeof(uint64_t) + sizeof(int)) * num_blocks);
@@ -57,10 +31,10 @@ struct Scratch {
     raw = static_cast<RawCut*>(memory);
     totals[0] = reinterpret_cast<uint64_t*>(raw + num_bounds);
     totals[1] = totals[0] + num_bounds * num_blocks;
-    taken = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
+    accepted = reinterpret_cast<int*>(totals[1] + num_bounds * num_blocks);
   }
-  // One block, everybody's flags. Nobody may set one or wait for one before it knows.
-  __device__ __forceinline__ void clear_flags(int num_bounds) const {
+  // One block, everybody's words. Nobody may publish or wait for one before it knows.
+  __device__ __forceinline__ void clear_words(int num_bounds) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * num_bounds * static_cast<int>(gridDim.x); i += blockDim.x) totals[0][i] = 0;
   }
@@ -106,10 +80,10 @@ struct Board {
   __device__ __forceinline__ int* of_bounds(int i) const { return ints + 9 * experts + i * num_bounds; }
   __device__ __forceinline__ int* level() const { return of_bounds(0); }
   __device__ __forceinline__ int* quota() const { return of_bounds(1); }
-  __device__ __forceinline__ int* room() const { return of_bounds(2); }
+  __device__ __forceinline__ int* headroom() const { return of_bounds(2); }
   __device__ __forceinline__ int* base() const { return of_bounds(3); }   // units of the blocks before this one
   __device__ __forceinline__ int* total() const { return of_bounds(4); }  // units of all blocks
-  __device__ __forceinline__ int* taken() const { return of_bounds(5); }  // units that this block accepted in a round
+  __device__ __forceinline__ int* accepted() const { return of_bounds(5); }  // units that this block accepted in a round
   // [warps, NB + 1] units of the warps before, then of this warp so far.
   __device__ __forceinline__ int* running(int warp) const { return of_bounds(6) + warp * (num_bounds + 1); }
   __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
@@ -145,13 +119,13 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
-    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.room()[n] = cut.z;
+    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.headroom()[n] = cut.z;
     any |= cut.x >= 0;
   }
   return __syncthreads_or(any) != 0;
 }
 
-// The same from the raw cuts, the shifts being there: every block shares the room out for itself, a warp per pool, and the
+// The same from the raw cuts, the shifts being there: every block shares the headroom out for itself, a warp per pool, and the
 // first one writes the result.
 __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
   bool any = false;
@@ -161,13 +135,13 @@ __device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& bo
     board.level()[n] = cut.x, board.quota()[n] = cut.y;
     any |= cut.x >= 0;
   }
-  block_share_rooms(p, raws, board.num_bounds, board.room());
+  block_share_headroom(p.policy, raws, board.num_bounds, board.headroom());
   any = __syncthreads_or(any) != 0;
   if (blockIdx.x != 0) return any;
 #pragma unroll 1
   for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
     int4 cut = raws[n].cut;
-    cut.z = board.room()[n];
+    cut.z = board.headroom()[n];
     reinterpret_cast<int4*>(p.cut)[n] = cut;
   }
   return any;
@@ -192,9 +166,9 @@ __device__ __forceinline__ void sum_blocks(const int* entries, int num_bounds, i
   }
 }
 
-// The same of flagged entries, up to kMaxFlaggedBounds of them a block: waits for each.
-__device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint64_t* entries, unsigned flag,
-                                            int num_bounds, int* all, int* before) {
+// The same of LL words, up to kMaxLlBounds of them a block: waits for each.
+__device__ __forceinline__ void sum_words(const ApplySizes& sizes, const uint64_t* entries, unsigned epoch, int num_bounds,
+                                          int* all, int* before) {
   constexpr int kAhead = 4;  // of a thread, on their way together
   const int blocks = gridDim.x, parts = sizes.parts, part = sizes.by_bounds.divide(threadIdx.x);
   const int n = threadIdx.x - part * num_bounds;
@@ -209,14 +183,14 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int block = first + i * parts;
-        words[i] = block < blocks ? load_relaxed_gpu(entries + block * num_bounds + n) : uint64_t{flag} << 32;
+        words[i] = block < blocks ? load_relaxed_gpu(entries + block * num_bounds + n) : make_ll_word(0, epoch);
       }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) complete &= Flagged(words[i]).flag == flag;
+      for (int i = 0; i < kAhead; ++i) complete &= is_of(words[i], epoch);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int units = Flagged(words[i]).number;
+      const int units = static_cast<int>(value_of(words[i]));
       sum += units;
       lower += first + i * parts < static_cast<int>(blockIdx.x) ? units : 0;
     }
@@ -226,35 +200,27 @@ __device__ __forceinline__ void sum_flagged(const ApplySizes& sizes, const uint6
 }
 
 // Units per (warp, bound) -> prefixes: `running` over the warps of the block, `base` over the blocks of the grid, and
-// the totals. `number`: of the prefix within this launch, from 0. kFlagged: where the flags were cleared before a
+// the totals. `number`: of the prefix within this launch, from 0. kLlWords: where the words were cleared before a
 // barrier, few bounds do without another one; nothing else that a block wrote is visible to the others then.
-template <bool kFlagged>
+template <bool kLlWords>
 __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, const Scratch& scratch, Grid& grid,
                                    int number) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
-  const bool flagged = kFlagged && board.num_bounds <= kMaxFlaggedBounds;
+  const bool by_words = kLlWords && board.num_bounds <= kMaxLlBounds;
   uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
   int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
-#pragma unroll 1
-  for (int n = warp; n < board.num_bounds; n += num_warps) {
-    int* const mine = board.running(lane) + n;
-    const int units = lane < num_warps ? *mine : 0;
-    const int upto = warp_inclusive_sum(units);
-    if (lane < num_warps) *mine = upto - units;
-    if (lane == kWarp - 1) {
-      const int at = blockIdx.x * board.num_bounds + n;
-      if (flagged) {
-        Flagged::publish(totals + at, upto, static_cast<unsigned>(number) + 1);
-      } else {
-        plain[at] = upto;
-      }
+  scan_warps(board.running(0), board.num_bounds + 1, board.num_bounds, [&](int n, int units) {
+    const int at = blockIdx.x * board.num_bounds + n;
+    if (by_words) {
+      publish(totals + at, units, static_cast<unsigned>(number) + 1);
+    } else {
+      plain[at] = units;
     }
-    if (lane == 0) board.base()[n] = board.total()[n] = board.taken()[n] = 0;
-  }
-  if (flagged) {
+    board.base()[n] = board.total()[n] = board.accepted()[n] = 0;
+  });
+  if (by_words) {
     __syncthreads();
-    sum_flagged(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
+    sum_words(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
   } else {
     grid.barrier();
     sum_blocks(plain, board.num_bounds, board.total(), board.base());
@@ -262,26 +228,15 @@ __device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, 
   __syncthreads();
 }
 
-// Take what a round accepted from the room. Rows: as much as fits, known already. Else the blocks' sums, by a barrier.
-__device__ inline void grid_take(const ClipApplyParams& p, const Board& board, const Scratch& scratch, Grid& grid) {
-  __syncthreads();
-  if (p.in.policy.load == Load::kRows) {
+// What all blocks accepted in a round, in `total`. Behind a barrier of the block.
+__device__ inline void grid_sum_accepted(const Board& board, const Scratch& scratch, Grid& grid) {
 #pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-      board.room()[n] -= min(board.total()[n], board.room()[n]);
-    }
-  } else {
-#pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-      scratch.taken[blockIdx.x * board.num_bounds + n] = board.taken()[n];
-      board.total()[n] = board.base()[n] = 0;
-    }
-    grid.barrier();
-    sum_blocks(scratch.taken, board.num_bounds, board.total(), board.base());
-    __syncthreads();
-#pragma unroll 1
-    for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) board.room()[n] -= board.total()[n];
+  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+    scratch.accepted[blockIdx.x * board.num_bounds + n] = board.accepted()[n];
+    board.total()[n] = board.base()[n] = 0;
   }
+  grid.barrier();
+  sum_blocks(scratch.accepted, board.num_bounds, board.total(), board.base());
   __syncthreads();
 }
 

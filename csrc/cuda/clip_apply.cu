@@ -5,9 +5,9 @@
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   the grid's W warps own T / W tokens each, in order, the first T mod W of them one more. Each ordered
 //              acceptance is two passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes
-//              over all blocks by a grid barrier, or by flags beside the sums (board.cuh), and a second pass hands the
-//              places out in order (match_any inside a step); the cuts before them are told by notices (notice.cuh).
-//              Between the passes an assignment's state is its own output slot: -1 = homeless, -2 - j = wants expert
+//              over all blocks by a grid barrier, or by LL words (board.cuh), and a second pass hands the
+//              places out in order (match_any inside a step); the cuts before them are LL words, too (cut_broadcast.cuh).
+//              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
 //              no other.
 // Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
@@ -15,12 +15,14 @@
 // Determinism: ordered prefixes of integers; no result depends on thread order.
 #include "assignments.cuh"
 #include "board.cuh"
-#include "clip_threshold.cuh"
 #include "grid.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
-#include "reroute.cuh"
+#include "plan/accept.cuh"
+#include "plan/choose.cuh"
+#include "plan/rounds.cuh"
+#include "plan/threshold.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -33,7 +35,7 @@ struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
   ApplySizes sizes;
-  GridState* state;  // the notices lie behind it
+  GridState* state;  // the CutBroadcast lies behind it
   void* scratch;
 };
 
@@ -43,49 +45,49 @@ __device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
   for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
 }
 
-// The cuts as they are found: to all blocks by notices, or behind a barrier.
+// The cuts as they are found: to all blocks as LL words, or behind a barrier.
 struct StoreCuts {
   const ClipThresholdParams& p;
   RawCut* raw;
-  const NoticeBoard& notices;
-  unsigned launch;  // 0: by a barrier
+  const CutBroadcast& broadcast;
+  unsigned epoch;  // 0: by a barrier
 
   __device__ __forceinline__ void shift(int expert, int shift) const {
     if (threadIdx.x % kWarp != 0) return;
-    if (launch != 0) notices.tell_shift(expert, shift, launch);
+    if (epoch != 0) broadcast.publish_shift(expert, shift, epoch);
     p.shift[expert] = shift;
   }
   __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
-    if (launch != 0) return notices.tell_cut(n, RawCut::of(cut, bound), launch);
+    if (epoch != 0) return broadcast.publish_cut(n, RawCut::of(cut, bound), epoch);
     if (threadIdx.x % kWarp == 0) raw[n] = RawCut::of(cut, bound);
   }
 };
 
-// Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the flags
+// Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the words
 // are cleared and the counts zero, by the last block, which has no cuts to make where there are others.
 __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const Board& board, const Scratch& scratch,
                                           Grid& grid, int* levels) {
-  __shared__ RawCut heard[kMaxFlaggedBounds];
-  const NoticeBoard notices(args.state, board.experts);
-  const bool flagged = board.num_bounds <= kMaxFlaggedBounds;
-  const unsigned launch = flagged ? grid.launch() : 0;
+  __shared__ RawCut raw[kMaxLlBounds];
+  const CutBroadcast broadcast(args.state, board.experts);
+  const bool by_words = board.num_bounds <= kMaxLlBounds;
+  const unsigned epoch = by_words ? grid.launch() : 0;
   if (blockIdx.x == gridDim.x - 1) {
     clear_counts(args.apply);
-    if (flagged) {
-      scratch.clear_flags(board.num_bounds);
-      notices.tell_ready(launch);
+    if (by_words) {
+      scratch.clear_words(board.num_bounds);
+      broadcast.publish_ready(epoch);
     }
   }
   find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x,
-            StoreCuts{args.threshold, scratch.raw, notices, launch});
-  if (flagged) {
-    notices.hear_all(launch, board.num_bounds, board.shift(), heard);
+            StoreCuts{args.threshold, scratch.raw, broadcast, epoch});
+  if (by_words) {
+    broadcast.await_all(epoch, board.num_bounds, board.shift(), raw);
   } else {
     grid.barrier();
 #pragma unroll 1
     for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
   }
-  return fill_bounds(args.threshold, board, flagged ? heard : scratch.raw);
+  return fill_bounds(args.threshold, board, by_words ? raw : scratch.raw);
 }
 
 template <class Id>
@@ -100,7 +102,7 @@ struct Output {
   __device__ __forceinline__ void set(int id, float weight) const { *ids = static_cast<Id>(id), *weights = weight; }
 };
 
-// A slot, its present id (>= 0 an expert, -1 homeless, -2 - j a proposal) and its new weight.
+// A slot, its present id (>= 0 an expert, -1 unplaced, -2 - j a proposal) and its new weight.
 struct State {
   Slot slot;
   int current;
@@ -199,7 +201,7 @@ __device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
   });
 }
 
-// Proposals of a round: the homeless slots of every token of this warp, two tokens at a time as far as registers go.
+// Proposals of a round: the unplaced slots of every token of this warp, two tokens at a time as far as registers go.
 template <class Id, int kKeys>
 __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
@@ -208,7 +210,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const Board& board = walk.board;
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
-  const Rooms<kKeys> rooms(experts, board.room(), board.bound_of());
+  const Headroom<kKeys> headroom(experts, board.headroom(), board.bound_of());
   const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
@@ -217,27 +219,27 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
     if (left == 0) return;
     const bool local = p.in.policy.reroute == Reroute::kLocal && slot.expert >= 0;
     const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
-    const auto take = [&](Chooser<kKeys>(&tokens)[kTokensAtOnce]) {
+    const auto take = [&](UnplacedToken<kKeys>(&tokens)[kTokensAtOnce]) {
 #pragma unroll
       for (int t = 0; t < kTokensAtOnce; ++t) {
         const int token = left != 0 ? walk.sizes.by_top_k.divide(__ffs(left) - 1) : 0;
         const unsigned of_token = slots << (token * top_k);
         const bool mine = walk.step.used && walk.step.token_lane == token;
-        tokens[t].homeless = left & of_token;
+        tokens[t].unplaced = left & of_token;
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].homeless != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].unplaced != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
       }
     };
-    Chooser<kKeys> tokens[kTokensAtOnce];
+    UnplacedToken<kKeys> tokens[kTokensAtOnce];
     take(tokens);
     int choice = -1;
     for (bool more = true; more;) {
       more = left != 0;
-      Chooser<kKeys> next[kTokensAtOnce];
+      UnplacedToken<kKeys> next[kTokensAtOnce];
       if (more && kAhead) take(next);  // on their way meanwhile
-      choice = max(choice, choose<kTokensAtOnce, kKeys>(rooms, tokens, per_rank, board.own_struck()));
+      choice = max(choice, choose<kTokensAtOnce, kKeys>(headroom, tokens, per_rank, board.own_struck()));
       if constexpr (kAhead) {
 #pragma unroll
         for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];
@@ -252,63 +254,50 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   });
 }
 
-// Proposals in order, up to the room.
-template <class Id>
-__device__ __forceinline__ void accept_pass(Walk<Id>& walk) {
-  const ClipApplyParams& p = walk.p;
-  const Board& board = walk.board;
-  const bool rows = p.in.policy.load == Load::kRows;
-  walk.for_each(true, [&](State& state, int64_t) {
-    const Slot& slot = state.slot;
-    const int wanted = slot.expert >= 0 ? -2 - state.current : -1;
-    const bool pending = wanted >= 0;
-    if (!__any_sync(kFullMask, pending)) return;
-    const int bound = pending ? board.bound_of()[wanted] : 0, units = walk.units(slot);
-    const int64_t limit = static_cast<int64_t>(board.room()[bound]) - board.base()[bound];
-    const bool accepted = accept_in_order(pending, bound, units, rows, board.own_running(), limit);
-    const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
-    if (!pending) return;
-    if (accepted) {
-      const Logits logits = {p.router_logits, p.logits_dtype};
-      const int64_t row = slot.token * p.in.policy.num_experts;
-      const float to = logits.at(row + wanted), from = logits.at(row + reference.expert);
-      walk.put(state, wanted, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
-      if (!rows) atomicAdd(board.taken() + bound, units);
-      walk.count(2, wanted, slot.text());
-    } else {
-      walk.put(state, -1);
-    }
-  });
-}
+// The blocks of a grid, whose warps own the tokens of a rank: what rounds.cuh asks of them.
+template <class Id, int kKeys, bool kLlWords>
+struct GridTeam {
+  Walk<Id>& walk;
+  const Scratch& scratch;
+  Grid& grid;
 
-// A round wants another one only if it turned somebody away: who found no candidate will find none later. A warp looks
-// for itself.
-__device__ __forceinline__ void read_round(const Board& board, bool& any, bool& again) {
-  any = again = false;
-#pragma unroll 1
-  for (int n = threadIdx.x % kWarp; n < board.num_bounds; n += kWarp) {
-    any |= board.total()[n] > 0;
-    again |= board.total()[n] > board.room()[n];
-  }
-  any = __any_sync(kFullMask, any);
-  again = __any_sync(kFullMask, again);
-}
-
-template <class Id, int kKeys, bool kFlagged>
-__device__ __forceinline__ void reroute_rounds(Walk<Id>& walk, const Scratch& scratch, Grid& grid) {
-  const Policy& policy = walk.p.in.policy;
-  const int rounds = policy.reroute == Reroute::kNone || walk.p.router_logits == nullptr ? 0 : policy.reroute_rounds;
-  for (int round = 0; round < rounds; ++round) {
+  __device__ __forceinline__ bool propose(int round) {
     propose_pass<Id, kKeys>(walk);
-    grid_prefix<kFlagged>(walk.sizes, walk.board, scratch, grid, round + 1);
-    bool any, again;
-    read_round(walk.board, any, again);
-    if (!any) return;
-    accept_pass(walk);
-    if (!again || round + 1 == rounds) return;
-    grid_take(walk.p, walk.board, scratch, grid);
+    grid_prefix<kLlWords>(walk.sizes, walk.board, scratch, grid, round + 1);
+    return true;
   }
-}
+  template <class Body>
+  __device__ __forceinline__ void for_each_proposal(Body body) {
+    walk.for_each(true, [&](State& state, int64_t) {
+      body(state, state.slot.expert >= 0 ? -2 - state.current : -1, walk.units(state.slot));
+    });
+  }
+  __device__ __forceinline__ void settle(State& state, int expert, bool accepted) {
+    const ClipApplyParams& p = walk.p;
+    const Slot& slot = state.slot;
+    const Reference reference = reference_of(slot.expert, slot.gate, walk.step.first_lane(p.in.top_k), p.in.top_k);
+    if (expert < 0) return;
+    if (!accepted) return walk.put(state, -1);
+    const Logits logits = {p.router_logits, p.logits_dtype};
+    const int64_t row = slot.token * p.in.policy.num_experts;
+    const float to = logits.at(row + expert), from = logits.at(row + reference.expert);
+    walk.put(state, expert, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
+    walk.count(2, expert, slot.text());
+  }
+  __device__ __forceinline__ int num_bounds() const { return walk.board.num_bounds; }
+  __device__ __forceinline__ int bound_of(int expert) const { return walk.board.bound_of()[expert]; }
+  __device__ __forceinline__ int64_t limit(int bound) const {
+    return static_cast<int64_t>(walk.board.headroom()[bound]) - walk.board.base()[bound];
+  }
+  __device__ __forceinline__ int* running() const { return walk.board.own_running(); }
+  __device__ __forceinline__ const int* proposed() const { return walk.board.total(); }
+  __device__ __forceinline__ int* headroom() const { return walk.board.headroom(); }
+  __device__ __forceinline__ int* accepted() const { return walk.board.accepted(); }
+  __device__ __forceinline__ const int* sum_accepted() {
+    grid_sum_accepted(walk.board, scratch, grid);
+    return walk.board.total();
+  }
+};
 
 template <class Id, int kKeys, bool kWithThreshold>
 __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_constant__ ThresholdApplyArgs args) {
@@ -340,7 +329,8 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   if (cut) {
     grid_prefix<kWithThreshold>(args.sizes, board, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
-    reroute_rounds<Id, kKeys, kWithThreshold>(walk, scratch, grid);
+    GridTeam<Id, kKeys, kWithThreshold> team = {walk, scratch, grid};
+    reroute_rounds(team, p.in.policy, p.router_logits);
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
   }
@@ -367,13 +357,10 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
   size_t bytes = Board::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
-  const int most = max_shared_bytes() - static_cast<int>(kMaxFlaggedBounds * sizeof(RawCut));
+  const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
-  if (!raised[current_device()]) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (error != cudaSuccess) return error;
-    raised[current_device()] = true;
-  }
+  const cudaError_t error = raise_shared_limit(kernel, most, raised);
+  if (error != cudaSuccess) return error;
   const Shape shape = {
       .grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
   return launch(kernel, shape, args, stream);
@@ -424,9 +411,6 @@ size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyPa
 
 cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
                                    cudaStream_t stream) {
-  bool small = false;
-  const cudaError_t error = enqueue_small_apply(threshold, apply, small, stream);
-  if (small) return error;
   return enqueue_clip_apply<true>(args_of(threshold, apply, workspace), stream);
 }
 

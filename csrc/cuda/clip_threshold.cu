@@ -1,17 +1,17 @@
-// clip_threshold: from the own and the group's histogram to a cut level, a quota and a share of the room per bound.
+// clip_threshold: from the own and the group's histogram to a cut level, a quota and a share of the headroom per bound.
 //
 // Problem:     E * 2 * B cells twice (256 KB at E = B = 128, once without an exchange) into E shifts and NB cuts.
 // Algorithm:   scope=expert: a warp per expert scans the cells as levels. scope=rank: a block per rank adds its
 //              experts' cells up as levels in shared memory, shifted by each expert's pressure, and a warp scans those.
-//              What the cut bounds keep is summed through distributed shared memory, and the room shared out by it.
+//              What the cut bounds keep is summed through distributed shared memory, and the headroom shared out by it.
 // Grid:        one cluster of up to 16 blocks of 512 threads; bounds are dealt round robin.
 // Determinism: integers, and doubles rounded step by step; no order matters.
-#include "clip_threshold.cuh"
-
 #include <cooperative_groups.h>
 
 #include "launch.cuh"
 #include "macs/cuda.h"
+#include "plan/headroom.cuh"
+#include "plan/threshold.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -30,11 +30,11 @@ struct StoreCuts {
   }
   __device__ __forceinline__ void cut(int n, const Cut& cut, int bound) const {
     if (threadIdx.x % kWarp != 0) return;
-    const int4 stored = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_room), bound);
+    const int4 stored = make_int4(cut.level, cut.quota, static_cast<int>(cut.group_headroom), bound);
     reinterpret_cast<int4*>(p.cut)[n] = stored;
     if (cut.level < 0) return;
-    atomicAdd(&kept[pool_of(p, n)].group, cut.kept.group);
-    atomicAdd(&kept[pool_of(p, n)].own, cut.kept.own);
+    atomicAdd(&kept[pool_of(p.policy, n)].group, cut.kept.group);
+    atomicAdd(&kept[pool_of(p.policy, n)].own, cut.kept.own);
   }
 };
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
   unsigned char* const shared = dynamic_shared();
   start_dependents();
   const cg::cluster_group cluster = cg::this_cluster();
-  const int num_blocks = cluster.num_blocks(), pools = p.policy.reroute == Reroute::kLocal ? p.policy.num_ranks : 1;
+  const int num_blocks = cluster.num_blocks(), pools = num_pools(p.policy);
   int* const levels = reinterpret_cast<int*>(shared);
   Kept* const kept = reinterpret_cast<Kept*>(shared + threshold_shared_bytes(p, kWarps));
   Kept* const kept_by_all = kept + pools;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) clip_threshold_kernel(const __grid_c
   __syncthreads();
   const int bounds = num_bounds(p.policy);
   for (int n = cluster.block_rank() * kThreads + threadIdx.x; n < bounds; n += num_blocks * kThreads) {
-    cuts[n].z = room_share(p, cuts[n].z, kept_by_all[pool_of(p, n)]);
+    cuts[n].z = own_headroom(p.policy, cuts[n].z, kept_by_all[pool_of(p.policy, n)]);
   }
   cluster.sync();  // nobody leaves while its shared memory is being read
 }

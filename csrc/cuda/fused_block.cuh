@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "board.cuh"
-#include "clip_threshold.cuh"
 #include "divisor.cuh"
 #include "fused_entry.cuh"
 #include "fused_rank.cuh"
@@ -13,6 +11,7 @@
 #include "launch.cuh"
 #include "macs/fused.h"
 #include "macs/peer_view.cuh"
+#include "plan/threshold.cuh"
 
 // The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
 #ifndef MACS_NETWORK
@@ -29,10 +28,10 @@ constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which i
 constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
-constexpr int kHomeless = -1, kEmptySlot = -2;
+constexpr int kUnplaced = -1, kEmptySlot = -2;
 
 constexpr int kLimbs = 8;  // of a segment's sums (fused_weight.cuh)
-constexpr int kClaim = 4;  // letters of a lane that it waits for together
+constexpr int kClaim = 4;  // LL words of a lane that it waits for together
 constexpr int kMostListed = kFusedThreads;  // own assignments: one a thread
 
 // How many lanes take the scales of a row that came in one piece.
@@ -41,7 +40,7 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 }
 
 // Offsets into a block's shared memory, in bytes.
-struct FusedDesk {
+struct FusedTables {
   int rank;         // FusedRank
   int group_rows;   // [named] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
   int group_units;  // [named] i32, once weights are told
@@ -52,10 +51,10 @@ struct FusedDesk {
   int starts;       // [E] first row of each expert in its rank's buffer
   int raw;          // [NB] RawCut
   int edge;         // [NB] where own assignments stop to stay (fused_cut.cuh)
-  int room;         // [NB]
-  int taken;        // [NB]
-  int counted;      // [warps, NB], to re-route
-  int running;      // [warps, NB]
+  int headroom;     // [NB]
+  int proposed;     // [NB] units, by the whole rank
+  int accepted;     // [NB] units, in a round
+  int running;      // [warps, NB + 1] units proposed to a bound by the warps before, then by this warp so far
   int struck;       // [warps, kStruckWords], to re-route
   int listed;       // [kMostListed] own slots of the bounds that this block cuts
   int cells;        // CutCells; or limbs [segments, kLimbs, 2] i32, which are not needed where cells are
@@ -74,7 +73,7 @@ struct FusedDesk {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int claims[2];                     // of letters to be heard, by exchange
+  int claims[2];                     // of LL words to be heard, by exchange
   int listed;                        // own slots, more than there is room for included
   bool faulty;                       // this rank has a fault on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
@@ -90,7 +89,7 @@ struct Decision {
 struct FusedArgs {
   FusedDispatchParams p;
   ClipThresholdParams threshold;  // options only
-  FusedDesk desk;
+  FusedTables tables;
   int bounds;       // NB
   int per_rank;     // experts
   Divisor by_per_rank, by_ranks, by_top_k, by_blocks, by_scale_chunks;
@@ -127,31 +126,33 @@ struct FusedBlock {
   __device__ __forceinline__ T* own(int64_t offset) const { return reinterpret_cast<T*>(home + offset); }
   template <class T>
   __device__ __forceinline__ T* at(int offset) const { return reinterpret_cast<T*>(shared + offset); }
-  __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.desk.scalars); }
-  __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.desk.current); }
-  __device__ __forceinline__ int* bound_of() const { return at<int>(args.desk.bound_of); }
-  __device__ __forceinline__ int* modality() const { return at<int>(args.desk.modality); }
-  __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.desk.group_rows); }
-  __device__ __forceinline__ int* group_units() const { return at<int>(args.desk.group_units); }
-  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.desk.fate); }
-  __device__ __forceinline__ int* listed() const { return at<int>(args.desk.listed); }
-  __device__ __forceinline__ int* counted(int of_warp) const { return at<int>(args.desk.counted) + of_warp * args.bounds; }
-  __device__ __forceinline__ int* running() const { return at<int>(args.desk.running) + warp * args.bounds; }
+  __device__ __forceinline__ FusedScalars& scalars() const { return *at<FusedScalars>(args.tables.scalars); }
+  __device__ __forceinline__ int16_t* current() const { return at<int16_t>(args.tables.current); }
+  __device__ __forceinline__ int* bound_of() const { return at<int>(args.tables.bound_of); }
+  __device__ __forceinline__ int* modality() const { return at<int>(args.tables.modality); }
+  __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.tables.group_rows); }
+  __device__ __forceinline__ int* group_units() const { return at<int>(args.tables.group_units); }
+  __device__ __forceinline__ int* headroom() const { return at<int>(args.tables.headroom); }
+  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.tables.fate); }
+  __device__ __forceinline__ int* listed() const { return at<int>(args.tables.listed); }
+  __device__ __forceinline__ int* running(int of_warp) const {
+    return at<int>(args.tables.running) + of_warp * (args.bounds + 1);
+  }
   __device__ __forceinline__ unsigned char* staged(int row) const {
-    return shared + args.desk.staged + static_cast<int64_t>(row) * args.row_stride;
+    return shared + args.tables.staged + static_cast<int64_t>(row) * args.row_stride;
   }
   __device__ __forceinline__ int slots() const { return me.num_tokens * p.shape.top_k; }
   __device__ __forceinline__ int most_slots() const { return p.shape.max_tokens * p.shape.top_k; }
-  // Letters of a source's assignments; shared memory keeps what they say.
-  __device__ __forceinline__ const uint64_t* letters_of(int64_t letters, int source) const {
-    return own<uint64_t>(letters) + static_cast<int64_t>(source) * most_slots();
+  // LL words of a source's assignments; shared memory keeps what they say.
+  __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
+    return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
-    return at<uint32_t>(args.desk.entries) + (args.keeps_group ? source * most_slots() : 0);
+    return at<uint32_t>(args.tables.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
   // Where assignments are told that hold all that decides.
-  __device__ __forceinline__ int64_t whole_letters() const {
+  __device__ __forceinline__ int64_t whole_words() const {
     return p.policy.needs_entropy ? p.layout.weighed : p.layout.entries;
   }
 

@@ -11,13 +11,13 @@
 //              assignments; those come behind that rank's combine.
 #include <cuda_bf16.h>
 
-#include "clip_threshold.cuh"
 #include "divisor.cuh"
 #include "entropy.cuh"
 #include "fused_rank.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
 #include "macs/peer_view.cuh"
+#include "warp.cuh"
 
 namespace macs::cuda {
 namespace {

@@ -4,7 +4,11 @@
 // units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What
 // becomes of an assignment is from then on one comparison with its bound's *edge*: nobody has to agree on an order.
 //
-// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by letters.
+// This is where the fused dispatch truly differs from clip_apply, which finds levels in histograms and hands the quota out
+// in order over a grid (plan/threshold.cuh, plan/accept.cuh). Both give the same bits; bounds, shifts, quota and headroom
+// are the same code.
+//
+// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by LL words.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,6 +16,8 @@
 
 #include "fused_block.cuh"
 #include "fused_exchange.cuh"
+#include "plan/threshold.cuh"
+#include "warp.cuh"
 
 namespace macs::cuda {
 
@@ -34,7 +40,7 @@ __device__ __forceinline__ int experts_of_bound(const FusedBlock& b) {
   return b.p.policy.scope == Scope::kExpert ? 1 : b.args.per_rank;
 }
 
-constexpr int kCutLetters = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
+constexpr int kCutWords = 4;  // of a bound: edge; level and quota; units kept by the group and by this rank
 constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;
 static_assert(kMaxFusedSlots <= kLastSlot);
@@ -76,7 +82,7 @@ __device__ __forceinline__ void mark_experts(const FusedBlock& b, int n, uint32_
 // Where an own assignment stands on its bound: those below the edge are given up.
 __device__ __forceinline__ int standing(int level, int slot) { return level << kSlotBits | (kLastSlot - slot); }
 
-__device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.desk.raw)[n]; }
+__device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.tables.raw)[n]; }
 __device__ __forceinline__ bool is_exceeded(const RawCut& raw) { return raw.cut.z < 0; }  // until it is cut
 
 // Counters of up to kCutsAtOnce bounds: the group's units by level, the own ones by level, and those at the cut by slot, the
@@ -91,7 +97,7 @@ struct CutCells {
   static __host__ __device__ __forceinline__ int words(int bucket_bits) { return 2 * levels(bucket_bits) + kSlotCells; }
 
   __device__ __forceinline__ explicit CutCells(const FusedBlock& b)
-      : cells(b.at<int>(b.args.desk.cells)), num_levels(levels(b.p.policy.bucket_bits)) {}
+      : cells(b.at<int>(b.args.tables.cells)), num_levels(levels(b.p.policy.bucket_bits)) {}
   __device__ __forceinline__ int stride() const { return 2 * num_levels + kSlotCells; }
   __device__ __forceinline__ int* group(int at) const { return cells + at * stride(); }
   __device__ __forceinline__ int* own(int at) const { return group(at) + num_levels; }
@@ -100,7 +106,7 @@ struct CutCells {
 
 // For the next cut_some, which cuts up to `bounds`. A barrier has to follow.
 __device__ __forceinline__ void clear_cells(const FusedBlock& b, int bounds, int thread) {
-  int* const cells = b.at<int>(b.args.desk.cells);
+  int* const cells = b.at<int>(b.args.tables.cells);
   const int words = min(bounds, kCutsAtOnce) * CutCells::words(b.p.policy.bucket_bits);
 #pragma unroll 1
   for (int i = thread; i < words; i += kFusedThreads) cells[i] = 0;
@@ -136,10 +142,9 @@ __device__ __forceinline__ Crossing warp_find_crossing(const int* cells, int cou
 
 // One warp: the level that exceeded bound `n` cuts, its quota and what is kept.
 __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const CutCells& cells, int at) {
-  const int room = raw_cut(b, n).cut.z, bound = raw_cut(b, n).cut.w;
+  const int headroom = raw_cut(b, n).cut.z, bound = raw_cut(b, n).cut.w;
   const int *const group = cells.group(at), *const own = cells.own(at);
   const Crossing found = warp_find_crossing(group, cells.num_levels, bound);
-  const int64_t remainder = bound - found.above;
   const int here = group[found.at], own_here = own[found.at];
   int own_kept = 0;
   if (b.p.policy.reroute != Reroute::kNone) {
@@ -150,9 +155,8 @@ __device__ __forceinline__ void find_level(const FusedBlock& b, int n, const Cut
   __syncwarp();  // all lanes have read the bound
   mark_experts(b, n, mark_of(at, found.at));
   if (b.lane != 0) return;
-  const int quota = static_cast<int>(own_here == here ? remainder : remainder * own_here / here);
-  raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = quota;
-  raw_cut(b, n).kept = {static_cast<unsigned>(bound - room - found.above), static_cast<unsigned>(own_kept)};
+  raw_cut(b, n).cut.x = found.at, raw_cut(b, n).cut.y = own_quota(bound - found.above, here, own_here);
+  raw_cut(b, n).kept = {static_cast<unsigned>(bound - headroom - found.above), static_cast<unsigned>(own_kept)};
 }
 
 // Log of how many own slots share a cell.
@@ -180,17 +184,17 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
   return standing(level, kLastSlot);  // all of the level stay
 }
 
-__device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.desk.edge)[n] = edge; }
+__device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.tables.edge)[n] = edge; }
 
 // One warp: a cut to the rank's other blocks.
 __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   const RawCut& raw = raw_cut(b, n);
-  if (b.lane >= kCutLetters) return;
+  if (b.lane >= kCutWords) return;
   uint32_t word = edge;
   if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
   if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
   if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
-  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutLetters + b.lane), make_letter(word, b.patience.round));
+  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.patience.round));
 }
 
 // An own assignment of a bound that this block cuts while others cut others: few are.
@@ -241,16 +245,16 @@ __device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
     RawCut& raw = raw_cut(b, n);
     if (!is_exceeded(raw)) continue;
-    const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutLetters;
-    static_assert(kCutLetters == kClaim);
-    uint64_t letters[kCutLetters];
+    const uint64_t* const address = b.own<uint64_t>(b.p.layout.cuts) + n * kCutWords;
+    static_assert(kCutWords == kClaim);
+    uint64_t words[kCutWords];
 #pragma unroll
-    for (int i = 0; i < kCutLetters; ++i) letters[i] = load_relaxed_sys(address + i);
-    ok = ok && await_letters(b, address, 1, letters, Fault::kCuts, b.rank);
-    const uint32_t cut = value_of(letters[1]);
-    set_edge(b, n, static_cast<int>(value_of(letters[0])));
+    for (int i = 0; i < kCutWords; ++i) words[i] = load_relaxed_sys(address + i);
+    ok = ok && await_words(b, address, 1, words, Fault::kCuts, b.rank);
+    const uint32_t cut = value_of(words[1]);
+    set_edge(b, n, static_cast<int>(value_of(words[0])));
     raw.cut = make_int4(static_cast<int>(cut & (1u << kLevelBits) - 1), static_cast<int>(cut >> kLevelBits), 0, raw.cut.w);
-    raw.kept = {value_of(letters[2]), value_of(letters[3])};
+    raw.kept = {value_of(words[2]), value_of(words[3])};
   }
   return ok;
 }
@@ -279,7 +283,7 @@ __device__ inline bool cut_bounds(const FusedBlock& b) {
   b.stamp(22);
   __syncthreads();  // nobody looks for exceeded bounds any more
   if (__syncthreads_and(!share.told || hear_cuts(b)) == 0) return false;
-  const int* const edge = b.at<int>(b.args.desk.edge);
+  const int* const edge = b.at<int>(b.args.tables.edge);
   set_fates(b, [&](int j) { return static_cast<uint32_t>(edge[b.bound_of()[j]]); });
   return true;
 }

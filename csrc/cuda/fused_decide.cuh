@@ -12,7 +12,11 @@
 #include "fused_block.cuh"
 #include "fused_cut.cuh"
 #include "fused_weight.cuh"
-#include "reroute.cuh"
+#include "plan/accept.cuh"
+#include "plan/choose.cuh"
+#include "plan/headroom.cuh"
+#include "plan/rounds.cuh"
+#include "plan/threshold.cuh"
 
 namespace macs::cuda {
 
@@ -84,16 +88,15 @@ __device__ inline void find_shifts(const FusedBlock& b) {
   __syncthreads();
 }
 
-// The room that this rank has for what is re-routed.
-__device__ inline void share_rooms(const FusedBlock& b) {
+// The headroom that this rank has for what is re-routed.
+__device__ inline void share_headroom(const FusedBlock& b) {
   const ClipThresholdParams& t = b.args.threshold;
   if (t.policy.reroute == Reroute::kNone) return;
-  RawCut* const raw = b.at<RawCut>(b.args.desk.raw);
-  int* const room = b.at<int>(b.args.desk.room);
-  block_share_rooms(t, raw, b.args.bounds, room);
+  RawCut* const raw = b.at<RawCut>(b.args.tables.raw);
+  block_share_headroom(t.policy, raw, b.args.bounds, b.headroom());
   __syncthreads();
 #pragma unroll 1
-  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = room[n];
+  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) raw[n].cut.z = b.headroom()[n];
 }
 
 // The own assignments that this warp walks over, 32 at a time.
@@ -105,28 +108,10 @@ struct Span {
   }
 };
 
-// Behind a barrier of the block: where the warps before this one leave off.
-__device__ __forceinline__ void start_running(const FusedBlock& b) {
-#pragma unroll 1
-  for (int n = b.lane; n < b.args.bounds; n += kWarp) {
-    int sum = 0;
-#pragma unroll
-    for (int w = 0; w < kFusedWarps - 1; ++w) sum += w < b.warp ? b.counted(w)[n] : 0;
-    b.running()[n] = sum;
-  }
-  __syncwarp();
-}
-
-__device__ __forceinline__ void clear_counted(const FusedBlock& b) {
-#pragma unroll 1
-  for (int n = b.lane; n < b.args.bounds; n += kWarp) b.counted(b.warp)[n] = 0;
-  __syncwarp();
-}
-
 // An own assignment that stays or has found another expert.
 __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int expert) {
   const bool before = slot < b.first * b.p.shape.top_k;
-  atomicAdd(b.at<uint32_t>(b.args.desk.own_rows) + expert, before ? 0x10001u : 1u);
+  atomicAdd(b.at<uint32_t>(b.args.tables.own_rows) + expert, before ? 0x10001u : 1u);
 }
 
 // The own assignments against their bounds' edges. Returns whether one is given up.
@@ -138,94 +123,115 @@ __device__ inline bool clip_own(const FusedBlock& b) {
     const Fate fate = {entry.in(b.fate())};
     const bool present = entry.present();
     const bool stays = standing(level_of_entry(b, entry, fate), slot) >= static_cast<int>(fate.about());
-    b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kHomeless);
+    b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kUnplaced);
     if (present && stays) count_row(b, slot, entry.expert());
     any |= present && !stays;
   }
   return __syncthreads_or(any) != 0;
 }
 
-// The homeless slots of this block's tokens, a token a warp: what each wants is told to the rank's other blocks.
+// The unplaced slots of this block's tokens, a token a warp: what each wants is told to the rank's other blocks.
 template <int kKeys>
-__device__ inline void propose(const FusedBlock& b, int32_t* wanted) {
+__device__ inline void propose_own(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;
-  const Rooms<kKeys> rooms(experts, b.at<int>(b.args.desk.room), b.bound_of());
-  unsigned* const words = b.at<unsigned>(b.args.desk.struck) + b.warp * kStruckWords;
+  const Headroom<kKeys> headroom(experts, b.headroom(), b.bound_of());
+  unsigned* const words = b.at<unsigned>(b.args.tables.struck) + b.warp * kStruckWords;
 #pragma unroll 1
   for (int token = b.first + b.warp; token < b.end; token += kFusedWarps) {
     const int slot = token * top_k + b.lane;
     const int current = b.lane < top_k ? b.current()[slot] : kEmptySlot;
-    const unsigned homeless = __ballot_sync(kFullMask, current == kHomeless);
-    if (homeless == 0) continue;
+    const unsigned unplaced = __ballot_sync(kFullMask, current == kUnplaced);
+    if (unplaced == 0) continue;
     const Entry entry = b.lane < top_k ? b.own_entry(slot) : Entry::nobody();
-    Chooser<kKeys> tokens[1];
-    tokens[0].homeless = homeless;
+    UnplacedToken<kKeys> tokens[1];
+    tokens[0].unplaced = unplaced;
     tokens[0].original = entry.present() ? entry.expert() : -1;
     tokens[0].current = max(current, -1);
     const bool local = b.p.policy.reroute == Reroute::kLocal && entry.present();
     tokens[0].from = local ? entry.expert() / b.args.per_rank * b.args.per_rank : -1;
-    const int leader = __ffs(homeless) - 1;
+    const int leader = __ffs(unplaced) - 1;
     tokens[0].units = __shfl_sync(kFullMask, entry.units(b.p.policy.load), leader);
     load_logits<kKeys>(Logits{b.me.router_logits, DType::kFloat32}, experts, token, tokens[0].logits);
-    const int choice = choose<1, kKeys>(rooms, tokens, b.args.per_rank, words);
-    if (current == kHomeless) wanted[slot] = choice;
+    const int choice = choose<1, kKeys>(headroom, tokens, b.args.per_rank, words);
+    if (current == kUnplaced) wanted[slot] = choice;
   }
 }
 
-// All proposals of the rank in order, up to the room. Returns whether somebody was turned away.
-__device__ inline bool accept(const FusedBlock& b, const int32_t* wanted) {
-  const Span span(b);
-  int* const room = b.at<int>(b.args.desk.room);
-  int* const taken = b.at<int>(b.args.desk.taken);
-  clear_counted(b);
-  bool any = false, turned_away = false;
-#pragma unroll 1
-  for (int i = span.begin + b.lane; i < span.end; i += kWarp) {
-    const int expert = b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
-    if (expert < 0) continue;
-    any = true;
-    atomicAdd(b.counted(b.warp) + b.bound_of()[expert], b.own_entry(i).units(b.p.policy.load));
+// A block, which accepts for its whole rank as every other block of it does: what rounds.cuh asks of it.
+template <int kKeys>
+class BlockTeam {
+ public:
+  __device__ __forceinline__ explicit BlockTeam(const FusedBlock& b) : b_(b), span_(b) {}
+
+  __device__ __forceinline__ bool propose(int round) {
+    wanted_ = b_.own<int32_t>(b_.p.layout.wanted) + (round & 1) * b_.p.shape.max_tokens * b_.p.shape.top_k;
+    propose_own<kKeys>(b_, wanted_);
+    if (!b_.barrier(1 + round, Fault::kProposals)) return false;
+    sum_proposals();
+    return true;
   }
-  any = __any_sync(kFullMask, any);
-  __syncthreads();
-  if (any) {
-    start_running(b);
+  template <class Body>
+  __device__ __forceinline__ void for_each_proposal(Body body) {
+    if (!any_) return;
 #pragma unroll 1
-    for (int first = span.begin; first < span.end; first += kWarp) {
-      const int i = first + b.lane;
-      const int expert = i < span.end && b.current()[i] == kHomeless ? __ldcg(wanted + i) : -1;
-      const bool asks = expert >= 0, rows = b.p.policy.load == Load::kRows;
-      const int n = asks ? b.bound_of()[expert] : 0, units = asks ? b.own_entry(i).units(b.p.policy.load) : 0;
-      const bool accepted = accept_in_order(asks, n, units, rows, b.running(), room[n]);
-      turned_away |= asks && !accepted;
-      if (!accepted) continue;
-      b.current()[i] = static_cast<int16_t>(expert);
-      count_row(b, i, expert);
-      atomicAdd(taken + n, units);
+    for (int first = span_.begin; first < span_.end; first += kWarp) {
+      int slot = first + b_.lane;
+      const int expert = slot < span_.end ? wanted_by(slot) : -1;
+      body(slot, expert, expert >= 0 ? b_.own_entry(slot).units(b_.p.policy.load) : 0);
     }
   }
-  turned_away = __syncthreads_or(turned_away) != 0;
-#pragma unroll 1
-  for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
-    room[n] -= taken[n];
-    taken[n] = 0;
+  __device__ __forceinline__ void settle(int slot, int expert, bool accepted) {
+    if (!accepted) return;
+    b_.current()[slot] = static_cast<int16_t>(expert);
+    count_row(b_, slot, expert);
   }
-  __syncthreads();
-  return turned_away;
-}
+  __device__ __forceinline__ int num_bounds() const { return b_.args.bounds; }
+  __device__ __forceinline__ int bound_of(int expert) const { return b_.bound_of()[expert]; }
+  __device__ __forceinline__ int64_t limit(int bound) const { return headroom()[bound]; }
+  __device__ __forceinline__ int* running() const { return b_.running(b_.warp); }
+  __device__ __forceinline__ int* proposed() const { return b_.at<int>(b_.args.tables.proposed); }
+  __device__ __forceinline__ int* headroom() const { return b_.headroom(); }
+  __device__ __forceinline__ int* accepted() const { return b_.at<int>(b_.args.tables.accepted); }
+  __device__ __forceinline__ const int* sum_accepted() const { return accepted(); }
 
-// Rounds of proposals, until nobody was turned away. False: a block of this rank did not take part.
+ private:
+  __device__ __forceinline__ int wanted_by(int slot) const {
+    return b_.current()[slot] == kUnplaced ? __ldcg(wanted_ + slot) : -1;
+  }
+  __device__ __forceinline__ void sum_proposals() {
+#pragma unroll 1
+    for (int n = b_.lane; n < num_bounds(); n += kWarp) running()[n] = 0;
+    __syncwarp();
+    bool any = false;
+#pragma unroll 1
+    for (int slot = span_.begin + b_.lane; slot < span_.end; slot += kWarp) {
+      const int expert = wanted_by(slot);
+      if (expert < 0) continue;
+      any = true;
+      atomicAdd(running() + bound_of(expert), b_.own_entry(slot).units(b_.p.policy.load));
+    }
+    any_ = __any_sync(kFullMask, any);
+    __syncthreads();
+    scan_warps(b_.running(0), num_bounds() + 1, num_bounds(), [&](int n, int units) {
+      proposed()[n] = units;
+      accepted()[n] = 0;
+    });
+    __syncthreads();
+  }
+
+  const FusedBlock& b_;
+  const Span span_;
+  int32_t* wanted_;
+  bool any_;  // whether this warp has a proposal
+};
+
+// False: a block of this rank did not take part.
 template <int kKeys>
 __device__ inline bool reroute_own(const FusedBlock& b) {
-  if (b.p.policy.reroute == Reroute::kNone || b.me.router_logits == nullptr) return true;
-#pragma unroll 1
-  for (int round = 0; round < b.p.policy.reroute_rounds; ++round) {
-    int32_t* const wanted = b.own<int32_t>(b.p.layout.wanted) + (round & 1) * b.p.shape.max_tokens * b.p.shape.top_k;
-    propose<kKeys>(b, wanted);
-    if (!b.barrier(1 + round, Fault::kProposals)) return false;
-    if (!accept(b, wanted)) return true;  // who found no candidate will find none later
-  }
-  return true;
+  BlockTeam<kKeys> team(b);
+  const bool ok = reroute_rounds(team, b.p.policy, b.me.router_logits);
+  __syncthreads();  // all places have been handed out
+  return ok;
 }
 
 }  // namespace macs::cuda

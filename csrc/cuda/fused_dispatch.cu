@@ -2,9 +2,9 @@
 //
 // Problem:     R ranks of one NVLink domain with up to 1023 tokens each; [T, H] bf16 in, rows packed by expert out. Bound by
 //              latency at small T, by reading a row and writing its copies at large T.
-// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (a letter
+// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (an LL word
 //              each). Rows are read once, scored, cast and kept in shared memory. Rows per expert, which all blocks count
-//              from everybody's letters, mostly show that no bound is exceeded. Where one may be, assignments are told
+//              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are told
 //              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
 //              prefix sum, so that rows are written once, to where the experts read them. docs/fused_dispatch.md draws it.
@@ -36,11 +36,9 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
     b.fate()[thread] = 0;
   }
   if (thread < experts) {
-    b.at<uint32_t>(b.args.desk.own_rows)[thread] = 0;
+    b.at<uint32_t>(b.args.tables.own_rows)[thread] = 0;
     b.bound_of()[thread] = b.p.policy.scope == Scope::kExpert ? thread : b.args.by_per_rank.divide(thread);
   }
-#pragma unroll 1
-  for (int n = thread; n < b.args.bounds; n += kFusedThreads) b.at<int>(b.args.desk.taken)[n] = 0;
   if (b.p.policy.needs_entropy) {
     const int limbs = b.args.keeps_limbs ? b.p.num_segments * 2 * kLimbs : 0;
 #pragma unroll 1
@@ -85,7 +83,7 @@ class RowReader {
     int side = 0;  // of the parts, so that one barrier a row is enough
 #pragma unroll 1
     for (int base = begin_; base < end_; base += kRowGroups, side ^= 1) {
-      Part* const parts = b.at<Part>(b.args.desk.parts) + (side * kRowGroups + group) * kRowWarps;
+      Part* const parts = b.at<Part>(b.args.tables.parts) + (side * kRowGroups + group) * kRowWarps;
       const int token = next_;
       const bool visual = visual_;
       if (visual) {
@@ -104,7 +102,7 @@ class RowReader {
 
  private:
   __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
-    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_letter(__float_as_uint(entropy), b.patience.round));
+    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_ll_word(__float_as_uint(entropy), b.patience.round));
   }
 
   const int begin_, end_;
@@ -131,11 +129,11 @@ template <int kKeys>
 __device__ inline bool cut_rows(const FusedBlock& b) {
   find_shifts(b);
   if (!cut_bounds(b)) return false;
-  share_rooms(b);
+  share_headroom(b);
   b.stamp(9);
-  const bool homeless = clip_own(b);
+  const bool unplaced = clip_own(b);
   b.stamp(10);
-  if (homeless && !reroute_own<kKeys>(b)) return false;
+  if (unplaced && !reroute_own<kKeys>(b)) return false;
   b.stamp(11);
   return exchange_counts(b);
 }
@@ -206,7 +204,7 @@ __device__ inline void receive_scales(const FusedBlock& b) {
   const int first = min(kReporting, b.num_blocks - 1), sharers = max(b.num_blocks - 1 - first, 1);
   if (b.block < first || b.block >= first + sharers) return;
   const int base = b.rank * b.args.per_rank;
-  place_scales(b, b.group_rows() + base, b.at<int>(b.args.desk.starts) + base, b.block - first, sharers);
+  place_scales(b, b.group_rows() + base, b.at<int>(b.args.tables.starts) + base, b.block - first, sharers);
   b.stamp(23);
 }
 
@@ -226,7 +224,7 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
 template <int kVectors, bool kExact, int kKeys>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const __grid_constant__ FusedArgs args) {
   unsigned char* const shared = dynamic_shared();
-  FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.desk.rank)), shared);
+  FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.tables.rank)), shared);
   b.patience.round = *b.own<uint32_t>(args.p.layout.round) + 1;  // through the L1: one load a block, not one a warp
   b.stamp(0);
   const bool score = args.p.policy.needs_entropy;
@@ -295,50 +293,45 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   if (ok && threadIdx.x == 0) *round = b.patience.round;
 }
 
-int64_t cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.policy.bucket_bits); }
+int cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.policy.bucket_bits); }
 
-FusedDesk make_desk(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
-  int at = 0;
-  const auto take = [&](int64_t size) {
-    const int mine = at;
-    at += static_cast<int>((size + 31) / 32 * 32);
-    return mine;
-  };
+FusedTables make_tables(const FusedDispatchParams& p, const FusedArgs& args, int block_tokens, int& bytes) {
+  Carver<int> shared(32);
   const int num_bounds = args.bounds, ranks = p.shape.num_ranks;
-  const int64_t experts = p.shape.num_experts, top_k = p.shape.top_k;
-  const int64_t counters = p.policy.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * num_bounds;
-  const FusedDesk desk = {
-      .rank = take(sizeof(FusedRank)),
-      .group_rows = take(4 * kNamedExperts),
-      .group_units = take(4 * kNamedExperts),
-      .fate = take(4 * kNamedExperts),
-      .own_rows = take(4 * experts),
-      .bound_of = take(4 * experts),
-      .modality = take(4 * experts),
-      .starts = take(4 * experts),
-      .raw = take(sizeof(RawCut) * num_bounds),
-      .edge = take(4 * num_bounds),
-      .room = take(4 * num_bounds),
-      .taken = take(4 * num_bounds),
-      .counted = take(counters),
-      .running = take(counters),
-      .struck = take(4 * kFusedWarps * kStruckWords),
-      .listed = take(4 * kMostListed),
-      .cells = take(cell_bytes(p)),
-      .counts = take(4 * 6 * experts),
-      .current = take(2 * p.shape.max_tokens * top_k),
-      .entries = take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
-      .entropies = take(4 * p.shape.max_tokens),
-      .ids = take(4 * block_tokens * top_k),
-      .gates = take(4 * block_tokens * top_k),
-      .weight = take(4 * p.shape.max_tokens),
-      .parts = take(2 * kRowGroups * kRowWarps * sizeof(Part)),
-      .tokens = take(4 * p.shape.num_ranks),
-      .scalars = take(sizeof(FusedScalars)),
-      .staged = take(0),
+  const int experts = p.shape.num_experts, top_k = p.shape.top_k;
+  const int counters = p.policy.reroute == Reroute::kNone ? 0 : 4 * kFusedWarps * (num_bounds + 1);
+  const FusedTables tables = {
+      .rank = shared.take(sizeof(FusedRank)),
+      .group_rows = shared.take(4 * kNamedExperts),
+      .group_units = shared.take(4 * kNamedExperts),
+      .fate = shared.take(4 * kNamedExperts),
+      .own_rows = shared.take(4 * experts),
+      .bound_of = shared.take(4 * experts),
+      .modality = shared.take(4 * experts),
+      .starts = shared.take(4 * experts),
+      .raw = shared.take(sizeof(RawCut) * num_bounds),
+      .edge = shared.take(4 * num_bounds),
+      .headroom = shared.take(4 * num_bounds),
+      .proposed = shared.take(4 * num_bounds),
+      .accepted = shared.take(4 * num_bounds),
+      .running = shared.take(counters),
+      .struck = shared.take(4 * kFusedWarps * kStruckWords),
+      .listed = shared.take(4 * kMostListed),
+      .cells = shared.take(cell_bytes(p)),
+      .counts = shared.take(4 * 6 * experts),
+      .current = shared.take(2 * p.shape.max_tokens * top_k),
+      .entries = shared.take(4 * p.shape.max_tokens * top_k * (args.keeps_group ? ranks : 1)),
+      .entropies = shared.take(4 * p.shape.max_tokens),
+      .ids = shared.take(4 * block_tokens * top_k),
+      .gates = shared.take(4 * block_tokens * top_k),
+      .weight = shared.take(4 * p.shape.max_tokens),
+      .parts = shared.take(2 * kRowGroups * kRowWarps * sizeof(Part)),
+      .tokens = shared.take(4 * p.shape.num_ranks),
+      .scalars = shared.take(sizeof(FusedScalars)),
+      .staged = shared.take(0),
   };
-  bytes = at;
-  return desk;
+  bytes = shared.bytes();
+  return tables;
 }
 
 constexpr int kMostKept = 8192;  // assignments of a group in shared memory: 32 KB
@@ -372,30 +365,36 @@ FusedArgs make_args(const FusedDispatchParams& p, int& shared_bytes) {
   args.by_scale_chunks = Divisor::of(std::max(scale_chunks(p.shape), 1));
   args.threshold.policy = p.policy;
   const int block_tokens = (p.shape.max_tokens + p.shape.num_blocks - 1) / p.shape.num_blocks;
-  int tables = 0;
+  int table_bytes = 0;
   args.keeps_group = p.shape.num_ranks * p.shape.max_tokens * p.shape.top_k <= kMostKept;
   args.keeps_limbs = p.num_segments <= cell_bytes(p) / (8 * kLimbs);
-  args.desk = make_desk(p, args, block_tokens, tables);
+  args.tables = make_tables(p, args, block_tokens, table_bytes);
   args.row_stride = RowBytes(p.shape).all();
-  const int fit = (max_shared_bytes() - tables) / args.row_stride;
+  const int fit = (max_shared_bytes() - table_bytes) / args.row_stride;
   args.staged_rows = fit < block_tokens ? fit : block_tokens;
-  shared_bytes = tables + args.staged_rows * args.row_stride;
+  shared_bytes = table_bytes + args.staged_rows * args.row_stride;
   return args;
 }
 
-using Kernel = void (*)(FusedArgs);
+template <int kVectors, bool kExact, int kKeys>
+cudaError_t enqueue(const FusedArgs& args, const Shape& shape, cudaStream_t stream) {
+  static bool raised[kMaxDevices] = {};
+  const auto kernel = fused_dispatch_kernel<kVectors, kExact, kKeys>;
+  const cudaError_t error = raise_shared_limit(kernel, max_shared_bytes(), raised);
+  return error == cudaSuccess ? launch(kernel, shape, args, stream) : error;
+}
 
 template <int kVectors, bool kExact>
-Kernel kernel_for_experts(int num_experts) {
-  return num_experts <= 4 * kWarp ? fused_dispatch_kernel<kVectors, kExact, 4>
-                                  : fused_dispatch_kernel<kVectors, kExact, 8>;
+cudaError_t enqueue_by_experts(const FusedArgs& args, const Shape& shape, cudaStream_t stream) {
+  return args.p.shape.num_experts <= 4 * kWarp ? enqueue<kVectors, kExact, 4>(args, shape, stream)
+                                               : enqueue<kVectors, kExact, 8>(args, shape, stream);
 }
 
 // The shares of a row must be those of entropy_score.
-Kernel kernel_for(const FusedShape& s) {
-  if (s.hidden_size == 2048) return kernel_for_experts<2, true>(s.num_experts);
-  if (s.hidden_size == 7168) return kernel_for_experts<7, true>(s.num_experts);
-  return kernel_for_experts<8, false>(s.num_experts);
+cudaError_t enqueue_by_hidden_size(const FusedArgs& args, const Shape& shape, cudaStream_t stream) {
+  if (args.p.shape.hidden_size == 2048) return enqueue_by_experts<2, true>(args, shape, stream);
+  if (args.p.shape.hidden_size == 7168) return enqueue_by_experts<7, true>(args, shape, stream);
+  return enqueue_by_experts<8, false>(args, shape, stream);
 }
 
 }  // namespace
@@ -409,16 +408,12 @@ cudaError_t launch_fused_dispatch(const FusedDispatchParams& p, cudaStream_t str
     return launch(fused_receive_kernel, {.grid = blocks, .block = kFusedThreads, .rows = p.launched}, args, stream);
   }
   if (args.staged_rows < 1) return cudaErrorInvalidValue;
-  const Kernel kernel = kernel_for(p.shape);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes());
-  if (error != cudaSuccess) return error;
   const Shape shape = {.grid = p.shape.num_blocks,
                        .block = kFusedThreads,
                        .rows = p.launched,
                        .shared_bytes = static_cast<size_t>(shared_bytes),
                        .cooperative = true};
-  return launch(kernel, shape, args, stream);
+  return enqueue_by_hidden_size(args, shape, stream);
 }
 
 }  // namespace macs::cuda

@@ -32,7 +32,7 @@ class OwnSlots {
     load(b);
   }
 
-  // Every slot into shared memory, as a letter to every rank, and as what comes out if nothing is cut.
+  // Every slot into shared memory, as an LL word to every rank, and as what comes out if nothing is cut.
   __device__ __forceinline__ void tell(const FusedBlock& b) {
 #pragma unroll 1
     for (; base_ < b.end; base_ += kFusedWarps * step_.tokens, load(b)) {
@@ -40,8 +40,8 @@ class OwnSlots {
       const unsigned others = __ballot_sync(kFullMask, present) & step_.token_mask(in_.top_k);
       if (!slot_.inside) continue;
       const int at = static_cast<int>(slot_.token) * in_.top_k + step_.slot, here = at - b.first * in_.top_k;
-      b.at<int>(b.args.desk.ids)[here] = slot_.expert;
-      b.at<float>(b.args.desk.gates)[here] = slot_.gate;
+      b.at<int>(b.args.tables.ids)[here] = slot_.expert;
+      b.at<float>(b.args.tables.gates)[here] = slot_.gate;
       b.current()[at] = static_cast<int16_t>(present ? slot_.expert : kEmptySlot);
       const Entry entry = present ? entry_of(b, b.lane == __ffs(others) - 1) : Entry::nobody();
       send(b, b.p.layout.entries, at, entry);
@@ -49,11 +49,11 @@ class OwnSlots {
     }
   }
 
-  static __device__ __forceinline__ void send(const FusedBlock& b, int64_t letters, int slot, const Entry& entry) {
-    const int64_t offset = letters + 8LL * (b.rank * b.most_slots() + slot);
-    const uint64_t letter = make_letter(entry.bits, b.patience.round);
+  static __device__ __forceinline__ void send(const FusedBlock& b, int64_t words, int slot, const Entry& entry) {
+    const int64_t offset = words + 8LL * (b.rank * b.most_slots() + slot);
+    const uint64_t word = make_ll_word(entry.bits, b.patience.round);
 #pragma unroll 1  // a row waits in registers
-    for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, letter);
+    for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, word);
   }
 
  private:
@@ -94,7 +94,7 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
 #pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
-    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_letter(b.me.num_tokens, b.patience.round));
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_ll_word(b.me.num_tokens, b.patience.round));
   }
 }
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, fl
   const Entry told = b.own_entry(slot);
   if (!told.present()) return told;
   const int token = b.args.by_top_k.divide(slot);
-  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.desk.weight)[token], true};
+  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.tables.weight)[token], true};
   return Entry::of(told.expert(), bucket_of_slot(options_of(b), whole), told.text(), told.leads(), fixed_weight(whole.weight));
 }
 
@@ -113,7 +113,7 @@ __device__ inline void tell_weighed(const FusedBlock& b) {
   const int first = b.first * b.p.shape.top_k, end = b.end * b.p.shape.top_k;
 #pragma unroll 1
   for (int slot = first + threadIdx.x; slot < end; slot += kFusedThreads) {
-    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.desk.gates)[slot - first]));
+    OwnSlots::send(b, b.p.layout.weighed, slot, weighed_entry(b, slot, b.at<float>(b.args.tables.gates)[slot - first]));
   }
 }
 
@@ -122,46 +122,46 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   int tokens = b.lane == b.rank ? b.me.num_tokens : 0;
   if (b.lane < b.p.shape.num_ranks && b.lane != b.rank) {
     const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + b.lane;
-    uint64_t letter = load_relaxed_sys(address);
-    if (!await_letter(address, letter, b.patience, Fault::kAssignments, b.lane)) return -1;
-    tokens = static_cast<int>(value_of(letter));
+    uint64_t word = load_relaxed_sys(address);
+    if (!await_word(address, word, b.patience, Fault::kAssignments, b.lane)) return -1;
+    tokens = static_cast<int>(value_of(word));
     if (tokens < 0 || tokens > b.p.shape.max_tokens) {
       report(b.patience, Fault::kBadTokens, b.lane, -1, tokens, b.p.shape.max_tokens);
       return -1;
     }
   }
-  if (b.warp == 0 && b.lane < b.p.shape.num_ranks) b.at<int>(b.args.desk.tokens)[b.lane] = tokens;
+  if (b.warp == 0 && b.lane < b.p.shape.num_ranks) b.at<int>(b.args.tables.tokens)[b.lane] = tokens;
   return tokens;
 }
 
-// One lane: letters at `address`, `apart` from each other. Those that it does not wait for are of this round already.
-__device__ __forceinline__ bool await_letters(const FusedBlock& b, const uint64_t* address, int apart,
-                                              uint64_t (&letters)[kClaim], Fault fault, int source) {
+// One lane: LL words at `address`, `apart` from each other. Those that it does not wait for are of this round already.
+__device__ __forceinline__ bool await_words(const FusedBlock& b, const uint64_t* address, int apart,
+                                            uint64_t (&words)[kClaim], Fault fault, int source) {
   for (Wait wait;;) {
     uint32_t wrong = 0;
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) wrong |= round_of(letters[i]) ^ b.patience.round;
+    for (int i = 0; i < kClaim; ++i) wrong |= epoch_of(words[i]) ^ b.patience.round;
     if (wrong == 0) return true;
     uint32_t seen = 0;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(letters[i], b.patience.round)) seen = round_of(letters[i]);
+      if (!is_of(words[i], b.patience.round)) seen = epoch_of(words[i]);
     }
     if (!wait.go_on(b.patience, fault, source, -1, seen, b.patience.round)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(letters[i], b.patience.round)) letters[i] = load_relaxed_sys(address + i * apart);
+      if (!is_of(words[i], b.patience.round)) words[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
 
 constexpr int kChunk = kClaim * kWarp;
 
-// What a warp waits for together: a chunk of a source's letters, kClaim a lane.
+// What a warp waits for together: a chunk of a source's LL words, kClaim a lane.
 struct Claimed {
   int source, begin, first;  // the chunk's first slot, and this lane's
   const uint64_t* address;
-  uint64_t letters[kClaim];
+  uint64_t words[kClaim];
 
   // The next that nobody has claimed, sent for whether the source has as many slots or not.
   __device__ __forceinline__ Claimed(const FusedBlock& b, int exchange) {
@@ -170,16 +170,16 @@ struct Claimed {
     const int chunk = b.args.by_ranks.divide(claim);
     source = claim - chunk * b.p.shape.num_ranks;
     begin = chunk * kChunk, first = begin + b.lane;
-    address = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
+    address = b.words_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source) + first;
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) letters[i] = first + i * kWarp < b.most_slots() ? load_relaxed_sys(address + i * kWarp) : 0;
+    for (int i = 0; i < kClaim; ++i) words[i] = first + i * kWarp < b.most_slots() ? load_relaxed_sys(address + i * kWarp) : 0;
   }
 
   // Of `slots` that the source has: what lies behind them names nobody, and has come.
   __device__ __forceinline__ void end_at(int slots, uint32_t round) {
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (first + i * kWarp >= slots) letters[i] = make_letter(Entry::nobody().bits, round);
+      if (first + i * kWarp >= slots) words[i] = make_ll_word(Entry::nobody().bits, round);
     }
   }
 };
@@ -231,13 +231,13 @@ class Tally {
 };
 
 // Everybody's assignments as they come, kept in shared memory and counted. Warps claim what they wait for, so that those
-// that are busy with rows are not waited for. The first letters are sent for before it is known how many there are, and the
+// that are busy with rows are not waited for. The first LL words are sent for before it is known how many there are, and the
 // next ones before the first are counted: counting them takes as long as their way. False: a rank did not send them. A warp
 // at a time: a barrier of the block has to follow.
-__device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, Tally& tally) {
+__device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Tally& tally) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
   Claimed next(b, exchange);
-  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.desk.tokens)[b.lane] : 0);
+  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.tables.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
   // Otherwise every warp claims once, in the order in which they come.
@@ -249,7 +249,7 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
     const bool own = c.source == b.rank, wanted = c.begin < slots && (exchange == 0 || !own);
     if (wanted) c.end_at(slots, b.patience.round);
-    const bool ok = !wanted || await_letters(b, c.address, kWarp, c.letters, Fault::kAssignments, c.source);
+    const bool ok = !wanted || await_words(b, c.address, kWarp, c.words, Fault::kAssignments, c.source);
     if (more) next = Claimed(b, exchange);
     if (!__all_sync(kFullMask, ok)) return false;
     if (!wanted) continue;
@@ -258,7 +258,7 @@ __device__ __forceinline__ bool hear_letters(const FusedBlock& b, int exchange, 
     const bool keeps = b.args.keeps_group || own;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      const Entry entry = {value_of(c.letters[i])};
+      const Entry entry = {value_of(c.words[i])};
       const int slot = c.first + i * kWarp;
       if (keeps && slot < slots) kept[i * kWarp] = entry.bits;
       tally.add(b, entry, slot < ahead);
@@ -293,7 +293,7 @@ __device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
 __device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
   Tally tally(b, exchange);
   if (exchange != 0) weigh_own(b, tally);
-  const bool ok = exchange != 0 && b.p.shape.num_ranks == 1 || hear_letters(b, exchange, tally);
+  const bool ok = exchange != 0 && b.p.shape.num_ranks == 1 || hear_words(b, exchange, tally);
   tally.finish(b);
   return ok;
 }
@@ -310,11 +310,11 @@ __device__ inline void report_unknown(const FusedBlock& b, int exchange) {
 #pragma unroll 1
   for (int source = 0; source < b.p.shape.num_ranks; ++source) {
     if (exchange != 0 && source == b.rank) continue;
-    const uint64_t* const letters = b.letters_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source);
-    const int slots = b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
+    const uint64_t* const words = b.words_of(exchange == 0 ? b.p.layout.entries : b.p.layout.weighed, source);
+    const int slots = b.at<int>(b.args.tables.tokens)[source] * b.p.shape.top_k;
 #pragma unroll 1
     for (int slot = threadIdx.x; slot < slots; slot += kFusedThreads) {
-      const int expert = Entry{value_of(load_relaxed_sys(letters + slot))}.expert();
+      const int expert = Entry{value_of(load_relaxed_sys(words + slot))}.expert();
       if (expert < b.p.shape.num_experts || expert == kNobody) continue;
       report(b.patience, Fault::kBadExpert, source, -1, expert, b.p.shape.num_experts - 1);
     }
@@ -329,8 +329,8 @@ __device__ __forceinline__ void for_each_assignment(const FusedBlock& b, bool li
 #pragma unroll 1
   for (int source = kOwn ? b.rank : 0, end = kOwn ? b.rank + 1 : b.p.shape.num_ranks; source < end; ++source) {
     const bool own = source == b.rank, here = b.args.keeps_group || own, from_list = kOwn && listed;
-    const int count = from_list ? b.scalars().listed : b.at<int>(b.args.desk.tokens)[source] * b.p.shape.top_k;
-    const uint64_t* const letters = b.letters_of(b.whole_letters(), source);
+    const int count = from_list ? b.scalars().listed : b.at<int>(b.args.tables.tokens)[source] * b.p.shape.top_k;
+    const uint64_t* const words = b.words_of(b.whole_words(), source);
     const uint32_t* const kept = b.entries_of(source);
 #pragma unroll 1
     for (int first = threadIdx.x; first < count; first += kInFlight * kFusedThreads) {
@@ -340,7 +340,7 @@ __device__ __forceinline__ void for_each_assignment(const FusedBlock& b, bool li
         const int at = first + i * kFusedThreads;
         entries[i] = Entry::nobody();
         if (at >= count) continue;
-        entries[i].bits = here ? kept[from_list ? b.listed()[at] : at] : value_of(load_relaxed_sys(letters + at));
+        entries[i].bits = here ? kept[from_list ? b.listed()[at] : at] : value_of(load_relaxed_sys(words + at));
       }
 #pragma unroll 1  // the same code for each, over one register
       for (int at = first; at < count && at < first + kInFlight * kFusedThreads; at += kFusedThreads) {

@@ -21,14 +21,14 @@ __device__ inline void write_tokens(const FusedBlock& b) {
     const Entry entry = inside ? b.own_entry(slot) : Entry::nobody();
     const int original = entry.present() ? entry.expert() : -1, current = inside ? b.current()[slot] : kEmptySlot;
     const int here = slot - b.first * top_k;
-    const float gate = inside ? b.at<float>(b.args.desk.gates)[here] : 0.0f;
+    const float gate = inside ? b.at<float>(b.args.tables.gates)[here] : 0.0f;
     const Reference reference = reference_of(original, gate, 0, top_k);
-    if (b.lane == 0 && b.p.policy.needs_entropy) b.me.weight[token] = b.at<float>(b.args.desk.weight)[token];
+    if (b.lane == 0 && b.p.policy.needs_entropy) b.me.weight[token] = b.at<float>(b.args.tables.weight)[token];
     if (!inside) continue;
     int id = current;
     float weight = gate;
     if (current == kEmptySlot) {
-      id = b.at<int>(b.args.desk.ids)[here];
+      id = b.at<int>(b.args.tables.ids)[here];
     } else if (current < 0) {
       weight = 0.0f;
     } else if (current != original) {
@@ -53,7 +53,7 @@ __device__ inline void drop_tokens(const FusedBlock& b) {
 // What became of the assignments, by one of the rank's blocks, once its rows are on their way.
 __device__ inline void write_counts(const FusedBlock& b, bool cut) {
   const int experts = b.p.shape.num_experts;
-  int* const counts = b.at<int>(b.args.desk.counts);
+  int* const counts = b.at<int>(b.args.tables.counts);
 #pragma unroll 1
   for (int i = threadIdx.x; i < 6 * experts; i += kFusedThreads) counts[i] = 0;
   __syncthreads();
@@ -94,7 +94,7 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < local; j += kFusedThreads) {
     store_relaxed_sys(received + j, ok ? b.group_rows()[base + j] & 0xffffu : 0u);
-    store_relaxed_sys(starts + j, ok ? static_cast<uint32_t>(b.at<int>(b.args.desk.starts)[base + j]) : 0u);
+    store_relaxed_sys(starts + j, ok ? static_cast<uint32_t>(b.at<int>(b.args.tables.starts)[base + j]) : 0u);
   }
   if (b.me.row_experts == nullptr) return;
 #pragma unroll 1
@@ -102,7 +102,7 @@ __device__ inline void write_received(const FusedBlock& b, bool ok) {
   __syncthreads();
 #pragma unroll 1
   for (int j = b.warp; ok && j < local; j += kFusedWarps) {
-    const int start = b.at<int>(b.args.desk.starts)[base + j];
+    const int start = b.at<int>(b.args.tables.starts)[base + j];
     const int rows = static_cast<int>(b.group_rows()[base + j] & 0xffffu);
 #pragma unroll 1
     for (int i = b.lane; i < rows; i += kWarp) b.me.row_experts[start + i] = j;

@@ -7,6 +7,7 @@
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
 #include "fused_scales.cuh"
+#include "warp.cuh"
 
 namespace macs::cuda {
 
@@ -14,8 +15,8 @@ namespace macs::cuda {
 __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own) {
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
-  const int* const tokens = b.at<int>(b.args.desk.tokens);
-  const uint64_t* const letters = b.own<uint64_t>(b.p.layout.counts) + expert;
+  const int* const tokens = b.at<int>(b.args.tables.tokens);
+  const uint64_t* const words = b.own<uint64_t>(b.p.layout.counts) + expert;
   uint32_t rows = own;
 #pragma unroll 1
   for (int base = 0; base < ranks && ranks > 1; base += kInFlight) {
@@ -23,15 +24,15 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const bool awaited = base + i < ranks && base + i != b.rank;
-      held[i] = awaited ? load_relaxed_sys(letters + (base + i) * experts) : 0;
+      held[i] = awaited ? load_relaxed_sys(words + (base + i) * experts) : 0;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int source = base + i;
       if (source >= ranks || source == b.rank) continue;
-      uint64_t letter = held[i];
-      if (!await_letter(letters + source * experts, letter, b.patience, Fault::kCounts, source)) return false;
-      const uint32_t count = value_of(letter);
+      uint64_t word = held[i];
+      if (!await_word(words + source * experts, word, b.patience, Fault::kCounts, source)) return false;
+      const uint32_t count = value_of(word);
       if (count > static_cast<uint32_t>(tokens[source])) {
         report(b.patience, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
         return false;
@@ -46,14 +47,14 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
 // After a cut only a rank itself knows what it sends: it tells the others. `group_rows` are then the rows after the plan.
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
-  const uint32_t* const own = b.at<uint32_t>(b.args.desk.own_rows);
+  const uint32_t* const own = b.at<uint32_t>(b.args.tables.own_rows);
 #pragma unroll 1
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
     if (peer == b.rank) continue;
     const int64_t row = b.p.layout.counts + 8LL * b.rank * experts;
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_letter(own[j] & 0xffffu, b.patience.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.patience.round));
     }
   }
   bool ok = true;
@@ -66,7 +67,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
 __device__ inline bool pack_experts(const FusedBlock& b, int rank) {
   const int per_rank = b.args.per_rank, alignment = b.p.shape.alignment;
   const uint32_t* const rows = b.group_rows() + rank * per_rank;
-  int* const starts = b.at<int>(b.args.desk.starts) + rank * per_rank;
+  int* const starts = b.at<int>(b.args.tables.starts) + rank * per_rank;
   bool fits = true;
   int next = 0;
 #pragma unroll 1
@@ -87,7 +88,7 @@ __device__ inline bool place_experts(const FusedBlock& b) {
     const uint32_t* const rows = b.group_rows();
 #pragma unroll 1
     for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
-      b.at<int>(b.args.desk.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
+      b.at<int>(b.args.tables.starts)[j] = (j - b.args.by_per_rank.divide(j) * b.args.per_rank) * s.expert_rows;
       fits &= static_cast<int>(rows[j] & 0xffffu) <= s.expert_rows;
     }
   } else {
@@ -103,7 +104,7 @@ __device__ inline void report_no_room(const FusedBlock& b) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
     const int count = static_cast<int>(b.group_rows()[j] & 0xffffu);
-    const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.desk.starts)[j];
+    const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.tables.starts)[j];
     if (count > limit) report(b.patience, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
   }
 }
@@ -114,7 +115,7 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
   const int16_t* const current = b.current() + b.first * b.p.shape.top_k;
   const int expert = current[i];
   if (expert < 0) return -1;
-  int row = b.at<int>(b.args.desk.starts)[expert] + static_cast<int>(b.group_rows()[expert] >> 16);
+  int row = b.at<int>(b.args.tables.starts)[expert] + static_cast<int>(b.group_rows()[expert] >> 16);
 #pragma unroll 1
   for (int base = 0; base < i; base += kWarp) {
     const int j = base + b.lane;

@@ -60,22 +60,22 @@ __device__ __forceinline__ SegmentSums sums_of(const int* halves) {
 
 // The limbs of a segment, while `cells` holds nothing else yet.
 __device__ __forceinline__ int* limbs_of(const FusedBlock& b, int segment) {
-  return b.at<int>(b.args.desk.cells) + segment * 2 * kLimbs;
+  return b.at<int>(b.args.tables.cells) + segment * 2 * kLimbs;
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.
 __device__ inline bool hear_entropies(const FusedBlock& b) {
-  const uint64_t* const letters = b.own<uint64_t>(b.p.layout.entropy);
-  float* const entropies = b.at<float>(b.args.desk.entropies);
+  const uint64_t* const words = b.own<uint64_t>(b.p.layout.entropy);
+  float* const entropies = b.at<float>(b.args.tables.entropies);
   bool ok = true;
 #pragma unroll 1
   for (int first = b.warp * kWarp; first < b.me.num_tokens; first += kFusedThreads) {
     const int token = first + b.lane;
     const bool inside = token < b.me.num_tokens;
     const int segment = inside ? min(__ldg(b.me.segment + token), b.p.num_segments - 1) : -1;
-    uint64_t letter = inside ? load_relaxed_sys(letters + token) : make_letter(0, b.patience.round);
-    ok = ok && await_letter(letters + token, letter, b.patience, Fault::kEntropies, b.rank);
-    const float entropy = __uint_as_float(value_of(letter));
+    uint64_t word = inside ? load_relaxed_sys(words + token) : make_ll_word(0, b.patience.round);
+    ok = ok && await_word(words + token, word, b.patience, Fault::kEntropies, b.rank);
+    const float entropy = __uint_as_float(value_of(word));
     if (inside) entropies[token] = entropy;
     if (!b.args.keeps_limbs) continue;
     for (unsigned left = __ballot_sync(kFullMask, segment >= 0 && ok); left != 0;) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   SegmentSums sums = {0, 0, 0, 0};
 #pragma unroll 1
   for (int token = b.lane; token < b.me.num_tokens; token += kWarp) {
-    if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.desk.entropies)[token]);
+    if (__ldg(b.me.segment + token) == segment) sums.add(b.at<float>(b.args.tables.entropies)[token]);
   }
   sums.add_over<kWarp>();
   return sums;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
     if (segment >= 0) {
       const SegmentSums sums = b.args.keeps_limbs ? sums_of(limbs_of(b, min(segment, b.p.num_segments - 1)))
                                                   : warp_segment_sums(b, segment);
-      weight = weight_of(b.at<float>(b.args.desk.entropies)[token], moments_of(sums), b.p.policy.delta);
+      weight = weight_of(b.at<float>(b.args.tables.entropies)[token], moments_of(sums), b.p.policy.delta);
     }
     if (together == 1 || b.lane == 0) body(token, weight);
   }
@@ -119,14 +119,14 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
 // The weights of all of the rank's tokens. False: a block of this rank never scored its own.
 __device__ inline bool weigh_tokens(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
-  float* const weights = b.at<float>(b.args.desk.weight);
+  float* const weights = b.at<float>(b.args.tables.weight);
   for_each_weight(b, [&](int token, float weight) { weights[token] = weight; });
   __syncthreads();
   return true;
 }
 
 // By one of the rank's blocks, where the weights decide nothing and are only reported: those of all of the rank's tokens,
-// and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the letters alternate.
+// and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the LL words alternate.
 __device__ inline bool report_weights(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
   for_each_weight(b, [&](int token, float weight) {
@@ -139,16 +139,16 @@ __device__ inline bool report_weights(const FusedBlock& b) {
     if (counts) atomicAdd(&b.scalars().visual_weight, fixed_weight(weight));
   });
   __syncthreads();
-  const int64_t letters = b.p.layout.weights + 8LL * (b.patience.round & 1) * b.p.shape.num_ranks;
+  const int64_t words = b.p.layout.weights + 8LL * (b.patience.round & 1) * b.p.shape.num_ranks;
   bool ok = true;
   if (static_cast<int>(threadIdx.x) < b.p.shape.num_ranks) {
     const int peer = threadIdx.x;
-    b.peers.send(peer, letters + 8LL * b.rank, make_letter(b.scalars().visual_weight, b.patience.round));
-    const uint64_t* const address = b.own<uint64_t>(letters) + peer;
-    uint64_t letter = load_relaxed_sys(address);
-    ok = await_letter(address, letter, b.patience, Fault::kEntropies, peer);
-    atomicAdd(&b.scalars().sums[2], static_cast<int>(value_of(letter)));
-    atomicAdd(&b.scalars().sums[3], static_cast<int>(value_of(letter)));
+    b.peers.send(peer, words + 8LL * b.rank, make_ll_word(b.scalars().visual_weight, b.patience.round));
+    const uint64_t* const address = b.own<uint64_t>(words) + peer;
+    uint64_t word = load_relaxed_sys(address);
+    ok = await_word(address, word, b.patience, Fault::kEntropies, peer);
+    atomicAdd(&b.scalars().sums[2], static_cast<int>(value_of(word)));
+    atomicAdd(&b.scalars().sums[3], static_cast<int>(value_of(word)));
   }
   return __syncthreads_and(ok) != 0;
 }

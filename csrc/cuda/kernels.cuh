@@ -40,11 +40,4 @@ struct LoadHistogramArgs {
 };
 cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream);
 
-// The same for small batches in one launch each, where they fit (`taken`).
-cudaError_t enqueue_small_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
-                                    const LoadHistogramParams& histogram, const ZeroArgs& zero, bool& taken,
-                                    cudaStream_t stream);
-cudaError_t enqueue_small_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, bool& taken,
-                                cudaStream_t stream);
-
 }  // namespace macs::cuda

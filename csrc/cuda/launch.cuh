@@ -76,6 +76,17 @@ inline int max_shared_bytes() {
   return cached[device];
 }
 
+// Launches of `kernel` may take so many bytes of dynamic shared memory: said once per kernel and device. `raised` belongs to
+// the kernel.
+template <class Args>
+cudaError_t raise_shared_limit(void (*kernel)(Args), int bytes, bool (&raised)[kMaxDevices]) {
+  bool& done = raised[current_device()];
+  if (done) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  done = error == cudaSuccess;
+  return error;
+}
+
 // The largest cluster of `kernel` that this device can hold, asked once per kernel and device. `cached` belongs to the
 // kernel. Asked with all the shared memory there is, so that any launch of it fits.
 template <class Args>

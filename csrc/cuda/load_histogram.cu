@@ -7,11 +7,11 @@
 // Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
 // Determinism: integer additions only.
 #include "assignments.cuh"
+#include "cut_broadcast.cuh"
 #include "histogram.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
-#include "notice.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -99,16 +99,13 @@ cudaError_t launch_score_histogram(const EntropyScoreParams& score, const Entrop
   // For threshold_apply.
   const int64_t prepared = static_cast<int64_t>(prepared_bytes(histogram.in.policy.num_experts));
   ZeroArgs zero = {histogram.histogram, workspace, histogram_bytes(histogram.in), prepared};
-  bool small = false;
-  cudaError_t error = enqueue_small_histogram(score, weight, histogram, zero, small, stream);
-  if (small || error != cudaSuccess) return error;
   if (score.hidden_states == nullptr) {
-    error = enqueue_zero(zero, stream);
+    const cudaError_t error = enqueue_zero(zero, stream);
     return error == cudaSuccess ? enqueue_load_histogram({.p = histogram, .weight = weight, .layout = {}}, stream) : error;
   }
   const SumsLayout layout = SumsLayout::of(static_cast<char*>(workspace) + prepared, weight.num_segments);
   zero.second_bytes += layout.bytes();
-  error = enqueue_zero(zero, stream);
+  cudaError_t error = enqueue_zero(zero, stream);
   if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .layout = layout}, true, stream);
   if (error != cudaSuccess) return error;
   return enqueue_load_histogram({.p = histogram, .weight = weight, .layout = layout}, stream);

@@ -1,10 +1,10 @@
 // peer_all_reduce: the sum of an i32 array over ranks that address each other's memory.
 //
 // Problem:     [size] of each rank, and their sum; E * 2 * B + 4 values, 128 KB. Bound by one way over NVLink.
-// Algorithm:   every value goes to every peer as a letter, so that no flag and no fence has to follow it; each rank adds up
+// Algorithm:   every value goes to every peer as an LL word, so that no flag and no fence has to follow it; each rank adds up
 //              what lies in its own memory.
 // Grid:        a thread a value, up to kMostReduceBlocks blocks; block b waits for the blocks b of the peers and for no other of its own.
-// Reuse:       letters of a round lie where those of the round before last lay. Whoever sends them has heard all of the last
+// Reuse:       LL words of a round lie where those of the round before last lay. Whoever sends them has heard all of the last
 //              round, which its peers sent behind having read those.
 // Determinism: integers.
 #include <algorithm>
@@ -36,10 +36,10 @@ struct PeerReduce {
   __device__ __forceinline__ int64_t place(int source, int64_t i) const { return inbox + 8 * (source * p.size + i); }
 
   __device__ __forceinline__ void tell(int64_t i) const {
-    const uint64_t letter = make_letter(static_cast<uint32_t>(p.values[i]), patience.round);
+    const uint64_t word = make_ll_word(static_cast<uint32_t>(p.values[i]), patience.round);
 #pragma unroll 1
     for (int peer = 0; peer < p.num_ranks; ++peer) {
-      if (peer != p.rank) peers.send(peer, place(p.rank, i), letter);
+      if (peer != p.rank) peers.send(peer, place(p.rank, i), word);
     }
   }
 
@@ -47,18 +47,18 @@ struct PeerReduce {
   __device__ __forceinline__ bool hear(int64_t i, uint32_t& sum) const {
 #pragma unroll 1
     for (int first = 0; first < p.num_ranks; first += kInFlight) {
-      uint64_t letters[kInFlight];
+      uint64_t words[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         const int source = first + k;
-        if (source < p.num_ranks && source != p.rank) letters[k] = load_relaxed_sys(address(source, i));
+        if (source < p.num_ranks && source != p.rank) words[k] = load_relaxed_sys(address(source, i));
       }
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         const int source = first + k;
         if (source >= p.num_ranks || source == p.rank) continue;
-        if (!await_letter(address(source, i), letters[k], patience, Fault::kValues, source)) return false;
-        sum += value_of(letters[k]);
+        if (!await_word(address(source, i), words[k], patience, Fault::kValues, source)) return false;
+        sum += value_of(words[k]);
       }
     }
     return true;

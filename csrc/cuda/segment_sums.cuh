@@ -116,9 +116,10 @@ class SegmentAccumulator {
   int segment_;
 };
 
-// `inverse`: 1 / count, which a caller may know before the sums.
-__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s, double inverse) {
+__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
+  if (s.count == 0) return {0.0, 0.0f};
   using Wide = unsigned __int128;
+  const double inverse = 1.0 / static_cast<double>(s.count);
   const long long sum = static_cast<long long>(s.sum);
   const unsigned long long magnitude = static_cast<unsigned long long>(sum < 0 ? -sum : sum);
   const Wide squares = (static_cast<Wide>(s.square_high) << 32) + s.square_low;
@@ -127,11 +128,6 @@ __device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s, doubl
                       static_cast<double>(static_cast<unsigned long long>(spread));
   const float variance = static_cast<float>(wide * inverse * inverse) * kEntropyUnit * kEntropyUnit;
   return {static_cast<double>(sum) * inverse * kEntropyUnit, 1.0f / (sqrtf(variance) + kStdEpsilon)};
-}
-
-__device__ __forceinline__ SegmentMoments moments_of(const SegmentSums& s) {
-  if (s.count == 0) return {0.0, 0.0f};
-  return moments_of(s, 1.0 / static_cast<double>(s.count));
 }
 
 // One warp: the moments of a segment out of its copies, the same in every lane.

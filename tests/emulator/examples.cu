@@ -1,10 +1,10 @@
 // Small kernels that test_emulator.py runs: what has to work, and planted faults that have to be found.
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
-#include "cluster.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "macs/ptx.cuh"
@@ -158,24 +158,19 @@ __global__ void append_digit(const __grid_constant__ Arguments args) {
   args.out[threadIdx.x] = 10 * args.out[threadIdx.x] + *args.in;
 }
 
-// Every block sends its number to every block of the cluster, which adds them up.
+// Every block adds up the numbers that the blocks of its cluster hold.
 __global__ void cluster_sum(const __grid_constant__ Arguments args) {
-  __shared__ Inbox inbox;
-  int* const numbers = reinterpret_cast<int*>(dynamic_shared());
+  const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+  int* const number = reinterpret_cast<int*>(dynamic_shared());
+  if (threadIdx.x == 0) *number = args.in[blockIdx.x];
+  cluster.sync();
   if (threadIdx.x == 0) {
-    inbox.init();
-    inbox.expect(cluster_blocks() * static_cast<int>(sizeof(int)));
+    args.out[blockIdx.x] = 0;
+    for (unsigned block = 0; block < cluster.num_blocks(); ++block) {
+      args.out[blockIdx.x] += *cluster.map_shared_rank(number, block);
+    }
   }
-  cluster_arrive();
-  cluster_wait();
-  if (static_cast<int>(threadIdx.x) < cluster_blocks()) {
-    inbox.send(threadIdx.x, numbers + cluster_rank(), args.in[blockIdx.x]);
-  }
-  inbox.wait(0);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  args.out[blockIdx.x] = 0;
-  for (int block = 0; block < cluster_blocks(); ++block) args.out[blockIdx.x] += numbers[block];
+  cluster.sync();  // nobody leaves while its shared memory is being read
 }
 
 }  // namespace

@@ -70,8 +70,8 @@ def check_weight(group: Group, rank: int, inputs: Inputs) -> np.ndarray:
     if not config.needs_entropy:
         expect("weight without entropies", config, weight, np.where(inputs.segment >= 0, 0.5, 1.0).astype(np.float32))
         return weight
-    letters = group.part(rank, "entropy", torch.float32, config.plan.T, 2)[:tokens]
-    entropy = letters[:, 0].cpu().numpy()
+    ll_words = group.part(rank, "entropy", torch.float32, config.plan.T, 2)[:tokens]
+    entropy = ll_words[:, 0].cpu().numpy()
     expect("entropy", config, entropy, entropy_f64(inputs.hidden, inputs.segment), 2e-6, ENTROPY_ATOL)
     want = weight_f64(entropy, inputs.segment, config.plan.num_segments, config.plan.delta)
     expect("weight", config, weight, want, WEIGHT_RTOL, 1e-7)

@@ -36,8 +36,8 @@ class Scenario:
     delivered: bool = False  # and all rows are here: only what is reported of the group is missing
 
 
-def letters(group: Group, name: str, *shape: int) -> torch.Tensor:
-    """[source, ..., (value, round)] i32 of rank 0's letters from rank 1, now of the coming round."""
+def ll_words(group: Group, name: str, *shape: int) -> torch.Tensor:
+    """[source, ..., (value, round)] i32 of rank 0's LL words from rank 1, now of the coming round."""
     found = group.part(0, name, torch.int32, 2, *shape, 2)[1]
     found[..., 1] = group.round(0) + 1
     return found[..., 0]
@@ -59,12 +59,12 @@ def forge_assignments(
 
     weighed: the experts of what it tells once more, with the weights; None: it does not.
     """
-    letters(group, "tokens").fill_(tokens)
+    ll_words(group, "tokens").fill_(tokens)
     words = [_entry(expert, leads=slot == 0) for slot, expert in enumerate(experts)]
-    letters(group, "entries", 12, 4).copy_(torch.tensor(words).to(torch.int32))
+    ll_words(group, "entries", 12, 4).copy_(torch.tensor(words).to(torch.int32))
     if weighed is not None:
         words = [_entry(expert, leads=slot == 0, bucket=64, fixed=128) for slot, expert in enumerate(weighed)]
-        letters(group, "weighed", 12, 4).copy_(torch.tensor(words).to(torch.int32))
+        ll_words(group, "weighed", 12, 4).copy_(torch.tensor(words).to(torch.int32))
 
 
 def forge_weight(group: Group) -> None:
@@ -109,7 +109,7 @@ def _sent(group: Group) -> None:
 def _counted(count: int) -> Callable[[Group], None]:
     def inject(group: Group) -> None:
         forge_assignments(group)
-        counts = letters(group, "counts", 16)
+        counts = ll_words(group, "counts", 16)
         counts.zero_()
         counts[5] = count
         group.dispatch(only=0)

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "macs/carver.h"
 #include "macs/level.h"
 #include "macs/params.h"
 
@@ -78,24 +79,24 @@ struct FusedShape {
 };
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
-// A letter is 64 bits: a 32-bit value, and above it the round that it is of (peer_view.cuh).
+// An LL word is 64 bits: a 32-bit value, and above it the round that it is of (ll_word.cuh).
 // Peers write: flags, tokens, entries, weighed, weights, counts, rows, row_scales, sources, and scales where these do not come
 // with the rows. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
   int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
-  int64_t tokens;     // [R] letters: tokens of each source
-  int64_t entries;    // [R, max_tokens * K] letters: packed assignments (csrc/cuda/fused_entry.cuh)
+  int64_t tokens;     // [R] LL words: tokens of each source
+  int64_t entries;    // [R, max_tokens * K] LL words: packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t weighed;    // the same with what follows from the entropies, where that decides
-  int64_t weights;    // [2, R] letters by the round's parity: the weight of each source's visual tokens, where only sums ask
-  int64_t counts;     // [R, E] letters: rows that each source sends to each expert
+  int64_t weights;    // [2, R] LL words by the round's parity: the weight of each source's visual tokens, where only sums ask
+  int64_t counts;     // [R, E] LL words: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
   int64_t row_scales; // [max_rows, row_scale_stride] u32: the words of a row's scales, where these come with the rows; else 0
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), where that is asked for
   int64_t barrier;    // [blocks] u32
-  int64_t entropy;    // [max_tokens] letters: f32
-  int64_t cuts;       // [E, 4] letters: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
+  int64_t entropy;    // [max_tokens] LL words: f32
+  int64_t cuts;       // [E, 4] LL words: the cuts of many bounds, found by a block each (csrc/cuda/fused_cut.cuh)
   int64_t wanted;     // [2, max_tokens * K] i32 proposals, by round
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
   int64_t received;   // [E_l] i32 rows of each local expert
@@ -117,36 +118,31 @@ MACS_HOST_DEVICE int64_t row_scale_stride(const FusedShape& s) { return (scale_w
 
 inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout layout = {};
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t mine = at;
-    at += (bytes + 255) / 256 * 256;
-    return mine;
-  };
+  Carver<int64_t> region(256);
   const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
   const int64_t local = s.num_experts / s.num_ranks;
-  layout.flags = take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
-  layout.tokens = take(8LL * s.num_ranks);
-  layout.entries = take(8LL * s.num_ranks * slots);
-  layout.weighed = take(8LL * s.num_ranks * slots);
-  layout.weights = take(2 * 8LL * s.num_ranks);
-  layout.counts = take(8LL * s.num_ranks * s.num_experts);
-  layout.rows = take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
-  layout.row_scales = take(4LL * rows * row_scale_stride(s));
-  layout.scales = take(rows * scale_words(s) * 4);
-  layout.outputs = take(rows * s.hidden_size * 2);
-  layout.sources = take(rows * 4);
-  layout.barrier = take(4LL * s.num_blocks);
-  layout.entropy = take(8LL * s.max_tokens);
-  layout.cuts = take(4 * 8LL * s.num_experts);
-  layout.wanted = take(2 * 4 * slots);
-  layout.positions = take(4 * slots);
-  layout.received = take(4 * local);
-  layout.starts = take(4 * local);
-  layout.round = take(4);
-  layout.stamps = take(8LL * s.num_blocks * kStamps);
-  layout.status = take(sizeof(FusedStatus));
-  layout.bytes = at;
+  layout.flags = region.take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
+  layout.tokens = region.take(8LL * s.num_ranks);
+  layout.entries = region.take(8LL * s.num_ranks * slots);
+  layout.weighed = region.take(8LL * s.num_ranks * slots);
+  layout.weights = region.take(2 * 8LL * s.num_ranks);
+  layout.counts = region.take(8LL * s.num_ranks * s.num_experts);
+  layout.rows = region.take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
+  layout.row_scales = region.take(4LL * rows * row_scale_stride(s));
+  layout.scales = region.take(rows * scale_words(s) * 4);
+  layout.outputs = region.take(rows * s.hidden_size * 2);
+  layout.sources = region.take(rows * 4);
+  layout.barrier = region.take(4LL * s.num_blocks);
+  layout.entropy = region.take(8LL * s.max_tokens);
+  layout.cuts = region.take(4 * 8LL * s.num_experts);
+  layout.wanted = region.take(2 * 4 * slots);
+  layout.positions = region.take(4 * slots);
+  layout.received = region.take(4 * local);
+  layout.starts = region.take(4 * local);
+  layout.round = region.take(4);
+  layout.stamps = region.take(8LL * s.num_blocks * kStamps);
+  layout.status = region.take(sizeof(FusedStatus));
+  layout.bytes = region.bytes();
   return layout;
 }
 

@@ -17,7 +17,7 @@ constexpr int kMostReduceBlocks = MACS_REDUCE_BLOCKS;
 struct PeerReduceLayout {
   int64_t status;  // FusedStatus
   int64_t rounds;  // [kMostReduceBlocks] u32: how often each block has added
-  int64_t inbox;   // [2, R, size] letters (peer_view.cuh): odd rounds lie behind even ones
+  int64_t inbox;   // [2, R, size] LL words (ll_word.cuh): odd rounds lie behind even ones
   int64_t bytes;
 };
 

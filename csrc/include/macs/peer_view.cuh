@@ -5,8 +5,7 @@
 // address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
 // parameter: `DirectNetwork` is all that the kernels have been run with.
 //
-// What is short travels as letters: a value and its round in one word that is written at once, so that whoever reads the
-// round has the value, without a fence. Rows are too long for that: they are signalled.
+// What is short travels as LL words (ll_word.cuh), whose epoch is the round. Rows are too long for that: they are signalled.
 //
 // Signals are round numbers, never counters: a rank that missed a round cannot leave a peer one short for ever, and the
 // next round needs no cleaning up. Rounds are compared by their signed difference, so that they may wrap.
@@ -14,6 +13,7 @@
 #include <cstdint>
 
 #include "macs/fused.h"
+#include "macs/ll_word.cuh"
 #include "macs/ptx.cuh"
 
 namespace macs::cuda {
@@ -121,19 +121,11 @@ __device__ inline bool await_flags(const char* region, const FusedShape& s, cons
   return __syncthreads_and(ok) != 0;
 }
 
-__device__ __forceinline__ uint64_t make_letter(uint32_t value, uint32_t round) {
-  return static_cast<uint64_t>(round) << 32 | value;
-}
-__device__ __forceinline__ uint32_t value_of(uint64_t letter) { return static_cast<uint32_t>(letter); }
-__device__ __forceinline__ uint32_t round_of(uint64_t letter) { return static_cast<uint32_t>(letter >> 32); }
-// Of this round exactly: a letter that nobody wrote for half of all rounds must not pass for a new one.
-__device__ __forceinline__ bool is_of(uint64_t letter, uint32_t round) { return round_of(letter) == round; }
-
-// One thread: looks at `address` until `letter`, what it saw there last, is of this round.
-__device__ inline bool await_letter(const uint64_t* address, uint64_t& letter, const Patience& patience, Fault fault,
-                                    int peer) {
-  for (Wait wait; !is_of(letter, patience.round); letter = load_relaxed_sys(address)) {
-    if (!wait.go_on(patience, fault, peer, -1, round_of(letter), patience.round)) return false;
+// One thread: looks at `address` until `word`, what it saw there last, is of this round.
+__device__ inline bool await_word(const uint64_t* address, uint64_t& word, const Patience& patience, Fault fault,
+                                  int peer) {
+  for (Wait wait; !is_of(word, patience.round); word = load_relaxed_sys(address)) {
+    if (!wait.go_on(patience, fault, peer, -1, epoch_of(word), patience.round)) return false;
   }
   return true;
 }
@@ -167,7 +159,7 @@ class PeerView {
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
   }
-  // What whoever sees it has, at once: a letter, or a word that says by itself that it is here.
+  // An LL word, or another one that says by itself that it is here.
   template <class T>
   __device__ __forceinline__ void send(int peer, int64_t offset, T word) const {
     if (!network_.is_direct(peer)) return network_.write(peer, offset, word);

@@ -18,7 +18,7 @@ enum class Scoring : int32_t { kSoftmax, kSigmoid };
 //   bucket_bits:            m: 2^m buckets an octave, B = 2^(4 + m)
 //   gamma ... c_min:        in f64, so that all devices derive the same bounds
 //   needs_entropy:          false where nothing depends on entropies: every visual token weighs 0.5
-// The order is that of the registers: a kernel loads neighbours in one go, and with others small_apply spills.
+// The order is that of the registers: a kernel loads neighbours in one go.
 #define MACS_POLICY(X)         \
   X(int32_t, num_experts)      \
   X(int32_t, num_ranks)        \

@@ -1,4 +1,7 @@
-// The cuts as a device function of a block, for clip_threshold's own kernel and for the fused threshold_apply.
+// Where bounds cut (docs/method.md 3 and 4): bounds, the shift of an expert over its capacity, cut level and own quota.
+//
+// A block finds the cuts of its share of the bounds out of histograms, for clip_threshold and threshold_apply alike. The fused
+// dispatch has no histograms: it counts the assignments of exceeded bounds (fused_cut.cuh), and shares the arithmetic.
 //
 // Real arithmetic is IEEE double with every rounding spelled out (__dmul_rn and friends are never contracted), so that
 // the bounds equal the CPU's to the bit; all else is integer.
@@ -7,7 +10,8 @@
 
 #include <cstdint>
 
-#include "launch.cuh"
+#include "../launch.cuh"
+#include "../warp.cuh"
 #include "macs/level.h"
 #include "macs/params.h"
 
@@ -20,23 +24,28 @@ struct Kept {
 
 struct Cut {
   int level, quota;
-  int64_t group_room;
+  int64_t group_headroom;
   Kept kept;
 };
+
+// A bound's cut before the headroom is shared out (headroom.cuh).
+struct alignas(32) RawCut {
+  int4 cut;  // level, quota, headroom of the group, bound
+  Kept kept;
+
+  static __device__ __forceinline__ RawCut of(const Cut& cut, int bound) {
+    return {make_int4(cut.level, cut.quota, static_cast<int>(cut.group_headroom), bound), cut.kept};
+  }
+};
+
+// The own part of the units that the group keeps at the cut level. group, own: units at it.
+__device__ __forceinline__ int own_quota(int64_t kept, int group, int own) {
+  return static_cast<int>(own == group ? kept : kept * own / group);
+}
 
 struct Cell {
   int group, own;
 };
-
-__device__ __forceinline__ int warp_inclusive_sum(int x) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int below = __shfl_up_sync(kFullMask, x, offset);
-    if (lane >= offset) x += below;
-  }
-  return x;
-}
 
 // Units per level of one bound, in shared memory. Without an exchange `own` is `group`.
 struct Levels {
@@ -75,8 +84,7 @@ __device__ __forceinline__ Cut warp_find_cut(const Levels& levels, int num_level
       if (!here && above + group[i] > bound) here = true, at = {group[i], own[i]}, cut.level = low + i;
       if (!here) above += group[i], upto.own -= own[i];
     }
-    const int64_t remainder = bound - above;
-    cut.quota = static_cast<int>(at.own == at.group ? remainder : remainder * at.own / at.group);
+    cut.quota = own_quota(bound - above, at.group, at.own);
     cut.kept = {static_cast<unsigned>(total - above), static_cast<unsigned>(upto.own)};
   }
   const int source = __ffs(__ballot_sync(kFullMask, here)) - 1;
@@ -215,19 +223,6 @@ __device__ __forceinline__ int expert_shift(const ClipThresholdParams& p, const 
   const bool in_rows = p.policy.load == Load::kRows;
   const double rows = static_cast<double>(cells.load()) * (in_rows ? 1.0 : 1.0 / kWeightOne);  // exact
   return pressure_shift(rows, capacity.of_expert(p, cells.modality), p.policy.alpha, p.policy.bucket_bits);
-}
-
-// Where a bound's losses and room are counted: with its rank, or all in one place.
-__device__ __forceinline__ int pool_of(const ClipThresholdParams& p, int n) {
-  if (p.policy.reroute != Reroute::kLocal) return 0;
-  return p.policy.scope == Scope::kRank ? n : n / (p.policy.num_experts / p.policy.num_ranks);
-}
-
-// The own share of the group's room, given what the pool keeps.
-__device__ __forceinline__ int room_share(const ClipThresholdParams& p, int64_t group_room, const Kept& pool) {
-  if (p.policy.reroute == Reroute::kNone || pool.group == 0) return 0;
-  if (pool.own == pool.group) return static_cast<int>(group_room);
-  return static_cast<int>(static_cast<unsigned long long>(group_room) * pool.own / pool.group);
 }
 
 // This block's share of the bounds, round robin over `num_blocks`: a rank at a time, or an expert per warp. Levels are

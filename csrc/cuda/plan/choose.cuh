@@ -1,4 +1,4 @@
-// Which expert a homeless assignment proposes, one warp per token.
+// Which expert an unplaced assignment proposes, one warp per token (docs/method.md 5).
 //
 // A lane holds the logits of experts lane, lane + 32, ...; -infinity is no candidate. What a token already has is struck
 // out through a word of shared memory per 32 experts; a pick is a maximum and a minimum of integers over the warp.
@@ -8,24 +8,24 @@
 
 #include <cstdint>
 
-#include "launch.cuh"
+#include "../launch.cuh"
+#include "../order.cuh"
 #include "macs/params.h"
-#include "order.cuh"
 
 namespace macs::cuda {
 
 __device__ __forceinline__ float candidate_of(float logit) { return isfinite(logit) ? logit : -INFINITY; }
 
-// The room of this lane's experts, the same for every token of a round; -1 where there is no expert.
+// Of this lane's experts, the same for every token of a round; -1 where there is no expert.
 template <int kKeys>
-struct Rooms {
+struct Headroom {
   int of[kKeys];
 
-  __device__ __forceinline__ Rooms(int experts, const int* room_of_bound, const int* bound_of) {
+  __device__ __forceinline__ Headroom(int experts, const int* of_bound, const int* bound_of) {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int j = i * kWarp + static_cast<int>(threadIdx.x) % kWarp;
-      of[i] = j < experts ? room_of_bound[bound_of[j]] : -1;
+      of[i] = j < experts ? of_bound[bound_of[j]] : -1;
     }
   }
 };
@@ -113,31 +113,31 @@ __device__ __forceinline__ void pick(float (&keys)[kTokens][kKeys], const int (&
   }
 }
 
-// A token whose homeless slots choose. Lanes that hold its slots bring each slot's `original` and `current` expert and
+// A token whose unplaced slots choose. Lanes that hold its slots bring each slot's `original` and `current` expert and
 // `from` (see pick); other lanes bring -1 for all.
 template <int kKeys>
-struct Chooser {
-  unsigned homeless;  // lanes
+struct UnplacedToken {
+  unsigned unplaced;  // lanes
   int original, current, from, units;
   float logits[kKeys];
 };
 
-// Every homeless slot in turn takes the best candidate that is left. `words`: see strike_out. Returns this lane's choice,
+// Every unplaced slot in turn takes the best candidate that is left. `words`: see strike_out. Returns this lane's choice,
 // -1 for none.
 template <int kTokens, int kKeys>
-__device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<kKeys> (&tokens)[kTokens], int per_rank,
-                                      unsigned* words) {
+__device__ __forceinline__ int choose(const Headroom<kKeys>& headroom, const UnplacedToken<kKeys> (&tokens)[kTokens],
+                                      int per_rank, unsigned* words) {
   const int lane = threadIdx.x % kWarp;
   float keys[kTokens][kKeys];
-  unsigned homeless[kTokens], all = 0;
+  unsigned unplaced[kTokens], all = 0;
   int2 has[kTokens];
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    all |= homeless[t] = tokens[t].homeless;
+    all |= unplaced[t] = tokens[t].unplaced;
     has[t] = make_int2(tokens[t].original, tokens[t].current != tokens[t].original ? tokens[t].current : -1);
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      keys[t][i] = rooms.of[i] >= tokens[t].units ? candidate_of(tokens[t].logits[i]) : -INFINITY;
+      keys[t][i] = headroom.of[i] >= tokens[t].units ? candidate_of(tokens[t].logits[i]) : -INFINITY;
     }
   }
   strike_out<kTokens, kKeys>(keys, has, words);
@@ -147,9 +147,9 @@ __device__ __forceinline__ int choose(const Rooms<kKeys>& rooms, const Chooser<k
     all = 0;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      taker[t] = __ffs(homeless[t]) - 1;  // -1: this token has done
+      taker[t] = __ffs(unplaced[t]) - 1;  // -1: this token has done
       from[t] = __shfl_sync(kFullMask, tokens[t].from, max(taker[t], 0));
-      all |= homeless[t] &= homeless[t] - 1;
+      all |= unplaced[t] &= unplaced[t] - 1;
     }
     pick<kTokens, kKeys>(keys, from, per_rank, winner);
 #pragma unroll

@@ -20,6 +20,7 @@ import deep_ep
 import deep_gemm
 import mps
 import paths  # noqa: F401
+import result_file
 import routing
 import torch
 import torch.distributed as dist
@@ -142,7 +143,8 @@ def wait(queued: deque, patience_s: float) -> None:
     queued.popleft()
 
 
-def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) -> None:
+def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) -> dict:
+    """Returns this rank's row of the result."""
     queued, began, host, n = deque(), time.monotonic(), 0.0, 0
     going_on = torch.ones(1, dtype=torch.int32)
     while going_on.item():
@@ -156,11 +158,13 @@ def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) ->
         going_on[0] = time.monotonic() - began < options.seconds
         dist.broadcast(going_on, 0, group=group)
     torch.cuda.synchronize()
-    each, of_host, lost = (time.monotonic() - began) / n, host / n, int(layer.workspace.lost)
-    words = f"{n} layers, {1e6 * each:.0f} us each, {1e6 * of_host:.0f} us of the host, {lost} rows lost"
+    each, of_host, lost = 1e6 * (time.monotonic() - began) / n, 1e6 * host / n, int(layer.workspace.lost)
+    words = f"{n} layers, {each:.0f} us each, {of_host:.0f} us of the host, {lost} rows lost"
     print(f"rank {dist.get_rank()}: {words}", flush=True)
     if lost:
         os._exit(1)
+    case = {name: getattr(options, name) for name in ("tokens", "gamma", "all_reduce", "graph", "share_gpu")}
+    return {"op": "soak_bounded", "case": case, "layers": n, "layer_us": each, "host_us": of_host}
 
 
 def run(rank: int, options: argparse.Namespace) -> None:
@@ -179,12 +183,16 @@ def run(rank: int, options: argparse.Namespace) -> None:
     if options.graph:
         layer.capture()
         dist.barrier()
-    soak(layer, options, group)
+    row = soak(layer, options, group)
+    if options.out and rank == 0:
+        gpus = 1 if options.share_gpu else RANKS
+        result_file.write(options.out, [row], commit=options.commit, gpus=gpus)
     layer.buffer.destroy()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result_file.add_options(parser, required=False)
     parser.add_argument("--gamma", type=float, default=1.05)
     parser.add_argument("--tokens", type=int, default=8192, help="per rank")
     parser.add_argument("--seconds", type=float, default=20.0)

@@ -4,9 +4,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
+# Tests that start no server, side by side. A file's share what they build.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist loadfile
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
+.PHONY: help build demo test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,10 +30,15 @@ demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=pa
 	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
 
 test: build  ## everything that CI runs
-	@$(PYTEST) -m "not gpu and not multinode"
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
+	@$(PYTEST) -m "server and not multinode and not nightly"
+
+test-all: build  ## and more families of models, and more layouts of ranks, on real servers
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
+	@$(PYTEST) -m "server and not multinode"
 
 test-fast: build  ## without real servers
-	@$(PYTEST) -m "not gpu and not server"
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
 
 test-emulated: build  ## the CUDA kernels on an emulated machine: no GPU needed, data races are found
 	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_bounded_emulated.py tests/test_races_emulated.py

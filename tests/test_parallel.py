@@ -9,6 +9,7 @@ import pytest
 import requests
 from serving import CPU_ARGS, EP2_ARGS, Server, data_uri, photograph_files, prompt
 from support.reference import NEW_TOKENS, QUESTIONS
+from support.tiers import nightly_but
 from test_server import INFINITE, MACS, ask, assert_bounds_held, own, serve, states
 
 from sglang_macs.cpu_compat import threads_bind
@@ -28,6 +29,7 @@ LAYOUTS = {
     "attention-tp 2 x dp 2, local token counts": ([*ATTENTION_TP, *LOCAL_COUNTS], 4),
     "two stages": ([*EP2_ARGS, "--pp-size", "2"], 4),
 }
+USUAL = ("local token counts", "attention-tp 2 x dp 2, local token counts")
 
 
 def post(server: Server, text: str, image: str | None = None, **fields) -> dict:
@@ -37,7 +39,7 @@ def post(server: Server, text: str, image: str | None = None, **fields) -> dict:
     return server.post("/generate", body)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", nightly_but(LAYOUTS, *USUAL))
 def test_unequal_ranks_answer_as_transformers_do(vl_model, vl_reference, name):
     arguments, processes = LAYOUTS[name]
     env = {"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(processes)}

@@ -7,6 +7,7 @@ names another release of torch to build for than SGLang's: enough for the operat
 import glob
 import os
 import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -42,6 +43,16 @@ def use_cuda() -> tuple[bool, str]:
     return True, f"nvcc in {CUDA_HOME}, torch for CUDA {torch.version.cuda}"
 
 
+def shared_libstdcxx() -> list[str]:
+    """For the linker, where the compiler finds libstdc++ as an archive alone. With two copies a process ends at the
+    first number in an error message: the second copy's streams know no locale.
+    """
+    name = "libstdc++.so"
+    compiler = os.environ.get("CXX", "c++").split()
+    found = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=False).stdout
+    return ["-l:libstdc++.so.6"] if found.strip() == name else []
+
+
 def extension():
     cuda, reason = use_cuda()
     print(f"sglang-macs build: {'CPU + CUDA' if cuda else 'CPU only'} ({reason})", file=sys.stderr, flush=True)
@@ -50,7 +61,13 @@ def extension():
     cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     include = [os.path.abspath("csrc/include")]
     if not cuda:
-        return CppExtension("sglang_macs._C", sources, include_dirs=include, extra_compile_args={"cxx": cxx})
+        return CppExtension(
+            "sglang_macs._C",
+            sources,
+            include_dirs=include,
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=shared_libstdcxx(),
+        )
     arch = os.environ.get("MACS_CUDA_ARCH", "90a")
     # torch's flags take the conversions of half and bfloat16 away, which the kernels use.
     keep = [f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")]
@@ -61,6 +78,7 @@ def extension():
         include_dirs=include,
         define_macros=[("MACS_WITH_CUDA", "1")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=shared_libstdcxx(),
     )
 
 

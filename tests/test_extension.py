@@ -116,3 +116,12 @@ def test_the_entry_point_knows_the_name_of_the_configuration():
     from sglang_macs.config import CONFIG_ENV
 
     assert entry_point.CONFIG_ENV == CONFIG_ENV
+
+
+def test_the_extension_has_no_standard_library_of_its_own():
+    """Streams of a second libstdc++ end the process at the first number that they write."""
+    library = extension.library_in(PACKAGE)
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in listed.splitlines()]
+    assert not [name for name in names if name.startswith(("_ZNSo", "_ZNSt6locale"))]
+    assert names, "and there is a list at all"

@@ -23,6 +23,7 @@ from ..config import MacsConfig
 from ..errors import MacsError
 from ..plan import batch
 from .planner import LayerPlanner
+from .transport import row_format
 
 TILE = 128  # rows of a tile of DeepGEMM's contiguous grouped GEMM, which begins at every expert
 # What a row buffer may hold beyond the mean load, in bf16 rows: more is left to DeepEP, whose buffers fit the rows that
@@ -264,12 +265,6 @@ class BoundedNormal:
         impl.async_finish = False
         impl.dispatch_b = partial(self._dispatch_b, impl.dispatch_b)
 
-    def format(self) -> str | None:
-        """Of the rows, as the runner wants them; None: not one of ours."""
-        if any(getattr(self.impl, name, False) for name in ("use_nvfp4", "use_mxfp4", "use_mxfp8")):
-            return None
-        return "fp8" if self.impl.use_fp8 else "bf16"
-
     def _get_buffer(self) -> Any:
         buffer = self._own_buffer()
         if self._room is None:
@@ -280,7 +275,7 @@ class BoundedNormal:
     def _dispatch_b(self, original: Callable, *state: Any) -> Any:
         domains = self._own_buffer().runtime.get_num_rdma_ranks()
         attn_tp_size = self.planner.attn_tp[1]
-        found = self.shared.room(self.sizes, attn_tp_size, self.format(), domains, self.planner.plans())
+        found = self.shared.room(self.sizes, attn_tp_size, row_format(self.impl), domains, self.planner.plans())
         if found is None:
             return original(*state)
         self._room = found

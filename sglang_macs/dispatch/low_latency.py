@@ -18,6 +18,7 @@ from ..plan import batch
 from ..plan.plan import PlanResult
 from .fused import FusedDispatch
 from .planner import LayerPlanner
+from .transport import row_format
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,7 @@ class FusedLowLatency:
         """
         now = batch.current()
         planned = not now.skip and not now.leaves_alone
-        return planned and self.format() is not None and self.impl.overlap_args is None
-
-    def format(self) -> str | None:
-        """Of the rows, as the runner wants them; None: not one of ours."""
-        if any(getattr(self.impl, name, False) for name in ("use_nvfp4", "use_mxfp4", "use_mxfp8")):
-            return None
-        return "fp8" if self.impl.use_fp8 else "bf16"
+        return planned and row_format(self.impl) is not None and self.impl.overlap_args is None
 
     def plan(
         self,
@@ -74,7 +69,7 @@ class FusedLowLatency:
         result = self.transport.send(
             self.planner.plan,
             self.planner.layer_id,
-            self.format(),
+            row_format(self.impl),
             hidden_states,
             topk_ids,
             topk_weights,

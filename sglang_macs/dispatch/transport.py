@@ -19,6 +19,13 @@ from .fused import FusedDispatch, Sizes, unsupported
 COMPUTE_CAPABILITY = 9  # Hopper: what the kernels are built and were measured for
 
 
+def row_format(impl) -> str | None:
+    """Of the rows that DeepEP's implementation `impl` sends, as the runner wants them; None: not one of ours."""
+    if any(getattr(impl, name, False) for name in ("use_nvfp4", "use_mxfp4", "use_mxfp8")):
+        return None
+    return "fp8" if impl.use_fp8 else "bf16"
+
+
 class Transports:
     """Made by the first MoE layer that asks, and shared by all: their dispatches follow one another."""
 

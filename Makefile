@@ -29,13 +29,10 @@ build: $(VENV)/.built  ## environment in .venv and the extension
 demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=path for your own picture)
 	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
 
-test: build  ## everything that CI runs
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
+test: test-fast  ## everything that CI runs
 	@$(PYTEST) -m "server and not multinode and not nightly"
 
-test-all: build  ## and more families of models, and more layouts of ranks, on real servers
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
-	@$(PYTEST) -m "server and not multinode"
+test-all: test-fast test-server  ## and more families of models, and more layouts of ranks, on real servers
 
 test-fast: build  ## without real servers
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"

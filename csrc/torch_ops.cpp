@@ -855,8 +855,7 @@ const char* kind_of() {
   return std::is_integral_v<Option> ? "int" : "float";
 }
 
-// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits. No
-// stream: where the linker takes libstdc++ from an archive, this library has a second one, whose streams know no locale.
+// JSON: the options of a policy and their kinds, in the order in which they are packed; names of choices; limits.
 std::string definitions() {
   std::string out = "{\"policy\":{";
   const char* separator = "";

@@ -170,10 +170,9 @@ def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) ->
 def run(rank: int, options: argparse.Namespace) -> None:
     torch.cuda.set_device(0 if options.share_gpu else rank)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
-    # NCCL refuses two ranks on one GPU.
-    dist.init_process_group("gloo" if options.share_gpu else "cpu:gloo,cuda:nccl", rank=rank, world_size=RANKS)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=RANKS)
     group, all_reduce = dist.group.WORLD, dist.all_reduce
-    if options.all_reduce == "peer" or options.share_gpu:
+    if options.all_reduce == "peer":
         size = Plan(MacsConfig(), EXPERTS, RANKS).histogram_size
         all_reduce = PeerAllReduce(peer_memory.share(PeerAllReduce.region_bytes(RANKS, size), group), size)
     layer = Layer(options, group, all_reduce)

@@ -18,6 +18,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import bounded
 from sglang_macs.dispatch.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep_bounded
 from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsError
@@ -138,7 +139,7 @@ def dispatched(
 ) -> tuple[object, Stats, list[str]]:
     said, counters = [], Stats()
     config = MacsConfig.from_preset(**({"preset": "rank", "gamma": 1.0} | options))
-    planner = SimpleNamespace(attn_tp=(0, attn_tp), counters=counters, plans=lambda: not now.skip_of(0))
+    planner = LayerPlanner(0, bounded_case.plan(config, Sizes(2, 8, 2, 16)), None, counters, attn_tp=(0, attn_tp))
     shared = bounded.BoundedDispatch(config, said.append)
     sizes = Sizes(2, 8, 2, 16)
     bounded.BoundedNormal(impl, shared, planner, sizes, lambda output, received: received)
@@ -245,6 +246,7 @@ def test_the_worst_case_has_a_limit() -> None:
 REGISTERED = """
 from types import SimpleNamespace
 import torch
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep_bounded
 from sglang_macs.dispatch.bounded import Received, Workspace
 deepep_bounded.register_permutation()

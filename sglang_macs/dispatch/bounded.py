@@ -272,10 +272,14 @@ class BoundedNormal:
         dispatch = partial(buffer.dispatch, num_worst_tokens=self._room.tokens)
         return SimpleNamespace(get_dispatch_layout=buffer.get_dispatch_layout, dispatch=dispatch)
 
-    def _dispatch_b(self, original: Callable, *state: Any) -> Any:
+    def room(self) -> Room | None:
+        """For the batch that is running (`BoundedDispatch.room`)."""
         domains = self._own_buffer().runtime.get_num_rdma_ranks()
         attn_tp_size = self.planner.attn_tp[1]
-        found = self.shared.room(self.sizes, attn_tp_size, row_format(self.impl), domains, self.planner.plans())
+        return self.shared.room(self.sizes, attn_tp_size, row_format(self.impl), domains, self.planner.plans())
+
+    def _dispatch_b(self, original: Callable, *state: Any) -> Any:
+        found = self.room()
         if found is None:
             return original(*state)
         self._room = found
@@ -283,7 +287,7 @@ class BoundedNormal:
             output = original(*state)
         finally:
             self._room = None
-        self.planner.counters.bounded += 1
+        self.planner.count_bounded()
         tokens, scales, ids, weights = output[:4]
         workspace = self.shared.workspace(tokens.device)
         received = Received(tokens, scales, ids, weights, self.sizes.local, found.rows, workspace)

@@ -140,7 +140,7 @@ def dispatched(
     said, counters = [], Stats()
     config = MacsConfig.from_preset(**({"preset": "rank", "gamma": 1.0} | options))
     planner = LayerPlanner(0, bounded_case.plan(config, Sizes(2, 8, 2, 16)), None, counters, attn_tp=(0, attn_tp))
-    shared = bounded.BoundedDispatch(config, said.append)
+    shared = bounded.BoundedDispatch(config, said.append, stream=lambda: SimpleNamespace())
     sizes = Sizes(2, 8, 2, 16)
     bounded.BoundedNormal(impl, shared, planner, sizes, lambda output, received: received)
     with batch.forward(now):
@@ -202,6 +202,28 @@ def test_deepep_is_told_how_many_tokens_can_come(monkeypatch) -> None:
     rows, scales, index = received.permute()
     assert rows.shape == (received.rows, 16) and scales is None and (index.expert_end == 0).all()
     assert received.permute()[2].place.data_ptr() == index.place.data_ptr(), "one workspace for all layers"
+
+
+def test_a_count_never_meets_dispatches_without_one(monkeypatch) -> None:
+    """DeepEP's host takes the first count that any queued dispatch writes for its own. Both are one rank's layers: the
+    GPU is waited for once, before the first layer that counts.
+    """
+    order = []
+    impls = [Impl(), Impl()]
+    shared = bounded.BoundedDispatch(MacsConfig.from_preset("rank", gamma=1.0), order.append, stream=lambda: stream)
+    stream = SimpleNamespace(synchronize=lambda: order.append("waited"))
+    for layer, impl in enumerate(impls):
+        planner = LayerPlanner(layer, bounded_case.plan(shared.config, Sizes(2, 8, 2, 16)), None, Stats())
+        bounded.BoundedNormal(impl, shared, planner, Sizes(2, 8, 2, 16), lambda output, received: received)
+        impl.asked = order
+    x, ids = torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    for skip in ("", "decode", "", "", "small", "outside"):
+        with batch.forward(batch.Batch(skip=skip, group_tokens=1000)):
+            for impl in impls:
+                impl.dispatch_b(x, ids)
+    counts, uncounted = [0, 0], [1000, 1000]
+    del order[0]  # the log's line
+    assert order == [*uncounted, "waited", *counts, *uncounted, *uncounted, "waited", *counts, *counts]
 
 
 def test_padding_of_ranks_that_share_a_batch_has_room(monkeypatch) -> None:

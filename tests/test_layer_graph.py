@@ -61,7 +61,9 @@ class Layer:
         self.planner = AloneInGroup(3, plan, group=None, counters=Stats())
         self.said, self.launched, self.rooms = [], [], []
         self.graphs = StandIn(self.planner, self.said.append)
-        normal = SimpleNamespace(planner=self.planner, sizes=Sizes(RANKS, EXPERTS, TOP_K, HIDDEN), room=self.room)
+        shared, self.sent = SimpleNamespace(sent=lambda: self.sent.append(len(self.launched))), []
+        sizes = Sizes(RANKS, EXPERTS, TOP_K, HIDDEN)
+        normal = SimpleNamespace(planner=self.planner, sizes=sizes, room=self.room, shared=shared)
         self._found, self._graph = room, LayerGraph(self.graphs, normal) if graphs else None
 
     def room(self) -> Room | None:
@@ -101,16 +103,16 @@ def a_pass(tokens: int, seed: int = 0, **about) -> batch.Batch:
 
 @pytest.mark.parametrize("gamma", [1.0, math.inf])
 def test_graphs_make_what_the_launches_make_and_count_as_they_do(gamma: float) -> None:
-    """Batches of three sizes take turns; two of them share a graph, filled up to its size."""
+    """Batches of four sizes take turns; two of them share a graph, filled up to its size."""
     graphs, launches = Layer(True, gamma), Layer(False, gamma)
     outputs = []
-    for seed, tokens in enumerate([300, 500, 512, 300, 500, 1, 512, 300, 1, 1]):
+    for seed, tokens in enumerate([1, 1, 300, 500, 512, 300, 500, 1, 512, 300, 1, 1]):
         now = a_pass(tokens, seed)
         outputs.append((graphs.run(now, tokens, seed), launches.run(now, tokens, seed)))
     assert all(torch.equal(*pair) for pair in outputs), "an output must outlive the next replay"
     assert graphs.counted() == launches.counted()
     assert gamma == math.inf or graphs.counted()["own"]["clipped_visual"] > 0
-    assert graphs.planner.counters.graphs == 8, "the first batch of either size is launched"
+    assert graphs.planner.counters.graphs == 10, "the first batch of either size is launched"
 
 
 def test_a_size_is_launched_once_before_it_is_captured() -> None:
@@ -120,6 +122,15 @@ def test_a_size_is_launched_once_before_it_is_captured() -> None:
         layer.run(a_pass(300), 300, seed)
         assert layer.planner.counters.graphs == seed
     assert layer.rooms == [512 * RANKS], "asked once a size"
+    assert len(layer.sent) == 3, "a replay is a dispatch without a count, too"
+
+
+def test_graphs_of_inputs_that_have_moved_are_captured_again() -> None:
+    graphs, launches = Layer(True), Layer(False)
+    for seed, tokens in enumerate([200, 200, 200, 900, 200, 900, 200]):
+        now = a_pass(tokens, seed)
+        assert torch.equal(graphs.run(now, tokens, seed), launches.run(now, tokens, seed))
+    assert graphs.counted() == launches.counted()
 
 
 def test_the_fullest_rank_decides_the_size() -> None:

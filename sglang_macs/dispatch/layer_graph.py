@@ -82,6 +82,7 @@ class LayerGraphs:
         self._pool: object = None
         self._stream: torch.cuda.Stream | None = None
         self._inputs: dict[Hashable, Inputs] = {}  # by the types and widths of what is given
+        self.epoch = 0  # of the inputs: graphs of earlier ones must not run
         self._filled: tuple = (None,)  # a batch's segment, and where it was copied to
 
     def fill(self, rows: int, given: tuple[Tensor, ...], planner: LayerPlanner) -> Inputs:
@@ -101,11 +102,12 @@ class LayerGraphs:
         return inputs
 
     def _of(self, rows: int, given: tuple[Tensor, ...]) -> Inputs:
-        """The largest inputs so far: graphs of smaller ones keep theirs."""
+        """Inputs that grow: those that graphs have been captured with are theirs no longer (`epoch`)."""
         kind = tuple((x.dtype, x.shape[1:]) for x in given)
         made = self._inputs.get(kind)
         if made is None or made.hidden.shape[0] < rows:
-            made = self._inputs[kind] = Inputs.like(rows, given)
+            made = self._inputs[kind] = Inputs.like(1 << (rows - 1).bit_length(), given)
+            self.epoch += 1
         return made.first(rows)
 
     def capture(self, forward: Callable[[], Tensor], results: list[PlanResult]) -> _Replay:
@@ -136,6 +138,7 @@ class LayerGraph:
         self.graphs, self.normal, self.planner = graphs, normal, normal.planner
         self._replays: dict[_Key, _Replay | None] = {}  # None: has run once, so that all of it is compiled
         self._refused: set[_Key] = set()
+        self._epoch = 0  # of the inputs that the graphs read
 
     def __call__(
         self, forward: Forward, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
@@ -147,7 +150,10 @@ class LayerGraph:
             return forward(*given)
         tokens = hidden.shape[0]
         inputs = self.graphs.fill(key.rows, given, self.planner)
+        if self._epoch != self.graphs.epoch:
+            self._epoch, self._replays = self.graphs.epoch, dict.fromkeys(self._replays)
         output, result = self._run(key, partial(forward, *inputs[:4]), inputs.segment)
+        self.normal.shared.sent()
         self.planner.count_dispatch(batch.current())
         self.planner.count_bounded()
         if result is not None:

@@ -212,9 +212,11 @@ class BoundedDispatch:
     def _room_for(
         self, now: batch.Batch, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int, planned: bool
     ) -> Room | None:
-        if now.skip not in ("", "off") or not now.group_tokens:
-            return None  # decode, small batches, graph capture
+        if now.skip in batch.UNKNOWN or not now.group_tokens:
+            return None
         tokens = most_tokens(sizes, now.group_tokens, attn_tp_size)
+        if now.skip:  # ranks may be padded to the fullest
+            tokens = max(tokens, sizes.num_ranks * -(-now.most_tokens // attn_tp_size))
         planned = planned and not now.skip and not now.leaves_alone  # rows left alone come beside those of the bound
         found = room(self.config, sizes, tokens, planned=planned)
         spare = spare_bytes(sizes, tokens, found.rows)

@@ -162,7 +162,7 @@ class LayerGraph:
 
     def _key(self, now: batch.Batch, tokens: int) -> _Key | None:
         """Of the graph for this rank's batch; None where it takes the launches themselves."""
-        if now.skip not in ("", "off") or not (now.most_tokens and tokens):
+        if now.skip in batch.UNKNOWN or not (now.most_tokens and tokens):
             return None
         if now.measured or now.leaves_alone or now.halves or self.planner.recorder is not None:
             return None
@@ -190,7 +190,7 @@ class LayerGraph:
         return batch.Batch(
             segment,
             key.segments,
-            skip="off" if key.skip == "off" else "",
+            skip="" if key.skip == batch.NO_GAIN else key.skip,
             group_tokens=key.rows * self.normal.sizes.num_ranks,
             most_tokens=key.rows,
             no_gain=frozenset((layer_id,)) if key.skip == batch.NO_GAIN else frozenset(),

@@ -19,6 +19,8 @@ from ..config import MacsConfig
 PAD_ID_BASE = 1_000_000
 # Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
+# Of these, where nobody knows what the other ranks run.
+UNKNOWN = ("draft", "outside")
 NO_GAIN = (
     "no_gain"  # why a layer of a planned batch is not planned: less to gain than a plan costs (dispatch/acting.py)
 )
@@ -175,7 +177,7 @@ def of_forward(
     ranks = ranks or RankBatches.of_modes([tokens], [mode])
     skip = skip_reason(config, ranks, num_ranks)
     if skip not in ("", "off"):
-        return Batch(skip=skip)
+        return Batch(skip=skip, group_tokens=ranks.group_tokens, most_tokens=ranks.most_tokens)
     segment, num_segments = _visual_segments(forward_batch, config)
     left_alone = 0
     if not config.decode:

@@ -216,7 +216,7 @@ def experimental(monkeypatch):
 
 def test_what_is_not_fit_for_service_is_refused_unless_it_is_asked_for_twice(monkeypatch):
     monkeypatch.delenv(compat.EXPERIMENTAL_ENV, raising=False)
-    with pytest.raises(MacsError, match=r"stood still.*MACS_EXPERIMENTAL=bounded"):
+    with pytest.raises(MacsError, match=r"standstill.*MACS_EXPERIMENTAL=bounded"):
         compat.check(bounded_launch({}))
 
 

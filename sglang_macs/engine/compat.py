@@ -165,7 +165,7 @@ def _fused(launch: Launch) -> str:
 def _unfinished(launch: Launch) -> str:
     if launch.config.dispatch != "bounded" or os.environ.get(EXPERIMENTAL_ENV) == "bounded":
         return ""
-    return "bounded, under which a server on two GPUs stood still"
+    return "bounded, which has not run on two GPUs since a standstill there was mended"
 
 
 def _bounded(launch: Launch) -> str:
@@ -339,7 +339,7 @@ RULES = (
     Rule(
         "--macs-dispatch",
         _unfinished,
-        "deepep, until the cause is found (docs/bounded.md)",
+        "deepep, until it has (docs/bounded.md)",
         f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
     ),
     Rule(

@@ -96,6 +96,7 @@ class MacsConfig:
         "where it can); in normal mode DeepEP without a count on the host (bounded)",
         ("deepep", "fused", "bounded", "auto"),
     )
+    layer_graphs: bool = _opt(True, "with bounded, a MoE layer is one launch, a CUDA graph")
     all_reduce: str = _opt(
         "group",
         "what sums the exchange: the process group (NCCL), or one kernel over peers' memory; auto = that where it can",

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class LayerPlanner:
         self.recorder = recorder
         self.peers = peers
         self.acting = acting
+        self._aside: list[PlanResult] | None = None
 
     def __call__(
         self,
@@ -81,14 +83,11 @@ class LayerPlanner:
         """
         now = batch.current()
         skip = now.skip_of(self.layer_id)
-        self.counters.dispatches += 1
-        if skip:
-            self.counters.skipped[skip] += 1
-            if skip not in ("off", batch.NO_GAIN):
-                return Planned(topk_ids, topk_weights)
-        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
-            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
-        segment = self._segment(now, half, topk_ids)
+        if self._aside is None:
+            self.count_dispatch(now, half)
+        if skip not in ("", "off", batch.NO_GAIN):
+            return Planned(topk_ids, topk_weights)
+        segment = self.segment(now, half, topk_ids)
         left_alone, planned_segment = now.left_alone_of(segment)
         if skip:
             if skip == batch.NO_GAIN and self.recorder is not None:
@@ -102,13 +101,42 @@ class LayerPlanner:
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
-        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
-        if self.acting is not None:
-            self.acting.add(self.layer_id, self.plan, result)
+        if self._aside is None:
+            self.count_plan(result)
+        else:
+            self._aside.append(result)
         if self.recorder is not None:
             recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
             self._record(now, topk_ids, topk_weights, recorded, planned=True)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def count_dispatch(self, now: batch.Batch, half: int | None = None) -> None:
+        """One dispatch of the batch `now`, or of one of its halves."""
+        skip = now.skip_of(self.layer_id)
+        self.counters.dispatches += 1
+        if skip:
+            self.counters.skipped[skip] += 1
+        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
+            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
+
+    def count_plan(self, result: PlanResult) -> None:
+        """One plan of the pass that is running. `result` is kept: nobody may write to it afterwards."""
+        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
+        if self.acting is not None:
+            self.acting.add(self.layer_id, self.plan, result)
+
+    def count_bounded(self) -> None:
+        """A dispatch whose rows were not counted on the host."""
+        self.counters.bounded += self._aside is None
+
+    @contextmanager
+    def uncounted(self) -> Iterator[list[PlanResult]]:
+        """Within, dispatches are planned and not counted: the caller does so, and finds their plans in the list."""
+        self._aside = []
+        try:
+            yield self._aside
+        finally:
+            self._aside = None
 
     def _record(
         self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
@@ -193,7 +221,8 @@ class LayerPlanner:
             return None
         return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
 
-    def _segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+    def segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+        """[T] i32 of the rows of topk_ids [T, K]."""
         segment, fits = now.segment_of_rows(topk_ids.shape[0], half, self.attn_tp, topk_ids.device)
         self.counters.misaligned += not fits
         return segment

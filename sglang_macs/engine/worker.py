@@ -11,6 +11,7 @@ from ..config import MacsConfig, configured
 from ..console import say
 from ..dispatch.acting import Acting
 from ..dispatch.bounded import BoundedDispatch
+from ..dispatch.layer_graph import LayerGraphs
 from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
@@ -36,6 +37,7 @@ class Worker:
         self.acting = Acting()
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
+        self.layer_graphs: LayerGraphs | None = None
         self.top_k = 1  # the largest of the model's MoE layers
         self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
         self.agreement: Agreement | None = None

@@ -81,6 +81,7 @@ METRICS = (
     Metric("dispatches", "MoE dispatches of this rank", _one(lambda s: s["dispatches"])),
     Metric("planned", "dispatches that were planned", _one(lambda s: s["planned"])),
     Metric("bounded", "dispatches without a count on the host", _one(lambda s: s["bounded"])),
+    Metric("graphs", "of these, MoE layers that were one launch", _one(lambda s: s["graphs"])),
     Metric("fused", "planned dispatches that the fused kernels carried", _one(lambda s: s["fused"])),
     Metric("skipped", "dispatches left alone", _each("skipped", (*SKIP_REASONS, NO_GAIN)), ("reason",)),
     Metric(

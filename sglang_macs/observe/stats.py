@@ -104,6 +104,7 @@ class Stats:
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
     bounded: of `dispatches`, those whose received rows were never counted on the host.
+    graphs: of `bounded`, those whose layer was one launch, a CUDA graph.
     expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
     "planned", and of those left alone for "no_gain".
     measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
@@ -117,6 +118,7 @@ class Stats:
     planned: int = 0
     fused: int = 0
     bounded: int = 0
+    graphs: int = 0
     skipped: Counter = field(default_factory=Counter)
     expected_gain: Counter = field(default_factory=Counter)
     misaligned: int = 0

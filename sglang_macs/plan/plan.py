@@ -33,6 +33,13 @@ class PlanResult(NamedTuple):
     cut: Tensor
     counts: Tensor
 
+    def copy(self) -> "PlanResult":
+        """With new memory for what is kept beyond the layer, in one launch: group, cut and counts."""
+        kept = (self.group, self.cut, self.counts)
+        parts = torch.cat([x.reshape(-1) for x in kept]).split([x.numel() for x in kept])
+        group, cut, counts = (part.view(x.shape) for part, x in zip(parts, kept, strict=True))
+        return self._replace(group=group, cut=cut, counts=counts)
+
     def with_rows(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> "PlanResult":
         """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
         rows = rows.unsqueeze(1)

@@ -34,7 +34,7 @@ from sglang_macs.engine import deepep
 from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)
@@ -80,7 +80,7 @@ def test_no_plan_exceeds_the_rows_of_its_region():
         ids = torch.stack([torch.zeros(tokens), torch.ones(tokens)], 1).long()
         segment = torch.zeros(tokens, dtype=torch.int32)
         hidden = torch.randn(tokens, 32)
-        result = plan(hidden, ids, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8), segment, 1)
+        result = plan(RoutedTokens(hidden, ids, torch.full((tokens, 2), 0.5), torch.zeros(tokens, 8), segment, 1))
         kept = torch.bincount(result.topk_ids[result.topk_ids >= 0], minlength=8)
         assert 0 < int(kept.max()) <= rows_per_expert(config, sizes)
 
@@ -284,9 +284,9 @@ class Transport:
     def __init__(self):
         self.calls = []
 
-    def send(self, plan, layer_id, format, *arguments):
+    def send(self, plan, layer_id, format, tokens):
         self.calls.append(("send", layer_id, format))
-        result = plan(*(arguments[i] for i in (0, 1, 2, 3, 4, 5)))
+        result = plan(tokens)
         return result._replace(own=result.own[-4:], group=result.group[-4:])
 
     def receive(self):
@@ -463,12 +463,12 @@ def test_a_rank_that_compiles_its_first_kernels_is_waited_for_longer(dispatched,
     monkeypatch.setattr(ops, "fused_combine", lambda *_, timeout_ns, **__: limits.append(timeout_ns))
     size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
     dispatched.memory = PeerMemory(0, torch.zeros(size, dtype=torch.uint8), [0, 0])
-    inputs = (torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
+    tokens = RoutedTokens(torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
     for before, seconds in ((0, 200), (fused.FIRST_ROUNDS - 1, 200), (fused.FIRST_ROUNDS, 30)):
         dispatched._round = before
-        dispatched.send(SimpleNamespace(fused_options=lambda device: {}), 0, "fp8", *inputs)
+        dispatched.send(SimpleNamespace(fused_options=lambda device: {}), 0, "fp8", tokens)
         dispatched.receive()
-        dispatched.combine(*inputs[1:3])
+        dispatched.combine(tokens.topk_ids, tokens.topk_weights)
         assert {limits.pop() for _ in range(3)} == {seconds * 10**9} and not limits
     for in_round, said in ((7, "within 200 s"), (fused.FIRST_ROUNDS + 1, "within 30 s")):
         with pytest.raises(MacsError, match=said):
@@ -499,14 +499,14 @@ def test_rows_that_nobody_received_stop_the_next_layer(dispatched, monkeypatch):
     monkeypatch.setattr(ops, "fused_receive", lambda *_: None)
     size = FusedDispatch.region_bytes(MacsConfig(), SIZES, 4)
     dispatched.memory = PeerMemory(0, torch.zeros(size, dtype=torch.uint8), [0, 0])
-    inputs = (torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
+    tokens = RoutedTokens(torch.zeros(1, 2048), torch.zeros(1, 4), torch.zeros(1, 4), None, torch.zeros(1), 1)
     plan = SimpleNamespace(fused_options=lambda device: {})
     for layer in (0, 1):
-        dispatched.send(plan, layer, "fp8", *inputs)
+        dispatched.send(plan, layer, "fp8", tokens)
         dispatched.receive()
-    dispatched.send(plan, 2, "fp8", *inputs)
+    dispatched.send(plan, 2, "fp8", tokens)
     with pytest.raises(MacsError, match=r"layer 3 sent.*layer 2 received before"):
-        dispatched.send(plan, 3, "fp8", *inputs)
+        dispatched.send(plan, 3, "fp8", tokens)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

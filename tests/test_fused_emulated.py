@@ -19,7 +19,9 @@ from support.fused_checks import check_guards, describe, output, play
 from support.fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
 from support.kernel_case import POISON, Config
 from support.kernel_reference import fixed
+from support.tiers import nightly_but
 
+pytestmark = pytest.mark.emulated
 SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
@@ -122,6 +124,11 @@ WITH_ROWS = {
     }.items()
 }
 CASES |= UNCUT | TOLD_AGAIN | CUT | {f"with_rows_{name}": config for name, config in WITH_ROWS.items()}
+USUAL = (
+    "plain", "one_rank", "eight_ranks", "own_rows", "no_tokens", "rows_read_twice", "fp8_own_rows", "copied_outputs",
+    "many_experts", "no_entropies", "free", "free_idle", "mix", "effective", "many", "many_in_one_block",
+    "equal_effective", "group_not_kept", "with_rows_packed", "with_rows_one_block",
+)  # fmt: skip
 POLICIES = list(
     itertools.product(
         ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate"), ("none", "local", "global")
@@ -129,7 +136,7 @@ POLICIES = list(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", nightly_but(CASES, *USUAL))
 def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
     group = Group(kernels, CASES[name], "cpu")
     for seed in range(3):
@@ -214,7 +221,12 @@ def each_by_itself_in_two_phases(group: Group) -> None:
 
 
 @pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases, each_by_itself_in_two_phases])
-@pytest.mark.parametrize("name", ["plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"])
+@pytest.mark.parametrize(
+    "name",
+    nightly_but(
+        ["plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"], "plain", "with_rows_one_block"
+    ),
+)
 def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[Group], None]) -> None:
     group = Group(kernels, CASES[name], "cpu")
     for seed in range(4):

@@ -29,7 +29,7 @@ from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import bounded
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 128, 8, 2048, 768  # a layer of Qwen3-VL-30B-A3B
 BATCHES = 8  # with routings of their own
@@ -111,7 +111,7 @@ class Layer:
         for _ in range(self.attention):
             x = x @ self.square
         yield
-        planned = self.plan(hidden, ids, gates, logits, self.segment, 0, self.all_reduce)
+        planned = self.plan(RoutedTokens(hidden, ids, gates, logits, self.segment, 0), self.all_reduce)
         yield
         per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(planned.topk_ids, EXPERTS)
         yield

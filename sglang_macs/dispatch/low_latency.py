@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..plan import batch
-from ..plan.plan import PlanResult
+from ..plan.plan import PlanResult, RoutedTokens
 from .fused import FusedDispatch
 from .planner import LayerPlanner
 from .transport import row_format
@@ -56,29 +56,11 @@ class FusedLowLatency:
         planned = not now.skip and not now.leaves_alone
         return planned and row_format(self.impl) is not None and self.impl.overlap_args is None
 
-    def plan(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        router_logits: Tensor | None,
-        segment: Tensor,
-        num_segments: int,
-    ) -> PlanResult:
+    def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
-        result = self.transport.send(
-            self.planner.plan,
-            self.planner.layer_id,
-            row_format(self.impl),
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            router_logits,
-            segment,
-            num_segments,
-        )
+        result = self.transport.send(self.planner.plan, self.planner.layer_id, row_format(self.impl), tokens)
         experts = self.planner.plan.num_experts
-        assignments = hidden_states.shape[0] * self.planner.plan.num_ranks * topk_ids.shape[1]
+        assignments = tokens.topk_ids.numel() * self.planner.plan.num_ranks
         self._sent = _Sent(result, (assignments + experts) // experts)
         self.planner.counters.fused += 1
         return result

@@ -14,7 +14,7 @@ from ..comm.peer_all_reduce import PeerAllReduce
 from ..observe import stats
 from ..observe.recorder import Recorder
 from ..plan import batch
-from ..plan.plan import Plan, PlanResult
+from ..plan.plan import Plan, PlanResult, RoutedTokens
 from .acting import Acting
 
 
@@ -74,12 +74,12 @@ class LayerPlanner:
         topk_weights: Tensor,
         router_logits: Tensor | None,
         half: int | None = None,
-        plan: Callable[..., PlanResult] | None = None,
+        plan: Callable[[RoutedTokens], PlanResult] | None = None,
     ) -> Planned:
-        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
+        """Shapes as in `RoutedTokens`; every rank calls it for every dispatch, T = 0 included.
 
         half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
-        plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
+        plan: in place of the layer's own, where the dispatch itself plans and exchanges.
         """
         now = batch.current()
         skip = now.skip_of(self.layer_id)
@@ -95,9 +95,11 @@ class LayerPlanner:
                 self._record(now, topk_ids, topk_weights, routed, planned=False)
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
-        given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
+        tokens = RoutedTokens(
+            hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
+        )
         start = time.perf_counter()
-        result = plan(*given) if plan else self.plan(*given, self.exchange)
+        result = plan(tokens) if plan else self.plan(tokens, self.exchange)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)

@@ -16,6 +16,21 @@ from ..ops import policy
 AllReduce = Callable[[Tensor], object]
 
 
+class RoutedTokens(NamedTuple):
+    """What one rank brings to one MoE layer: its tokens, and where the router sends them.
+
+    hidden_states: [T, H]. topk_ids: [T, K] i32 or i64, -1 = empty slot. topk_weights: [T, K] f32. router_logits: [T, E]
+    or None: nothing is re-routed. segment: [T] i32, -1 = text, otherwise below num_segments.
+    """
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    router_logits: Tensor | None
+    segment: Tensor
+    num_segments: int
+
+
 class PlanResult(NamedTuple):
     """What one plan decided on this rank.
 
@@ -128,34 +143,24 @@ class Plan:
         """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
         return ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, self.policy)
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        router_logits: Tensor | None,
-        segment: Tensor,
-        num_segments: int,
-        all_reduce: AllReduce | None = None,
-    ) -> PlanResult:
+    def __call__(self, tokens: RoutedTokens, all_reduce: AllReduce | None = None) -> PlanResult:
         """Plans one dispatch. Collective where `exchange=group`: every rank of the EP group calls it, T = 0 included.
 
         Args:
-            hidden_states: [T, H]; topk_ids [T, K]; topk_weights [T, K] f32; router_logits [T, E] or None.
-            segment: [T] i32, -1 = text, otherwise below num_segments.
+            tokens: of this rank.
             all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group. With a
                 `PeerAllReduce` the whole plan is one operator call, else two around it.
         """
-        routing = topk_ids, topk_weights
         if self.config.exchange == "local":
             all_reduce = None
-        if not ops.is_whole(topk_ids):
-            return self._by_operators(hidden_states, *routing, router_logits, segment, num_segments, all_reduce)
-        modality = self._modality_on(topk_ids.device)
+        if not ops.is_whole(tokens.topk_ids):
+            return self._by_operators(tokens, all_reduce)
+        modality = self._modality_on(tokens.topk_ids.device)
         if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
             peers = ops.ALONE if all_reduce is None else all_reduce.peers
-            batch = hidden_states, *routing, router_logits, segment, num_segments
-            return PlanResult(*ops.plan(*batch, modality, self.policy, peers))
+            return PlanResult(*ops.plan(*tokens, modality, self.policy, peers))
+        hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
+        routing = topk_ids, topk_weights
         weight, own, group, workspace = ops.score_histogram(
             hidden_states, *routing, segment, num_segments, self.policy, True
         )
@@ -165,17 +170,9 @@ class Plan:
         )
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
-    def _by_operators(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        router_logits: Tensor | None,
-        segment: Tensor,
-        num_segments: int,
-        all_reduce: AllReduce | None,
-    ) -> PlanResult:
+    def _by_operators(self, tokens: RoutedTokens, all_reduce: AllReduce | None) -> PlanResult:
         """As `__call__`, by the five operators one after the other."""
+        hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         weight = self.weight(hidden_states, segment, num_segments)
         own = group = self.histogram(topk_ids, topk_weights, weight, segment)
         if all_reduce is not None:

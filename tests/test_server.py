@@ -29,8 +29,8 @@ MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
 INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
 
 
-def serve(model, *arguments: str, log: str, kind: type[Server] = Server) -> Server:
-    return kind(model, list(arguments), log=HERE.parent / "build" / f"test-{log}.log")
+def serve(model, *arguments: str, log: str, kind: type[Server] = Server, **options) -> Server:
+    return kind(model, list(arguments), log=HERE.parent / "build" / f"test-{log}.log", **options)
 
 
 def states(server: Server) -> list[dict]:

@@ -38,7 +38,8 @@ class Rerun:
         with batch.forward(self.now), self.planner.uncounted() as results:
             self.output.copy_(self.forward())
         for memory, made in zip(self.result or (), results[0] if results else (), strict=True):
-            memory.copy_(made)
+            if memory is not None:
+                memory.copy_(made)
 
 
 class StandIn(LayerGraphs):

@@ -225,7 +225,7 @@ class LayerGraph:
 
 
 def _aliases(result: PlanResult) -> PlanResult:
-    return PlanResult(*(_alias(x) for x in result))
+    return PlanResult(*(x if x is None else _alias(x) for x in result))
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from sglang_macs.plan.plan import Plan, PlanResult
 def plans(group: ReplicaGroup, config: MacsConfig) -> list[Plan]:
     """One for each rank: their tables differ in whose they are."""
     mapped, num_experts, num_ranks = group.placed
-    given = config, num_experts, num_ranks, group.group.modality, group.group.scoring
+    given = config, num_experts, num_ranks, group.group.modality, group.group.routing
     return [Plan(*given, Places(num_experts, len(mapped), num_ranks, rank, mapped)) for rank in range(num_ranks)]
 
 
@@ -121,7 +121,7 @@ def test_linear_tables_give_the_bits_of_none(group: ReplicaGroup, config: MacsCo
     linear = list(range(group.group.num_experts))
     batches = [replace(b, topk_ids=group.logical(b.topk_ids)) for b in group.group.batches]
     group = replace(group, group=replace(group.group, batches=batches), physical_to_logical=linear)
-    none = Plan(config, group.group.num_experts, group.group.num_ranks, group.group.modality, group.group.scoring)
+    none = Plan(config, group.group.num_experts, group.group.num_ranks, group.group.modality, group.group.routing)
     _, total = exchanged(group, plans(group, config))
     for got, b in zip(run(group, config), batches, strict=True):
         want = none(*inputs(b), lambda tensor: tensor.copy_(total[: none.histogram_size]))

@@ -23,7 +23,7 @@ SELECTED = """
 (test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
 or any_gate or of_any or infinite_gamma
 or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
-or (awkward and nan) or a_proposal or without_logits or keep_their or strided
+or (awkward and nan) or a_proposal or selection_score or rounded_to_nothing or without_logits or keep_their or strided
 """
 
 

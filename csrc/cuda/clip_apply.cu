@@ -34,6 +34,7 @@ constexpr int kMaxExperts = 1024;
 struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
+  Logits order;  // what candidates are ordered by
   ApplySizes sizes;
   GridState* state;  // the CutBroadcast lies behind it
   void* scratch;
@@ -114,6 +115,7 @@ struct State {
 template <class Id>
 struct Walk {
   const ClipApplyParams& p;
+  const Logits& order;
   const ApplySizes& sizes;
   const Board board;
   const Step step;
@@ -121,7 +123,7 @@ struct Walk {
   State first;
 
   __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const Board& b)
-      : p(args.apply), sizes(args.sizes), board(b), step(p.in.top_k, sizes.by_top_k) {
+      : p(args.apply), order(args.order), sizes(args.sizes), board(b), step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
     begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
     end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
@@ -211,7 +213,6 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
   const Headroom<kKeys> headroom(experts, board.headroom(), board.bound_of());
-  const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
@@ -229,7 +230,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].unplaced != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].unplaced != 0) load_logits<kKeys>(walk.order, experts, first + token, tokens[t].logits);
       }
     };
     UnplacedToken<kKeys> tokens[kTokensAtOnce];
@@ -387,7 +388,9 @@ cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stre
 ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
   void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.policy.num_experts);
   const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
-  return {threshold, apply, ApplySizes::of(apply, warps, kThreads), static_cast<GridState*>(workspace), scratch};
+  const Logits order = apply.selection != nullptr ? Logits{apply.selection, DType::kFloat32}
+                                                  : Logits{apply.router_logits, apply.logits_dtype};
+  return {threshold, apply, order, ApplySizes::of(apply, warps, kThreads), static_cast<GridState*>(workspace), scratch};
 }
 
 }  // namespace

@@ -50,10 +50,11 @@ class FusedLowLatency:
     def takes(self) -> bool:
         """Whether the dispatch that comes now goes through the fused kernels: agreed on by all ranks of the group.
 
-        Not where rows are left alone: the kernel plans every row that it sends.
+        Not where rows are left alone: the kernel plans every row that it sends; and not where candidates are ordered by
+        something else than their logits.
         """
         now = batch.current()
-        planned = not now.skip and not now.leaves_alone
+        planned = not now.skip and not now.leaves_alone and not self.planner.plan.routing.needs_selection
         return planned and row_format(self.impl) is not None and self.impl.overlap_args is None
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:

@@ -236,12 +236,11 @@ def switches() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-@st.composite
-def routings(draw: Callable[..., Any], gen: torch.Generator, num_experts: int, scoring: str) -> Routing:
-    """A router with that scoring: with and without a bias, with and without groups."""
-    parts = [(n, k) for n in (2, 3, 4) if num_experts % n == 0 and num_experts >= 2 * n for k in range(1, n)]
-    chosen = draw(st.sampled_from([(1, 1), *parts]))
-    return routing(gen, num_experts, scoring, biased=draw(st.booleans()), groups=chosen)
+def routings(gen: torch.Generator, num_experts: int, scoring: str) -> st.SearchStrategy[Routing]:
+    """Routers with that scoring: with and without a bias, with and without groups."""
+    parts = [(n, k) for n in (2, 3, 4) if num_experts % n == 0 and num_experts >= 2 * n for k in range(n - 1, 0, -1)]
+    kinds = [(groups, biased) for groups in ((1, 1), *parts) for biased in (True, False)]
+    return st.sampled_from(kinds).map(lambda kind: routing(gen, num_experts, scoring, groups=kind[0], biased=kind[1]))
 
 
 @st.composite

@@ -66,8 +66,13 @@ class Layer:
         shared, self.sent = SimpleNamespace(sent=lambda: self.sent.append(len(self.launched))), []
         sizes = Sizes(RANKS, EXPERTS, TOP_K, HIDDEN)
         self.used = []
-        in_use = lambda: self.used.append(len(self.launched))  # noqa: E731
-        normal = SimpleNamespace(planner=self.planner, sizes=sizes, room=self.room, shared=shared, in_use=in_use)
+        normal = SimpleNamespace(
+            planner=self.planner,
+            sizes=sizes,
+            room=self.room,
+            shared=shared,
+            in_use=lambda: self.used.append(len(self.launched)),
+        )
         self._found, self._graph = room, LayerGraph(self.graphs, normal, lambda: self.normal_mode) if graphs else None
 
     def room(self) -> Room | None:

@@ -336,8 +336,8 @@ def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
 
 
 def shared_gpu(options: argparse.Namespace) -> contextlib.AbstractContextManager[dict[str, str]]:
-    """The environment of servers whose ranks share a GPU. Each has multiprocessors of its own, those of idle servers, too:
-    a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
+    """The environment of servers whose ranks share a GPU. Each rank has multiprocessors of its own, idle servers' ranks
+    too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
     """
     side_by_side = max(len({variant.flags for variant in group}) for group in groups_of(options))
     return mps.shared_gpu(options.ranks * side_by_side)

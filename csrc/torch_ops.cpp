@@ -707,7 +707,8 @@ void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shap
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns) {
+    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns,
+    int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -732,6 +733,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.same_device = !ranks_are_apart(p.shape);
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
@@ -757,7 +759,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
 
 // The rest of a dispatch that was only sent: behind it every rank's rows are there.
 void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
-                   int64_t timeout_ns) {
+                   int64_t timeout_ns, int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -766,6 +768,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_receive");
@@ -773,7 +776,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
 
 Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
                      const Tensor& topk_ids, const Tensor& topk_weights, const OptionalTensor& outputs, int64_t phase,
-                     int64_t timeout_ns) {
+                     int64_t timeout_ns, int64_t layer) {
   FusedCombineParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -796,6 +799,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.same_device = !ranks_are_apart(p.shape);
   p.phase = checked_enum<Phase>(phase, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_combine(p, stream_of(region)), "fused_combine");
@@ -942,7 +946,7 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
     const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t) {
+    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t, int64_t) {
   check_device("hidden_states", hidden_states, region);
   check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
@@ -956,10 +960,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
           at::empty({kNumSums}, i32)};
 }
 
-void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t) {}
+void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t, int64_t) {}
 
 Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& topk_ids,
-                          const Tensor&, const OptionalTensor&, int64_t, int64_t) {
+                          const Tensor&, const OptionalTensor&, int64_t, int64_t, int64_t) {
   return at::empty_symint({topk_ids.sym_size(0), c10::SymInt(checked_shape(shape).hidden_size)},
                           region.options().dtype(at::kBFloat16));
 }
@@ -1008,12 +1012,12 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
       "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, float[] policy, "
-      "int num_segments, int phase, int timeout_ns) "
+      "int num_segments, int phase, int timeout_ns, int layer) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
+  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns, int layer) -> ()");
   m.def(
       "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
-      "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
+      "Tensor? outputs, int phase, int timeout_ns, int layer) -> Tensor");
   m.def("peer_reduce_layout(int num_ranks, int size) -> int[]", &macs::peer_reduce_layout_of);
   m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
   m.def("bounded_workspace_size(int num_tokens, int num_experts) -> int", &macs::bounded_workspace_size);

@@ -119,7 +119,7 @@ struct FusedBlock {
       : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region, a.p.network),
         shared(memory), block(blockIdx.x), num_blocks(gridDim.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
         first(args.by_blocks.divide(me.num_tokens * block)), end(args.by_blocks.divide(me.num_tokens * (block + 1))) {
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device};
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device, p.layer};
   }
 
   template <class T>

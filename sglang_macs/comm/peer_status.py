@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_STATUS = struct.Struct("=iiiIqq")  # FusedStatus of csrc/include/macs/fused.h
+_STATUS = struct.Struct("=iiiiIIqq")  # FusedStatus of csrc/include/macs/fused.h
 SIZE = _STATUS.size
 
 # By Fault of that file: what the rank in question did or did not do.
@@ -31,12 +31,14 @@ FAULTS = (
 
 
 class Record(NamedTuple):
-    """The first fault of a rank; peer and block -1: not known which."""
+    """The first fault of a rank; peer and block -1: not known which; layer -1: of none."""
 
     fault: int
     peer: int
     block: int
+    layer: int
     in_round: int
+    limit_ms: int
     seen: int
     expected: int
 

@@ -33,6 +33,7 @@ class Transports:
         self.config = config
         self._sizes: Sizes | None = None
         self._made: list[FusedDispatch] = []
+        self.plans = False  # whether planned batches go through the fused dispatch
         self._sum_size: int | None = None  # once a layer has asked
         self._sum: PeerAllReduce | None = None
 
@@ -47,19 +48,26 @@ class Transports:
             return []
         if self._sizes is None:
             self._sizes = sizes
-            why = self.config.no_low_latency(mode) or (overlaps and "--enable-single-batch-overlap")
+            why = "--deepep-mode normal" if mode == "normal" else overlaps and "--enable-single-batch-overlap"
             why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
+                self.plans = mode == "low_latency" or self.config.decode
             say_for_group(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
     @property
-    def fuses(self) -> bool:
-        """Whether planned batches go through the fused dispatch."""
-        return bool(self._made)
+    def region_bytes(self) -> int:
+        """Of a rank, for the fused dispatch; 0 without."""
+        return sum(made.region_bytes(self._sizes, made.num_blocks) for made in self._made)
+
+    def state(self) -> dict[str, int]:
+        """For `GET /server_info`: the memory of a rank, and the dispatches that the fused kernels have carried, those
+        of replayed graphs too. Waits for the current stream.
+        """
+        return {"bytes": self.region_bytes, "rounds": sum(made.rounds() for made in self._made)}
 
     def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
         """What sums the histograms [size] of all layers, or None: their process group. Says which, once. Collective at
@@ -101,13 +109,8 @@ class Transports:
     def _line(self, why: str) -> str:
         if why:
             return f"DeepEP carries every batch, behind the plan: {why}"
-        blocks = self._made[0].num_blocks
-        needed = sum(t.region_bytes(self.config, self._sizes, blocks) for t in self._made)
-        saved = sum(t.saved_bytes(self.config, self._sizes) for t in self._made)
-        return (
-            f"the fused dispatch carries planned low-latency batches: {needed / 1e6:.0f} MB a rank, "
-            f"{saved / 1e6:.0f} MB less than room for every token of every rank"
-        )
+        memory = f"{self.region_bytes / 1e6:.0f} MB a rank for {self._sizes.max_tokens} tokens of every rank"
+        return f"the fused dispatch carries every low-latency batch: {memory}"
 
 
 def say_for_group(line: str, group: dist.ProcessGroup) -> None:
@@ -128,5 +131,5 @@ def make(config: MacsConfig, sizes: Sizes, group: dist.ProcessGroup) -> FusedDis
     """A fused dispatch over memory of its own. Collective."""
     own = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     num_blocks = min(peer_memory.everyone(own, group))
-    size = FusedDispatch.region_bytes(config, sizes, num_blocks)
+    size = FusedDispatch.region_bytes(sizes, num_blocks)
     return FusedDispatch(config, sizes, peer_memory.share(size, group), num_blocks)

@@ -1,4 +1,8 @@
-"""The plan in front of DeepEP's dispatcher, and the fused dispatch in place of its low-latency kernels."""
+"""The plan in front of DeepEP's dispatcher, and the fused dispatch in place of its low-latency kernels.
+
+Which of DeepEP's modes a pass has is SGLang's choice, of `is_extend_in_batch`, which its schedulers have exchanged:
+with --deepep-mode auto a pass in which any rank prefills is in normal mode on all.
+"""
 
 from functools import partial
 from itertools import zip_longest
@@ -62,8 +66,9 @@ class _Halves:
         planner = self._planner
         topk_output = routed_nowhere(topk_output, hidden_states.shape[0])
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
-        takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
-        plan = fused.plan if takes else None
+        if fused is not None:
+            fused.in_halves = self._half is not None
+        plan = fused.plan if fused is not None and inner._get_impl() is fused.impl and fused.plans() else None
         planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
         planner.measure(ids, planned)
         output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)

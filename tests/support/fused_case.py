@@ -11,6 +11,7 @@ import torch
 from . import fused_c as fc
 from .kernel_case import POISON, Config, Inputs, make_inputs
 
+LAYER = 5  # what a fault is to name
 GUARD = 256  # bytes of poison on either side of every buffer
 # Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round, and
 # `row_scales` are 0 where scales come with rows.
@@ -238,7 +239,7 @@ class Group:
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
             policy=f.policy(self.config.needs_entropy), num_segments=f.num_segments, ids_are_i64=f.ids_i64,
             same_device=self.same_device, scales_with_rows=self.config.scales_with_rows,
-            names_sources=self.config.names_sources, phase=phase, timeout_ns=self.config.timeout_ns,
+            names_sources=self.config.names_sources, phase=phase, layer=LAYER, timeout_ns=self.config.timeout_ns,
             **self._launched(launched, only),
         )  # fmt: skip
         self.kernels("fused_dispatch", params)
@@ -246,7 +247,7 @@ class Group:
     def combine(self, phase: int = fc.BOTH, launched: int | None = None, only: int | None = None) -> None:
         params = fc.FusedCombineParams(
             shape=self.config.shape, layout=self.layout, ids_are_i64=self.config.plan.ids_i64,
-            same_device=self.same_device, phase=phase,
+            same_device=self.same_device, phase=phase, layer=LAYER,
             timeout_ns=self.config.timeout_ns, **self._launched(launched, only),
         )  # fmt: skip
         self.kernels("fused_combine", params)

@@ -13,7 +13,7 @@ import torch
 
 from . import fused_c as fc
 from .comparison import Mismatch
-from .fused_case import FusedConfig, Group, make_group
+from .fused_case import LAYER, FusedConfig, Group, make_group
 from .fused_checks import check_guards, describe, play
 from .kernel_case import POISON, Config
 
@@ -158,6 +158,8 @@ def expect_fault(group: Group, scenario: Scenario) -> None:
     status = group.status(0)
     named = fc.FAULTS[status.fault] == scenario.fault and status.peer == scenario.peer and status.round == 3
     require(named and scenario.seen in (None, status.seen), group, f"expected {scenario}")
+    where = status.layer, status.limit_ms
+    require(where == (LAYER, group.config.timeout_ns // 10**6), group, f"layer and limit are {where}")
     received = group.part(0, "received", torch.int32, group.config.local).any()
     require(bool(received) == scenario.delivered, group, "rows are delivered, or are not")
     if not scenario.decided:

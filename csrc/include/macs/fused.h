@@ -63,7 +63,9 @@ struct FusedStatus {
   int32_t fault;     // Fault
   int32_t peer;      // the rank that was waited for
   int32_t block;     // of that rank, -1: any
+  int32_t layer;     // of the launch that waited, as its caller names it: a graph repeats rounds that no host counts
   uint32_t round;    // the dispatch it happened in
+  uint32_t limit_ms; // how long the wait was to go on
   int64_t seen, expected;
 };
 
@@ -181,6 +183,7 @@ struct FusedDispatchParams {
   bool scales_with_rows;
   bool names_sources;  // `sources` are written: a store of 4 bytes a row. No kernel reads them
   Phase phase;
+  int32_t layer;  // for the record of a fault
   uint64_t timeout_ns;
   const void* network;     // of the network policy; nullptr where every peer is direct
   FusedRank one;           // the rank of this launch
@@ -195,6 +198,7 @@ struct FusedCombineParams {
   const FusedRank* many;   // as of the dispatch
   bool ids_are_i64, same_device;
   Phase phase;
+  int32_t layer;
   uint64_t timeout_ns;
   int32_t launched;
 };

@@ -127,9 +127,18 @@ def unfit_device() -> str:
     return "" if major == COMPUTE_CAPABILITY else f"compute capability {major}.{minor}, and the kernels are for 9.0"
 
 
+def _multiprocessors(group: dist.ProcessGroup) -> int:
+    """Of the current device that may be filled. Blocks of all ranks have to run at once: shares of a device that ranks
+    have in common (CUDA MPS) need not lie side by side, and a tenth is left. Collective.
+    """
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpus = peer_memory.everyone(str(properties.uuid), group)
+    shared = len(set(gpus)) < len(gpus)
+    return properties.multi_processor_count * 9 // 10 if shared else properties.multi_processor_count
+
+
 def make(config: MacsConfig, sizes: Sizes, group: dist.ProcessGroup) -> FusedDispatch:
     """A fused dispatch over memory of its own. Collective."""
-    own = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    num_blocks = min(peer_memory.everyone(own, group))
+    num_blocks = min(peer_memory.everyone(_multiprocessors(group), group))
     size = FusedDispatch.region_bytes(sizes, num_blocks)
     return FusedDispatch(config, sizes, peer_memory.share(size, group), num_blocks)

@@ -147,6 +147,11 @@ struct FusedBlock {
   __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
+  // Of what a source tells of its rows per expert in this round.
+  __device__ __forceinline__ int64_t counts_of(int source) const {
+    const int row = (patience.round & 1) * p.shape.num_ranks + source;
+    return p.layout.counts + 8LL * row * p.shape.num_experts;
+  }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
     return at<uint32_t>(args.tables.entries) + (args.keeps_group ? source * most_slots() : 0);
   }

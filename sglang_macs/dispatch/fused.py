@@ -21,7 +21,6 @@ from ..comm.peer_memory import PeerMemory, everyone
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops.definitions import limit
-from ..plan.batch import TEXT
 from ..plan.plan import Plan, PlanResult
 
 # Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
@@ -93,10 +92,6 @@ def region_shape(sizes: Sizes, format: str, num_blocks: int) -> ops.RegionShape:
     )
 
 
-# What a batch that is not planned is carried by: no bound, and nothing that takes an entropy.
-_AS_ROUTED = MacsConfig.from_preset("rank", gamma=math.inf, reroute="none")
-
-
 class FusedDispatch:
     """Dispatch and combine over one region.
 
@@ -109,7 +104,6 @@ class FusedDispatch:
     def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:
         self.config, self.sizes, self.memory, self.num_blocks = config, sizes, memory, num_blocks
         self.shape: ops.RegionShape | None = None  # once the format of the rows is known
-        self._as_routed: Plan | None = None  # made by the first `carry`
         self._rounds = 0  # launched or captured here; the region counts those that have run
         self._layer = -1  # whose rows were sent last
         self._to_receive = False  # whether a launch has yet to await them
@@ -168,16 +162,13 @@ class FusedDispatch:
         format: str,
         hidden_states: Tensor,
         topk_ids: Tensor,
-        topk_weights: Tensor,
         *,
         awaits: bool = False,
     ) -> None:
         """Sends every row to where it was routed, unplanned; the rest as of `send`. Collective."""
-        if self._as_routed is None:
-            self._as_routed = Plan(_AS_ROUTED, self.sizes.num_experts, self.sizes.num_ranks)
-            self._text = hidden_states.new_full((self.sizes.max_tokens,), TEXT, dtype=torch.int32)
-        given = hidden_states, topk_ids, topk_weights, None, self._text[: topk_ids.shape[0]], 0
-        self.send(self._as_routed, layer_id, format, *given, awaits=awaits)
+        self._begin(layer_id, format, awaits)
+        phase = "both" if awaits else "send"
+        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._patience())
 
     def receive(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """What all ranks sent: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for bf16), and rows
@@ -188,6 +179,20 @@ class FusedDispatch:
         self._to_receive = False
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
 
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether a GEMM over `inputs` is over the rows that were received."""
+        return self.shape is not None and inputs.data_ptr() == self.rows().data_ptr()
+
+    def lend(self, outputs: Tensor) -> bool:
+        """Makes `outputs`, which nobody has written yet, the memory that combine reads; False: they are of another
+        shape than the experts' outputs [E_l, M, H] bf16.
+        """
+        place = self._outputs()
+        if outputs.shape != place.shape or outputs.dtype != place.dtype:
+            return False
+        outputs.set_(place)
+        return True
+
     def offer(self, outputs: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """The experts' outputs [E_l, M, H] bf16, to whoever sent the rows."""
         self._combine(outputs, topk_ids, topk_weights, "send")
@@ -197,6 +202,10 @@ class FusedDispatch:
         they were sent.
         """
         return self._combine(outputs, topk_ids, topk_weights, "receive" if outputs is None else "both")
+
+    def _outputs(self) -> Tensor:
+        """[E_l, M, H] bf16, what combine reads."""
+        return self._part("outputs", torch.bfloat16, self._local, self.shape.expert_rows, self.sizes.hidden_size)
 
     def rounds(self) -> int:
         """That have run, replayed ones too. Waits for the current stream."""
@@ -264,6 +273,8 @@ class FusedDispatch:
         return self.memory.own, self.memory.addresses, self.memory.rank, self.shape
 
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
+        if outputs is not None and outputs.data_ptr() == self._outputs().data_ptr():
+            outputs = None  # they lie where they are read
         return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._patience())
 
     def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -95,10 +95,9 @@ class FusedLowLatency:
         if self._sent is None and not self.takes():
             return original(hidden_states=hidden_states, topk_output=topk_output)
         if self._sent is None:
-            routing = topk_output.topk_ids, topk_output.topk_weights
             where = self.planner.layer_id, row_format(self.impl)
-            self.transport.carry(*where, hidden_states, *routing, awaits=not self.in_halves)
-            self._note(*routing)
+            self.transport.carry(*where, hidden_states, topk_output.topk_ids, awaits=not self.in_halves)
+            self._note(topk_output.topk_ids, topk_output.topk_weights)
         return (self._sent,)
 
     def _dispatch_b(self, original: Callable, *state: Any) -> Any:

@@ -364,8 +364,32 @@ def fused_dispatch(
     )
 
 
+def fused_carry(
+    region: Tensor,
+    peers: list[int],
+    rank: int,
+    shape: RegionShape,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    *,
+    phase: str,
+    timeout_ns: int,
+    layer: int,
+) -> None:
+    """Sends every row to where it is routed, in one launch without a plan. Collective. On CUDA.
+
+    Args:
+        shape: with expert_rows >= num_ranks * max_tokens.
+        hidden_states: [T, H] bf16, T <= shape.max_tokens; topk_ids: [T, K] i32 or i64, negative = none.
+        The rest as of `fused_dispatch`; rows, scales, received and positions lie in the region.
+    Source: csrc/cuda/fused_carry.cu. An expert's rows lie by source, beginning with the rank behind its own.
+    """
+    where = region, peers, rank, list(shape)
+    _ops.fused_carry(*where, hidden_states, topk_ids, choice("phase", phase, PHASES), timeout_ns, layer)
+
+
 def fused_receive(region: Tensor, peers: list[int], rank: int, shape: RegionShape, timeout_ns: int, layer: int) -> None:
-    """Waits on the device until the rows of a `fused_dispatch` that only sent are there. Collective."""
+    """Waits on the device until the rows of a dispatch or `fused_carry` that only sent are there. Collective."""
     _ops.fused_receive(region, peers, rank, list(shape), timeout_ns, layer)
 
 

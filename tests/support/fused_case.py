@@ -33,6 +33,7 @@ class FusedConfig:
     max_rows: int = 0  # 0: as many as may ever come
     needs_entropy: bool = True
     row_experts: bool = False
+    carried: bool = False  # nothing is planned: fused_carry
     copies_outputs: bool = False  # combine gets the experts' outputs outside the region
     timeout_ns: int = 10_000_000_000
 
@@ -176,6 +177,8 @@ class Group:
             "sums": make("sums", torch.int32, 4),
             "combined": make("combined", torch.bfloat16, f.T, f.H),
         }
+        if self.config.carried:
+            outputs = {"combined": outputs["combined"]}
         if self.config.row_experts:
             outputs["row_experts"] = make("row_experts", torch.int32, self.config.rows)
         copied = make("outputs", torch.bfloat16, self.config.rows, f.H) if self.config.copies_outputs else None
@@ -187,6 +190,8 @@ class Group:
             struct.region[peer] = address
         for name, tensor in (*mine.inputs.items(), *mine.outputs.items()):
             setattr(struct, name, tensor.data_ptr())
+        if self.config.carried:  # what combine goes by is what came in
+            struct.new_ids, struct.new_weights = struct.topk_ids, struct.topk_weights
         if mine.expert_outputs is not None:
             struct.outputs = mine.expert_outputs.data_ptr()
         return struct
@@ -242,7 +247,8 @@ class Group:
             names_sources=self.config.names_sources, phase=phase, layer=LAYER, timeout_ns=self.config.timeout_ns,
             **self._launched(launched, only),
         )  # fmt: skip
-        self.kernels("fused_dispatch", params)
+        carries = self.config.carried and phase != fc.RECEIVE  # which is the same for both
+        self.kernels("fused_carry" if carries else "fused_dispatch", params)
 
     def combine(self, phase: int = fc.BOTH, launched: int | None = None, only: int | None = None) -> None:
         params = fc.FusedCombineParams(

@@ -74,6 +74,13 @@ def forge_weight(group: Group) -> None:
     weights.copy_(torch.tensor([12 * 128, now]))
 
 
+def forge_counts(group: Group, counts: list[int]) -> None:
+    """Rank 1's rows per expert, which have two places, by the round's parity."""
+    now = group.round(0) + 1
+    words = group.part(0, "counts", torch.int32, 2, 2, 16, 2)[now & 1, 1]
+    words[:, 0], words[:, 1] = torch.tensor(counts), now
+
+
 def forge_rows(group: Group, scales: bool = True) -> None:
     """Rank 1's signal that its rows are here, and their scales (they are the poison)."""
     if scales:
@@ -109,9 +116,7 @@ def _sent(group: Group) -> None:
 def _counted(count: int) -> Callable[[Group], None]:
     def inject(group: Group) -> None:
         forge_assignments(group)
-        counts = ll_words(group, "counts", 16)
-        counts.zero_()
-        counts[5] = count
+        forge_counts(group, [count if expert == 5 else 0 for expert in range(16)])
         group.dispatch(only=0)
 
     return inject

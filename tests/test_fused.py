@@ -94,6 +94,7 @@ def test_operators_trace():
         segment = torch.empty(5, dtype=torch.int32, device="meta")
         options = plan.fused_options(region.device) | {"num_segments": 1, "phase": "send", "timeout_ns": 1, "layer": 0}
         out = ops.fused_dispatch(region, [0, 0], 0, shape, hidden, ids, weights, segment, None, **options)
+        ops.fused_carry(region, [0, 0], 0, shape, hidden, ids, phase="both", timeout_ns=1, layer=0)
         combined = ops.fused_combine(region, [0, 0], 0, shape, ids, weights, None, phase="both", timeout_ns=1, layer=0)
     assert [tuple(t.shape) for t in out] == [(5, 2), (5, 2), (5,), (2, 4), (3, 8, 2), (4,)]
     assert out[0].dtype == torch.int64 and combined.shape == (5, 2048) and combined.dtype == torch.bfloat16
@@ -284,7 +285,7 @@ class Transport:
     def fits(self, format):
         return format == self.format
 
-    def carry(self, layer_id, format, hidden, ids, weights, *, awaits):
+    def carry(self, layer_id, format, hidden, ids, *, awaits):
         self.calls.append(("carry", layer_id, format, awaits, ids))
 
     def send(self, plan, layer_id, format, *arguments, awaits):
@@ -518,6 +519,7 @@ def launches(monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(ops, "fused_dispatch", dispatch)
+    monkeypatch.setattr(ops, "fused_carry", lambda *_, phase, **given: note("carry", phase, given))
     monkeypatch.setattr(ops, "fused_receive", lambda *_, **given: note("receive", "", given))
     monkeypatch.setattr(ops, "fused_combine", lambda *_, phase, **given: note("combine", phase, given))
     return made
@@ -527,19 +529,58 @@ ROUTING = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4)
 
 
 def a_round(carrier: FusedDispatch, layer: int = 0, awaits: bool = False) -> None:
-    carrier.carry(layer, "fp8", torch.zeros(1, 2048), *ROUTING, awaits=awaits)
+    carrier.carry(layer, "fp8", torch.zeros(1, 2048), ROUTING[0], awaits=awaits)
     carrier.receive()
     carrier.combine(*ROUTING)
 
 
 def test_a_whole_batch_is_one_launch_each_way(dispatched, launches):
-    dispatched.carry(4, "fp8", torch.zeros(1, 2048), *ROUTING, awaits=True)
-    dispatched.receive()
+    def planned(layer: int, awaits: bool) -> None:
+        plan = SimpleNamespace(fused_options=lambda device: {})
+        dispatched.send(plan, layer, "fp8", torch.zeros(1, 2048), *ROUTING, None, torch.zeros(1), 1, awaits=awaits)
+        dispatched.receive()
+
+    planned(3, awaits=True)
+    a_round(dispatched, 4, awaits=True)
     dispatched.combine(*ROUTING, torch.zeros(4, 128, 2048))
-    assert launches == [("dispatch", "both", 4, 200), ("combine", "both", 4, 200)]
+    assert launches == [
+        *(("dispatch", "both", 3, 200), ("carry", "both", 4, 200)),
+        *(("combine", "receive", 4, 200), ("combine", "both", 4, 200)),
+    ]
     launches.clear()
-    a_round(dispatched, layer=5)
-    assert launches == [("dispatch", "send", 5, 200), ("receive", "", 5, 200), ("combine", "receive", 5, 200)]
+    planned(5, awaits=False)
+    a_round(dispatched, layer=6)
+    assert launches[:2] == [("dispatch", "send", 5, 200), ("receive", "", 5, 200)]
+    assert launches[2:] == [("carry", "send", 6, 200), ("receive", "", 6, 200), ("combine", "receive", 6, 200)]
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize("intermediate", [512, 1024], ids=["", "first result as wide"])
+def test_experts_write_where_combine_reads(dispatched, launches, monkeypatch, format, intermediate):
+    """Of the two GEMMs of a layer the second one's result; a first one as wide as the model is not taken for it."""
+    given = []
+    monkeypatch.setattr(ops, "fused_combine", lambda *args, **_: given.append(args[-1]))
+    transports = transport.Transports(MacsConfig.from_preset(dispatch="fused"))
+    transports._made = [FusedDispatch(MacsConfig(), SIZES, dispatched.memory, 4), dispatched]  # one for each half
+    transports.place_outputs(torch.zeros(2), torch.zeros(2))  # of a layer before any dispatch
+    for _ in range(2):
+        dispatched.carry(0, format, torch.zeros(1, 2048), ROUTING[0], awaits=True)
+        rows, _, _ = dispatched.receive()
+        first = torch.full((4, 128, 2 * intermediate), 1.0, dtype=torch.bfloat16)
+        activated, outputs = first[..., :intermediate].clone(), torch.full((4, 128, 2048), 3.0, dtype=torch.bfloat16)
+        transports.place_outputs(rows, first)
+        assert (first == 1.0).all()
+        transports.place_outputs(activated, outputs)
+        outputs.fill_(5.0)  # the GEMM
+        assert (dispatched._outputs() == 5.0).all() and outputs.shape == (4, 128, 2048)
+        dispatched.combine(*ROUTING, outputs)
+        assert given.pop() is None, "nothing is left to copy"
+        dispatched._outputs().zero_()
+    elsewhere = torch.full((4, 128, 2048), 3.0, dtype=torch.bfloat16)
+    transports.place_outputs(activated, elsewhere)  # of a layer that DeepEP has fed
+    assert (elsewhere == 3.0).all() and elsewhere.data_ptr() != outputs.data_ptr()
+    dispatched.combine(*ROUTING, elsewhere)
+    assert given.pop() is elsewhere, "another runner's outputs are copied"
 
 
 def test_how_long_a_rank_is_waited_for(dispatched, launches, monkeypatch):
@@ -577,9 +618,9 @@ def test_ranks_that_recover_agree_on_a_round_and_forget_the_fault():
 def test_rows_that_nobody_received_stop_the_next_layer(dispatched, launches):
     for layer in (0, 1):
         a_round(dispatched, layer)
-    dispatched.carry(2, "fp8", torch.zeros(1, 2048), *ROUTING)
+    dispatched.carry(2, "fp8", torch.zeros(1, 2048), ROUTING[0])
     with pytest.raises(MacsError, match=r"layer 3 sent.*layer 2 received before"):
-        dispatched.carry(3, "fp8", torch.zeros(1, 2048), *ROUTING)
+        dispatched.carry(3, "fp8", torch.zeros(1, 2048), ROUTING[0])
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import ops
 from ..comm import peer_memory
@@ -33,6 +34,7 @@ class Transports:
         self.config = config
         self._sizes: Sizes | None = None
         self._made: list[FusedDispatch] = []
+        self._fed: FusedDispatch | None = None  # whose rows the experts have begun with
         self.plans = False  # whether planned batches go through the fused dispatch
         self._sum_size: int | None = None  # once a layer has asked
         self._sum: PeerAllReduce | None = None
@@ -68,6 +70,15 @@ class Transports:
         of replayed graphs too. Waits for the current stream.
         """
         return {"bytes": self.region_bytes, "rounds": sum(made.rounds() for made in self._made)}
+
+    def place_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Before each grouped GEMM of experts: the last of a layer that the fused dispatch has fed writes its result
+        where it is combined. The first one is over the rows; its own result, though it may have the shape, is not it.
+        """
+        if fed := next((made for made in self._made if made.holds(inputs)), None):
+            self._fed = fed
+        elif self._fed is not None and self._fed.lend(outputs):
+            self._fed = None
 
     def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
         """What sums the histograms [size] of all layers, or None: their process group. Says which, once. Collective at

@@ -11,6 +11,7 @@ from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
 from . import worker
+from .hooks import Hook
 from .topk import logits_of, routed_nowhere
 
 
@@ -83,3 +84,17 @@ class _Halves:
             return output
         rows = self._planner.expected_rows(output.topk_ids.shape[1])
         return output if rows is None else output._replace(expected_m=rows)
+
+
+def _masked_gemm(original, inputs, weights, out, *args, **kwargs):
+    """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_masked: outputs of experts that the fused dispatch has fed are written
+    where its combine reads them, not copied there.
+    """
+    worker.current().transports.place_outputs(inputs[0] if isinstance(inputs, tuple) else inputs, out)
+    return original(inputs, weights, out, *args, **kwargs)
+
+
+HOOKS = tuple(
+    Hook(f"sglang.srt.layers.deep_gemm_wrapper.grouped_gemm_nt_{kind}_masked", _masked_gemm, "around")
+    for kind in ("bf16", "f8f8bf16")
+)

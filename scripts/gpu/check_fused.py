@@ -24,6 +24,7 @@ import fused_rounds
 import numpy as np
 import paths  # noqa: F401
 import result_file
+import time_decode
 import time_fused
 import torch
 from support import fused_cases, fused_faults
@@ -132,7 +133,9 @@ def on_one_gpu(options: argparse.Namespace) -> int:
     if not (options.check_only or options.sanitize):
         table = time_fused.Table()
         try:
-            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options))
+            options.keep = lambda table: keep(options, table)
+            timing = time_decode if options.decode else time_fused
+            stage("times", lambda: timing.one_gpu(kernels, table, multiprocessors, options))
         finally:
             finish(options, table)
     return failed
@@ -157,6 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="time decode: 1 to 128 tokens, nothing planned")
     parser.add_argument("--quick", action="store_true", help="time the smallest size alone")
     parser.add_argument("--scales-with-rows", action="store_true", help="time FP8 on one GPU as between devices")
     parser.add_argument("--small", type=int, default=24, help="random cases")

@@ -73,7 +73,7 @@ def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
 
     def shared(ranks: int, **options) -> FusedConfig:
         tokens = options.pop("T", 128)
-        own = {name: options.pop(name) for name in ("format", "scales_with_rows") if name in options}
+        own = {name: options.pop(name) for name in ("format", "scales_with_rows", "carried") if name in options}
         plan = Config(T=tokens, R=ranks, hot=1.0, visual=0.9, **options)
         return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8, **own)
 
@@ -83,6 +83,8 @@ def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
         (shared(2, T=127, **expert), GRAPH_ROUNDS // 4),
         (masked(shared(2, format="fp8", scales_with_rows=True)), GRAPH_ROUNDS // 4),
         (masked(shared(1, scope="expert", bucket_bits=4)), GRAPH_ROUNDS // 4),
+        (masked(shared(8, carried=True)), GRAPH_ROUNDS),
+        (masked(shared(2, T=32, format="fp8", scales_with_rows=True, carried=True)), GRAPH_ROUNDS),
     ]
 
 
@@ -108,6 +110,8 @@ def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: 
             masked(small),
             with_rows,
             masked(with_rows),
+            masked(replace(small, row_experts=False, carried=True)),
+            masked(replace(with_rows, carried=True)),
             *fused_cases.random_configs(options.small, options.seed, 16),
         ]
         few = {name: fused_faults.SCENARIOS[name] for name in ("dead rank", "13 tokens", "13 rows of an expert")}

@@ -230,6 +230,10 @@ class FusedDispatch:
         if self.shape is not None:
             self._raise_for(self._watch.look(self._status()))
 
+    def check_arrived(self) -> None:
+        """As `check`, of what was sent for already: behind a pass, whether that pass went well."""
+        self._raise_for(self._watch.arrived())
+
     def recover(self, group: dist.ProcessGroup) -> None:
         """Behind a fault, with every rank here: faults are cleared, and all go on from one round. Collective.
 

@@ -112,10 +112,23 @@ class Transports:
         why = next((words for refused, words in reasons if refused), "")
         return why or peer_memory.unreachable(group, unfit_device())
 
+    @property
+    def awaits_peers(self) -> bool:
+        """Whether kernels of this process wait for those of other ranks, and may give up."""
+        return bool(self._waiting())
+
     def check(self) -> None:
-        """Raises MacsError for the first fault that one of them has recorded."""
-        for transport in filter(None, (*self._made, self._sum)):
+        """Behind each pass, before it is done. Raises MacsError for the first fault that one of them has recorded."""
+        for transport in self._waiting():
             transport.check()
+
+    def check_arrived(self) -> None:
+        """As `check`, once a pass is done: whether that pass went well."""
+        for transport in self._waiting():
+            transport.check_arrived()
+
+    def _waiting(self) -> list[FusedDispatch | PeerAllReduce]:
+        return [*filter(None, (*self._made, self._sum))]
 
     def _line(self, why: str) -> str:
         if why:

@@ -1,6 +1,7 @@
 """The end-to-end decode benchmark without servers: what a round is, what is read of it, and the rows made of rounds."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,3 +164,20 @@ def test_too_few_tokens_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         decode.parse(["--out", str(tmp_path / "x.json"), "--output-tokens", "4"])
     assert "--output-tokens 4: at least 7" in capsys.readouterr().err
+
+
+# ---- The whole program ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+@pytest.mark.nightly
+def test_smoke_run_on_cpu(tmp_path):
+    """Two servers of the tiny model decode in one go."""
+    out = tmp_path / "e2e.json"
+    flags = "--device cpu --layers 3 --requests 2 --prompt-tokens 16 --output-tokens 12 --rounds 2 --stagger 0"
+    command = [sys.executable, str(E2E / "decode.py"), "--out", str(out), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["case"]["variant"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"stock", "inf"} and rows["stock"]["ratio"] == 1.0
+    assert all(row["itl_ms"] > 0 and row["rounds"] > 0 for row in rows.values())

@@ -280,7 +280,7 @@ class Transport:
     format = "bf16"
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.noted = [], []
 
     def fits(self, format):
         return format == self.format
@@ -315,7 +315,7 @@ def make(verify: bool = True):
     counters, carrier, impl = Stats(), Transport(), Impl()
     plan = Plan(MacsConfig.from_preset("rank", gamma=1.0, verify=verify), SIZES.num_experts, SIZES.num_ranks)
     planner = AloneInGroup(3, plan, group=None, counters=counters)
-    wrapped = FusedLowLatency(impl, carrier, planner, Output)
+    wrapped = FusedLowLatency(impl, carrier, planner, Output, lambda received: carrier.noted.append(received))
     dispatcher = Outer(Inner(impl))
     deepep.plan_before(dispatcher, planner, [wrapped])
     return dispatcher, impl, carrier, counters
@@ -382,6 +382,7 @@ def test_what_macs_leaves_alone_is_carried_as_it_is_routed(skip):
         *("carry", "receive", "combine"), *("send", "receive", "combine"), *("carry", "receive", "combine")
     ]  # fmt: skip
     assert impl.asked == [] and counters.skipped == {skip: 2} and counters.fused == 1
+    assert [received.tolist() for received in carrier.noted] == [[5] * 4] * 3, "for SGLang's recorder of loads"
 
 
 def test_an_idle_rank_takes_part():
@@ -450,7 +451,8 @@ print(json.dumps({
     "fields": deepep.DeepEPLLDispatchOutput._fields,
     "parameters": {name: list(inspect.signature(getattr(impl, name)).parameters) for name in steps},
     "modes": [mode.value for mode in DeepEPMode],
-    "source": inspect.getsource(deepep._DeepEPDispatcherImplBase) + inspect.getsource(deepep.DeepEPDispatcher),
+    "source": inspect.getsource(deepep._DeepEPDispatcherImplBase) + inspect.getsource(deepep.DeepEPDispatcher)
+    + inspect.getsource(impl),
 }))
 """
 
@@ -467,6 +469,7 @@ def test_the_stand_ins_are_what_sglang_has():
     used = ("use_fp8", "use_nvfp4", "use_mxfp4", "use_mxfp8", "overlap_args", "num_max_dispatch_tokens_per_rank")
     assert all(f"self.{name} = " in found["source"] or f'"{name}"' in found["source"] for name in used)
     calls = (
+        "get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(",
         "_get_impl()",
         "_low_latency_dispatcher",
         "deepep_mode",

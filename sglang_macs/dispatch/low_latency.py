@@ -38,12 +38,19 @@ class FusedLowLatency:
         transport: of the group, and of this half of a batch.
         planner: of the layer.
         make_output: SGLang's class for what a low-latency dispatch returns.
+        note: told the rows of each local expert [E_l] of every dispatch, as SGLang's recorder of loads is.
     """
 
     def __init__(
-        self, impl: Any, transport: FusedDispatch, planner: LayerPlanner, make_output: Callable[..., Any]
+        self,
+        impl: Any,
+        transport: FusedDispatch,
+        planner: LayerPlanner,
+        make_output: Callable[..., Any],
+        note: Callable[[Tensor], object] = lambda received: None,
     ) -> None:
-        self.impl, self.transport, self.planner, self.make_output = impl, transport, planner, make_output
+        self.impl, self.transport, self.planner = impl, transport, planner
+        self.make_output, self.note = make_output, note
         self.in_halves = False  # the batch: work of its other half stands between two steps
         self._sent: _Sent | None = None
         for name in ("dispatch_a", "dispatch_b", "combine_a", "combine_b"):
@@ -105,6 +112,7 @@ class FusedLowLatency:
         if sent is None:
             return original(*state)
         rows, scales, received = self.transport.receive()
+        self.note(received)
         return self.make_output(rows, scales, sent.topk_ids, sent.topk_weights, received, sent.expected_rows)
 
     def _combine_a(self, original: Callable, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:

@@ -17,6 +17,7 @@ from .topk import logits_of, routed_nowhere
 
 def fused_low_latency(dispatcher, planner, moe_runner_config):
     """For every half of a batch the fused dispatch in place of DeepEP's low-latency kernels; empty: DeepEP's carry."""
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
@@ -30,8 +31,12 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
     sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+
+    def note(received):
+        get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(received)
+
     return [
-        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
+        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput, note)
         for inner, transport in zip(inners, transports, strict=False)
     ]
 

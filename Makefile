@@ -4,11 +4,12 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 IMAGE ?=
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
-# Tests that start no server, side by side. A file's share what they build.
-SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist loadfile
+# Tests of one file stay together: they share what they build, and servers.
+SIDE_BY_SIDE := --dist loadfile -n logical --maxprocesses 8
+TWO_SERVERS := --dist loadfile -n 2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
+.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency check-network test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,19 +30,24 @@ build: $(VENV)/.built  ## environment in .venv and the extension
 demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=path for your own picture)
 	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
 
-test: test-fast  ## everything that CI runs
-	@$(PYTEST) -m "server and not multinode and not nightly"
+check: lint  ## before a commit: lint, types, tests of units, and one real server (4 minutes on two cores)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "smoke or not (gpu or server or emulated or nightly)"
 
-test-all: test-fast test-server  ## and more families of models, and more layouts of ranks, on real servers
+test: test-fast  ## what CI runs: the kernels on an emulated machine and real servers too (12 minutes on two cores)
+	@$(PYTEST) $(TWO_SERVERS) -m "server and not (multinode or nightly)"
 
-test-fast: build  ## without real servers
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not server"
+test-all: build  ## every night: and more families of models, layouts of ranks and shapes of kernels
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not (gpu or server)"
+	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
-test-emulated: build  ## the CUDA kernels on an emulated machine: no GPU needed, data races are found
-	@$(PYTEST) tests/test_emulator.py tests/test_plan_emulated.py tests/test_fused_emulated.py tests/test_bounded_emulated.py tests/test_races_emulated.py
+test-fast: build  ## of `make test` what starts no server
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not (gpu or server or nightly)"
 
-test-server: build  ## only the tests that start a real server
-	@$(PYTEST) -m "server and not multinode"
+test-emulated: build  ## the CUDA kernels on an emulated machine, all shapes: no GPU needed, data races are found
+	@$(PYTEST) $(SIDE_BY_SIDE) -m emulated
+
+test-server: build  ## of `make test-all` what starts a real server
+	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
 	@$(PY) scripts/load_test.py

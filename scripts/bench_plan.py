@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 CASE = {"T": 8192, "H": 2048, "E": 128, "K": 8, "R": 8, "dtype": "bf16"}
 
@@ -101,7 +101,7 @@ def median_us(run: Callable[[], object], repeats: int) -> tuple[float, float]:
 def check_equal(config: MacsConfig, x: dict[str, Tensor]) -> None:
     """Ends the run if the two versions decide differently: a fast wrong answer is not a result."""
     plan = Plan(config, CASE["E"], CASE["R"])
-    result = plan(x["hidden"], x["ids"], x["weights"], None, x["segment"], 1)
+    result = plan(RoutedTokens(x["hidden"], x["ids"], x["weights"], None, x["segment"], 1))
     kept = torch_clip(config, x, result.weight)
     if not torch.equal(result.topk_ids >= 0, kept):
         sys.exit(f"bench_plan: the versions differ in {int(((result.topk_ids >= 0) != kept).sum())} assignments")
@@ -113,6 +113,7 @@ def measure(repeats: int, seed: int) -> list[dict]:
     x = inputs(seed)
     check_equal(config, x)
     plan = Plan(config, CASE["E"], CASE["R"])
+    tokens = RoutedTokens(x["hidden"], x["ids"], x["weights"], None, x["segment"], 1)
 
     def torch_plan() -> Tensor:
         weight = torch_weight(torch_score(x["hidden"], x["segment"]), x["segment"], config.delta)
@@ -124,7 +125,7 @@ def measure(repeats: int, seed: int) -> list[dict]:
             lambda: ops.entropy_score(x["hidden"], x["segment"]),
             lambda: torch_score(x["hidden"], x["segment"]),
         ),
-        "plan": (lambda: plan(x["hidden"], x["ids"], x["weights"], None, x["segment"], 1), torch_plan),
+        "plan": (lambda: plan(tokens), torch_plan),
     }
     rows = []
     for op, (ours, reference) in pairs.items():

@@ -30,7 +30,7 @@ from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe import stats
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TOKENS = 256  # small: inputs stay in caches, and a sample is short enough to find the machine quiet
@@ -116,7 +116,8 @@ def _plan() -> Pair:
         weight = bench_plan.torch_weight(entropy, x["segment"], plan.config.delta)
         return bench_plan.torch_clip(plan.config, x, weight)
 
-    return lambda: plan(x["hidden"], x["ids"], x["weights"], x["logits"], x["segment"], 1), reference
+    tokens = RoutedTokens(x["hidden"], x["ids"], x["weights"], x["logits"], x["segment"], 1)
+    return lambda: plan(tokens), reference
 
 
 def _dispatch() -> Pair:

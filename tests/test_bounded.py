@@ -18,6 +18,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import bounded
 from sglang_macs.dispatch.bounded import TILE, Room, Sizes, room, spare_bytes
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep_bounded
 from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsError
@@ -138,8 +139,8 @@ def dispatched(
 ) -> tuple[object, Stats, list[str]]:
     said, counters = [], Stats()
     config = MacsConfig.from_preset(**({"preset": "rank", "gamma": 1.0} | options))
-    planner = SimpleNamespace(attn_tp=(0, attn_tp), counters=counters, plans=lambda: not now.skip_of(0))
-    shared = bounded.BoundedDispatch(config, said.append)
+    planner = LayerPlanner(0, bounded_case.plan(config, Sizes(2, 8, 2, 16)), None, counters, attn_tp=(0, attn_tp))
+    shared = bounded.BoundedDispatch(config, said.append, stream=lambda: SimpleNamespace())
     sizes = Sizes(2, 8, 2, 16)
     bounded.BoundedNormal(impl, shared, planner, sizes, lambda output, received: received)
     with batch.forward(now):
@@ -203,13 +204,44 @@ def test_deepep_is_told_how_many_tokens_can_come(monkeypatch) -> None:
     assert received.permute()[2].place.data_ptr() == index.place.data_ptr(), "one workspace for all layers"
 
 
+def test_a_count_never_meets_dispatches_without_one(monkeypatch) -> None:
+    """DeepEP's host takes the first count that any queued dispatch writes for its own. Both are one rank's layers: the
+    GPU is waited for once, before the first layer that counts.
+    """
+    order = []
+    impls = [Impl(), Impl()]
+    shared = bounded.BoundedDispatch(MacsConfig.from_preset("rank", gamma=1.0), order.append, stream=lambda: stream)
+    stream = SimpleNamespace(synchronize=lambda: order.append("waited"))
+    for layer, impl in enumerate(impls):
+        planner = LayerPlanner(layer, bounded_case.plan(shared.config, Sizes(2, 8, 2, 16)), None, Stats())
+        bounded.BoundedNormal(impl, shared, planner, Sizes(2, 8, 2, 16), lambda output, received: received)
+        impl.asked = order
+    x, ids = torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    for skip in ("", "draft", "", "small", "outside", "outside"):
+        with batch.forward(batch.Batch(skip=skip, group_tokens=1000)):
+            for impl in impls:
+                impl.dispatch_b(x, ids)
+    counts, uncounted = [0, 0], [1000, 1000]
+    done = [x for x in order if not str(x).startswith("no count")]  # the log's lines
+    assert done == [*uncounted, "waited", *counts, *uncounted, *uncounted, "waited", *counts, *counts]
+
+
 def test_padding_of_ranks_that_share_a_batch_has_room(monkeypatch) -> None:
     impl = Impl()
     dispatched(batch.Batch(skip="", group_tokens=999), monkeypatch, impl, attn_tp=2)
     assert impl.asked == [1000, 1000]
 
 
-@pytest.mark.parametrize("skip", ["decode", "small", "draft", "outside"])
+@pytest.mark.parametrize("skip", ["decode", "small"])
+def test_batches_that_are_not_planned_have_no_bound_and_are_not_counted_either(monkeypatch, skip: str) -> None:
+    """A rank may be padded to the fullest one's tokens."""
+    impl = Impl()
+    received, counters, _ = dispatched(batch.Batch(skip=skip, group_tokens=30, most_tokens=29), monkeypatch, impl)
+    assert impl.asked == [58, 58] and counters.bounded == 2
+    assert received.rows == bounded.room(MacsConfig.from_preset("rank"), Sizes(2, 8, 2, 16), 58, planned=False).rows
+
+
+@pytest.mark.parametrize("skip", ["draft", "outside"])
 def test_other_batches_go_deepeps_own_way(monkeypatch, skip: str) -> None:
     impl = Impl()
     output, counters, said = dispatched(batch.Batch(skip=skip, group_tokens=1000), monkeypatch, impl)
@@ -245,6 +277,7 @@ def test_the_worst_case_has_a_limit() -> None:
 REGISTERED = """
 from types import SimpleNamespace
 import torch
+from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep_bounded
 from sglang_macs.dispatch.bounded import Received, Workspace
 deepep_bounded.register_permutation()

@@ -9,6 +9,7 @@ from support.emulated import Kernels
 
 from sglang_macs import ops
 
+pytestmark = pytest.mark.emulated
 SOURCES = [emulated.CUDA / f"bounded_{name}.cu" for name in ("permute", "gather", "capi")]
 
 

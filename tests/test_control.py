@@ -82,6 +82,7 @@ def test_stock_tensor_parallel_equals_transformers(vl_model, vl_reference, serve
     assert "sglang_macs" not in server.log_text().replace(str(SITE_DIR), "")
 
 
+@pytest.mark.nightly
 def test_stock_expert_parallel_still_needs_the_hooks(vl_model, server_log):
     server = Server(vl_model, EP2, env=NO_PLUGIN, log=server_log)
     with pytest.raises(ServerError, match="index -1 is out of bounds"), server:
@@ -89,11 +90,13 @@ def test_stock_expert_parallel_still_needs_the_hooks(vl_model, server_log):
 
 
 # Not with dp-attention: without an all-to-all, SGLang then reduce-scatters through NCCL, which a CPU has not.
+@pytest.mark.nightly
 def test_hooked_expert_parallel_equals_transformers(vl_model, vl_reference, gaps_plugin, server_log):
     with Server(vl_model, EP2, env=gaps_plugin, log=server_log) as server:
         compare(server, vl_reference)
 
 
+@pytest.mark.nightly
 def test_hooked_text_model_equals_transformers(text_model, text_reference, gaps_plugin, server_log):
     with Server(text_model, EP2, env=gaps_plugin, log=server_log) as server:
         compare(server, text_reference, TEXT_QUESTIONS)

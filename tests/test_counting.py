@@ -18,7 +18,7 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.backlog import MOST, Backlog
 from sglang_macs.observe.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
 
 EXPERTS, RANKS, TOP_K, TOKENS, LAYERS = 8, 2, 2, 64, 3
 CONFIGS = {
@@ -317,7 +317,7 @@ def test_a_planned_dispatch_asks_for_hardly_more_than_its_plan(name, proves, mos
     serve()
     assert layers * passes % MOST == 0, "what was kept before is as much as what is kept after"
     with Operations() as planning:
-        planners[0].plan(hidden, ids, weights, logits, segment, 1, planners[0].all_reduce)
+        planners[0].plan(RoutedTokens(hidden, ids, weights, logits, segment, 1), planners[0].all_reduce)
     with Operations() as serving:
         serve()
     beside = serving.count / (layers * passes) - planning.count

@@ -195,9 +195,9 @@ class Carrier:
     def carry(self, layer_id, format, hidden_states, topk_ids, *, awaits):
         self.carried.append(topk_ids)
 
-    def send(self, plan, layer_id, format, *arguments, awaits):
+    def send(self, plan, layer_id, format, tokens, *, awaits):
         self.planned += 1
-        return plan(*arguments)
+        return plan(tokens)
 
     def receive(self):
         return None, None, None

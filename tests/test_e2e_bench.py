@@ -420,6 +420,7 @@ def test_prompts_must_fill_a_pass(tmp_path, capsys):
 
 
 @pytest.mark.server
+@pytest.mark.nightly
 def test_smoke_run_on_cpu(tmp_path):
     """Two servers of the tiny model: rows of the form documented, passes as full as asked for."""
     out = tmp_path / "e2e.json"

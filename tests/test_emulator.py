@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import emulated
 
+pytestmark = pytest.mark.emulated
 THREADS, WARP = 128, 32
 SEEDS = range(20)
 

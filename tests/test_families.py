@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from serving import Generation, Server, data_uri, photographs
+from support import servers
 from support.families import FAMILIES, Family
 from support.reference import NEW_TOKENS, Question, Reference
-from support.tiers import nightly_but
+from support.servers import MACS, own, states
 
 from sglang_macs.cpu_compat import environment
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.nightly]
 LOGS = Path(__file__).resolve().parent.parent / "build"
-MACS = ("--moe-a2a-backend", "macs", "--macs-verify", "true")
 ALONE = 256  # --macs-min-tokens of a server that leaves single questions alone: two ranks, so 512 tokens
 ONE_PICTURE = "What is in this picture?"
 PICTURES = {ONE_PICTURE: 1, "Compare the two.": 2}
@@ -34,14 +34,6 @@ def serve(family: Family, log: str, *flags: str, modules: Path | None = None) ->
     return Server(family.build(), arguments, env=env, log=LOGS / f"test-family-{family.kind}-{log}.log")
 
 
-def states(server: Server) -> list[dict]:
-    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
-
-
-def own(server: Server, name: str) -> int:
-    return sum(state["own"].get(name, 0) for state in states(server))
-
-
 def ask(server: Server, family: Family, text: str, pictures: int = 0) -> Generation:
     """Greedy, from a full prefill."""
     server.flush_cache()
@@ -54,10 +46,8 @@ def generate(server: Server, family: Family, text: str, pictures: int = 0) -> Ge
 
 
 def assert_bounds_held(server: Server) -> None:
-    for state in states(server):
-        assert state["planned"] > 0 and state["misaligned"] == 0
-        assert state["checks"]["bound"] == state["checks"]["text_last"] == state["planned"]
-        assert state["violations"] == {"bound": 0, "text_last": 0}
+    servers.assert_bounds_held(server)
+    assert all(state["checks"]["text_last"] == state["planned"] for state in states(server))
 
 
 def load(server: Server, family: Family) -> None:
@@ -99,7 +89,7 @@ def assert_sound_is_not_visual(server: Server, family: Family, visual: int) -> N
     assert_marked(server, before, visual, tokens - visual)
 
 
-@pytest.mark.parametrize("name", nightly_but(FAMILIES, "InternVL3.5"))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_served(name, tmp_path):
     (tmp_path / "torchaudio.py").touch()  # SGLang imports it for any sound, and needs it for other rates than 16 kHz
     family = FAMILIES[name]

@@ -33,7 +33,7 @@ from sglang_macs.engine import deepep, scheduler
 from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)
@@ -288,9 +288,9 @@ class Transport:
     def carry(self, layer_id, format, hidden, ids, *, awaits):
         self.calls.append(("carry", layer_id, format, awaits, ids))
 
-    def send(self, plan, layer_id, format, *arguments, awaits):
+    def send(self, plan, layer_id, format, tokens, *, awaits):
         self.calls.append(("send", layer_id, format, awaits))
-        result = plan(*(arguments[i] for i in (0, 1, 2, 3, 4, 5)))
+        result = plan(tokens)
         return result._replace(own=result.own[-4:], group=result.group[-4:])
 
     def receive(self):
@@ -610,7 +610,8 @@ def a_round(carrier: FusedDispatch, layer: int = 0, awaits: bool = False) -> Non
 def test_a_whole_batch_is_one_launch_each_way(dispatched, launches):
     def planned(layer: int, awaits: bool) -> None:
         plan = SimpleNamespace(fused_options=lambda device: {})
-        dispatched.send(plan, layer, "fp8", torch.zeros(1, 2048), *ROUTING, None, torch.zeros(1), 1, awaits=awaits)
+        tokens = RoutedTokens(torch.zeros(1, 2048), *ROUTING, None, torch.zeros(1), 1)
+        dispatched.send(plan, layer, "fp8", tokens, awaits=awaits)
         dispatched.receive()
 
     planned(3, awaits=True)

@@ -28,7 +28,9 @@ from support.fused_faults import (
 )
 from support.kernel_case import POISON, Config
 from support.kernel_reference import fixed
+from support.tiers import nightly_but
 
+pytestmark = pytest.mark.emulated
 SOURCES = ("fused_dispatch.cu", "fused_carry.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
@@ -155,6 +157,11 @@ CARRIED = {
     ),
 }
 CASES |= {f"carried_{name}": config for name, config in CARRIED.items()}
+USUAL = (
+    "plain", "one_rank", "eight_ranks", "own_rows", "no_tokens", "rows_read_twice", "fp8_own_rows", "copied_outputs",
+    "many_experts", "no_entropies", "free", "free_idle", "mix", "effective", "many", "many_in_one_block",
+    "equal_effective", "group_not_kept", "with_rows_packed", "with_rows_one_block",
+)  # fmt: skip
 POLICIES = list(
     itertools.product(
         ("expert", "rank"), ("rows", "effective"), ("entropy", "gate", "entropy_gate"), ("none", "local", "global")
@@ -162,7 +169,7 @@ POLICIES = list(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", nightly_but(CASES, *USUAL))
 def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
     group = Group(kernels, CASES[name], "cpu")
     for seed in range(3):
@@ -249,10 +256,13 @@ def each_by_itself_in_two_phases(group: Group) -> None:
 @pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases, each_by_itself_in_two_phases])
 @pytest.mark.parametrize(
     "name",
-    [
-        *("plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"),
-        *("carried_plain", "carried_ue8m0_with_rows", "carried_fp8_with_rows_one_block"),
-    ],
+    nightly_but(
+        [
+            *("plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"),
+            *("carried_plain", "carried_ue8m0_with_rows", "carried_fp8_with_rows_one_block"),
+        ],
+        *("plain", "with_rows_one_block", "carried_plain", "carried_fp8_with_rows_one_block"),
+    ),
 )
 def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[Group], None]) -> None:
     group = Group(kernels, CASES[name], "cpu")

@@ -23,7 +23,7 @@ from sglang_macs.dispatch.fused import FusedDispatch, Sizes
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan.batch import Batch, forward
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 pytestmark = pytest.mark.gpu
 EXPERTS, RANKS = 128, 8
@@ -125,7 +125,7 @@ def test_the_fused_halves_give_the_operators_bits(name, num_segments, tokens):
     for _ in range(3):
         poison = [torch.full((1 << 20,), 0x7F7F7F7F, dtype=torch.int32, device="cuda") for _ in range(4)]
         del poison  # what the outputs are made of now holds it
-        result = plan(hidden, ids, weights, logits, segment, num_segments, all_reduce)
+        result = plan(RoutedTokens(hidden, ids, weights, logits, segment, num_segments), all_reduce)
         assert torch.equal(result.weight, weight) and torch.equal(result.own, own) and torch.equal(result.cut, cut)
         got = (result.topk_ids, result.topk_weights, result.counts)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -136,9 +136,10 @@ def test_the_plan_repeats_to_the_bit(name):
     plan = Plan(MacsConfig.from_preset(**PRESETS[name]), EXPERTS, RANKS)
     hidden, ids, weights, logits, segment = to_gpu(*batch(3000, 8, 5))
     segment = torch.where(segment < 0, segment, (torch.arange(3000, device="cuda") % 7).int())
-    first = plan(hidden, ids, weights, logits, segment, 7)
+    tokens = RoutedTokens(hidden, ids, weights, logits, segment, 7)
+    first = plan(tokens)
     for _ in range(20):
-        again = plan(hidden, ids, weights, logits, segment, 7)
+        again = plan(tokens)
         for field in ("topk_ids", "topk_weights", "weight", "own", "cut", "counts"):
             assert torch.equal(getattr(again, field), getattr(first, field)), field
 
@@ -148,8 +149,7 @@ def test_the_whole_plan_never_makes_the_host_wait_and_can_be_captured():
     first, second = ([t.cuda() for t in batch(512, 8, seed)] for seed in (1, 2))
 
     def run(tensors):
-        hidden, ids, weights, logits, segment = tensors
-        return plan(hidden, ids, weights, logits, segment, 1)
+        return plan(RoutedTokens(*tensors, 1))
 
     run(first)  # loads the modules
     torch.cuda.set_sync_debug_mode("error")
@@ -270,8 +270,8 @@ def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_ro
     plan = Plan(config, EXPERTS, 1)
     for step, tokens in enumerate((130, 0, 1, 77)):
         hidden, ids, weights, logits, segment = to_gpu(*batch(tokens, 8, step, hidden_size=2048))
-        want = plan(hidden, ids, weights, logits, segment, 1)
-        got = fused.send(plan, 3, format, hidden, ids, weights, logits, segment, 1)
+        routed = RoutedTokens(hidden, ids, weights, logits, segment, 1)
+        want, got = plan(routed), fused.send(plan, 3, format, routed)
         rows, scales, received = fused.receive()
         for name in ("topk_ids", "topk_weights", "weight", "cut", "counts"):
             assert torch.equal(getattr(got, name), getattr(want, name)), (name, tokens)
@@ -357,14 +357,15 @@ def test_a_plan_and_its_exchange_over_peers_are_one_call(tokens, logits_dtype):
     sums = [PeerAllReduce(PeerMemory(i, regions[i], addresses), plan.histogram_size) for i in range(2)]
     batches = [to_gpu(*batch(tokens, 8, seed)) for seed in range(2)]
     batches = [(*b[:3], b[3].to(logits_dtype), b[4]) for b in batches]
-    total = torch.stack([plan(*b, 1).own for b in batches]).sum(0, dtype=torch.int32)
-    want = [plan(*b[:3], b[3].float(), b[4], 1, lambda group: group.copy_(total)) for b in batches]
+    total = torch.stack([plan(RoutedTokens(*b, 1)).own for b in batches]).sum(0, dtype=torch.int32)
+    exact = [RoutedTokens(*b[:3], b[3].float(), b[4], 1) for b in batches]
+    want = [plan(tokens, lambda group: group.copy_(total)) for tokens in exact]
     torch.cuda.synchronize()
     for _ in range(3):
         got = []
         for i, stream in enumerate(torch.cuda.Stream() for _ in range(2)):
             with torch.cuda.stream(stream):
-                got.append(plan(*batches[i], 1, sums[i]))
+                got.append(plan(RoutedTokens(*batches[i], 1), sums[i]))
         torch.cuda.synchronize()
         for one, expected in zip(got, want, strict=True):
             for name, mine, theirs in zip(one._fields, one, expected, strict=True):

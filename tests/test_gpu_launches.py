@@ -26,6 +26,7 @@ def reindexed(*folders: str) -> str:
     return (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
+@pytest.mark.nightly
 def test_every_rank_gets_the_one_gpu_there_is():
     assert reindexed(str(ONE_GPU_SITE)) == "device 0 of 3"
     assert reindexed() == "IndexError: list index out of range", "SGLang can do this by itself: drop one_gpu_site"
@@ -58,6 +59,7 @@ print(*met, is_jpeg_with_cuda.__name__)
 """
 
 
+@pytest.mark.nightly
 def test_ranks_on_one_gpu_meet_before_they_receive_and_leave_pictures_to_the_cpu():
     env = {**os.environ, **environment(1)}
     for folders, expected in (

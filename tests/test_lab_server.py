@@ -20,6 +20,7 @@ MIX = {  # mostly what the model has learned, and some that it gets wrong
 
 
 @pytest.mark.server
+@pytest.mark.nightly
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")
 def test_server_and_evaluator_agree_on_the_answers():
     """Right and wrong alike. Greedy tokens of the evaluator's f32 and the server's bf16 may differ on a near tie."""

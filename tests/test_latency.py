@@ -207,6 +207,7 @@ def caught(ours, reference, share: float) -> bool | None:
     return all(check_latency.verdict(base, run) == "slower" for run in burned)
 
 
+@pytest.mark.nightly
 def test_eight_percent_burned_on_top_of_a_real_row_are_caught():
     """The whole way, but for the child processes. Said of this machine as it is: more than one try, others use it."""
     torch.set_num_threads(1)

@@ -7,16 +7,15 @@ import threading
 
 import pytest
 import requests
-from serving import CPU_ARGS, EP2_ARGS, Server, data_uri, photograph_files, prompt
+from serving import CPU_ARGS, EP2_ARGS, Server, prompt
 from support.reference import NEW_TOKENS, QUESTIONS
+from support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve, states
 from support.tiers import nightly_but
-from test_server import INFINITE, MACS, ask, assert_bounds_held, own, serve, states
 
 from sglang_macs.cpu_compat import threads_bind
 
 pytestmark = pytest.mark.server
 PICTURE, TEXT = QUESTIONS[4], QUESTIONS[2]
-LAYERS, TOP_K = 3, 4
 ATTENTION_TP = ["--tp", "4", "--dp", "2", "--enable-dp-attention", "--ep-size", "4", *CPU_ARGS]
 LOCAL_COUNTS = ["--enable-dp-lm-head", "--moe-dense-tp-size", "1"]
 # name -> (arguments, processes of all replicas and stages)
@@ -29,17 +28,10 @@ LAYOUTS = {
     "attention-tp 2 x dp 2, local token counts": ([*ATTENTION_TP, *LOCAL_COUNTS], 4),
     "two stages": ([*EP2_ARGS, "--pp-size", "2"], 4),
 }
-USUAL = ("local token counts", "attention-tp 2 x dp 2, local token counts")
+USUAL = "attention-tp 2 x dp 2, local token counts"
 
 
-def post(server: Server, text: str, image: str | None = None, **fields) -> dict:
-    body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 1}, **fields}
-    if image:
-        body["image_data"] = data_uri(photograph_files()[image])
-    return server.post("/generate", body)
-
-
-@pytest.mark.parametrize("name", nightly_but(LAYOUTS, *USUAL))
+@pytest.mark.parametrize("name", nightly_but(LAYOUTS, USUAL))
 def test_unequal_ranks_answer_as_transformers_do(vl_model, vl_reference, name):
     arguments, processes = LAYOUTS[name]
     env = {"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(processes)}
@@ -55,17 +47,6 @@ def test_unequal_ranks_answer_as_transformers_do(vl_model, vl_reference, name):
             assert sorted(state["layers"]) == ["0", "1", "2"], "the answer speaks for all stages"
         answering = sorted(rank for state in states(server) for rank in state["ranks"]["answering"])
         assert answering == list(range(states(server)[0]["ranks"]["ep_size"])), "and for all ranks"
-
-
-def test_counters_are_of_all_assignments_where_one_rank_answers(vl_model):
-    """Attention-TP: rows are scattered over two ranks, and SGLang asks the first alone."""
-    layout = ["--tp", "2", "--ep-size", "2", *CPU_ARGS, "--disable-radix-cache", "--enable-metrics"]
-    with serve(vl_model, *layout, *INFINITE, log="attn-tp-counters") as server:
-        before = own(server, "assignments")
-        tokens = sum(post(server, PICTURE.prompt, PICTURE.image)["meta_info"]["prompt_tokens"] for _ in range(3))
-        assert own(server, "assignments") - before == tokens * LAYERS * TOP_K
-        metrics = [line for line in server.get("/metrics").splitlines() if line.startswith("sglang:macs_planned_total")]
-        assert all(any(f'moe_ep_rank="{rank}"' in line for line in metrics) for rank in (0, 1))
 
 
 def decode_on_rank_1(server: Server, begun: threading.Semaphore, number: int) -> None:
@@ -86,6 +67,7 @@ def of_rank(server: Server, rank: int) -> dict:
     return next(dict(state["own"]) for state in states(server) if state["rank"] == rank)
 
 
+@pytest.mark.nightly
 def test_decoding_beside_a_prefill_is_left_alone(vl_model):
     """Rank 1 decodes while rank 0 prefills pictures under a bound that cuts text, too."""
     flags = [*MACS, "--macs-preset", "cai", "--macs-gamma", "1.0", "--disable-radix-cache"]
@@ -98,35 +80,10 @@ def test_decoding_beside_a_prefill_is_left_alone(vl_model):
             begun.acquire()
         before = of_rank(server, 1)
         for i in range(6):
-            post(server, prompt(f"{i} What is this?", images=1), "china", routed_dp_rank=0)
+            generate(server, prompt(f"{i} What is this?", images=1), "china", routed_dp_rank=0)
         assert of_rank(server, 1) == before, "nothing of rank 1 was planned"
         assert any(thread.is_alive() for thread in threads), "rank 1 decoded all the time"
         for thread in threads:
             thread.join()
         assert own(server, "clipped_text") > 0
-        assert_bounds_held(server)
-
-
-def test_decoded_tokens_of_mixed_chunks_are_left_alone(vl_model):
-    """Prefill and decode in one batch, prompts cut in chunks: what is planned belongs to prompts."""
-    flags = ["--enable-mixed-chunk", "--chunked-prefill-size", "96", "--disable-radix-cache", *INFINITE]
-    with serve(vl_model, "--tp", "2", "--ep-size", "2", *CPU_ARGS, *flags, log="mixed") as server:
-        before, tokens, lock = own(server, "assignments"), [], threading.Lock()
-
-        def one(i: int) -> None:
-            answer = post(
-                server,
-                prompt(f"{i} What?", images=1),
-                "flower",
-                sampling_params={"temperature": 0, "max_new_tokens": 24},
-            )
-            with lock:
-                tokens.append(answer["meta_info"]["prompt_tokens"])
-
-        threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert own(server, "assignments") - before == sum(tokens) * LAYERS * TOP_K
         assert_bounds_held(server)

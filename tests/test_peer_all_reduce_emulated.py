@@ -10,6 +10,7 @@ from support import fused_c as fc
 from support.emulated import Kernels
 from support.peer_reduce_case import ReduceGroup
 
+pytestmark = pytest.mark.emulated
 SOURCES = [emulated.CUDA / name for name in ("peer_all_reduce.cu", "peer_capi.cu")]
 SOON_NS = 300_000  # of simulated time
 

@@ -17,6 +17,7 @@ from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
 
 from sglang_macs import ops
 
+pytestmark = pytest.mark.emulated
 POISON, ZONE = 0x7F, 256  # bytes
 
 

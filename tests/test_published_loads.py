@@ -38,7 +38,7 @@ def clipped_share(layer: str, config: MacsConfig) -> float:
     """Share of all assignments that the plan clips, with nothing re-routed."""
     b = routed(layer)
     check_batch_size(len(b.topk_ids), TOP_K)
-    result = Plan(config, EXPERTS, RANKS)(b.hidden_states, b.topk_ids, b.topk_weights, None, b.segment, b.num_segments)
+    result = Plan(config, EXPERTS, RANKS)(b.routed._replace(router_logits=None))
     kept, clipped, rerouted = result.counts.sum((1, 2)).tolist()
     assert rerouted == 0
     assert kept + clipped == b.topk_ids.numel()

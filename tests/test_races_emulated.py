@@ -19,6 +19,7 @@ from support.kernel_case import Config
 from test_ops import USUAL
 from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
 
+pytestmark = pytest.mark.emulated
 ROUNDS = 3
 
 
@@ -84,11 +85,11 @@ def in_two_phases(group: Group, rank: int) -> None:
     [
         *((name, in_one, True) for name in FUSED),
         ("rank", in_two_phases, True),
-        ("fp8_with_rows", in_two_phases, True),
+        pytest.param("fp8_with_rows", in_two_phases, True, marks=pytest.mark.nightly),
         ("fp8_with_rows", in_one, False),
-        ("fp8_with_rows", in_two_phases, False),
-        ("carried", in_two_phases, True),
+        pytest.param("fp8_with_rows", in_two_phases, False, marks=pytest.mark.nightly),
         *((name, in_one, False) for name in ("carried", "carried_with_rows", "three_ranks_carried")),
+        pytest.param("carried", in_two_phases, True, marks=pytest.mark.nightly),
         ("carried_with_rows", in_two_phases, True),
         ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be a round ahead
     ],

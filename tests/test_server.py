@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs, prompt
-from support.reference import NEW_TOKENS, QUESTIONS, Question
+from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
+from support.reference import QUESTIONS, Question
+from support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve, states
 
 from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
@@ -23,38 +23,6 @@ from sglang_macs.observe import metrics, trace
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
-LAYERS = 3  # of the tiny models
-WORDS = "How many visual tokens does a photograph of a flower have? "
-MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
-INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
-
-
-def serve(model, *arguments: str, log: str, kind: type[Server] = Server) -> Server:
-    return kind(model, list(arguments), log=HERE.parent / "build" / f"test-{log}.log")
-
-
-def states(server: Server) -> list[dict]:
-    """Each data-parallel rank's counters."""
-    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
-
-
-def ask(server: Server, question: Question) -> list[int]:
-    """Greedy ids, from a full prefill."""
-    server.flush_cache()
-    image = data_uri(photograph_files()[question.image]) if question.image else None
-    return server.generate(question.prompt, image, max_new_tokens=NEW_TOKENS).ids
-
-
-def own(server: Server, kind: str) -> int:
-    """One counter of the ranks' own assignments, over both modalities and all ranks."""
-    return sum(count for state in states(server) for name, count in state["own"].items() if name.startswith(kind))
-
-
-def assert_bounds_held(server: Server) -> None:
-    for state in states(server):
-        assert state["planned"] > 0 and state["misaligned"] == 0
-        assert state["checks"]["bound"] == state["planned"]
-        assert sum(state["violations"].values()) == 0, state["violations"]
 
 
 def assert_metrics_are_the_counters(server: Server) -> None:
@@ -80,41 +48,7 @@ def assert_metrics_are_the_counters(server: Server) -> None:
     assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0
 
 
-def load(server: Server, count: int = 16) -> None:
-    """Image and text chats at once, so that batches mix modalities and both ranks have work."""
-
-    def one(i: int) -> None:
-        uri = photographs()[i % 2]
-        picture = {"type": "image_url", "image_url": {"url": uri}}
-        words = {
-            "type": "text",
-            "text": f"{i} {WORDS}" * (1 + i % 3),
-        }
-        server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, range(count)))
-
-
-def test_infinite_gamma_answers_as_transformers_do(vl_model, vl_reference):
-    """The whole plan runs, exchange included, on every dispatch, and changes no token."""
-    with serve(vl_model, *EP2_ARGS, *INFINITE, "--moe-runner-backend", "macs", log="infinite") as server:
-        before = sum(state["own"].get("assignments_visual", 0) for state in states(server))
-        for question in QUESTIONS:
-            assert ask(server, question) == vl_reference.answer(question).ids, question
-        assert_bounds_held(server)
-        assert own(server, "clipped") == 0
-        assert all(state["runner_calls"] > 0 for state in states(server))
-        # The mask is right: exactly the prompts' image positions were taken for visual, in every layer and slot.
-        config = json.loads((Path(vl_model) / "config.json").read_text())
-        text = config["text_config"]
-        visual = sum(
-            int((vl_reference._inputs(q)["input_ids"] == config["image_token_id"]).sum()) for q in QUESTIONS if q.image
-        )
-        seen = sum(state["own"]["assignments_visual"] for state in states(server)) - before
-        assert seen == visual * text["num_experts_per_tok"] * text["num_hidden_layers"]
-
-
+@pytest.mark.nightly
 def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference):
     with serve(vl_model, *EP2_ARGS, *MACS, "--macs-preset", "off", log="off") as server:
         for question in QUESTIONS:
@@ -125,6 +59,7 @@ def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference
                 assert layer["rows_before"] == layer["rows_after"]
 
 
+@pytest.mark.smoke
 def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model, capsys):
     flags = ["--macs-gamma", "1.0", "--macs-act", "always", "--enable-metrics"]
     with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="rank") as server:
@@ -209,14 +144,6 @@ def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model, tmp_path):
         assert_bounds_held(server)
         assert own(server, "clipped") > own(server, "rerouted") > 0
         assert_trace_is_the_counters(server, tmp_path)
-
-
-def test_deepstack_rows_are_scattered_without_dp_attention(vl_model, vl_reference):
-    """Stock SGLang dies here: its deepstack rows keep all tokens while the hidden states are scattered."""
-    with serve(vl_model, "--tp", "2", "--ep-size", "2", *CPU_ARGS, *INFINITE, log="attn-tp") as server:
-        for question in QUESTIONS:
-            assert ask(server, question) == vl_reference.answer(question).ids, question
-        assert_bounds_held(server)
 
 
 def test_engine_in_this_process_answers_as_transformers_do(text_model, text_reference):

@@ -54,9 +54,7 @@ def routed(published) -> tuple[cases.Batch, np.ndarray]:
 def by_operators(batch: cases.Batch, config: MacsConfig, ranks: int) -> tuple[np.ndarray, int, int]:
     """(rows after [R], clipped, dropped) of the real plan."""
     logits = None if config.reroute == "none" else batch.router_logits
-    result = Plan(config, 128, ranks)(
-        batch.hidden_states, batch.topk_ids, batch.topk_weights, logits, batch.segment, batch.num_segments
-    )
+    result = Plan(config, 128, ranks)(batch.routed._replace(router_logits=logits))
     kept, clipped, rerouted = (int(n) for n in result.counts.sum((1, 2)))
     ids = result.topk_ids.flatten()
     after = np.bincount(ids[ids >= 0], minlength=128).reshape(ranks, -1).sum(1)
@@ -109,7 +107,7 @@ def test_a_profile_moves_capacity_to_the_experts_of_the_batch(routed):
     modality = np.where(np.arange(128) % 2, 1, -1)
     config = MacsConfig.from_preset("paper", gamma=0.8)
     plan = Plan(config, 128, 8, torch.tensor(modality, dtype=torch.int8))
-    result = plan(batch.hidden_states, batch.topk_ids, batch.topk_weights, batch.router_logits, batch.segment, 1)
+    result = plan(batch.routed)
     ours = cut(rows, config, 8, modality)
     assert ours.clipped == pytest.approx(int(result.counts[1].sum()), abs=0.01 * rows.sum())
     assert ours.clipped != pytest.approx(cut(rows, config, 8).clipped, rel=0.05)

@@ -19,7 +19,7 @@ from support.traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, ba
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import trace
 from sglang_macs.observe.recorder import Place, Recorder
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 
 def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):
@@ -177,7 +177,7 @@ def shares(folder, split: int) -> None:
     """One batch of 40 rows and one picture in rows 3 to 26, whose rows `split` ranks share, as under attention-TP."""
     made, rows = batch(40, 1, [shown()]), 40 // split
     settings = config(folder, gamma=0.5, reroute="none")
-    result = Plan(settings, EXPERTS, 2)(**made)
+    result = Plan(settings, EXPERTS, 2)(RoutedTokens(**made))
     for rank in range(2):
         one = Recorder(settings, Place(rank, attn_tp=split), RUN)
         with one.forward_pass([shown()], rank if split == 2 else 0):

@@ -34,6 +34,7 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.emulated
 def test_the_operators_tests_pass_under_the_interpreter():
     selected = " ".join(SELECTED.split())
     pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", "tests/test_ops.py", "-k", selected)

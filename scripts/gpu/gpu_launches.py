@@ -129,14 +129,12 @@ class Launch:
 
 
 def _one_gpu_environment() -> dict[str, str]:
-    """Several ranks of SGLang and of NCCL on one GPU; NCCL 2.30 and later can."""
+    """Several ranks of SGLang on one GPU, and of the NCCL that lies beside torch."""
     places = (Path(folder) / "nvidia" / "nccl" / "lib" / "libnccl.so.2" for folder in sys.path)
     libraries = [str(place) for place in places if place.exists()]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ONE_GPU_SITE), os.environ.get("PYTHONPATH")])),
         "SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1",
-        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
-        "NCCL_NVLS_ENABLE": "0",
     } | ({"SGLANG_NCCL_SO_PATH": libraries[0]} if libraries else {})
 
 

@@ -8,13 +8,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 
+NCCL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}  # several ranks on one GPU, from 2.30 on
+
 
 @contextlib.contextmanager
 def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
     """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients.
 
     The daemon has the first GPU that is visible here, and its clients count from there. Some multiprocessors are left
-    over: shares that need all of them may overlap.
+    over: shares that need all of them may overlap. NCCL takes several ranks of its clients.
     """
     with tempfile.TemporaryDirectory() as folder:
         mps = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
@@ -22,7 +24,7 @@ def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
         subprocess.run(["nvidia-cuda-mps-control", "-d"], env={**os.environ, **mps, **first}, check=True)
         try:
             share = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(96 // processes)}
-            yield mps | share | {"CUDA_VISIBLE_DEVICES": "0"}
+            yield mps | share | NCCL | {"CUDA_VISIBLE_DEVICES": "0"}
         finally:
             command = ["nvidia-cuda-mps-control"]
             subprocess.run(command, input="quit -t 1\n", text=True, env={**os.environ, **mps}, check=False, timeout=30)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
 NORMAL_TOKENS = 4096  # a rank
@@ -78,7 +78,7 @@ class Layer:
         """(ids, gates) of the plan; its exchange goes over NCCL, or over peers' memory."""
         exchange = (peers() if by_peers else dist.all_reduce) if self.group_size > 1 else None
         tensors = (batch[name] for name in ("hidden", "ids", "gates", "logits", "segment"))
-        result = plan(*tensors, 1, exchange)
+        result = plan(RoutedTokens(*tensors, 1), exchange)
         return result.topk_ids, result.topk_weights
 
     def clipped_share(self, gamma: float) -> float:

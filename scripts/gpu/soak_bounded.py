@@ -29,10 +29,11 @@ from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import bounded
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 128, 8, 2048, 768  # a layer of Qwen3-VL-30B-A3B
 BATCHES = 8  # with routings of their own
+FEW = 4  # tokens of a dispatch that counts, as in decode
 TOGETHER = 100  # layers after which rank 0 says whether to go on
 STAGES = ("attention", "plan", "layout", "dispatch", "permute", "gate_up", "silu", "down", "gather", "combine")
 
@@ -80,6 +81,24 @@ class Layer:
             deque(self._stages(*self.inputs), maxlen=0)
         self.graph = graph
 
+    def count(self, n: int, wait: bool) -> tuple[int, int]:
+        """Of a dispatch that counts, behind what is queued: tokens that came, by DeepEP's count and by the routing."""
+        if wait:
+            torch.cuda.current_stream().synchronize()
+        hidden, ids, gates, _ = (x[: FEW + n % 3] for x in self.batches[n % BATCHES])
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids, EXPERTS)
+        tokens, *_ = self.buffer.dispatch(
+            hidden,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=ids,
+            topk_weights=gates,
+        )
+        came = per_rank.cpu().to(torch.int64)
+        dist.all_reduce(came)
+        return len(tokens), int(came[dist.get_rank()])
+
     @staticmethod
     def _event() -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -92,7 +111,7 @@ class Layer:
         for _ in range(self.attention):
             x = x @ self.square
         yield
-        planned = self.plan(hidden, ids, gates, logits, self.segment, 0, self.all_reduce)
+        planned = self.plan(RoutedTokens(hidden, ids, gates, logits, self.segment, 0), self.all_reduce)
         yield
         per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(planned.topk_ids, EXPERTS)
         yield
@@ -155,6 +174,13 @@ def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) ->
             queued.append((n, layer.queue(n)))
             host += time.monotonic() - launching
             n += 1
+        if options.count:
+            counted, came = layer.count(n, wait=options.count == "behind")
+            if counted != came:
+                print(
+                    f"rank {dist.get_rank()}: behind layer {n} DeepEP counts {counted} tokens, {came} came", flush=True
+                )
+                os._exit(1)
         going_on[0] = time.monotonic() - began < options.seconds
         dist.broadcast(going_on, 0, group=group)
     torch.cuda.synchronize()
@@ -170,10 +196,9 @@ def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) ->
 def run(rank: int, options: argparse.Namespace) -> None:
     torch.cuda.set_device(0 if options.share_gpu else rank)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
-    # NCCL refuses two ranks on one GPU.
-    dist.init_process_group("gloo" if options.share_gpu else "cpu:gloo,cuda:nccl", rank=rank, world_size=RANKS)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=RANKS)
     group, all_reduce = dist.group.WORLD, dist.all_reduce
-    if options.all_reduce == "peer" or options.share_gpu:
+    if options.all_reduce == "peer":
         size = Plan(MacsConfig(), EXPERTS, RANKS).histogram_size
         all_reduce = PeerAllReduce(peer_memory.share(PeerAllReduce.region_bytes(RANKS, size), group), size)
     layer = Layer(options, group, all_reduce)
@@ -200,6 +225,8 @@ def main() -> int:
     parser.add_argument("--attention", type=int, default=8, help="square matrix products in its place")
     parser.add_argument("--all-reduce", choices=("group", "peer"), default="group", help="of the plan")
     parser.add_argument("--patience", type=float, default=10.0, help="seconds for a layer")
+    count = "every 100 layers a dispatch that counts: at once (its count is an earlier one's), or behind them"
+    parser.add_argument("--count", choices=("at-once", "behind"), help=count)
     parser.add_argument("--graph", action="store_true", help="a layer is one CUDA graph")
     parser.add_argument("--share-gpu", action="store_true", help="both ranks on the first GPU, by CUDA MPS")
     parser.add_argument("--port", type=int, default=29555, help="of the rendezvous")

@@ -195,10 +195,11 @@ class Rank:
 def planned(rank: Rank, method: str, gamma: float, batch: dict):
     """(ids, gates, {"clipped", "rerouted", "dropped"} over the group) of one method at one bound."""
     from sglang_macs.config import MacsConfig
-    from sglang_macs.plan.plan import Plan
+    from sglang_macs.plan.plan import Plan, RoutedTokens
 
     plan = Plan(MacsConfig.from_preset(method, gamma=gamma), EXPERTS, RANKS)
-    result = plan(batch["hidden"], batch["ids"], batch["gates"], batch["logits"], batch["segment"], 1, rank.all_reduce)
+    tensors = (batch[name] for name in ("hidden", "ids", "gates", "logits", "segment"))
+    result = plan(RoutedTokens(*tensors, 1), rank.all_reduce)
     _, clipped, rerouted = result.counts.sum(dim=(1, 2)).tolist()
     total = [sum(column) for column in zip(*rank.gather((clipped, rerouted)), strict=True)]
     return (

@@ -19,7 +19,7 @@ from time_kernels import HOT, graph_us
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 
 def host_us(step: Callable[[], object], repeats: int = 50) -> float:
@@ -50,7 +50,7 @@ def steps(config: Config) -> dict[str, Callable[[], object]]:
         "load_histogram": lambda: plan.histogram(ids, gates, weight, segment),
         "clip_threshold": lambda: plan.threshold(own, own),
         "clip_apply": lambda: plan.apply(ids, gates, weight, segment, logits, shift, cut),
-        "plan": lambda: plan(raw.hidden, ids, gates, logits, segment, 1),
+        "plan": lambda: plan(RoutedTokens(raw.hidden, ids, gates, logits, segment, 1)),
     }
 
 

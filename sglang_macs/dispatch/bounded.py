@@ -92,14 +92,15 @@ class Index(NamedTuple):
 
 
 class Workspace:
-    """Index tensors over memory that all layers of a process share: one dispatch is under way at a time.
+    """Index tensors over memory that all layers of a process share: one dispatch is under way at a time. Memory that
+    became too small stays: CUDA graphs have its address.
 
     lost: [1] i32, assignments that found no row in their buffer, which cannot be.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.lost = torch.zeros(1, dtype=torch.int32, device=device)
-        self._memory = torch.empty(0, dtype=torch.int32, device=device)
+        self._memory = [torch.empty(0, dtype=torch.int32, device=device)]
         self._sizes: tuple[int, ...] = ()
         self._index: Index | None = None
 
@@ -108,9 +109,9 @@ class Workspace:
         sizes = (tokens, top_k, num_experts)
         if sizes != self._sizes:
             parts = [tokens * top_k, num_experts, ops.bounded_workspace_size(tokens, num_experts)]
-            if sum(parts) > self._memory.numel():
-                self._memory = self._memory.new_empty(sum(parts))
-            place, *others = self._memory[: sum(parts)].split(parts)
+            if sum(parts) > self._memory[-1].numel():
+                self._memory.append(self._memory[-1].new_empty(max(sum(parts), 2 * self._memory[-1].numel())))
+            place, *others = self._memory[-1][: sum(parts)].split(parts)
             self._sizes, self._index = sizes, Index(place.view(tokens, top_k), *others)
         return self._index
 
@@ -148,14 +149,24 @@ class Received(NamedTuple):
 class BoundedDispatch:
     """What the MoE layers of a process share: whether this can be had, the workspace, and its fault.
 
+    Counted and uncounted dispatches must not be under way together. DeepEP's kernels write their counts to one place,
+    whether the host wants them or not, and a host that waits there takes the count of any dispatch before its own
+    (`notify_dispatch` in csrc/kernels/legacy/intranode.cu): buffers of wrong sizes, and ranks that wait for rows that
+    never come. So a rank that is about to count lets its GPU finish first (`before_count`).
+
     Args:
         config: of the server.
         say: takes a line for the log.
         unfit: why the kernels do not run on some rank's device, or "": the same on all ranks.
+        stream: the stream that dispatches are queued on; has synchronize().
     """
 
-    def __init__(self, config: MacsConfig, say: Callable[[str], None], unfit: str = "") -> None:
+    def __init__(
+        self, config: MacsConfig, say: Callable[[str], None], unfit: str = "", stream: Callable[[], Any] | None = None
+    ) -> None:
         self.config, self._unfit = config, unfit
+        self._stream = stream or torch.cuda.current_stream
+        self._uncounted: Any = None  # stream with dispatches that may be under way
         self._tell = cache(say)  # each line once
         self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
         self._found: dict[tuple, Room | None] = {}
@@ -201,9 +212,11 @@ class BoundedDispatch:
     def _room_for(
         self, now: batch.Batch, sizes: Sizes, attn_tp_size: int, format: str | None, domains: int, planned: bool
     ) -> Room | None:
-        if now.skip not in ("", "off") or not now.group_tokens:
-            return None  # decode, small batches, graph capture
+        if now.skip in batch.UNKNOWN or not now.group_tokens:
+            return None
         tokens = most_tokens(sizes, now.group_tokens, attn_tp_size)
+        if now.skip:  # ranks may be padded to the fullest
+            tokens = max(tokens, sizes.num_ranks * -(-now.most_tokens // attn_tp_size))
         planned = planned and not now.skip and not now.leaves_alone  # rows left alone come beside those of the bound
         found = room(self.config, sizes, tokens, planned=planned)
         spare = spare_bytes(sizes, tokens, found.rows)
@@ -215,6 +228,16 @@ class BoundedDispatch:
         why = next((words for refused, words in reasons if refused), "") or self._unfit
         self._tell(f"DeepEP counts on the host: {why}" if why else self._line(sizes, planned))
         return None if why else found
+
+    def sent(self) -> None:
+        """Behind every dispatch without a count."""
+        self._uncounted = self._stream()
+
+    def before_count(self) -> None:
+        """Before a dispatch that counts, on every rank: the host waits for its GPU."""
+        if self._uncounted is not None:
+            self._uncounted.synchronize()
+            self._uncounted = None
 
     def check(self) -> None:
         """Raises MacsError once rows were lost; never makes the host wait (`Watch`)."""
@@ -272,18 +295,28 @@ class BoundedNormal:
         dispatch = partial(buffer.dispatch, num_worst_tokens=self._room.tokens)
         return SimpleNamespace(get_dispatch_layout=buffer.get_dispatch_layout, dispatch=dispatch)
 
-    def _dispatch_b(self, original: Callable, *state: Any) -> Any:
+    def in_use(self) -> None:
+        """Tells SGLang, whose low-latency mode cleans its buffers behind normal mode: a graph's replay does not."""
+        self._own_buffer()
+
+    def room(self) -> Room | None:
+        """For the batch that is running (`BoundedDispatch.room`)."""
         domains = self._own_buffer().runtime.get_num_rdma_ranks()
         attn_tp_size = self.planner.attn_tp[1]
-        found = self.shared.room(self.sizes, attn_tp_size, row_format(self.impl), domains, self.planner.plans())
+        return self.shared.room(self.sizes, attn_tp_size, row_format(self.impl), domains, self.planner.plans())
+
+    def _dispatch_b(self, original: Callable, *state: Any) -> Any:
+        found = self.room()
         if found is None:
+            self.shared.before_count()
             return original(*state)
         self._room = found
         try:
             output = original(*state)
         finally:
             self._room = None
-        self.planner.counters.bounded += 1
+        self.shared.sent()
+        self.planner.count_bounded()
         tokens, scales, ids, weights = output[:4]
         workspace = self.shared.workspace(tokens.device)
         received = Received(tokens, scales, ids, weights, self.sizes.local, found.rows, workspace)

@@ -21,7 +21,7 @@ from ..comm.peer_memory import PeerMemory, everyone
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops.definitions import limit
-from ..plan.plan import Plan, PlanResult
+from ..plan.plan import Plan, PlanResult, RoutedTokens
 
 # Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
 # compile kernels that the others, who wait for it here, do not need: a minute with empty caches. In a CUDA graph nobody
@@ -125,34 +125,29 @@ class FusedDispatch:
         plan: Plan,
         layer_id: int,
         format: str,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        router_logits: Tensor | None,
-        segment: Tensor,
-        num_segments: int,
+        tokens: RoutedTokens,
         *,
         awaits: bool = False,
     ) -> PlanResult:
-        """Plans and sends; shapes as of `Plan.__call__`, T <= sizes.max_tokens. Collective.
+        """Plans and sends; T <= sizes.max_tokens. Collective.
 
         awaits: the same launch awaits everybody's rows, and `receive` launches nothing. `group` and `own` of the
         result hold only the group's sums: no histogram is made. Raises MacsError if the rows sent before were not
         received: their scales would be taken for those of these.
         """
         self._begin(layer_id, format, awaits)
-        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        logits = None if self.config.reroute == "none" or tokens.router_logits is None else tokens.router_logits.float()
         ids, weights, weight, cut, counts, sums = ops.fused_dispatch(
             *self._where(),
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            segment,
+            tokens.hidden_states,
+            tokens.topk_ids,
+            tokens.topk_weights,
+            tokens.segment,
             logits,
-            num_segments=num_segments,
+            num_segments=tokens.num_segments,
             phase="both" if awaits else "send",
             **self._patience(),
-            **plan.fused_options(hidden_states.device),
+            **plan.fused_options(tokens.hidden_states.device),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
 

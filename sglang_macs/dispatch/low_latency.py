@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ..plan import batch
-from ..plan.plan import PlanResult
+from ..plan.plan import PlanResult, RoutedTokens
 from .fused import FusedDispatch
 from .planner import LayerPlanner
 from .transport import row_format
@@ -68,28 +68,10 @@ class FusedLowLatency:
         now = batch.current()
         return self.takes() and not now.skip and not now.leaves_alone
 
-    def plan(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        router_logits: Tensor | None,
-        segment: Tensor,
-        num_segments: int,
-    ) -> PlanResult:
+    def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
-        result = self.transport.send(
-            self.planner.plan,
-            self.planner.layer_id,
-            row_format(self.impl),
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            router_logits,
-            segment,
-            num_segments,
-            awaits=not self.in_halves,
-        )
+        where = self.planner.plan, self.planner.layer_id, row_format(self.impl)
+        result = self.transport.send(*where, tokens, awaits=not self.in_halves)
         self._note(result.topk_ids, result.topk_weights)
         self.planner.counters.fused += 1
         return result

@@ -11,12 +11,14 @@ On a CPU such a timing tells more of what else the machine does than of the plan
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from ..plan.plan import RoutedTokens
 from .planner import LayerPlanner
 
 TOKENS = 4096  # of a rank: a prefill chunk
@@ -59,10 +61,9 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
     hidden = torch.randn(TOKENS, sizes.hidden_size, dtype=torch.bfloat16, device=device)
     segment = torch.arange(TOKENS, dtype=torch.int32, device=device) % 2 - 1
 
-    def plan() -> None:
-        planner.plan(hidden, ids, weights, logits, segment, 1, planner.exchange)
-
-    return _fastest(plan, device, in_a_row=8 if planner.plan.config.dispatch == "bounded" else 1)
+    tokens = RoutedTokens(hidden, ids, weights, logits, segment, 1)
+    call = partial(planner.plan, tokens, planner.exchange)
+    return _fastest(call, device, in_a_row=8 if planner.plan.config.dispatch == "bounded" else 1)
 
 
 def _row_seconds(sizes: ExpertSizes, device: torch.device) -> float:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ..comm.peer_all_reduce import PeerAllReduce
 from ..observe import stats
 from ..observe.recorder import Recorder
 from ..plan import batch
-from ..plan.plan import Plan, PlanResult
+from ..plan.plan import Plan, PlanResult, RoutedTokens
 from .acting import Acting
 
 
@@ -64,6 +65,7 @@ class LayerPlanner:
         self.recorder = recorder
         self.peers = peers
         self.acting = acting
+        self._aside: list[PlanResult] | None = None
 
     def __call__(
         self,
@@ -72,23 +74,20 @@ class LayerPlanner:
         topk_weights: Tensor,
         router_logits: Tensor | None,
         half: int | None = None,
-        plan: Callable[..., PlanResult] | None = None,
+        plan: Callable[[RoutedTokens], PlanResult] | None = None,
     ) -> Planned:
-        """Shapes as in `Plan.__call__`; every rank calls it for every dispatch, T = 0 included.
+        """Shapes as in `RoutedTokens`; every rank calls it for every dispatch, T = 0 included.
 
         half: 0 or 1 under two-batch overlap, which dispatches the halves of a batch one by one.
-        plan: in place of the layer's own, with its arguments but for the all-reduce, where the dispatch itself plans.
+        plan: in place of the layer's own, where the dispatch itself plans and exchanges.
         """
         now = batch.current()
         skip = now.skip_of(self.layer_id)
-        self.counters.dispatches += 1
-        if skip:
-            self.counters.skipped[skip] += 1
-            if skip not in ("off", batch.NO_GAIN):
-                return Planned(topk_ids, topk_weights)
-        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
-            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
-        segment = self._segment(now, half, topk_ids)
+        if self._aside is None:
+            self.count_dispatch(now, half)
+        if skip not in ("", "off", batch.NO_GAIN):
+            return Planned(topk_ids, topk_weights)
+        segment = self.segment(now, half, topk_ids)
         left_alone, planned_segment = now.left_alone_of(segment)
         if skip:
             if skip == batch.NO_GAIN and self.recorder is not None:
@@ -96,19 +95,50 @@ class LayerPlanner:
                 self._record(now, topk_ids, topk_weights, routed, planned=False)
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
         planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
-        given = hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
+        tokens = RoutedTokens(
+            hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
+        )
         start = time.perf_counter()
-        result = plan(*given) if plan else self.plan(*given, self.exchange)
+        result = plan(tokens) if plan else self.plan(tokens, self.exchange)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
-        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
-        if self.acting is not None:
-            self.acting.add(self.layer_id, self.plan, result)
+        if self._aside is None:
+            self.count_plan(result)
+        else:
+            self._aside.append(result)
         if self.recorder is not None:
             recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
             self._record(now, topk_ids, topk_weights, recorded, planned=True)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def count_dispatch(self, now: batch.Batch, half: int | None = None) -> None:
+        """One dispatch of the batch `now`, or of one of its halves."""
+        skip = now.skip_of(self.layer_id)
+        self.counters.dispatches += 1
+        if skip:
+            self.counters.skipped[skip] += 1
+        if self.layer_id in now.gain and not half:  # a batch's halves share its gain
+            self.counters.expected_gain[skip or "planned"] += now.gain[self.layer_id]
+
+    def count_plan(self, result: PlanResult) -> None:
+        """One plan of the pass that is running. `result` is kept: nobody may write to it afterwards."""
+        self.counters.add_plan(self.layer_id, result, by_expert=math.isinf(self.plan.config.gamma))
+        if self.acting is not None:
+            self.acting.add(self.layer_id, self.plan, result)
+
+    def count_bounded(self) -> None:
+        """A dispatch whose rows were not counted on the host."""
+        self.counters.bounded += self._aside is None
+
+    @contextmanager
+    def uncounted(self) -> Iterator[list[PlanResult]]:
+        """Within, dispatches are planned and not counted: the caller does so, and finds their plans in the list."""
+        self._aside = []
+        try:
+            yield self._aside
+        finally:
+            self._aside = None
 
     def _record(
         self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
@@ -152,16 +182,19 @@ class LayerPlanner:
         """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
         weight = planned.result.weight if planned.result else None
         segment = planned.segment if batch.current().measured else None
-        sent, left_alone = planned.topk_ids, planned.left_alone
-        return stats.recount(self.plan.num_experts, topk_ids, sent, weight, segment, left_alone)
+        sent, left_alone, places = planned.topk_ids, planned.left_alone, self.plan.places
+        logical = None if places is None else places.logical.to(topk_ids.device)
+        return stats.recount(self.plan.num_physical, topk_ids, sent, weight, segment, left_alone, logical)
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
         if planned.segment is not None:
             cut = planned.result.cut if planned.result else None
             left_alone = planned.left_alone is not None
-            config, num_ranks = self.plan.config, self.plan.num_ranks
-            self.counters.add_recount(stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone))
+            config, num_ranks, places = self.plan.config, self.plan.num_ranks, self.plan.places
+            on_ranks = None if places is None else places.on_ranks
+            counted = stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone, on_ranks)
+            self.counters.add_recount(counted)
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:
         """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
@@ -191,9 +224,10 @@ class LayerPlanner:
         now, config = batch.current(), self.plan.config
         if not self.plans() or now.halves or not now.group_tokens:
             return None
-        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
+        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_physical))
 
-    def _segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+    def segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
+        """[T] i32 of the rows of topk_ids [T, K]."""
         segment, fits = now.segment_of_rows(topk_ids.shape[0], half, self.attn_tp, topk_ids.device)
         self.counters.misaligned += not fits
         return segment

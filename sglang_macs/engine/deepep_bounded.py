@@ -4,6 +4,7 @@ from functools import partial
 
 from ..comm import peer_memory
 from ..dispatch import bounded
+from ..dispatch.layer_graph import LayerGraph, LayerGraphs
 from ..dispatch.transport import say_for_group, unfit_device
 from . import worker
 from .hooks import Hook
@@ -25,6 +26,7 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
         tell = partial(say_for_group, group=planner.group)
         process.bounded = bounded.BoundedDispatch(process.config, tell, next(filter(None, unfit), ""))
+        process.layer_graphs = LayerGraphs(tell) if process.config.layer_graphs else None
         register_permutation()
 
     class Format:
@@ -48,7 +50,25 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
-            bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
+            normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
+            if process.layer_graphs is not None:
+                dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
+
+
+def _carries(inner, impl) -> bool:
+    return inner._get_impl() is impl
+
+
+def _forward_impl(original, self, hidden_states, topk_output):
+    """AROUND DeepEPMoE.forward_impl: dispatch, experts and combine of a layer, one launch where it can be a graph."""
+    graph = getattr(self.dispatcher, "macs_graph", None)
+    if graph is None or topk_output._fields != ("topk_weights", "topk_ids", "router_logits"):
+        return original(self, hidden_states, topk_output)
+
+    def forward(hidden, ids, weights, logits):
+        return original(self, hidden, topk_output._replace(topk_ids=ids, topk_weights=weights, router_logits=logits))
+
+    return graph(forward, hidden_states, topk_output.topk_ids, topk_output.topk_weights, topk_output.router_logits)
 
 
 def register_permutation() -> None:
@@ -103,6 +123,7 @@ def _grouped_gemm(gemm: str):
 
 
 HOOKS = (
+    Hook("sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _forward_impl, "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_bf16_contig", _grouped_gemm("m_grouped_bf16_gemm_nt_contiguous"), "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_f8f8bf16_contig", _grouped_gemm("m_grouped_fp8_gemm_nt_contiguous"), "around"),
 )

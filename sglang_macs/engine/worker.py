@@ -11,6 +11,7 @@ from ..config import MacsConfig, configured
 from ..console import say
 from ..dispatch.acting import Acting
 from ..dispatch.bounded import BoundedDispatch
+from ..dispatch.layer_graph import LayerGraphs
 from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
@@ -36,6 +37,7 @@ class Worker:
         self.acting = Acting()
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
+        self.layer_graphs: LayerGraphs | None = None
         self.top_k = 1  # the largest of the model's MoE layers
         self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
         self.agreement: Agreement | None = None
@@ -45,6 +47,11 @@ class Worker:
         self._looked = 0.0  # s of the monotonic clock
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether plans choose among replicas."""
+        return any(planner.plan.places is not None for planner in self.planners.values())
 
     def options_of_the_group(self) -> str:
         """What must be the same on every node; where its files lie may differ."""

@@ -81,6 +81,7 @@ METRICS = (
     Metric("dispatches", "MoE dispatches of this rank", _one(lambda s: s["dispatches"])),
     Metric("planned", "dispatches that were planned", _one(lambda s: s["planned"])),
     Metric("bounded", "dispatches without a count on the host", _one(lambda s: s["bounded"])),
+    Metric("graphs", "of these, MoE layers that were one launch", _one(lambda s: s["graphs"])),
     Metric("fused", "planned dispatches that the fused kernels carried", _one(lambda s: s["fused"])),
     Metric("skipped", "dispatches left alone", _each("skipped", (*SKIP_REASONS, NO_GAIN)), ("reason",)),
     Metric(
@@ -91,6 +92,7 @@ METRICS = (
     ),
     Metric("misaligned", "plans that took all rows for text; must stay 0", _one(lambda s: s["misaligned"])),
     Metric("assignments", "assignments of this rank's tokens that were planned", _own("assignments"), ("modality",)),
+    Metric("moved", "assignments sent to another replica of their expert", _own("moved"), ("modality",)),
     Metric("clipped", "assignments over a bound: re-routed or dropped", _own("clipped"), ("modality",)),
     Metric("rerouted", "clipped assignments that found another expert", _own("rerouted"), ("modality",)),
     Metric("dropped", "clipped assignments that found none", _own("dropped"), ("modality",)),

@@ -15,6 +15,7 @@ SUMMED = (
     "dispatches",
     "planned",
     "bounded",
+    "graphs",
     "fused",
     "skipped",
     "expected_gain",

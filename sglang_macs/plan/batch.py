@@ -19,6 +19,8 @@ from ..config import MacsConfig
 PAD_ID_BASE = 1_000_000
 # Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
+# Of these, where nobody knows what the other ranks run.
+UNKNOWN = ("draft", "outside")
 NO_GAIN = (
     "no_gain"  # why a layer of a planned batch is not planned: less to gain than a plan costs (dispatch/acting.py)
 )
@@ -52,6 +54,11 @@ class RankBatches:
         return sum(self.tokens)
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens of the fullest rank."""
+        return max(self.tokens, default=0)
+
+    @property
     def prefill_tokens(self) -> int:
         """Tokens of the ranks that run a prefill."""
         return sum(count for count, prefill in zip(self.tokens, self.prefills, strict=True) if prefill)
@@ -67,23 +74,27 @@ class Batch:
 
     skip: "" to plan this batch, otherwise why not, one of `SKIP_REASONS`.
     group_tokens: tokens of the whole EP group, 0 where nobody counted.
+    most_tokens: tokens of the fullest of the ranks that have batches of their own, 0 where nobody counted.
     halves: (start, end) token of each half under two-batch overlap, else empty.
     leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill. All ranks agree.
     measured: whether the group's rows are recounted after the plan. All ranks agree.
     no_gain: layers that are not planned though the batch is. All ranks agree.
     gain: by layer, rows that a plan is expected to take off the most loaded rank; a layer of which nothing is known is
     missing.
+    of_rows: whether `segment` is that of a MoE layer's rows already, padded and scattered.
     """
 
     segment: Tensor | None = None
     num_segments: int = 0
     skip: str = "outside"
     group_tokens: int = 0
+    most_tokens: int = 0
     halves: tuple[tuple[int, int], ...] = ()
     leaves_alone: bool = False
     measured: bool = False
     no_gain: frozenset[int] = frozenset()
     gain: Mapping[int, int] = field(default_factory=dict)
+    of_rows: bool = False
     _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _left_alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -98,6 +109,8 @@ class Batch:
         text: a rank must take part in the plan's exchange whatever it knows. The first layer that asks makes it for
         all the others of the pass.
         """
+        if self.of_rows:
+            return self.segment, True
         key = (rows, half, attn_tp, device)
         if key not in self._of_rows:
             segment = align(self.segment_of(half), rows, *attn_tp, device)
@@ -164,7 +177,7 @@ def of_forward(
     ranks = ranks or RankBatches.of_modes([tokens], [mode])
     skip = skip_reason(config, ranks, num_ranks)
     if skip not in ("", "off"):
-        return Batch(skip=skip)
+        return Batch(skip=skip, group_tokens=ranks.group_tokens, most_tokens=ranks.most_tokens)
     segment, num_segments = _visual_segments(forward_batch, config)
     left_alone = 0
     if not config.decode:
@@ -177,6 +190,7 @@ def of_forward(
         num_segments,
         skip=skip,
         group_tokens=ranks.group_tokens,
+        most_tokens=ranks.most_tokens,
         halves=tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ()),
         leaves_alone=ranks.has_decode and not config.decode,
     )

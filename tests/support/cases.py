@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from sglang_macs.plan.plan import RoutedTokens
+
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, print_blob=False)
 
 
@@ -23,6 +25,11 @@ class Batch:
     router_logits: torch.Tensor = field(repr=False)
     segment: torch.Tensor
     num_segments: int
+
+    @property
+    def routed(self) -> RoutedTokens:
+        """As a plan takes it."""
+        return RoutedTokens(**vars(self))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from sglang_macs.config import MacsConfig
 from sglang_macs.observe.recorder import Place, Recorder, Shown
 from sglang_macs.observe.trace import file_name
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
 
 EXPERTS, RANKS, TOP_K, LAYERS = 8, 2, 2, (0, 2, 5)
 ROWS, COLUMNS, SIDE = 4, 6, 4  # tokens of the picture, pixels of a patch; 2 x 2 patches a token
@@ -78,7 +78,7 @@ def _pass(number: int, plan: Plan, recorders: list[list[Recorder]], tokens: tupl
                 for rank, count in enumerate(tokens)
             ]
             group_sum = _replace_by(sum(_histogram(plan, batch) for batch in batches))
-            plans = [plan(**batch, all_reduce=group_sum) for batch in batches]
+            plans = [plan(RoutedTokens(**batch), group_sum) for batch in batches]
             stage = recorders[-1] if layer == LAYERS[-1] else recorders[0]
             for recorder, one, result in zip(stage, batches, plans, strict=True):
                 recorder.add(layer, RANKS, one["topk_ids"], one["topk_weights"], result)

@@ -1,0 +1,66 @@
+"""What tests of real servers share: how they are launched, what they are asked, and what their counters must say."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from serving import Server, data_uri, photograph_files, photographs
+
+from .reference import NEW_TOKENS, Question
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+LAYERS, TOP_K = 3, 4  # of the tiny models
+MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
+INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
+WORDS = "How many visual tokens does a photograph of a flower have? "
+
+
+def serve(model, *arguments: str, log: str, kind: type[Server] = Server, **options) -> Server:
+    return kind(model, list(arguments), log=BUILD / f"test-{log}.log", **options)
+
+
+def states(server: Server) -> list[dict]:
+    """Each data-parallel rank's counters."""
+    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
+
+
+def ask(server: Server, question: Question) -> list[int]:
+    """Greedy ids, from a full prefill."""
+    server.flush_cache()
+    image = data_uri(photograph_files()[question.image]) if question.image else None
+    return server.generate(question.prompt, image, max_new_tokens=NEW_TOKENS).ids
+
+
+def generate(server: Server, text: str, image: str | None = None, **fields) -> dict:
+    """SGLang's whole answer to `/generate`: one token, unless `fields` say otherwise."""
+    body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 1}, **fields}
+    if image:
+        body["image_data"] = data_uri(photograph_files()[image])
+    return server.post("/generate", body)
+
+
+def own(server: Server, kind: str) -> int:
+    """One counter of the ranks' own assignments, over all ranks, and over both modalities unless `kind` names one."""
+    return sum(count for state in states(server) for name, count in state["own"].items() if name.startswith(kind))
+
+
+def assert_bounds_held(server: Server) -> None:
+    for state in states(server):
+        assert state["planned"] > 0 and state["misaligned"] == 0
+        assert state["checks"]["bound"] == state["planned"]
+        assert sum(state["violations"].values()) == 0, state["violations"]
+
+
+def load(server: Server, count: int = 16) -> None:
+    """Image and text chats at once, so that batches mix modalities and both ranks have work."""
+
+    def one(i: int) -> None:
+        uri = photographs()[i % 2]
+        picture = {"type": "image_url", "image_url": {"url": uri}}
+        words = {
+            "type": "text",
+            "text": f"{i} {WORDS}" * (1 + i % 3),
+        }
+        server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(count)))

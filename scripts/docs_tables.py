@@ -342,6 +342,18 @@ def e2e_table() -> str:
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
+def e2e_decode_table() -> str:
+    """The decode of a real server against SGLang without the plugin; a table for every run in docs/results."""
+    parts = []
+    for found in matching("e2e_decode_*"):
+        case = found["rows"][0]["case"]
+        what = f"{case['layers']} layers, {case['dtype']}, {case['ranks']} ranks."
+        rows = [[cell(row) for cell in E2E_DECODE.values()] for row in found["rows"]]
+        parts += [f"{source(found)} {what}\n\n{markdown(E2E_DECODE, rows)}"]
+        parts += [f"Rounds left out: {len(found['outliers'])}; the file says why each."]
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
 def measured(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -363,6 +375,18 @@ E2E: dict[str, Callable[[dict], str]] = {
     "of balance's alone": lambda row: with_bounds(row, "share_of_balance", "share_of_balance_ci95", ".0%"),
     "kernels run": lambda row: measured(row["busy"], ".0%"),
     "plan, us a layer of the host": lambda row: measured(row["host_us_per_layer"], ".0f"),
+    "rounds": lambda row: str(row["rounds"]),
+}
+
+
+E2E_DECODE: dict[str, Callable[[dict], str]] = {
+    "requests a rank": lambda row: str(row["case"]["requests"]),
+    "variant": lambda row: row["case"]["variant"],
+    "ITL, ms": lambda row: f"{row['itl_ms']:.2f}",
+    "ITL over stock's": lambda row: with_bounds(row, "ratio", "ci95", ".3f"),
+    "output tokens/s": lambda row: f"{row['output_tokens_per_s']:,.0f}",
+    "TTFT, ms": lambda row: f"{row['ttft_ms']:.0f}",
+    "TTFT over stock's": lambda row: with_bounds(row, "ttft_ratio", "ttft_ci95", ".3f"),
     "rounds": lambda row: str(row["rounds"]),
 }
 
@@ -435,6 +459,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounded": bounded_table,
     "bench": bench_table,
     "e2e": e2e_table,
+    "e2e_decode": e2e_decode_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,

@@ -122,6 +122,7 @@ class Worker:
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        about["fused_region"] = self.transports.state()
         if self._recorder is not None:
             about["trace"] = self._recorder.state()
         return about | self.stats.snapshot()

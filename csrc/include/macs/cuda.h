@@ -38,6 +38,7 @@ cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const C
 // Dispatch with the plan inside, and combine, among ranks that address each other's regions (macs/fused.h).
 // Other sizes than those named there: cudaErrorInvalidValue, and so is a grid that does not fit on the device at once.
 cudaError_t launch_fused_dispatch(const FusedDispatchParams& p, cudaStream_t stream);
+cudaError_t launch_fused_carry(const FusedDispatchParams& p, cudaStream_t stream);  // no plan: rows as they are routed
 cudaError_t launch_fused_combine(const FusedCombineParams& p, cudaStream_t stream);
 
 // The exchange of the plan among such ranks: every rank launches it, in the same order (macs/peer_all_reduce.h).

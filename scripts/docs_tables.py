@@ -433,6 +433,24 @@ def wire_table() -> str:
     return where + "\n\n" + markdown(header, rows)
 
 
+def replicas_table() -> str:
+    """What each choice of replicas leaves, from scripts/replicas_study.py."""
+    found = results("replicas")
+    by_case = {tuple(row["case"].values()): row for row in found["rows"]}
+    choices, gammas = ("linear", "static", "balance"), sorted({row["case"]["gamma"] for row in found["rows"]})
+    rows = []
+    for ep, redundant in dict.fromkeys((row["case"]["ep"], row["case"]["redundant"]) for row in found["rows"]):
+        of = {choice: [by_case[ep, redundant, choice, gamma] for gamma in gammas] for choice in choices}
+        cells = [f"{of[choice][0]['max_over_mean']:.3f}" for choice in choices]
+        cells += [" / ".join(f"{100 * row['clipped']:.1f}" for row in of[choice]) for choice in choices]
+        rows.append([f"EP{ep}", redundant, *cells])
+    header = ["", "redundant", "max/mean: linear", "EPLB", "balanced"]
+    header += [f"over gamma {' / '.join(map(str, gammas))}, %: linear", "EPLB", "balanced"]
+    return f"Simulated, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`.\n\n" + markdown(
+        header, rows
+    )
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -469,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instructions": instructions_table,
     "compat": compat_table,
     "cost": cost_table,
+    "replicas": replicas_table,
     "wire": wire_table,
     "fused": fused_table,
 }

@@ -51,7 +51,7 @@ def _options(rank: int, world: int) -> str:
 
 def test_a_node_with_other_options_ends_all():
     said = run_ranks(3, _options)
-    assert said == ["rank 2 has other --macs options, or another profile, than rank 0; pass the same"] * 3
+    assert said == ["rank 2 has other --macs options, profile or expert locations than rank 0; pass the same"] * 3
 
 
 def _passes(rank: int, world: int, tokens: list[list[int]]) -> int:

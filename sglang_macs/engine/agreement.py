@@ -46,7 +46,7 @@ class Agreement:
         if bool((everyone[:, 0] != everyone[0, 0]).any()):
             other = int((everyone[:, 0] != everyone[0, 0]).nonzero()[0])
             raise MacsNotActive(
-                f"rank {other} has other --macs options, or another profile, than rank 0; pass the same"
+                f"rank {other} has other --macs options, profile or expert locations than rank 0; pass the same"
             )
         if bool((everyone[:, :-2] != everyone[0, :-2]).any()):
             raise MacsNotActive(f"{self._disagreement(everyone)}; serve without MACS, and report {self._flags}")

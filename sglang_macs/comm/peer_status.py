@@ -68,7 +68,7 @@ class Watch:
     def look(self, status: Tensor) -> Any:
         """The record as it was at an earlier call; sends for the next. status: what `read` takes, here [SIZE] u8."""
         found = None
-        if self._seen is not None and self._seen_at.query():
+        if self._seen is not None and self._seen_at is not None and self._seen_at.query():
             found, self._seen = self._read(self._seen), None
         if self._seen is None:
             self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)

@@ -58,7 +58,9 @@ class FusedLowLatency:
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
-        result = self.transport.send(self.planner.plan, self.planner.layer_id, row_format(self.impl), tokens)
+        format = row_format(self.impl)
+        assert format is not None, "this dispatch `takes` nothing"
+        result = self.transport.send(self.planner.plan, self.planner.layer_id, format, tokens)
         experts = self.planner.plan.num_experts
         assignments = tokens.topk_ids.numel() * self.planner.plan.num_ranks
         self._sent = _Sent(result, (assignments + experts) // experts)

@@ -4,6 +4,8 @@ all-reduce.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -19,7 +21,7 @@ from .fused import FusedDispatch, Sizes, unsupported
 COMPUTE_CAPABILITY = 9  # Hopper: what the kernels are built and were measured for
 
 
-def row_format(impl) -> str | None:
+def row_format(impl: Any) -> str | None:
     """Of the rows that DeepEP's implementation `impl` sends, as the runner wants them; None: not one of ours."""
     if any(getattr(impl, name, False) for name in ("use_nvfp4", "use_mxfp4", "use_mxfp8")):
         return None
@@ -47,13 +49,13 @@ class Transports:
             return []
         if self._sizes is None:
             self._sizes = sizes
-            why = self.config.no_low_latency(mode) or (overlaps and "--enable-single-batch-overlap")
+            why = self.config.no_low_latency(mode) or ("--enable-single-batch-overlap" if overlaps else "")
             why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
-            say_for_group(self._line(why), group)
+            say_for_group(self._line(why, sizes), group)
         return self._made if sizes == self._sizes else []
 
     @property
@@ -95,15 +97,16 @@ class Transports:
 
     def check(self) -> None:
         """Raises MacsError for the first fault that one of them has recorded."""
-        for transport in filter(None, (*self._made, self._sum)):
-            transport.check()
+        for transport in (*self._made, self._sum):
+            if transport is not None:
+                transport.check()
 
-    def _line(self, why: str) -> str:
+    def _line(self, why: str, sizes: Sizes) -> str:
         if why:
             return f"DeepEP carries every batch, behind the plan: {why}"
         blocks = self._made[0].num_blocks
-        needed = sum(t.region_bytes(self.config, self._sizes, blocks) for t in self._made)
-        saved = sum(t.saved_bytes(self.config, self._sizes) for t in self._made)
+        needed = sum(t.region_bytes(self.config, sizes, blocks) for t in self._made)
+        saved = sum(t.saved_bytes(self.config, sizes) for t in self._made)
         return (
             f"the fused dispatch carries planned low-latency batches: {needed / 1e6:.0f} MB a rank, "
             f"{saved / 1e6:.0f} MB less than room for every token of every rank"

@@ -1,7 +1,7 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class Plan:
             self.modality = self.modality.to(device)
         return self.modality
 
-    def fused_options(self, device: torch.device) -> dict[str, object]:
+    def fused_options(self, device: torch.device) -> dict[str, Any]:
         """What `ops.fused_dispatch` needs to decide as this plan does."""
         return {"modality": self._modality_on(device), "policy": self.policy}
 

@@ -4,16 +4,19 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "macs/bounded.h"
 #include "macs/cpu.h"
 #include "macs/fused.h"
 #include "macs/level.h"
 #include "macs/peer_all_reduce.h"
+#include "macs/replicas.h"
 
 #ifdef MACS_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -78,8 +81,9 @@ void check_ranks(int64_t num_experts, int64_t num_ranks) {
                     " for ", num_experts, " experts, expected a divisor of the number of experts");
 }
 
-// From the numbers that Python packed (sglang_macs/ops/policy.py), one an option.
-Policy checked_policy(at::ArrayRef<double> packed) {
+// From the numbers that Python packed (sglang_macs/ops/policy.py), one an option. num_physical: with replicas, what is
+// divided among the ranks in place of the experts.
+Policy checked_policy(at::ArrayRef<double> packed, int64_t num_physical = 0) {
   Policy p = {};
   size_t size = 0;
   for_each_option(p, [&](const char*, auto&) { ++size; });
@@ -87,7 +91,7 @@ Policy checked_policy(at::ArrayRef<double> packed) {
   size_t i = 0;
   for_each_option(p, [&](const char* name, auto& option) { set_option(name, packed[i++], option); });
   TORCH_CHECK_VALUE(p.num_experts > 0, "num_experts: got ", p.num_experts, ", expected at least 1");
-  check_ranks(p.num_experts, p.num_ranks);
+  check_ranks(num_physical > 0 ? num_physical : p.num_experts, p.num_ranks);
   TORCH_CHECK_VALUE(p.bucket_bits >= kMinBucketBits && p.bucket_bits <= kMaxBucketBits, "bucket_bits: got ",
                     p.bucket_bits, ", expected ", kMinBucketBits, " to ", kMaxBucketBits);
   TORCH_CHECK_VALUE(p.gamma > 0.0, "gamma: got ", p.gamma, ", expected a number above 0");
@@ -103,6 +107,38 @@ void check_policy(at::ArrayRef<double> packed) { checked_policy(packed); }
 int64_t histogram_size(const Policy& p) {
   return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
 }
+
+// A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly.
+struct Placed {
+  Tensor table;
+  Policy policy;
+  Places places = {};
+
+  Placed(at::ArrayRef<double> packed, const OptionalTensor& given, const Tensor& beside) {
+    if (!given.has_value()) {
+      policy = checked_policy(packed);
+      return;
+    }
+    table = given->contiguous();
+    const int64_t size = table.sym_numel().guard_int(__FILE__, __LINE__);
+    const int64_t num_physical = (size - Places::size(0)) / 5;
+    TORCH_CHECK_VALUE(num_physical > 0 && size == Places::size(num_physical), "places: got ", size,
+                      " numbers, expected the tables of a layer");
+    TORCH_CHECK_VALUE(table.scalar_type() == at::kInt, "places: got dtype ", table.scalar_type(), ", expected Int");
+    check_device("places", table, beside);
+    policy = checked_policy(packed, num_physical);
+    const bool whole = policy.scope == Scope::kRank && policy.load == Load::kRows && policy.reroute != Reroute::kLocal;
+    TORCH_CHECK_VALUE(whole, "policy: got another scope, load or reroute, expected rank, rows, none or global with places");
+    TORCH_CHECK_VALUE(num_physical >= policy.num_experts, "places: got ", num_physical, " physical experts, expected at "
+                      "least ", policy.num_experts);
+    TORCH_CHECK_VALUE(!table.is_cuda(), "places: got device ", table.device(), ", expected cpu: no CUDA kernel has them");
+    places = {table.is_cpu() ? table.const_data_ptr<int32_t>() : nullptr, policy.num_experts, static_cast<int32_t>(num_physical), policy.num_ranks};
+  }
+
+  int64_t num_ids() const { return places.any() ? places.num_physical : policy.num_experts; }
+  int64_t exchange_size() const { return histogram_size(policy) + replica_exchange_size(places); }
+  int64_t num_counts() const { return places.any() ? kReplicaCounts : 3; }
+};
 
 // Without the weight, which a plan has yet to make.
 Assignments checked_routing(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment,
@@ -191,8 +227,8 @@ void run(const EntropyWeightParams& p, const Tensor& on) {
   check_launch(cuda::launch_entropy_weight(p, workspace.data_ptr(), stream_of(on)), "entropy_weight");
 }
 
-void run(const LoadHistogramParams& p, const Tensor& on) {
-  if (!on.is_cuda()) return cpu::load_histogram(p);
+void run(const LoadHistogramParams& p, const Places& places, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::load_histogram(p, places);
   const c10::cuda::CUDAGuard guard(on.device());
   check_launch(cuda::launch_load_histogram(p, stream_of(on)), "load_histogram");
 }
@@ -203,8 +239,8 @@ void run(const ClipThresholdParams& p, const Tensor& on) {
   check_launch(cuda::launch_clip_threshold(p, stream_of(on)), "clip_threshold");
 }
 
-void run(const ClipApplyParams& p, const Tensor& on) {
-  if (!on.is_cuda()) return cpu::clip_apply(p);
+void run(const ClipApplyParams& p, const Places& places, const void* chosen, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::clip_apply(p, places, chosen);
   const c10::cuda::CUDAGuard guard(on.device());
   const Tensor workspace = workspace_on(on, cuda::clip_apply_workspace_bytes(p));
   check_launch(cuda::launch_clip_apply(p, workspace.data_ptr(), stream_of(on)), "clip_apply");
@@ -230,15 +266,17 @@ struct DeviceGuard {
 
 void run(const EntropyScoreParams& p, const Tensor&) { cpu::entropy_score(p, kParallelFor); }
 void run(const EntropyWeightParams& p, const Tensor&) { cpu::entropy_weight(p); }
-void run(const LoadHistogramParams& p, const Tensor&) { cpu::load_histogram(p); }
+void run(const LoadHistogramParams& p, const Places& places, const Tensor&) { cpu::load_histogram(p, places); }
 void run(const ClipThresholdParams& p, const Tensor&) { cpu::clip_threshold(p); }
-void run(const ClipApplyParams& p, const Tensor&) { cpu::clip_apply(p); }
+void run(const ClipApplyParams& p, const Places& places, const void* chosen, const Tensor&) {
+  cpu::clip_apply(p, places, chosen);
+}
 void run(const BoundedPermuteParams& p, const Tensor&) { cpu::bounded_permute(p); }
 void run(const BoundedGatherParams& p, const Tensor&) { cpu::bounded_gather(p); }
 
 #endif
 
-// ---- The five operators, CPU and CUDA --------------------------------------------------------------------------------
+// ---- The operators, one by one, CPU and CUDA --------------------------------------------------------------------------------
 
 Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
   check_hidden(hidden_states);
@@ -265,15 +303,15 @@ Tensor entropy_weight(const Tensor& entropy, const Tensor& segment, int64_t num_
 }
 
 Tensor load_histogram(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight, const Tensor& segment,
-                      at::ArrayRef<double> packed) {
+                      at::ArrayRef<double> packed, const OptionalTensor& places) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                s = segment.contiguous();
-  const Policy policy = checked_policy(packed);
-  LoadHistogramParams p{checked_assignments(ids, gates, w, s, policy), nullptr};
-  check_ids_in_range(ids, policy.num_experts);
-  Tensor histogram = at::empty({histogram_size(policy)}, ids.options().dtype(at::kInt));
+  const Placed placed(packed, places, ids);
+  LoadHistogramParams p{checked_assignments(ids, gates, w, s, placed.policy), nullptr};
+  check_ids_in_range(ids, placed.num_ids());
+  Tensor histogram = at::empty({placed.exchange_size()}, ids.options().dtype(at::kInt));
   p.histogram = histogram.mutable_data_ptr<int32_t>();
-  run(p, ids);
+  run(p, placed.places, ids);
   return histogram;
 }
 
@@ -292,15 +330,61 @@ std::tuple<Tensor, Tensor> clip_threshold(const Tensor& own, const Tensor& group
   return {shift, cut};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> replica_balance(const Tensor& own, const Tensor& group,
+                                                           const Tensor& modality, at::ArrayRef<double> packed,
+                                                           const Tensor& places) {
+  const Placed placed(packed, places, own);
+  check_like(own, "own", at::kInt, {placed.exchange_size()}, own);
+  check_like(group, "group", at::kInt, own.sizes(), own);
+  check_like(modality, "modality", at::kChar, {placed.policy.num_experts}, own);
+  const Tensor o = own.contiguous(), g = group.contiguous(), m = modality.contiguous();
+  const int64_t num_ranks = placed.policy.num_ranks;
+  Tensor shift = at::empty({placed.policy.num_experts}, o.options()), quota = at::empty({placed.num_ids()}, o.options());
+  Tensor load = at::empty({num_ranks}, o.options()), limits = at::empty({num_ranks, 4}, o.options());
+  cpu::replica_balance({o.const_data_ptr<int32_t>(), g.const_data_ptr<int32_t>(), m.const_data_ptr<int8_t>(),
+                        shift.mutable_data_ptr<int32_t>(), quota.mutable_data_ptr<int32_t>(),
+                        load.mutable_data_ptr<int32_t>(),
+                        reinterpret_cast<RankLimit*>(limits.mutable_data_ptr<int32_t>()), placed.policy, placed.places});
+  return {shift, quota, load, limits};
+}
+
+std::tuple<Tensor, Tensor> replica_choose(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                          const Tensor& segment, const Tensor& group, const Tensor& shift,
+                                          const Tensor& quota, const Tensor& limits, at::ArrayRef<double> packed,
+                                          const Tensor& places) {
+  const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
+               seg = segment.contiguous(), g = group.contiguous(), sh = shift.contiguous(), q = quota.contiguous(),
+               l = limits.contiguous();
+  const Placed placed(packed, places, ids);
+  const Policy& policy = placed.policy;
+  check_ids_in_range(ids, placed.num_ids());
+  check_like(g, "group", at::kInt, {placed.exchange_size()}, ids);
+  check_like(sh, "shift", at::kInt, {policy.num_experts}, ids);
+  check_like(q, "quota", at::kInt, {placed.num_ids()}, ids);
+  check_like(l, "limits", at::kInt, {policy.num_ranks, 4}, ids);
+  Tensor chosen = at::empty_like(ids), cut = at::empty({policy.num_ranks, 4}, g.options());
+  cpu::replica_choose({checked_assignments(ids, gates, w, seg, policy),
+                       g.const_data_ptr<int32_t>() + histogram_size(policy), sh.const_data_ptr<int32_t>(),
+                       q.const_data_ptr<int32_t>(), reinterpret_cast<const RankLimit*>(l.const_data_ptr<int32_t>()),
+                       chosen.mutable_data_ptr(), cut.mutable_data_ptr<int32_t>(), placed.places});
+  return {chosen, cut};
+}
+
 std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
                                               const Tensor& segment, const OptionalTensor& router_logits,
-                                              const Tensor& shift, const Tensor& cut, at::ArrayRef<double> packed) {
+                                              const Tensor& shift, const Tensor& cut, at::ArrayRef<double> packed,
+                                              const OptionalTensor& places, const OptionalTensor& chosen) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
-  const Policy policy = checked_policy(packed);
+  const Placed placed(packed, places, ids);
+  const Policy& policy = placed.policy;
   ClipApplyParams p{};
   p.in = checked_assignments(ids, gates, w, seg, policy);
-  check_ids_in_range(ids, policy.num_experts);
+  check_ids_in_range(ids, placed.num_ids());
+  TORCH_CHECK_VALUE(places.has_value() == chosen.has_value(), "chosen: expected with places, and only then");
+  const Tensor sent = chosen.has_value() ? chosen->contiguous() : ids;
+  check_like(sent, "chosen", ids.scalar_type(), ids.sizes(), ids);
+  check_ids_in_range(sent, placed.num_ids());
   check_like(sh, "shift", at::kInt, {policy.num_experts}, ids);
   check_like(c, "cut", at::kInt, {num_bounds(policy), 4}, ids);
   Tensor logits;
@@ -310,13 +394,13 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tens
     p.router_logits = logits.const_data_ptr();
   }
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
-  Tensor counts = at::empty({3, policy.num_experts, 2}, sh.options());
+  Tensor counts = at::empty({placed.num_counts(), policy.num_experts, 2}, sh.options());
   p.shift = sh.const_data_ptr<int32_t>();
   p.cut = c.const_data_ptr<int32_t>();
   p.new_ids = new_ids.mutable_data_ptr();
   p.new_weights = new_weights.mutable_data_ptr<float>();
   p.counts = counts.mutable_data_ptr<int32_t>();
-  run(p, ids);
+  run(p, placed.places, sent.const_data_ptr(), ids);
   return {new_ids, new_weights, counts};
 }
 
@@ -352,6 +436,7 @@ class Slab {
 // A pass's batch, checked and contiguous; `in` and `logits` point into what it holds.
 struct PlanInput {
   Tensor hidden, ids, gates, segment, logits;
+  Placed placed;
   Policy policy;
   Assignments in;  // without a weight
   int64_t num_segments;
@@ -360,14 +445,17 @@ struct PlanInput {
   int64_t num_tokens() const { return in.num_tokens; }
   int64_t slots() const { return in.num_tokens * in.top_k; }
   int64_t cells() const { return histogram_size(policy); }
+  int64_t exchanged() const { return placed.exchange_size(); }
 };
 
 PlanInput plan_input(const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
-                     const Tensor& segment, int64_t num_segments, at::ArrayRef<double> packed) {
+                     const Tensor& segment, int64_t num_segments, at::ArrayRef<double> packed,
+                     const OptionalTensor& places) {
   PlanInput x = {.ids = topk_ids.contiguous(), .gates = topk_weights.contiguous(), .segment = segment.contiguous(),
-                 .policy = checked_policy(packed), .num_segments = num_segments};
+                 .placed = Placed(packed, places, topk_ids), .num_segments = num_segments};
+  x.policy = x.placed.policy;
   x.in = checked_routing(x.ids, x.gates, x.segment, x.policy);
-  check_ids_in_range(x.ids, x.policy.num_experts);
+  check_ids_in_range(x.ids, x.placed.num_ids());
   x.scored = x.policy.needs_entropy && num_segments > 0;
   if (x.scored) {
     check_hidden(hidden_states);
@@ -423,27 +511,47 @@ void count_batch(const PlanInput& x, const Tensor& entropy, const Tensor& weight
 #endif
   if (x.scored) cpu::entropy_score(score, kParallelFor);
   cpu::entropy_weight(weigh);
-  cpu::load_histogram(histogram);
+  cpu::load_histogram(histogram, x.placed.places);
 }
 
 // What a plan decides. counts and cut are kept by counters long after the pass.
 struct PlanOutput {
-  Tensor ids, weights, shift, cut, counts;
+  Tensor ids, weights, shift, cut, counts, rank_rows;  // the last only with places: [2, R], as routed and as balanced
 
   static int64_t routing_room(const PlanInput& x) {
     return Slab::room(x.slots() * x.ids.element_size()) + Slab::room(x.slots() * 4);
   }
   static int64_t kept_room(const PlanInput& x) {
     const int64_t experts = x.policy.num_experts;
-    return Slab::room(experts * 4) + Slab::room(num_bounds(x.policy) * 16) + Slab::room(experts * 24);
+    const int64_t of_places = x.placed.places.any() ? Slab::room(x.policy.num_ranks * 8) : 0;
+    return Slab::room(experts * 4) + Slab::room(num_bounds(x.policy) * 16) +
+           Slab::room(x.placed.num_counts() * experts * 8) + of_places;
   }
   static PlanOutput of(const PlanInput& x, Slab& routing, Slab& kept) {
     const int64_t experts = x.policy.num_experts;
     return {routing.take(x.ids.scalar_type(), x.ids.sizes()), routing.take(at::kFloat, x.ids.sizes()),
             kept.take(at::kInt, {experts}), kept.take(at::kInt, {num_bounds(x.policy), 4}),
-            kept.take(at::kInt, {3, experts, 2})};
+            kept.take(at::kInt, {x.placed.num_counts(), experts, 2}),
+            x.placed.places.any() ? kept.take(at::kInt, {2, x.policy.num_ranks}) : Tensor()};
   }
 };
+
+// Replicas, what is left over a bound, and what follows: on a CPU.
+void balance_batch(const PlanInput& x, const ClipThresholdParams& cuts, const ClipApplyParams& apply,
+                   const PlanOutput& out) {
+  const Places& places = x.placed.places;
+  const int32_t* exchanged = cuts.group + x.cells();
+  auto* rank_rows = out.rank_rows.mutable_data_ptr<int32_t>();
+  std::copy_n(exchanged, places.num_ranks, rank_rows);
+  std::vector<int32_t> quota(places.num_physical);
+  std::vector<RankLimit> limits(places.num_ranks);
+  const Tensor chosen = at::empty_like(x.ids);
+  cpu::replica_balance({cuts.own, cuts.group, cuts.modality, cuts.shift, quota.data(), rank_rows + places.num_ranks,
+                        limits.data(), x.policy, places});
+  cpu::replica_choose({apply.in, exchanged, cuts.shift, quota.data(), limits.data(), chosen.mutable_data_ptr(),
+                       cuts.cut, places});
+  cpu::clip_apply(apply, places, chosen.const_data_ptr());
+}
 
 // Cuts, and what follows from them.
 void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& weight,
@@ -470,6 +578,7 @@ void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const
                         "threshold_apply");
   }
 #endif
+  if (x.placed.places.any()) return balance_batch(x, threshold, apply, out);
   cpu::clip_threshold(threshold);
   cpu::clip_apply(apply);
 }
@@ -478,29 +587,29 @@ void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_histogram(const Tensor& hidden_states, const Tensor& topk_ids,
                                                            const Tensor& topk_weights, const Tensor& segment,
                                                            int64_t num_segments, at::ArrayRef<double> policy,
-                                                           bool exchanged) {
-  const PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy);
+                                                           bool exchanged, const OptionalTensor& places) {
+  const PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, places);
   const DeviceGuard guard(x.ids.device());
-  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.cells() * 4);
+  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.exchanged() * 4);
   const int64_t workspace_bytes = plan_workspace_bytes(x);
   Slab made(x.ids, tokens + cells), scratch(x.ids, tokens + Slab::room(workspace_bytes));
-  const Tensor weight = made.take(at::kFloat, {x.num_tokens()}), own = made.take(at::kInt, {x.cells()});
+  const Tensor weight = made.take(at::kFloat, {x.num_tokens()}), own = made.take(at::kInt, {x.exchanged()});
   const Tensor workspace = scratch.take(at::kByte, {workspace_bytes});
   count_batch(x, scratch.take(at::kFloat, {x.num_tokens()}), weight, own, workspace);
   return {weight, own, exchanged ? own.clone() : own, workspace};
 }
 
 // As of `plan` behind its exchange.
-std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_apply(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
     const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
     const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const Tensor& workspace,
-    at::ArrayRef<double> policy) {
-  PlanInput x = plan_input({}, topk_ids, topk_weights, segment, 0, policy);
+    at::ArrayRef<double> policy, const OptionalTensor& places) {
+  PlanInput x = plan_input({}, topk_ids, topk_weights, segment, 0, policy, places);
   set_logits(x, router_logits);
   const DeviceGuard guard(x.ids.device());
   const Tensor o = own.contiguous(), g = group.contiguous(), w = weight.contiguous();
-  check_like(o, "own", at::kInt, {x.cells()}, x.ids);
-  check_like(g, "group", at::kInt, {x.cells()}, x.ids);
+  check_like(o, "own", at::kInt, {x.exchanged()}, x.ids);
+  check_like(g, "group", at::kInt, {x.exchanged()}, x.ids);
   check_like(w, "weight", at::kFloat, {x.num_tokens()}, x.ids);
   check_device("workspace", workspace, x.ids);
   TORCH_CHECK_VALUE(static_cast<int64_t>(workspace.nbytes()) >= plan_workspace_bytes(x), "workspace: got ",
@@ -508,34 +617,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> threshold_apply(
   Slab routing(x.ids, PlanOutput::routing_room(x)), kept(x.ids, PlanOutput::kept_room(x));
   const PlanOutput out = PlanOutput::of(x, routing, kept);
   cut_batch(x, o, g, modality, w, workspace, out);
-  return {out.ids, out.weights, out.cut, out.counts};
+  return {out.ids, out.weights, out.cut, out.counts, out.rank_rows};
 }
 
 void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, const Tensor& sum,
                     int64_t timeout_ns);
 
 // The whole plan. region: this rank's of the exchange over peers' memory, or none where this rank is the group.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan(
     const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
     const OptionalTensor& router_logits, const Tensor& segment, int64_t num_segments, const Tensor& modality,
     at::ArrayRef<double> policy, const OptionalTensor& region, at::IntArrayRef peers, int64_t rank,
-    int64_t timeout_ns) {
-  PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy);
+    int64_t timeout_ns, const OptionalTensor& places) {
+  PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, places);
   set_logits(x, router_logits);
   const DeviceGuard guard(x.ids.device());
-  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.cells() * 4);
+  const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.exchanged() * 4);
   const int64_t workspace_bytes = plan_workspace_bytes(x);
   // Counters keep what lies in `kept`, one slab for each of many dispatches.
   Slab routing(x.ids, PlanOutput::routing_room(x) + tokens + (region.has_value() ? cells : 0));
   Slab kept(x.ids, PlanOutput::kept_room(x) + cells), scratch(x.ids, tokens + Slab::room(workspace_bytes));
   const PlanOutput out = PlanOutput::of(x, routing, kept);
-  const Tensor weight = routing.take(at::kFloat, {x.num_tokens()}), group = kept.take(at::kInt, {x.cells()});
-  const Tensor own = region.has_value() ? routing.take(at::kInt, {x.cells()}) : group;
+  const Tensor weight = routing.take(at::kFloat, {x.num_tokens()}), group = kept.take(at::kInt, {x.exchanged()});
+  const Tensor own = region.has_value() ? routing.take(at::kInt, {x.exchanged()}) : group;
   const Tensor workspace = scratch.take(at::kByte, {workspace_bytes});
   count_batch(x, scratch.take(at::kFloat, {x.num_tokens()}), weight, own, workspace);
   if (region.has_value()) sum_over_peers(*region, peers, rank, own, group, timeout_ns);
   cut_batch(x, own, group, modality, weight, workspace, out);
-  return {out.ids, out.weights, weight, own, group, out.cut, out.counts};
+  return {out.ids, out.weights, weight, own, group, out.cut, out.counts, out.rank_rows};
 }
 
 // ---- Bounded, CPU and CUDA: between a dispatch and a grouped GEMM (macs/bounded.h) --------------------------------------
@@ -914,9 +1023,9 @@ void check_assignment_devices(const Tensor& topk_ids, const Tensor& topk_weights
 }
 
 Tensor load_histogram_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
-                           const Tensor& segment, at::ArrayRef<double> policy) {
+                           const Tensor& segment, at::ArrayRef<double> policy, const OptionalTensor& places) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
-  return at::empty({histogram_size(checked_policy(policy))}, topk_ids.options().dtype(at::kInt));
+  return at::empty({Placed(policy, places, topk_ids).exchange_size()}, topk_ids.options().dtype(at::kInt));
 }
 
 std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& group, const Tensor& modality,
@@ -930,13 +1039,37 @@ std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights,
                                                    const Tensor& weight, const Tensor& segment,
                                                    const OptionalTensor& router_logits, const Tensor& shift,
-                                                   const Tensor& cut, at::ArrayRef<double> policy) {
+                                                   const Tensor& cut, at::ArrayRef<double> policy,
+                                                   const OptionalTensor& places, const OptionalTensor& chosen) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
+  if (chosen.has_value()) check_device("chosen", *chosen, topk_ids);
   check_device("shift", shift, topk_ids);
   check_device("cut", cut, topk_ids);
+  const Placed placed(policy, places, topk_ids);
   return {at::empty_like(topk_ids), at::empty_like(topk_weights),
-          at::empty({3, checked_policy(policy).num_experts, 2}, shift.options())};
+          at::empty({placed.num_counts(), placed.policy.num_experts, 2}, shift.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> replica_balance_meta(const Tensor& own, const Tensor& group,
+                                                                const Tensor& modality, at::ArrayRef<double> policy,
+                                                                const Tensor& places) {
+  check_device("group", group, own);
+  check_device("modality", modality, own);
+  const Placed placed(policy, places, own);
+  const int64_t num_ranks = placed.policy.num_ranks;
+  return {at::empty({placed.policy.num_experts}, own.options()), at::empty({placed.num_ids()}, own.options()),
+          at::empty({num_ranks}, own.options()), at::empty({num_ranks, 4}, own.options())};
+}
+
+std::tuple<Tensor, Tensor> replica_choose_meta(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
+                                               const Tensor& segment, const Tensor& group, const Tensor& shift,
+                                               const Tensor& quota, const Tensor& limits, at::ArrayRef<double> policy,
+                                               const Tensor& places) {
+  check_assignment_devices(topk_ids, topk_weights, weight, segment);
+  for (const Tensor& x : {group, shift, quota, limits}) check_device("replica_choose", x, topk_ids);
+  const Placed placed(policy, places, topk_ids);
+  return {at::empty_like(topk_ids), at::empty({placed.policy.num_ranks, 4}, group.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
@@ -988,22 +1121,30 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def("entropy_score(Tensor hidden_states, Tensor segment) -> Tensor");
   m.def("entropy_weight(Tensor entropy, Tensor segment, int num_segments, float delta) -> Tensor");
   m.def(
-      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, float[] policy) -> Tensor");
+      "load_histogram(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, float[] policy, "
+      "Tensor? places=None) -> Tensor");
   m.def("clip_threshold(Tensor own, Tensor group, Tensor modality, float[] policy) -> (Tensor, Tensor)");
   m.def(
       "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
-      "Tensor shift, Tensor cut, float[] policy) -> (Tensor, Tensor, Tensor)");
+      "Tensor shift, Tensor cut, float[] policy, Tensor? places=None, Tensor? chosen=None) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "score_histogram(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
-      "float[] policy, bool exchanged) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
-      "Tensor segment, Tensor? router_logits, Tensor(a!) workspace, float[] policy) "
+      "replica_balance(Tensor own, Tensor group, Tensor modality, float[] policy, Tensor places) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "replica_choose(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor group, Tensor shift, "
+      "Tensor quota, Tensor limits, float[] policy, Tensor places) -> (Tensor, Tensor)");
+  m.def(
+      "score_histogram(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor segment, int num_segments, "
+      "float[] policy, bool exchanged, Tensor? places=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
+      "Tensor segment, Tensor? router_logits, Tensor(a!) workspace, float[] policy, Tensor? places=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "plan(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor segment, "
-      "int num_segments, Tensor modality, float[] policy, Tensor(a!)? region, int[] peers, int rank, int timeout_ns) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int num_segments, Tensor modality, float[] policy, Tensor(a!)? region, int[] peers, int rank, int timeout_ns, "
+      "Tensor? places=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_layout(int[] shape) -> int[]", &macs::fused_layout_of);
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
@@ -1029,6 +1170,8 @@ TORCH_LIBRARY(sglang_macs, m) {
 }
 
 TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
+  m.impl("replica_balance", &macs::replica_balance);
+  m.impl("replica_choose", &macs::replica_choose);
   m.impl("entropy_score", &macs::entropy_score);
   m.impl("entropy_weight", &macs::entropy_weight);
   m.impl("load_histogram", &macs::load_histogram);
@@ -1061,6 +1204,8 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
 #endif
 
 TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
+  m.impl("replica_balance", &macs::replica_balance_meta);
+  m.impl("replica_choose", &macs::replica_choose_meta);
   m.impl("entropy_score", &macs::entropy_score_meta);
   m.impl("entropy_weight", &macs::entropy_weight_meta);
   m.impl("load_histogram", &macs::load_histogram_meta);

@@ -104,6 +104,12 @@ class MacsConfig:
         "what sums the exchange: the process group (NCCL), or one kernel over peers' memory; auto = that where it can",
         ("group", "peer", "auto"),
     )
+    replicas: str = _opt(
+        "balance",
+        "where experts have copies on several ranks: choose among them so that ranks are even, before anything is "
+        "clipped, or keep SGLang's choice",
+        ("balance", "keep"),
+    )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     verify_every: int = _opt(64, "without that, recount in one of so many planned passes; 0 = never")
@@ -169,6 +175,14 @@ class MacsConfig:
         where ranks exchange nothing and so do not know the same loads.
         """
         return self.act == "auto" and not self.changes_nothing and self.exchange == "group"
+
+    @property
+    def no_replicas(self) -> str:
+        """What keeps a plan from choosing among replicas, or ""."""
+        for name, allowed in (("scope", ("rank",)), ("load", ("rows",)), ("exchange", ("group",))):
+            if getattr(self, name) not in allowed:
+                return f"{flag(name)} {getattr(self, name)}"
+        return "--macs-reroute local" if self.reroute == "local" else ""
 
     @property
     def changes_nothing(self) -> bool:

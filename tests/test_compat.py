@@ -141,6 +141,69 @@ def test_flags_beside_which_macs_acts_are_taken(flags):
     compat.check(launch(**flags))
 
 
+ON_CPU = {"device": "cpu", "ep_dispatch_algorithm": "static"}
+PLACED = [{"enable_eplb": True}, {"ep_num_redundant_experts": 4}, {"init_expert_location": "/loads.json"}]
+
+
+@pytest.mark.parametrize("flags", PLACED, ids=str)
+def test_experts_that_move_or_have_replicas_are_served_on_a_cpu(flags):
+    flags = {**ON_CPU, **flags}
+    compat.check(launch(**flags))
+    for options in (
+        {"preset": "off"},
+        {"gamma": math.inf},
+        {"replicas": "keep", "reroute": "none"},
+        {"replicas": "keep", "gamma": math.inf},
+        {"preset": "paper", "replicas": "keep", "reroute": "none"},
+    ):
+        compat.check(replace(launch(**flags), config=MacsConfig.from_preset(**options)))
+
+
+@pytest.mark.parametrize("flags", PLACED, ids=str)
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({"scope": "expert"}, "--macs-scope expert"),
+        ({"load": "effective"}, "--macs-load effective"),
+        ({"exchange": "local"}, "--macs-exchange local"),
+        ({"reroute": "local"}, "--macs-reroute local"),
+        ({"preset": "paper", "gamma": math.inf}, "--macs-scope expert"),
+        ({"trace": "/t"}, "balance with --macs-trace"),
+        ({"replicas": "keep"}, "keep with --macs-reroute global"),
+        ({"replicas": "keep", "reroute": "none", "profile": "/p.json"}, "keep with --macs-profile"),
+        ({"replicas": "keep", "reroute": "none", "trace": "/t"}, "keep with --macs-trace"),
+    ],
+    ids=str,
+)
+def test_options_that_replicas_do_not_go_with_are_refused(flags, options, got):
+    config = MacsConfig.from_preset(**options)
+    with pytest.raises(MacsError, match=f"--macs-replicas: got {got}"):
+        compat.check(replace(launch(**ON_CPU, **flags), config=config))
+    compat.check(replace(launch(**ON_CPU), config=config))
+
+
+def test_copies_are_divided_among_the_ranks():
+    compat.check(launch(num_experts=15, **ON_CPU, ep_num_redundant_experts=3))
+    with pytest.raises(MacsError, match="18 experts on 4 ranks"):
+        compat.check(launch(num_experts=15, **ON_CPU, ep_num_redundant_experts=3, tp_size=4, ep_size=4))
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [("lp", {}), ("lp", {"gamma": math.inf}), ("fake", {})])
+def test_replicas_that_are_not_the_router_s_are_refused(algorithm, options):
+    flags = {**ON_CPU, "enable_eplb": True, "ep_dispatch_algorithm": algorithm}
+    with pytest.raises(MacsError, match=f"--ep-dispatch-algorithm: got {algorithm}"):
+        compat.check(replace(launch(**flags), config=MacsConfig.from_preset(**options)))
+
+
+def test_lossless_balancing_is_not_batch_invariant():
+    """Which rank's partial sum an output is in depends on the batch."""
+    config = MacsConfig.from_preset(gamma=math.inf)
+    deterministic = {"enable_deterministic_inference": True}
+    compat.check(replace(launch(**ON_CPU, **deterministic), config=config))
+    with pytest.raises(MacsError, match="batch-invariant answers"):
+        compat.check(replace(launch(**ON_CPU, **deterministic, enable_eplb=True), config=config))
+
+
 def test_a_decode_server_is_taken_where_decode_is_planned():
     config = MacsConfig.from_preset(decode=True)
     compat.check(replace(launch(disaggregation_mode="decode"), config=config))
@@ -216,7 +279,7 @@ def experimental(monkeypatch):
 
 def test_what_is_not_fit_for_service_is_refused_unless_it_is_asked_for_twice(monkeypatch):
     monkeypatch.delenv(compat.EXPERIMENTAL_ENV, raising=False)
-    with pytest.raises(MacsError, match=r"stood still.*MACS_EXPERIMENTAL=bounded"):
+    with pytest.raises(MacsError, match=r"standstill.*MACS_EXPERIMENTAL=bounded"):
         compat.check(bounded_launch({}))
 
 

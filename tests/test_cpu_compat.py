@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -101,19 +102,47 @@ def test_native_moe_hands_regular_input_through_untouched():
     assert gaps.native_moe(lambda *a: (a, result)[1], None, x, topk, None) is result
 
 
+class FakeTopk:
+    """What `TopK.forward_native` finds in its own module: a map that adds, and a recorder, off within the original."""
+
+    def __init__(self):
+        self.recorded, self.off = [], False
+
+    def get_global_expert_distribution_recorder(self):
+        return self
+
+    @contextmanager
+    def disable_this_region(self):
+        self.off = True
+        yield
+        self.off = False
+
+    def on_select_experts(self, topk_ids):
+        assert not self.off
+        self.recorded.append(topk_ids)
+
+    def topk_ids_logical_to_physical(self, ids, info):
+        return ids if info is None else ids + info
+
+
 @pytest.mark.parametrize(("real", "masked"), [(0, 4), (3, 1), (4, 0), (9, 0)])
-def test_padded_rows_are_routed_nowhere(real, masked):
+def test_experts_are_mapped_and_recorded_and_padded_rows_are_routed_nowhere(monkeypatch, real, masked):
     seen = {}
 
     def original(self, hidden_states, router_logits, **kwargs):
+        assert topk.off  # it would count logical experts for physical ones
         seen.update(kwargs)
         return TopK(torch.ones(4, 2), torch.arange(8, dtype=torch.int32).view(4, 2))
 
-    out = gaps.topk_with_padding(original, None, None, None, num_token_non_padded=torch.tensor(real), extra=1)
-    assert seen == {"extra": 1}  # the original asserts that it is not told of padding
+    topk = FakeTopk()
+    monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe.topk", topk)
+    padding = {"num_token_non_padded": torch.tensor(real)}
+    out = gaps.native_topk(original, None, None, None, **padding, expert_location_dispatch_info=10, extra=1)
+    assert seen == {"extra": 1}  # the original asserts that it is told neither of padding nor of places
     assert (out.topk_ids == -1).all(1).sum() == masked
-    assert torch.equal(out.topk_ids[: 4 - masked], torch.arange(8, dtype=torch.int32).view(4, 2)[: 4 - masked])
-    whole = gaps.topk_with_padding(original, None, None, None)
+    assert torch.equal(out.topk_ids[: 4 - masked], 10 + torch.arange(8, dtype=torch.int32).view(4, 2)[: 4 - masked])
+    assert len(topk.recorded) == 1 and torch.equal(topk.recorded[0], out.topk_ids)
+    whole = gaps.native_topk(original, None, None, None)
     assert (whole.topk_ids >= 0).all()
 
 

@@ -64,7 +64,7 @@ def test_readme_flag_table_is_that_of_the_config():
 
 
 def test_hook_ledger_lists_exactly_what_is_registered():
-    ledger = re.findall(r"^\| `(sglang\.\S+)` \| (\w+) \|", PAGES["docs/hooks.md"], re.MULTILINE)
+    ledger = re.findall(r"^\| `((?:sglang|torch)\.\S+)` \| (\w+) \|", PAGES["docs/hooks.md"], re.MULTILINE)
     hooks = [(h.target, h.kind) for h in (*launcher.HOOKS, *scheduler_process.HOOKS)]
     assert ledger == hooks + [(g.target, g.kind) for g in gaps.GAPS]
 

@@ -166,6 +166,16 @@ def test_chunks_in_which_macs_does_not_pay_are_warned_of(device, groups, tokens,
     assert (f"--chunked-prefill-size {groups * 8192}" in found.fix) == (status == WARN)
 
 
+@pytest.mark.parametrize(
+    ("redundant", "eplb", "location", "warned"),
+    [(0, False, "trivial", 0), (4, False, "trivial", 1), (4, True, "trivial", 0), (4, False, "/loads.json", 0)],
+)
+def test_replicas_without_a_placement_are_warned_of(redundant, eplb, location, warned):
+    flags = {"ep_num_redundant_experts": redundant, "enable_eplb": eplb, "init_expert_location": location}
+    found = list(doctor._idle_replicas(flags))
+    assert [check.status for check in found] == [WARN] * warned and all("--enable-eplb" in c.fix for c in found)
+
+
 def test_a_plugin_list_without_macs_fails(monkeypatch):
     monkeypatch.setenv("SGLANG_PLUGINS", "other, more")
     assert doctor._entry_point().status == FAIL

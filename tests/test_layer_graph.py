@@ -38,7 +38,8 @@ class Rerun:
         with batch.forward(self.now), self.planner.uncounted() as results:
             self.output.copy_(self.forward())
         for memory, made in zip(self.result or (), results[0] if results else (), strict=True):
-            memory.copy_(made)
+            if memory is not None:
+                memory.copy_(made)
 
 
 class StandIn(LayerGraphs):
@@ -60,11 +61,19 @@ class Layer:
         plan = Plan(MacsConfig.from_preset("rank", gamma=gamma), EXPERTS, RANKS)
         self.planner = AloneInGroup(3, plan, group=None, counters=Stats())
         self.said, self.launched, self.rooms = [], [], []
+        self.normal_mode = True
         self.graphs = StandIn(self.planner, self.said.append)
         shared, self.sent = SimpleNamespace(sent=lambda: self.sent.append(len(self.launched))), []
         sizes = Sizes(RANKS, EXPERTS, TOP_K, HIDDEN)
-        normal = SimpleNamespace(planner=self.planner, sizes=sizes, room=self.room, shared=shared)
-        self._found, self._graph = room, LayerGraph(self.graphs, normal) if graphs else None
+        self.used = []
+        normal = SimpleNamespace(
+            planner=self.planner,
+            sizes=sizes,
+            room=self.room,
+            shared=shared,
+            in_use=lambda: self.used.append(len(self.launched)),
+        )
+        self._found, self._graph = room, LayerGraph(self.graphs, normal, lambda: self.normal_mode) if graphs else None
 
     def room(self) -> Room | None:
         self.rooms.append(batch.current().group_tokens)
@@ -123,6 +132,7 @@ def test_a_size_is_launched_once_before_it_is_captured() -> None:
         assert layer.planner.counters.graphs == seed
     assert layer.rooms == [512 * RANKS], "asked once a size"
     assert len(layer.sent) == 3, "a replay is a dispatch without a count, too"
+    assert len(layer.used) == 2, "of which SGLang must know"
 
 
 def test_graphs_of_inputs_that_have_moved_are_captured_again() -> None:
@@ -157,6 +167,14 @@ def test_other_batches_are_launched_as_they_are(about: dict) -> None:
     for seed in range(3):
         layer.run(a_pass(300, **about), 300, seed)
     assert layer.launched == [300] * 3 and layer.planner.counters.graphs == 0 and not layer.rooms
+
+
+def test_low_latency_batches_are_launched_as_they_are() -> None:
+    """Of --deepep-mode auto: their dispatch takes no more tokens than it was made for."""
+    layer = Layer(True)
+    layer.normal_mode = False
+    layer.run(a_pass(3, skip="decode"), 3, 0)
+    assert layer.launched == [3] and not layer.rooms
 
 
 def test_a_rank_without_tokens_is_launched_as_it_is() -> None:

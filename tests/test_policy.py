@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from support import operators
+from support import kernels_c, operators
 from support.policy_c import Policy as PolicyInC
 
 from sglang_macs import choices, ops
@@ -101,3 +101,12 @@ def test_an_extension_older_than_its_definitions_is_refused(monkeypatch) -> None
     monkeypatch.setattr(torch.ops, "sglang_macs", Older(), raising=False)
     with pytest.raises(MacsError, match=r"older sources.*make build"):
         definitions.read.__wrapped__()
+
+
+def test_structures_for_kernels_have_no_fields_of_pythons_own() -> None:
+    """A benchmark that set an option which had moved measured the default instead."""
+    given = kernels_c.ClipApplyParams()
+    with pytest.raises(AttributeError, match="ClipApplyParams has no field reroute_rounds"):
+        given.reroute_rounds = 2
+    given.assignments.policy.reroute_rounds = 2
+    assert given.assignments.policy.reroute_rounds == 2

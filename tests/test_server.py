@@ -6,16 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, photographs, prompt
+from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
 from support.reference import QUESTIONS, Question
-from support.servers import LAYERS, MACS, ask, assert_bounds_held, own, serve, states
+from support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve, states
 
 from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
@@ -24,7 +23,6 @@ from sglang_macs.observe import metrics, trace
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
-WORDS = "How many visual tokens does a photograph of a flower have? "
 
 
 def assert_metrics_are_the_counters(server: Server) -> None:
@@ -48,22 +46,6 @@ def assert_metrics_are_the_counters(server: Server) -> None:
         time.sleep(0.25)
     assert published == pytest.approx(expected)
     assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0
-
-
-def load(server: Server, count: int = 16) -> None:
-    """Image and text chats at once, so that batches mix modalities and both ranks have work."""
-
-    def one(i: int) -> None:
-        uri = photographs()[i % 2]
-        picture = {"type": "image_url", "image_url": {"url": uri}}
-        words = {
-            "type": "text",
-            "text": f"{i} {WORDS}" * (1 + i % 3),
-        }
-        server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, range(count)))
 
 
 @pytest.mark.nightly

@@ -1,5 +1,5 @@
 // Clip, re-route, drop (docs/method.md, 5). One pass in (token, slot) order clips; rounds over the few clipped slots
-// look for a new home; the rest is dropped.
+// look for a new home; the rest is dropped. With replicas, ids in and out are physical and `expert` is logical.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -17,6 +17,8 @@ struct Slot {
 
 struct Apply {
   const ClipApplyParams& p;
+  const Places& places;
+  const void* chosen;  // [T, K] with places
   const Assignments& a = p.in;
   const Policy& policy = a.policy;
   const int32_t per_rank = policy.num_experts / policy.num_ranks;
@@ -24,20 +26,32 @@ struct Apply {
   std::vector<Slot> unplaced;                  // in (token, slot) order
   std::vector<int64_t> room, proposed, taken;  // [NB] units
   std::vector<int64_t> excluded;               // [E] token that may not use the expert, +1
+  std::vector<int32_t> home;                   // [E] with places: the one with most room in this round
 
-  explicit Apply(const ClipApplyParams& params)
-      : p(params), room(num_bounds), proposed(num_bounds), taken(num_bounds), excluded(policy.num_experts, 0) {}
+  Apply(const ClipApplyParams& params, const Places& of_layer, const void* chosen_ids)
+      : p(params), places(of_layer), chosen(chosen_ids), room(num_bounds), proposed(num_bounds), taken(num_bounds),
+        excluded(policy.num_experts, 0), home(places.any() ? policy.num_experts : 0) {}
 
-  int32_t bound(int64_t expert) const { return bound_of(policy.scope, expert, per_rank); }
+  int64_t id_of(const void* ids, int64_t i) const {
+    return a.ids_are_i64 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+  }
+  int64_t logical(int64_t id) const { return places.any() && id >= 0 ? places.logical()[id] : id; }
+  int64_t expert_of(int64_t i) const { return logical(expert_at(a, i)); }
+
+  // Of a candidate; its id then.
+  int32_t bound(int64_t expert) const {
+    return places.any() ? places.rank()[home[expert]] : bound_of(policy.scope, expert, per_rank);
+  }
+  int64_t id(int64_t expert) const { return places.any() ? places.physical()[home[expert]] : expert; }
   const int32_t* cut(int32_t n) const { return p.cut + static_cast<int64_t>(n) * 4; }
 
   void count(int kind, int64_t expert, bool text) { ++p.counts[(kind * policy.num_experts + expert) * 2 + text]; }
 
-  void set(int64_t i, int64_t expert, float weight) {
+  void set(int64_t i, int64_t id, float weight) {
     if (a.ids_are_i64)
-      static_cast<int64_t*>(p.new_ids)[i] = expert;
+      static_cast<int64_t*>(p.new_ids)[i] = id;
     else
-      static_cast<int32_t*>(p.new_ids)[i] = static_cast<int32_t>(expert);
+      static_cast<int32_t*>(p.new_ids)[i] = static_cast<int32_t>(id);
     p.new_weights[i] = weight;
   }
 
@@ -46,13 +60,15 @@ struct Apply {
     for (int64_t t = 0; t < a.num_tokens; ++t) {
       const bool text = is_text(a, t);
       for (int32_t k = 0; k < a.top_k; ++k) {
-        const int64_t i = t * a.top_k + k, expert = expert_at(a, i);
-        set(i, expert, a.topk_weights[i]);
-        if (expert < 0) continue;
-        const int32_t n = bound(expert), threshold = cut(n)[0];
-        const int32_t level = level_of(bucket_at(a, i, t), p.shift[expert], text, policy);
+        const int64_t i = t * a.top_k + k, routed = expert_at(a, i), sent = places.any() ? id_of(chosen, i) : routed;
+        set(i, sent, a.topk_weights[i]);
+        if (sent < 0) continue;
+        const int64_t expert = logical(sent);
+        const int32_t n = places.any() ? static_cast<int32_t>(places.rank_of(sent)) : bound(expert);
+        const int32_t threshold = cut(n)[0], level = level_of(bucket_at(a, i, t), p.shift[expert], text, policy);
         const bool keep = level != threshold ? level > threshold : (at_level[n] += units_at(a, t)) <= cut(n)[1];
         count(keep ? 0 : 1, expert, text);
+        if (keep && sent != routed) count(3, expert, text);
         if (keep) continue;
         set(i, -1, 0.0f);
         unplaced.push_back({t, k, static_cast<int32_t>(expert)});
@@ -63,9 +79,8 @@ struct Apply {
   // The token's experts, old and new, are closed to its clipped slots.
   void exclude(int64_t token) {
     for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i) {
-      if (const int64_t e = expert_at(a, i); e >= 0) excluded[e] = token + 1;
-      const int64_t now = a.ids_are_i64 ? static_cast<int64_t*>(p.new_ids)[i] : static_cast<int32_t*>(p.new_ids)[i];
-      if (now >= 0) excluded[now] = token + 1;
+      if (const int64_t e = expert_of(i); e >= 0) excluded[e] = token + 1;
+      if (const int64_t now = logical(id_of(p.new_ids, i)); now >= 0) excluded[now] = token + 1;
     }
   }
 
@@ -90,10 +105,19 @@ struct Apply {
     int64_t ref = -1;
     for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i)
       if (expert_at(a, i) >= 0 && (ref < 0 || a.topk_weights[i] > a.topk_weights[ref])) ref = i;
-    const double l_new = logits[expert], l_ref = logits[expert_at(a, ref)];
+    const double l_new = logits[expert], l_ref = logits[expert_of(ref)];
     const double ratio = policy.scoring == Scoring::kSoftmax ? std::exp(l_new - l_ref)
                                                         : (1.0 + std::exp(-l_ref)) / (1.0 + std::exp(-l_new));
     return static_cast<float>(a.topk_weights[ref] * ratio);
+  }
+
+  // The lowest rank among equals.
+  void find_homes() {
+    for (size_t e = 0; e < home.size(); ++e) {
+      home[e] = places.first()[e];
+      for (int32_t i = home[e] + 1; i < places.first()[e + 1]; ++i)
+        if (room[places.rank()[i]] > room[places.rank()[home[e]]]) home[e] = i;
+    }
   }
 
   // All proposals see the room as it was when the round began; they are accepted in (token, slot) order.
@@ -101,6 +125,7 @@ struct Apply {
     std::fill(proposed.begin(), proposed.end(), 0);
     std::fill(taken.begin(), taken.end(), 0);
     std::fill(excluded.begin(), excluded.end(), 0);
+    find_homes();
     std::vector<Slot> still;
     int64_t token = -1;
     for (const Slot& s : unplaced) {
@@ -113,7 +138,7 @@ struct Apply {
         continue;
       }
       taken[n] += units;
-      set(s.token * a.top_k + s.slot, expert, rerouted_weight(s.token, expert));
+      set(s.token * a.top_k + s.slot, id(expert), rerouted_weight(s.token, expert));
       count(2, expert, is_text(a, s.token));
     }
     for (int32_t n = 0; n < num_bounds; ++n) room[n] -= taken[n];
@@ -121,7 +146,8 @@ struct Apply {
   }
 
   void run() {
-    std::fill(p.counts, p.counts + 3 * 2 * static_cast<int64_t>(policy.num_experts), 0);
+    const int64_t kinds = places.any() ? kReplicaCounts : 3;
+    std::fill(p.counts, p.counts + kinds * 2 * policy.num_experts, 0);
     clip();
     if (policy.reroute == Reroute::kNone || p.router_logits == nullptr) return;
     for (int32_t n = 0; n < num_bounds; ++n) room[n] = cut(n)[2];
@@ -131,6 +157,8 @@ struct Apply {
 
 }  // namespace
 
-void clip_apply(const ClipApplyParams& p) { Apply(p).run(); }
+void clip_apply(const ClipApplyParams& p, const Places& places, const void* chosen) {
+  Apply(p, places, chosen).run();
+}
 
 }  // namespace macs::cpu

@@ -4,15 +4,11 @@
 #include <vector>
 
 #include "assignments.h"
+#include "bound.h"
 #include "macs/cpu.h"
 
 namespace macs::cpu {
 namespace {
-
-constexpr double kMaxBound = 2147483647.0;
-
-// Also for inf * 0: no bound.
-int32_t to_bound(double units) { return static_cast<int32_t>(units < kMaxBound ? std::floor(units) : kMaxBound); }
 
 struct Threshold {
   const ClipThresholdParams& p;
@@ -30,9 +26,7 @@ struct Threshold {
 
   double capacity(int32_t expert) const {
     if (std::isinf(p.policy.gamma)) return p.policy.gamma;
-    const double visual_share = sums[3] > 0 ? static_cast<double>(sums[2]) / sums[3] : 0.5;
-    const double base = p.policy.gamma * sums[0] / p.policy.num_experts;
-    return std::max(p.policy.c_min, base * (1.0 + p.policy.rho * p.modality[expert] * (visual_share - 0.5)));
+    return scaled_capacity(p.policy, p.policy.gamma * sums[0] / p.policy.num_experts, p.modality[expert], sums);
   }
 
   int32_t bound(int32_t n) const {

@@ -141,7 +141,7 @@ class Report:
         for rounds in (0, 1, 2, 4):
             run = Run(self.kernels, config, make_inputs(config, 7, "cuda"))
             run.fused()
-            run.apply_params.reroute_rounds = rounds
+            run.apply_params.assignments.policy.reroute_rounds = rounds
             self.add(f"apply_rounds_{rounds}", config, [run.apply] * 20, 0, "nothing")
 
     def write(self, out: Path, commit: str) -> None:

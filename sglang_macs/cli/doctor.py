@@ -266,6 +266,7 @@ def _launch(server_flags: list[str], done: subprocess.CompletedProcess) -> Itera
     elif (flags := _said("TAKEN ", done)) is not None:
         yield Check(name, OK, "model and flags are taken")
         yield _chunk_size(flags)
+        yield from _idle_replicas(flags)
     else:
         refusals = _refusals(done)
         found, fix = (
@@ -286,6 +287,17 @@ def _chunk_size(flags: dict[str, Any]) -> Check:
     found = f"prefill chunks of {tokens} (--chunked-prefill-size over dp {groups}): MACS pays from about {pays}"
     fix = f"Pass --chunked-prefill-size {groups * 8192}, with --mem-fraction-static: SGLang sizes memory by the whole."
     return Check(name, WARN, found, fix)
+
+
+def _idle_replicas(flags: dict[str, Any]) -> Iterator[Check]:
+    """Whether redundant experts lie where they are of use: without a placement they are copies of the first experts,
+    all on the last ranks. flags: SGLang's, resolved.
+    """
+    redundant = flags["ep_num_redundant_experts"]
+    if redundant and not flags["enable_eplb"] and flags["init_expert_location"] == "trivial":
+        found = f"{redundant} redundant experts with the trivial placement, which is less even than none"
+        fix = "Pass --enable-eplb, or --init-expert-location with recorded loads (logical_count)."
+        yield Check("expert placement", WARN, found, fix)
 
 
 def _said(word: str, done: subprocess.CompletedProcess) -> Any:

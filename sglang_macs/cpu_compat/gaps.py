@@ -60,17 +60,41 @@ def _irregular(ids: torch.Tensor) -> bool:
     return bool((ordered[:, :1] < 0).any() or (ordered[:, 1:] == ordered[:, :-1]).any())
 
 
-def topk_with_padding(original, self, hidden_states, router_logits, *, num_token_non_padded=None, **kwargs):
-    """AROUND `TopK.forward_native`: route padded rows nowhere (-1), as the CUDA path does.
+def native_topk(
+    original,
+    self,
+    hidden_states,
+    router_logits,
+    *,
+    num_token_non_padded=None,
+    expert_location_dispatch_info=None,
+    **kwargs,
+):
+    """AROUND `TopK.forward_native`: after the top-k what the CUDA path does. Logical experts become physical ones,
+    padded rows go nowhere (-1), and the recorder of the expert distribution counts what is left.
 
     `num_token_non_padded` is a scalar int tensor or None; rows from it on are padding. Only the standard output has
     `topk_ids`, and the native path yields no other.
     """
-    output = original(self, hidden_states, router_logits, **kwargs)
+    topk = sys.modules["sglang.srt.layers.moe.topk"]
+    recorder = topk.get_global_expert_distribution_recorder()
+    with recorder.disable_this_region():
+        output = original(self, hidden_states, router_logits, **kwargs)
+    ids = topk.topk_ids_logical_to_physical(output.topk_ids, expert_location_dispatch_info)
     if num_token_non_padded is not None:
-        row = torch.arange(output.topk_ids.shape[0], device=output.topk_ids.device)
-        output.topk_ids.masked_fill_((row >= num_token_non_padded).unsqueeze(1), -1)
-    return output
+        row = torch.arange(ids.shape[0], device=ids.device)
+        ids = ids.masked_fill((row >= num_token_non_padded).unsqueeze(1), -1)
+    recorder.on_select_experts(topk_ids=ids)
+    return output._replace(topk_ids=ids)
+
+
+def nothing_cached() -> None:
+    """`torch.cpu.empty_cache`: a CPU has no cache of memory to give back."""
+
+
+def never_capturing() -> bool:
+    """`torch.cpu.is_current_stream_capturing`: a CPU has no graphs."""
+    return False
 
 
 def padded_seq_len(self) -> int:
@@ -136,10 +160,24 @@ GAPS = (
     ),
     Gap(
         target="sglang.srt.layers.moe.topk.TopK.forward_native",
-        value=topk_with_padding,
+        value=native_topk,
         kind="around",
-        why="select_experts asserts num_token_non_padded is None on the native path, but every EP server passes it",
-        until="that assertion in select_experts is gone",
+        why="select_experts asserts on the native path that no row is padded and no expert has moved; EP has both",
+        until="those assertions in select_experts are gone, and it maps and masks ids on a CPU",
+    ),
+    Gap(
+        target="torch.cpu.empty_cache",
+        value=nothing_cached,
+        kind="missing",
+        why="EPLB calls it of whatever device there is, before it moves experts for the first time",
+        until="torch.cpu has it, or EPLB asks",
+    ),
+    Gap(
+        target="torch.cpu.is_current_stream_capturing",
+        value=never_capturing,
+        kind="missing",
+        why="a recorder of the expert distribution that is not recording asks for it in every layer",
+        until="torch.cpu has it, or the recorder asks",
     ),
     Gap(
         target="sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value",

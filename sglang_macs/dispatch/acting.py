@@ -45,15 +45,20 @@ def rows_gained(loads: Tensor, bounds: Tensor, assignments: Tensor, num_ranks: i
 
 
 class _Planned(NamedTuple):
-    """What is kept of one plan until its pass ends, of `PlanResult`: the group's histogram, and cut [NB, 4]."""
+    """What is kept of one plan until its pass ends, of `PlanResult`: the group's histogram, cut [NB, 4], and with
+    replicas rank_rows [2, R].
+    """
 
     layer_id: int
     group: Tensor
     cut: Tensor
+    rank_rows: Tensor | None
 
 
 class _Plans(NamedTuple):
-    """Plans of layers of equal size: what is read of each is numbers [N, E + NB + 1], loads, bounds and assignments."""
+    """Plans of layers of equal size: what is read of each is numbers [N, E + NB + 1], loads, bounds and assignments;
+    with replicas (num_experts is 0) [N, 3 R], rows of each rank as routed and as balanced, and bounds.
+    """
 
     layer_ids: list[int]
     num_experts: int
@@ -61,6 +66,9 @@ class _Plans(NamedTuple):
     numbers: Tensor
 
     def rows_gained(self) -> list[int]:
+        if not self.num_experts:
+            routed, balanced, bounds = self.numbers.split(self.num_ranks, dim=1)
+            return (routed.amax(dim=1) - torch.minimum(balanced, bounds).amax(dim=1)).tolist()
         num_bounds = self.numbers.shape[1] - self.num_experts - 1
         loads, bounds, assignments = self.numbers.split([self.num_experts, num_bounds, 1], dim=1)
         return rows_gained(loads, bounds, assignments.squeeze(1), self.num_ranks)
@@ -132,8 +140,10 @@ class Acting:
     def add(self, layer_id: int, plan: Plan, result: PlanResult) -> None:
         """One plan of the pass that is running. Its histogram is kept until the end of the pass."""
         if self.rows_that_pay:
-            alike = (plan.num_experts, plan.num_ranks, result.group.shape, result.cut.shape)
-            self._planned.setdefault(alike, []).append(_Planned(layer_id, result.group, result.cut))
+            num_experts = plan.num_experts if result.rank_rows is None else 0
+            alike = (num_experts, plan.num_ranks, result.group.shape, result.cut.shape)
+            planned = _Planned(layer_id, result.group, result.cut, result.rank_rows)
+            self._planned.setdefault(alike, []).append(planned)
 
     def end_pass(self) -> None:
         """Behind each pass, on its stream: sends what was exchanged on its way. The host does not wait."""
@@ -162,8 +172,11 @@ class Acting:
 
 
 def _read(num_experts: int, num_ranks: int, planned: list[_Planned]) -> _Plans:
-    groups = torch.stack([one.group for one in planned])
     bounds = torch.stack([one.cut for one in planned])[:, :, 3]
+    if not num_experts:
+        rank_rows = torch.stack([one.rank_rows for one in planned]).flatten(1)
+        return _Plans([one.layer_id for one in planned], 0, num_ranks, to_host(torch.cat([rank_rows, bounds], dim=1)))
+    groups = torch.stack([one.group for one in planned])
     loads = groups[:, :-NUM_SUMS].unflatten(1, (num_experts, -1)).sum(dim=2)
     numbers = torch.cat([loads, bounds, groups[:, -NUM_SUMS, None]], dim=1)
     return _Plans([one.layer_id for one in planned], num_experts, num_ranks, to_host(numbers))

@@ -296,6 +296,10 @@ class BoundedNormal:
         dispatch = partial(buffer.dispatch, num_worst_tokens=self._room.tokens)
         return SimpleNamespace(get_dispatch_layout=buffer.get_dispatch_layout, dispatch=dispatch)
 
+    def in_use(self) -> None:
+        """Tells SGLang, whose low-latency mode cleans its buffers behind normal mode: a graph's replay does not."""
+        self._own_buffer()
+
     def room(self) -> Room | None:
         """For the batch that is running (`BoundedDispatch.room`)."""
         domains = self._own_buffer().runtime.get_num_rdma_ranks()

@@ -94,7 +94,7 @@ class MacsDispatcher:
 
     def __init__(self, planner: LayerPlanner) -> None:
         self.planner = planner
-        self.comm = AllToAll(planner.group, planner.plan.num_experts)
+        self.comm = AllToAll(planner.group, planner.plan.num_physical)
 
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor | None

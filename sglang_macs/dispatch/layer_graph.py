@@ -132,10 +132,11 @@ class LayerGraph:
     Args:
         graphs: of the process.
         normal: the layer's bounded dispatch.
+        carries: whether it carries the batch that is running; with --deepep-mode auto not that of a decode pass.
     """
 
-    def __init__(self, graphs: LayerGraphs, normal: BoundedNormal) -> None:
-        self.graphs, self.normal, self.planner = graphs, normal, normal.planner
+    def __init__(self, graphs: LayerGraphs, normal: BoundedNormal, carries: Callable[[], bool]) -> None:
+        self.graphs, self.normal, self.planner, self._carries = graphs, normal, normal.planner, carries
         self._replays: dict[_Key, _Replay | None] = {}  # None: has run once, so that all of it is compiled
         self._refused: set[_Key] = set()
         self._epoch = 0  # of the inputs that the graphs read
@@ -162,7 +163,7 @@ class LayerGraph:
 
     def _key(self, now: batch.Batch, tokens: int) -> _Key | None:
         """Of the graph for this rank's batch; None where it takes the launches themselves."""
-        if now.skip in batch.UNKNOWN or not (now.most_tokens and tokens):
+        if now.skip in batch.UNKNOWN or not (now.most_tokens and tokens and self._carries()):
             return None
         if now.measured or now.leaves_alone or now.halves or self.planner.recorder is not None:
             return None
@@ -203,6 +204,7 @@ class LayerGraph:
         if replay is None and key in self._replays:
             replay = self._capture(key, forward, segment)
         if replay is not None:
+            self.normal.in_use()
             replay.graph.replay()
             self.planner.counters.graphs += 1
             return replay.output, None if replay.result is None else replay.result.copy()
@@ -225,7 +227,7 @@ class LayerGraph:
 
 
 def _aliases(result: PlanResult) -> PlanResult:
-    return PlanResult(*(_alias(x) for x in result))
+    return PlanResult(*(x if x is None else _alias(x) for x in result))
 
 
 def _alias(tensor: Tensor) -> Tensor:

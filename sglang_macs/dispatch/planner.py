@@ -184,16 +184,19 @@ class LayerPlanner:
         """[S, E] rows of this rank, from the ids before and after (see `stats.recount`)."""
         weight = planned.result.weight if planned.result else None
         segment = planned.segment if batch.current().measured else None
-        sent, left_alone = planned.topk_ids, planned.left_alone
-        return stats.recount(self.plan.num_experts, topk_ids, sent, weight, segment, left_alone)
+        sent, left_alone, places = planned.topk_ids, planned.left_alone, self.plan.places
+        logical = None if places is None else places.logical.to(topk_ids.device)
+        return stats.recount(self.plan.num_physical, topk_ids, sent, weight, segment, left_alone, logical)
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:
         """Counts the group's rows and holds them against the bounds. own, group: [S, E] recounts."""
         if planned.segment is not None:
             cut = planned.result.cut if planned.result else None
             left_alone = planned.left_alone is not None
-            config, num_ranks = self.plan.config, self.plan.num_ranks
-            self.counters.add_recount(stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone))
+            config, num_ranks, places = self.plan.config, self.plan.num_ranks, self.plan.places
+            on_ranks = None if places is None else places.on_ranks
+            counted = stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone, on_ranks)
+            self.counters.add_recount(counted)
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:
         """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
@@ -223,7 +226,7 @@ class LayerPlanner:
         now, config = batch.current(), self.plan.config
         if not self.plans() or now.halves or not now.group_tokens:
             return None
-        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_experts))
+        return max(1, math.ceil(min(config.gamma, 1.0) * now.group_tokens * top_k / self.plan.num_physical))
 
     def segment(self, now: batch.Batch, half: int | None, topk_ids: Tensor) -> Tensor:
         """[T] i32 of the rows of topk_ids [T, K]."""

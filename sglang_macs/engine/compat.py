@@ -86,7 +86,49 @@ def _expert_parallel(launch: Launch) -> str:
         return "one rank, which has nothing to balance (scope rank)"
     if ep == 1 and launch.flag("device") == "cuda" and launch.flag("deepep_mode") != "low_latency":
         return "one rank, which DeepEP's normal mode does not take (use --deepep-mode low_latency)"
-    return f"{launch.num_experts} experts on {ep} ranks" if launch.num_experts % ep else ""
+    experts = launch.num_experts + (launch.flag("ep_num_redundant_experts") or 0)
+    return f"{experts} experts on {ep} ranks" if experts % ep else ""
+
+
+def _placed(launch: Launch) -> bool:
+    """Whether experts do not, or not for long, lie linearly and once each."""
+    moved = (launch.flag("init_expert_location") or "trivial") != "trivial"
+    return moved or any(launch.flag(name) for name in ("enable_eplb", "ep_num_redundant_experts"))
+
+
+def _balances(launch: Launch) -> bool:
+    """Whether plans choose among replicas, by logical expert."""
+    config = launch.config
+    return _placed(launch) and launch.flag("device") == "cpu" and config.replicas == "balance" and not config.is_off
+
+
+def _on_gpu(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
+    """For what the CPU's plan knows and the kernels do not yet."""
+    return lambda launch: got if launch.flag("device") != "cpu" and condition(launch) else ""
+
+
+def _dispatch_algorithm(launch: Launch) -> str:
+    algorithm = launch.flag("ep_dispatch_algorithm")
+    if algorithm == "lp":
+        return "lp, which solves for every batch what MACS solves itself"
+    on_cpu = launch.flag("device") == "cpu"
+    if not algorithm or launch.config.changes_nothing or (on_cpu and algorithm != "fake"):
+        return ""
+    return f"{algorithm}, experts that the router did not choose" if on_cpu else "physical experts"
+
+
+def _choice_of_replicas(launch: Launch) -> str:
+    config = launch.config
+    if _balances(launch):
+        return config.no_replicas or ("balance with --macs-trace, which knows no replicas" if config.trace else "")
+    if not _placed(launch) or config.is_off:
+        return ""
+    if config.reroute != "none" and not config.changes_nothing:
+        return f"keep with --macs-reroute {config.reroute}, which knows no replicas"
+    for name in ("profile", "trace"):
+        if getattr(config, name):
+            return f"keep with --macs-{name}, which knows no replicas"
+    return ""
 
 
 def _overlap(launch: Launch) -> str:
@@ -136,7 +178,10 @@ def largest_prefill(launch: Launch) -> tuple[int, int]:
 def _prefill(launch: Launch) -> str:
     from ..plan.plan import most_tokens  # imports torch, which `sglang-macs doctor` may find missing
 
-    (ranks, tokens), most = largest_prefill(launch), most_tokens(max(1, launch.top_k), launch.config.load)
+    (ranks, tokens), most = (
+        largest_prefill(launch),
+        most_tokens(max(1, launch.top_k), launch.config.load, _balances(launch)),
+    )
     return f"{ranks * tokens} tokens a prefill batch ({ranks} x {tokens})" if ranks * tokens > most else ""
 
 
@@ -165,7 +210,7 @@ def _fused(launch: Launch) -> str:
 def _unfinished(launch: Launch) -> str:
     if launch.config.dispatch != "bounded" or os.environ.get(EXPERIMENTAL_ENV) == "bounded":
         return ""
-    return "bounded, under which a server on two GPUs stood still"
+    return "bounded, which has not run on two GPUs since a standstill there was mended"
 
 
 def _bounded(launch: Launch) -> str:
@@ -265,21 +310,27 @@ RULES = (
     ),
     Rule(
         "--enable-eplb, redundant experts",
-        _if(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts"),
-        "experts in their own order: re-routing reads logical router logits",
+        _on_gpu(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
+        "experts in their own order: only a CPU's plans choose among replicas yet",
         "Leave EPLB out.",
     ),
     Rule(
         "--init-expert-location",
-        _if_routing_changes(lambda x: (x.flag("init_expert_location") or "trivial") != "trivial", "moved experts"),
+        _on_gpu(lambda x: not x.config.changes_nothing and _placed(x), "moved experts on a GPU"),
         "trivial: router logits and profiles count experts in the model's own order",
         _LEAVE_OUT,
     ),
     Rule(
         "--ep-dispatch-algorithm",
-        _if_routing_changes(_on("ep_dispatch_algorithm"), "physical experts"),
+        _dispatch_algorithm,
         "none: router logits and profiles count experts in the model's own order",
         _LEAVE_OUT,
+    ),
+    Rule(
+        "--macs-replicas",
+        _choice_of_replicas,
+        "balance with --macs-scope rank, --macs-load rows and --macs-exchange group, or keep with --macs-reroute none",
+        "Pass these.",
     ),
     Rule(
         "--enforce-shared-experts-fusion",
@@ -289,7 +340,13 @@ RULES = (
     ),
     Rule(
         "--enable-deterministic-inference",
-        _if_routing_changes(_on("enable_deterministic_inference", "rl_on_policy_target"), "batch-invariant answers"),
+        _if(
+            lambda x: (
+                _on("enable_deterministic_inference", "rl_on_policy_target")(x)
+                and (not x.config.changes_nothing or _balances(x))
+            ),
+            "batch-invariant answers",
+        ),
         "answers that may depend on what else is in the batch",
         _LEAVE_OUT,
     ),
@@ -339,7 +396,7 @@ RULES = (
     Rule(
         "--macs-dispatch",
         _unfinished,
-        "deepep, until the cause is found (docs/bounded.md)",
+        "deepep, until it has (docs/bounded.md)",
         f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
     ),
     Rule(

@@ -52,7 +52,11 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         if impl is not None:
             normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
             if process.layer_graphs is not None:
-                dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal)
+                dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
+
+
+def _carries(inner, impl) -> bool:
+    return inner._get_impl() is impl
 
 
 def _forward_impl(original, self, hidden_states, topk_output):

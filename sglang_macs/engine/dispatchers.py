@@ -6,7 +6,7 @@ from ..dispatch.planner import LayerPlanner
 from ..errors import MacsNotActive
 from ..observe.recorder import Place
 from ..plan.plan import Plan
-from . import deepep, deepep_bounded, worker
+from . import deepep, deepep_bounded, replicas, worker
 from .hooks import Hook
 from .refusal import or_exit
 from .topk import logits_of
@@ -50,11 +50,13 @@ def _layer_planner(moe_runner_config):
     from sglang.srt.runtime_context import get_parallel
 
     process, parallel, layer_id = worker.current(), get_parallel(), moe_runner_config.layer_id
+    places = replicas.places_of(process.config, moe_runner_config)
     plan = Plan(
         process.config,
-        moe_runner_config.num_experts,
+        moe_runner_config.num_experts if places is None else places.num_experts,
         parallel.moe_ep_size,
         process.profile.of_layer(layer_id) if process.profile else None,
+        places=places,
     )
     attn_tp = (parallel.attn_tp_rank, parallel.attn_tp_size)
     traced = process.recorder_at(_place(parallel))

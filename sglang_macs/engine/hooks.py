@@ -13,11 +13,11 @@ from .compat import SGLANG
 @dataclass(frozen=True)
 class Hook:
     """One target in SGLang, what replaces or wraps it, and how ("before", "after", "around"; "class": around what
-    makes objects of a class).
+    makes objects of a class; "missing": set where there is none).
     """
 
     target: str
-    function: Callable[..., Any]
+    function: Any  # to be called; of "missing", any value
     kind: str
 
 
@@ -31,6 +31,8 @@ def register(target: str, function: Callable[..., Any], kind: str) -> None:
     registered.append(Hook(target, function, kind))
     if kind == "class":
         construct_through(target, function)
+    elif kind == "missing":
+        define_missing(target, function)
     else:
         HookRegistry.register(target, function, HookType(kind))
 
@@ -55,7 +57,7 @@ def trouble(hook: Hook) -> str:
         now = getattr(pkgutil.resolve_name(owner), name)
     except Exception as error:
         return f"hook target {hook.target} is gone ({error})"
-    return "" if is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
+    return "" if hook.kind == "missing" or is_wrapped_by(now, hook.function) else f"hook on {hook.target} did not take"
 
 
 def construct_through(target: str, function: Callable[..., Any]) -> None:

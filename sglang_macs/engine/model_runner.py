@@ -66,7 +66,7 @@ def _forward(original, self, forward_batch, *args, **kwargs):
     process = worker.current()
     acts_on = process.decide(_batch_of(forward_batch, process.config))
     if not acts_on.skip:
-        check_batch_size(acts_on.group_tokens, process.top_k, process.config.load)
+        check_batch_size(acts_on.group_tokens, process.top_k, process.config.load, process.has_replicas)
     if acts_on.skip != "outside" and process.agreement is not None:
         process.agreement.check(acts_on, forward_batch.input_ids.numel())
     with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):

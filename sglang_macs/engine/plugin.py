@@ -57,4 +57,6 @@ def try_launch(argv: list[str]) -> dict[str, Any]:
     if launcher.config_of(record) is None:
         exit_with(MacsError("server flags", "none that turn MACS on", "MACS", "Add --moe-a2a-backend macs."))
     flags = resolved_view(record)
-    return {name: getattr(flags, name) for name in ("device", "dp_size", "enable_dp_attention", "chunked_prefill_size")}
+    shown = ("device", "dp_size", "enable_dp_attention", "chunked_prefill_size")
+    shown += ("enable_eplb", "ep_num_redundant_experts", "init_expert_location")
+    return {name: getattr(flags, name) for name in shown}

@@ -8,10 +8,18 @@ import os
 from ..config import MacsConfig, configure
 from ..errors import MacsNotActive
 from ..observe import recorder
-from . import deepep_bounded, dispatchers, hooks, model_runner, runner, scheduler, topk
+from . import deepep_bounded, dispatchers, hooks, model_runner, replicas, runner, scheduler, topk
 from .refusal import exit_with
 
-HOOKS = (*topk.HOOKS, *dispatchers.HOOKS, *model_runner.HOOKS, *scheduler.HOOKS, *deepep_bounded.HOOKS, *runner.HOOKS)
+HOOKS = (
+    *topk.HOOKS,
+    *dispatchers.HOOKS,
+    *replicas.HOOKS,
+    *model_runner.HOOKS,
+    *scheduler.HOOKS,
+    *deepep_bounded.HOOKS,
+    *runner.HOOKS,
+)
 here = False  # whether this process is one: the launcher must not import the model stack
 
 

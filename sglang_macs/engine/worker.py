@@ -48,6 +48,11 @@ class Worker:
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether plans choose among replicas."""
+        return any(planner.plan.places is not None for planner in self.planners.values())
+
     def options_of_the_group(self) -> str:
         """What must be the same on every node; where its files lie may differ."""
         options = self.config.to_json()

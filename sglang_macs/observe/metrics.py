@@ -92,6 +92,7 @@ METRICS = (
     ),
     Metric("misaligned", "plans that took all rows for text; must stay 0", _one(lambda s: s["misaligned"])),
     Metric("assignments", "assignments of this rank's tokens that were planned", _own("assignments"), ("modality",)),
+    Metric("moved", "assignments sent to another replica of their expert", _own("moved"), ("modality",)),
     Metric("clipped", "assignments over a bound: re-routed or dropped", _own("clipped"), ("modality",)),
     Metric("rerouted", "clipped assignments that found another expert", _own("rerouted"), ("modality",)),
     Metric("dropped", "clipped assignments that found none", _own("dropped"), ("modality",)),

@@ -39,19 +39,23 @@ def recount(
     weight: Tensor | None,
     segment: Tensor | None,
     left_alone: Tensor | None = None,
+    logical: Tensor | None = None,
 ) -> Tensor:
     """This rank's rows, counted from the ids that were routed and those that are sent, both [T, K].
 
     Returns [2, E] i64, before and after; with a segment [T] [5, E], what the claims on text and on effective load need,
     too. weight [T] is the plan's, None without a plan. left_alone [T] bool, rows that no bound speaks of: their counts
     are one row more, the last.
+    logical [P + 1], with replicas: of each physical expert, and of -1. Rows are then [P], but clipped text is by
+    logical expert: where it would have gone, nobody can tell from what is sent.
     """
     planned = sent if left_alone is None else sent.masked_fill(left_alone.unsqueeze(1), -1)
     counted = [ids, sent]
     if segment is not None:
-        clipped, text = sent != ids, (segment < 0).unsqueeze(1)
-        kept_visual, clipped_text = ids.masked_fill(clipped | text, -1), ids.masked_fill(~(clipped & text), -1)
-        counted += [kept_visual, clipped_text, planned]
+        of_ids, of_sent = (ids, sent) if logical is None else (logical[ids.long()], logical[sent.long()])
+        clipped, text = of_sent != of_ids, (segment < 0).unsqueeze(1)
+        kept_visual, clipped_text = sent.masked_fill(clipped | text, -1), of_ids.masked_fill(~(clipped & text), -1)
+        counted += [kept_visual, clipped_text.to(ids.dtype), planned]
     if left_alone is not None:
         counted.append(sent.masked_fill(~left_alone.unsqueeze(1), -1))
     each = None
@@ -85,7 +89,8 @@ class _Plan(NamedTuple):
 
 class Recount(NamedTuple):
     """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group; cut [NB, 4] of the plan,
-    None without one; left_alone: whether the last row of a recount is of rows that no bound speaks of.
+    None without one; left_alone: whether the last row of a recount is of rows that no bound speaks of; on_ranks [E, R]
+    bool, with replicas: which ranks have an expert.
     """
 
     config: MacsConfig
@@ -95,11 +100,13 @@ class Recount(NamedTuple):
     group: Tensor
     cut: Tensor | None
     left_alone: bool = False
+    on_ranks: Tensor | None = None
 
 
 @dataclass
 class Stats:
-    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality.
+    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality; with
+    replicas [4, 2], those that stayed at another replica, too.
 
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
@@ -163,7 +170,8 @@ class Stats:
         """The rows of one dispatch of a batch that MACS acts on. They are held against the bounds of the plan's cut."""
         self.measured[counted.layer_id] += 1
         cut, group = counted.cut, counted.group
-        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, None if cut is None else cut.shape)
+        shapes = [None if part is None else part.shape for part in (cut, counted.on_ranks)]
+        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, *shapes)
         self._recounts.add(counted, group.device, alike)
 
     def _count_recounts(self, recounts: Sequence[Recount]) -> None:
@@ -182,17 +190,24 @@ class Stats:
         if first.left_alone:
             planned = promised[:, AFTER] - promised[:, -1]
             promised = torch.cat([promised[:, :AFTER], planned.unsqueeze(1), promised[:, AFTER + 1 : -1]], dim=1)
-        self._prove(first.config, rows_per_bound(promised, cut.shape[1]), cut[:, :, 3])
+        per_bound = rows_per_bound(promised, cut.shape[1])
+        self._prove_bounds(first.config, per_bound, cut[:, :, 3])
+        if per_bound.shape[1] <= UNITS or not first.config.protect_text:
+            return
+        clipped_text, no_visual = per_bound[:, CLIPPED_TEXT] > 0, per_bound[:, KEPT_VISUAL] == 0
+        if first.on_ranks is not None:  # an expert gives up text only where one of its ranks keeps no visual row
+            on_ranks = torch.stack([one.on_ranks for one in recounts]).to(group.device)
+            clipped_text = promised[:, CLIPPED_TEXT, : on_ranks.shape[1]] > 0
+            no_visual = (on_ranks & no_visual.unsqueeze(1)).any(dim=2)
+        self._check("text_last", clipped_text & ~no_visual)
 
-    def _prove(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
+    def _prove_bounds(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
         """Holds N recounts [N, S, NB] of planned rows against their bounds [N, NB]."""
         in_full = per_bound.shape[1] > UNITS
         if config.load == "rows":
             self._check("bound", per_bound[:, AFTER] > bound)
         elif in_full:
             self._check("bound", per_bound[:, UNITS] > bound)
-        if in_full and config.protect_text:
-            self._check("text_last", (per_bound[:, CLIPPED_TEXT] > 0) & (per_bound[:, KEPT_VISUAL] > 0))
 
     def _check(self, claim: str, violated: Tensor) -> None:
         self.checks[claim] += violated.shape[0]
@@ -255,11 +270,14 @@ def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list
 
 
 def _fates(fate: list[list[int]] | int) -> dict[str, int]:
-    """{"clipped_visual": n, ...} from [3, 2] kept, clipped, re-routed by (visual, text)."""
-    kept, clipped, rerouted = fate or [[0, 0]] * 3
+    """{"clipped_visual": n, ...} from [3, 2] or, with replicas, [4, 2] kept, clipped, re-routed, moved by (visual,
+    text).
+    """
+    kept, clipped, rerouted, moved = [*(fate or []), *[[0, 0]] * (4 - len(fate or []))]
     named = {}
     for i, modality in enumerate(MODALITIES):
         named[f"assignments_{modality}"] = kept[i] + clipped[i]
+        named[f"moved_{modality}"] = moved[i]
         named[f"clipped_{modality}"] = clipped[i]
         named[f"rerouted_{modality}"] = rerouted[i]
         named[f"dropped_{modality}"] = clipped[i] - rerouted[i]

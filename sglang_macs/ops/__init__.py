@@ -1,4 +1,4 @@
-"""The five operators of the plan (docs/method.md), and the plan in one call or two, as thin wrappers over
+"""The operators of the plan (docs/method.md), and the plan in one call or two, as thin wrappers over
 `torch.ops.sglang_macs`.
 
 Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
@@ -127,6 +127,7 @@ def load_histogram(
     weight: Tensor,
     segment: Tensor,
     policy: Policy,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Integer units of load per (expert, modality, importance bucket), and the sums behind R_v.
 
@@ -135,11 +136,14 @@ def load_histogram(
         topk_weights: [T, K] f32.
         weight: [T] f32 of `entropy_weight`.
         segment: [T] i32, -1 = text.
+        places: tables of `plan.places.Places`, or None: experts lie linearly. With them, ids are physical. On a CPU.
     Returns:
-        [E * 2 * B + 4] i32; ranks add theirs up elementwise.
-    Source: docs/method.md 3.
+        [E * 2 * B + 4] i32; ranks add theirs up elementwise. With places, [R + R * X * 2] more lie behind.
+    Source: docs/method.md 3, 3b.
     """
-    return _ops.load_histogram(topk_ids, topk_weights, weight, segment, policy)
+    if places is None:  # Triton's take no tables
+        return _ops.load_histogram(topk_ids, topk_weights, weight, segment, policy)
+    return _ops.load_histogram(topk_ids, topk_weights, weight, segment, policy, places)
 
 
 def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -156,6 +160,45 @@ def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: Policy)
     return _ops.clip_threshold(own, group, modality, policy)
 
 
+def replica_balance(
+    own: Tensor, group: Tensor, modality: Tensor, policy: Policy, places: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How many rows each replica gets, and what this rank may send where a bound is exceeded all the same. On a CPU.
+
+    Args:
+        own, group: of `load_histogram` with places, of this rank and summed over the EP group.
+        modality: [E] i8.
+    Returns:
+        shift [E]; quota [P], rows of each place; load [R], rows of each rank; limits [R, 4]: rows that this rank may
+        send of those that it counts (-1: all), first level counted, room, bound. All i32.
+    Source: docs/method.md 3b, 4b.
+    """
+    return _ops.replica_balance(own, group, modality, policy, places)
+
+
+def replica_choose(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    weight: Tensor,
+    segment: Tensor,
+    group: Tensor,
+    shift: Tensor,
+    quota: Tensor,
+    limits: Tensor,
+    policy: Policy,
+    places: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Which replica each assignment goes to, and where this rank cuts. On a CPU.
+
+    Args:
+        topk_ids: [T, K] physical; group: as of `replica_balance`, which shift, quota and limits are of.
+    Returns:
+        chosen [T, K], physical; and cut [R, 4] for `clip_apply`.
+    Source: docs/method.md 3b, 4b.
+    """
+    return _ops.replica_choose(topk_ids, topk_weights, weight, segment, group, shift, quota, limits, policy, places)
+
+
 def clip_apply(
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -165,18 +208,22 @@ def clip_apply(
     shift: Tensor,
     cut: Tensor,
     policy: Policy,
+    places: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clip what lies below the cut, re-route what finds room, drop the rest.
 
     Args:
         router_logits: [T, E] f32, or None: nothing is re-routed.
         shift, cut: of `clip_threshold`.
+        places, chosen: with replicas, the tables, and what `replica_choose` gave.
     Returns:
         New topk_ids and topk_weights (dropped slots are -1 and 0.0), and counts [3, E, 2] i32: kept, clipped,
-        re-routed in, by (expert, visual | text).
+        re-routed in, by (expert, visual | text); with places [4, E, 2], the last one kept at another replica.
     Source: docs/method.md 5; the -1 convention is DeepEP's.
     """
-    return _ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy)
+    given = topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy
+    return _ops.clip_apply(*given) if places is None else _ops.clip_apply(*given, places, chosen)
 
 
 class Peers(NamedTuple):
@@ -205,19 +252,21 @@ def plan(
     modality: Tensor,
     policy: Policy,
     peers: Peers = ALONE,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five operators in one call, the same bits, with the exchange between them. Only where `is_whole`; with peers,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The operators in one call, the same bits, with the exchange between them. Only where `is_whole`; with peers,
     collective and on CUDA.
 
     Args:
         hidden_states: [T, H], not read where the policy needs no entropies.
         router_logits: [T, E] bf16, f16 or f32, or None; on CUDA, only clipped tokens' are read.
+        places: tables of `plan.places.Places`, or None: experts lie linearly. On a CPU.
     Returns:
-        topk_ids, topk_weights, weight, own, group, cut, counts; group is own where this rank is the group.
+        topk_ids, topk_weights, weight, own, group, cut, counts; group is own where this rank is the group. And, with
+        places, rank_rows [2, R] i32, the group's rows of each rank as routed and as balanced, else None.
     """
-    return _ops.plan(
-        hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments, modality, policy, *peers
-    )
+    batch = hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments
+    return _ops.plan(*batch, modality, policy, *peers, places)
 
 
 def score_histogram(
@@ -228,6 +277,7 @@ def score_histogram(
     num_segments: int,
     policy: Policy,
     exchanged: bool,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`plan` before its exchange, where somebody else sums. Only where `is_whole`.
 
@@ -235,7 +285,8 @@ def score_histogram(
         weight [T] f32; own; group: a copy of own to be summed over the ranks if `exchanged`, else own; and a workspace
         for `threshold_apply`.
     """
-    return _ops.score_histogram(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, exchanged)
+    routed = topk_ids, topk_weights, segment, num_segments
+    return _ops.score_histogram(hidden_states, *routed, policy, exchanged, places)
 
 
 def threshold_apply(
@@ -249,15 +300,16 @@ def threshold_apply(
     router_logits: Tensor | None,
     workspace: Tensor,
     policy: Policy,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`plan` behind its exchange. Only where `is_whole`.
 
     Args: as of `plan`; weight, own, group and workspace: of the `score_histogram` of the same batch.
     Returns:
-        topk_ids, topk_weights, cut, counts.
+        topk_ids, topk_weights, cut, counts, rank_rows.
     """
     return _ops.threshold_apply(
-        own, group, modality, topk_ids, topk_weights, weight, segment, router_logits, workspace, policy
+        own, group, modality, topk_ids, topk_weights, weight, segment, router_logits, workspace, policy, places
     )
 
 

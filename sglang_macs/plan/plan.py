@@ -12,6 +12,7 @@ from ..comm.peer_all_reduce import PeerAllReduce
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops import policy
+from .places import Places
 
 AllReduce = Callable[[Tensor], object]
 
@@ -36,6 +37,8 @@ class PlanResult(NamedTuple):
 
     topk_ids [T, K], topk_weights [T, K]: what to dispatch. own, group: the histograms. cut [NB, 4] i32: level, quota,
     room, bound per bound. counts [3, E, 2] i32: kept, clipped, re-routed in, by (expert, visual | text).
+    With places, ids are physical and all else is by logical expert; counts have a fourth row, kept at another replica,
+    and rank_rows [2, R] i32 are the group's rows of each rank, as routed and as balanced.
 
     New memory in every plan, of every backend, which nobody writes to afterwards: counters and trace keep parts of it.
     """
@@ -47,13 +50,14 @@ class PlanResult(NamedTuple):
     group: Tensor
     cut: Tensor
     counts: Tensor
+    rank_rows: Tensor | None = None
 
     def copy(self) -> "PlanResult":
-        """With new memory for what is kept beyond the layer, in one launch: group, cut and counts."""
-        kept = (self.group, self.cut, self.counts)
+        """With new memory for what is kept beyond the layer, in one launch: group, cut, counts and rank_rows."""
+        names = ("group", "cut", "counts") if self.rank_rows is None else ("group", "cut", "counts", "rank_rows")
+        kept = [getattr(self, name) for name in names]
         parts = torch.cat([x.reshape(-1) for x in kept]).split([x.numel() for x in kept])
-        group, cut, counts = (part.view(x.shape) for part, x in zip(parts, kept, strict=True))
-        return self._replace(group=group, cut=cut, counts=counts)
+        return self._replace(**{name: part.view(x.shape) for name, part, x in zip(names, parts, kept, strict=True)})
 
     def with_rows(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> "PlanResult":
         """With the given `rows` [T] bool as they were routed: they were hidden from the plan (id -1)."""
@@ -67,9 +71,11 @@ class Plan:
 
     Args:
         config: the options.
-        num_experts, num_ranks: E and R; E % R == 0.
+        num_experts, num_ranks: E and R; E % R == 0, or with places P % R == 0.
         modality: [E] i8 from the profile, or None: every expert is shared.
         scoring: how the router made its probabilities, "softmax" or "sigmoid".
+        places: where experts lie, of replicas to choose from; None: linearly, one each. Raises MacsError for options
+            that replicas do not go with.
     """
 
     def __init__(
@@ -79,13 +85,17 @@ class Plan:
         num_ranks: int,
         modality: Tensor | None = None,
         scoring: str = "softmax",
+        places: Places | None = None,
     ) -> None:
-        if num_ranks < 1 or num_experts % num_ranks:
+        if places is None and (num_ranks < 1 or num_experts % num_ranks):
             raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
+        if places is not None and (why := config.no_replicas):
+            raise MacsError("replicas", why, "--macs-scope rank, --macs-load rows, --macs-exchange group")
         policy.choice("scoring", scoring, SCORINGS)
         self.config = config
         self.num_experts = num_experts
         self.num_ranks = num_ranks
+        self.places = places
         self.scoring = scoring
         self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
@@ -102,6 +112,15 @@ class Plan:
     @property
     def histogram_size(self) -> int:
         """Numbers that the exchange sums."""
+        return self._cells + (self.places.exchange_size if self.places else 0)
+
+    @property
+    def num_physical(self) -> int:
+        """P: what ids count, in and out."""
+        return self.places.num_physical if self.places else self.num_experts
+
+    @property
+    def _cells(self) -> int:
         return self.num_experts * 2 * self.config.buckets + NUM_SUMS
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -112,8 +131,9 @@ class Plan:
         return torch.full(segment.shape, 0.5, dtype=torch.float32, device=segment.device).masked_fill_(segment < 0, 1.0)
 
     def histogram(self, topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment: Tensor) -> Tensor:
-        """This rank's integer histogram, [E * 2 * buckets + 4] i32."""
-        return ops.load_histogram(topk_ids, topk_weights, weight, segment, self.policy)
+        """This rank's integer histogram, [histogram_size] i32."""
+        places = self.places.table(topk_ids.device) if self.places else None
+        return ops.load_histogram(topk_ids, topk_weights, weight, segment, self.policy, places)
 
     def threshold(self, own: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """(shift [E], cut [NB, 4]) i32 from this rank's and the group's histograms."""
@@ -156,42 +176,74 @@ class Plan:
         if not ops.is_whole(tokens.topk_ids):
             return self._by_operators(tokens, all_reduce)
         modality = self._modality_on(tokens.topk_ids.device)
+        places = self.places.table(tokens.topk_ids.device) if self.places else None
         if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
             peers = ops.ALONE if all_reduce is None else all_reduce.peers
-            return PlanResult(*ops.plan(*tokens, modality, self.policy, peers))
+            return self._result(*ops.plan(*tokens, modality, self.policy, peers, places))
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         routing = topk_ids, topk_weights
         weight, own, group, workspace = ops.score_histogram(
-            hidden_states, *routing, segment, num_segments, self.policy, True
+            hidden_states, *routing, segment, num_segments, self.policy, True, places
         )
         all_reduce(group)
-        ids, weights, cut, counts = ops.threshold_apply(
-            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy
+        ids, weights, cut, counts, rank_rows = ops.threshold_apply(
+            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy, places
         )
-        return PlanResult(ids, weights, weight, own, group, cut, counts)
+        return self._result(ids, weights, weight, own, group, cut, counts, rank_rows)
+
+    def _result(self, *parts: Tensor | None) -> PlanResult:
+        """With the histograms alone of what was exchanged."""
+        result = PlanResult(*parts)
+        if self.places is None:
+            return result
+        return result._replace(own=result.own[: self._cells], group=result.group[: self._cells])
 
     def _by_operators(self, tokens: RoutedTokens, all_reduce: AllReduce | None) -> PlanResult:
-        """As `__call__`, by the five operators one after the other."""
+        """As `__call__`, by the operators one after the other."""
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         weight = self.weight(hidden_states, segment, num_segments)
         own = group = self.histogram(topk_ids, topk_weights, weight, segment)
         if all_reduce is not None:
             group = own.clone()
             all_reduce(group)
-        shift, cut = self.threshold(own, group)
         logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
-        ids, weights, counts = self.apply(topk_ids, topk_weights, weight, segment, logits, shift, cut)
+        batch = topk_ids, topk_weights, weight, segment
+        if self.places is not None:
+            return self._with_replicas(*batch, logits, own, group)
+        shift, cut = self.threshold(own, group)
+        ids, weights, counts = self.apply(*batch, logits, shift, cut)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
+    def _with_replicas(
+        self,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        weight: Tensor,
+        segment: Tensor,
+        logits: Tensor | None,
+        own: Tensor,
+        group: Tensor,
+    ) -> PlanResult:
+        batch, places = (topk_ids, topk_weights, weight, segment), self.places.table(topk_ids.device)
+        given = self.policy, places
+        shift, quota, load, limits = ops.replica_balance(own, group, self._modality_on(own.device), *given)
+        chosen, cut = ops.replica_choose(*batch, group, shift, quota, limits, *given)
+        ids, weights, counts = ops.clip_apply(*batch, logits, shift, cut, *given, chosen)
+        rank_rows = torch.stack([group[self._cells : self._cells + self.num_ranks], load])
+        return self._result(ids, weights, weight, own, group, cut, counts, rank_rows)
 
-def most_tokens(top_k: int, load: str) -> int:
-    """Tokens of the EP group whose histograms hold in i32: `units` an assignment, and 256 a token for R_v's sums."""
-    units = WEIGHT_ONE if load == "effective" else 1
+
+def most_tokens(top_k: int, load: str, replicas: bool = False) -> int:
+    """Tokens of the EP group whose histograms hold in i32: `units` an assignment, and 256 a token for R_v's sums.
+
+    replicas: whether there are any; their shares are 256ths of a row, too.
+    """
+    units = WEIGHT_ONE if load == "effective" or replicas else 1
     return (2**31 - 1) // max(WEIGHT_ONE, units * top_k)
 
 
-def check_batch_size(group_tokens: int, top_k: int, load: str = "rows") -> None:
+def check_batch_size(group_tokens: int, top_k: int, load: str = "rows", replicas: bool = False) -> None:
     """Raises MacsError if i32 histograms could overflow over `group_tokens` tokens of the EP group."""
-    most = most_tokens(top_k, load)
+    most = most_tokens(top_k, load, replicas)
     if group_tokens > most:
         raise MacsError("prefill batch", f"{group_tokens} tokens", f"at most {most}", "Lower --chunked-prefill-size.")

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .policy_c import strict
+
 Call = Callable[[str, ctypes.Structure], None]
 _p, _i64, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -18,6 +20,7 @@ def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
 
 
 # csrc/include/macs/bounded.h, field by field; macs_bounded_sizeof checks the layout.
+@strict
 class PermuteParams(ctypes.Structure):
     _fields_ = [
         *_fields(_p, "topk_ids", "tokens", "scales", "place", "expert_end", "rows", "row_scales"),
@@ -27,6 +30,7 @@ class PermuteParams(ctypes.Structure):
     ]
 
 
+@strict
 class GatherParams(ctypes.Structure):
     _fields_ = [
         *_fields(_p, "outputs", "place", "weights", "tokens"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-from .policy_c import Policy, choices
+from .policy_c import Policy, choices, strict
 
 FORMATS = ("bfloat16", *choices.FORMATS[1:])  # by the names of the result files
 BOTH, SEND, RECEIVE = range(len(choices.PHASES))
@@ -22,16 +22,19 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
+@strict
 class FusedStatus(ctypes.Structure):
     _fields_ = [*_fields(_i32, "fault peer block"), ("round", _u32), *_fields(_i64, "seen expected")]
 
 
+@strict
 class FusedShape(ctypes.Structure):
     _fields_ = _fields(
         _i32, "num_ranks num_experts top_k max_tokens hidden_size num_blocks format expert_rows max_rows alignment"
     )
 
 
+@strict
 class FusedLayout(ctypes.Structure):
     _fields_ = _fields(
         _i64,
@@ -40,6 +43,7 @@ class FusedLayout(ctypes.Structure):
     )
 
 
+@strict
 class FusedRank(ctypes.Structure):
     _fields_ = [
         ("region", _p * MAX_PEERS),
@@ -49,6 +53,7 @@ class FusedRank(ctypes.Structure):
     ]
 
 
+@strict
 class FusedDispatchParams(ctypes.Structure):
     _fields_ = [
         ("shape", FusedShape),
@@ -66,6 +71,7 @@ class FusedDispatchParams(ctypes.Structure):
     ]
 
 
+@strict
 class FusedCombineParams(ctypes.Structure):
     _fields_ = [
         ("shape", FusedShape),

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import fused_c
-from .policy_c import NAMES, Policy, policy
+from .policy_c import NAMES, Policy, policy, strict
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "kernels"
@@ -30,7 +30,7 @@ _p, _i64, _i32, _f32, _bool = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, c
 
 
 def _struct(name: str, fields: list[tuple[str, type]]) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+    return strict(type(name, (ctypes.Structure,), {"_fields_": fields}))
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:

@@ -8,16 +8,19 @@ import torch
 
 from . import fused_c as fc
 from .kernel_case import POISON
+from .policy_c import strict
 
 GUARD = 64  # bytes of poison on either side
 
 
+@strict
 class PeerReduceLayout(ctypes.Structure):
     """csrc/include/macs/peer_all_reduce.h, field by field; so are the parameters."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("status", "rounds", "inbox", "bytes")]
 
 
+@strict
 class PeerReduceParams(ctypes.Structure):
     _fields_ = [
         ("region", ctypes.c_void_p * fc.MAX_PEERS),

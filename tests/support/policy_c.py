@@ -21,6 +21,19 @@ _TYPES = {"bool": ctypes.c_bool, "float": ctypes.c_float, "double": ctypes.c_dou
 _HEADER = (ROOT / "csrc" / "include" / "macs" / "policy.h").read_text()
 
 
+def strict(structure: type[ctypes.Structure]) -> type[ctypes.Structure]:
+    """Refuses what it has no field for, which ctypes would make an attribute of Python's."""
+
+    def set_field(self: ctypes.Structure, name: str, value: object) -> None:
+        if name not in dict(self._fields_):
+            raise AttributeError(f"{type(self).__name__} has no field {name}")
+        ctypes.Structure.__setattr__(self, name, value)
+
+    structure.__setattr__ = set_field
+    return structure
+
+
+@strict
 class Policy(ctypes.Structure):
     """csrc/include/macs/policy.h."""
 

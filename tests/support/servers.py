@@ -1,8 +1,9 @@
 """What tests of real servers share: how they are launched, what they are asked, and what their counters must say."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serving import Server, data_uri, photograph_files
+from serving import Server, data_uri, photograph_files, photographs
 
 from .reference import NEW_TOKENS, Question
 
@@ -10,10 +11,11 @@ BUILD = Path(__file__).resolve().parents[2] / "build"
 LAYERS, TOP_K = 3, 4  # of the tiny models
 MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
 INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
+WORDS = "How many visual tokens does a photograph of a flower have? "
 
 
-def serve(model, *arguments: str, log: str, kind: type[Server] = Server) -> Server:
-    return kind(model, list(arguments), log=BUILD / f"test-{log}.log")
+def serve(model, *arguments: str, log: str, kind: type[Server] = Server, **options) -> Server:
+    return kind(model, list(arguments), log=BUILD / f"test-{log}.log", **options)
 
 
 def states(server: Server) -> list[dict]:
@@ -46,3 +48,19 @@ def assert_bounds_held(server: Server) -> None:
         assert state["planned"] > 0 and state["misaligned"] == 0
         assert state["checks"]["bound"] == state["planned"]
         assert sum(state["violations"].values()) == 0, state["violations"]
+
+
+def load(server: Server, count: int = 16) -> None:
+    """Image and text chats at once, so that batches mix modalities and both ranks have work."""
+
+    def one(i: int) -> None:
+        uri = photographs()[i % 2]
+        picture = {"type": "image_url", "image_url": {"url": uri}}
+        words = {
+            "type": "text",
+            "text": f"{i} {WORDS}" * (1 + i % 3),
+        }
+        server.chat([{"role": "user", "content": [words] if i % 4 == 3 else [words, picture]}])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(count)))

@@ -2,6 +2,7 @@
 #pragma once
 #include "macs/bounded.h"
 #include "macs/params.h"
+#include "macs/replicas.h"
 
 namespace macs::cpu {
 
@@ -18,9 +19,12 @@ struct ParallelFor {
 
 void entropy_score(const EntropyScoreParams& p, const ParallelFor& parallel_for);
 void entropy_weight(const EntropyWeightParams& p);
-void load_histogram(const LoadHistogramParams& p);
+void load_histogram(const LoadHistogramParams& p, const Places& places = {});
 void clip_threshold(const ClipThresholdParams& p);
-void clip_apply(const ClipApplyParams& p);
+void replica_balance(const ReplicaBalanceParams& p);
+void replica_choose(const ReplicaChooseParams& p);
+// chosen [T, K]: with places, what replica_choose gave; counts are then [kReplicaCounts, E, 2].
+void clip_apply(const ClipApplyParams& p, const Places& places = {}, const void* chosen = nullptr);
 
 void bounded_permute(const BoundedPermuteParams& p);
 void bounded_gather(const BoundedGatherParams& p);

@@ -1,0 +1,155 @@
+"""Replicas between real processes: rows arrive at the copy that the plan chose, also after experts have moved."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.ranks import run_ranks
+from test_dispatcher import EXPERTS, TOP_K, dense, expert_output, tokens
+
+from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch.acting import Acting
+from sglang_macs.dispatch.cpu import MacsDispatcher
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import replicas
+from sglang_macs.observe.stats import CLIPPED_TEXT, KEPT_VISUAL, Recount, Stats, recount
+from sglang_macs.plan import batch
+from sglang_macs.plan.places import Places
+from sglang_macs.plan.plan import Plan
+
+COUNTS = [60, 0, 40, 25]  # one rank is idle
+FIRST = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 0]
+LATER = [0, 8, 3, 10, 1, 9, 4, 11, 2, 6, 5, 0, 7, 1, 2, 0]
+CASES = {"balance": {"gamma": float("inf")}, "clip": {"gamma": 0.9}, "keep": {"gamma": 0.9, "reroute": "none"}}
+
+
+def routed(rank: int, seed: int, placement: list[int]) -> tuple[torch.Tensor, ...]:
+    """Tokens of this rank, to the first copy of every expert, and their logical ids."""
+    hidden, logical, weights, logits = tokens(rank, COUNTS[rank], seed)
+    first = torch.tensor([placement.index(expert) for expert in range(EXPERTS)])
+    return hidden, torch.where(logical < 0, -1, first[logical.clamp(min=0)]), weights, logits, logical
+
+
+def dispatched(planner: LayerPlanner, rank: int, seed: int, placement: list[int]) -> dict[str, Any]:
+    hidden, ids, weights, logits, logical = routed(rank, seed, placement)
+    segment = torch.where(torch.arange(COUNTS[rank]) % 4 < 3, 0, -1).int()
+    dispatcher = MacsDispatcher(planner)
+    now = planner.acting.decide(batch.Batch(segment, 1, "", group_tokens=sum(COUNTS), measured=True))
+    with batch.forward(now):
+        received, local = dispatcher.dispatch(hidden, ids, weights, logits)
+    planner.acting.end_pass()
+    local_experts = torch.tensor(placement)[rank * 4 : (rank + 1) * 4]
+    out = dispatcher.combine(expert_output(received, local_experts[local]))
+    return {"out": out, "dense": dense(hidden, logical, weights), "rows": len(received), "gain": now.gain}
+
+
+def _serve(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for name, options in CASES.items():
+        config, counters = MacsConfig.from_preset("rank", **options, verify=True), Stats()
+        places = None if name == "keep" else Places(EXPERTS, len(FIRST), world, rank, FIRST)
+        plan = Plan(config, len(FIRST) if places is None else EXPERTS, world, places=places)
+        planner = LayerPlanner(0, plan, dist.group.WORLD, counters, acting=Acting())
+        planner.acting.rows_that_pay = 1
+        before = [dispatched(planner, rank, seed, FIRST) for seed in range(3)]
+        if places is not None:
+            places.refresh(LATER)
+        after = [dispatched(planner, rank, seed, LATER) for seed in range(3)]
+        assignments = sum(int((routed(rank, seed, FIRST)[1] >= 0).sum()) for seed in range(3))
+        results[name] = {"dispatches": before + after, "stats": counters.snapshot(), "assignments": assignments}
+    return results
+
+
+@pytest.fixture(scope="module")
+def served() -> list[dict[str, Any]]:
+    return run_ranks(4, _serve)
+
+
+def test_balanced_rows_give_what_unmoved_ones_do(served):
+    """Nothing is clipped, and the fullest rank is nearly the mean, before and after experts have moved."""
+    for rank in served:
+        for one in rank["balance"]["dispatches"]:
+            torch.testing.assert_close(one["out"], one["dense"], rtol=1e-6, atol=1e-5)
+    for i in range(6):
+        rows = [rank["balance"]["dispatches"][i]["rows"] for rank in served]
+        if i < 3:  # experts 0 to 3 lie on ranks 0 and 3 alone
+            assert abs(rows[0] - rows[3]) <= 1, rows
+        else:
+            assert max(rows) <= 1.05 * sum(rows) / 4, rows
+    for rank in served:
+        stats = rank["balance"]["stats"]
+        assert stats["own"]["clipped_visual"] == stats["own"]["clipped_text"] == 0
+        layer = stats["layers"]["0"]
+        assert layer["max_over_mean_before"] > 1.3 * layer["max_over_mean_after"]
+    assert sum(rank["balance"]["stats"]["own"]["moved_visual"] for rank in served) > 0
+
+
+@pytest.mark.parametrize("name", ["clip", "keep"])
+def test_bounds_hold_and_text_is_last_where_rows_arrive(served, name):
+    stats = [rank[name]["stats"] for rank in served]
+    total = sum(rank[name]["assignments"] for rank in served)
+    for one in stats:
+        assert one["checks"] == {"bound": 6, "text_last": 6} and not sum(one["violations"].values())
+    for i in range(6):
+        rows = [rank[name]["dispatches"][i]["rows"] for rank in served]
+        assert 0 < max(rows) <= 0.9 * total / 3 / 4 + 1
+    assert sum(one["own"]["clipped_visual"] for one in stats) > 0
+
+
+def test_replicas_clip_less_than_keeping_what_was_routed(served):
+    clipped = {
+        name: sum(rank[name]["stats"]["own"][f"clipped_{m}"] for rank in served for m in ("visual", "text"))
+        for name in ("clip", "keep")
+    }
+    assert clipped["clip"] < 0.6 * clipped["keep"]
+
+
+def test_all_ranks_expect_the_same_gain_of_replicas(served):
+    """Rows off the most loaded rank, of which no rank has all."""
+    for i in range(6):
+        gains = [rank["clip"]["dispatches"][i]["gain"] for rank in served]
+        assert all(gain == gains[0] for gain in gains)
+    assert served[1]["clip"]["dispatches"][-1]["gain"][0] > 20
+
+
+def test_a_text_row_may_go_where_one_of_its_ranks_keeps_no_visual_row():
+    """Expert 0 is on both ranks, expert 1 on rank 0 alone; visual rows stay on rank 0."""
+    places = Places(2, 4, 2, 0, [0, 1, 0, 0])
+    segment, ids = torch.tensor([-1, 0], dtype=torch.int32), torch.tensor([[0], [1]])
+    config = MacsConfig.from_preset("rank", gamma=1.0, verify=True)
+    cut = torch.tensor([[3, 1, 0, 9]] * 2, dtype=torch.int32)
+    for text_expert, violated in ((0, 0), (1, 1)):
+        counters, routed_ids = Stats(), ids.clone()
+        routed_ids[0, 0] = text_expert
+        sent = torch.tensor([[-1], [1]])
+        own = recount(4, routed_ids, sent, None, segment, None, places.logical)
+        assert own[CLIPPED_TEXT, text_expert] == 1 and own[KEPT_VISUAL, 1] == 1
+        counters.add_recount(Recount(config, 0, 2, own, own, cut, False, places.on_ranks))
+        assert counters.snapshot()["violations"] == {"bound": 0, "text_last": violated}
+
+
+def test_a_row_at_another_replica_is_not_clipped():
+    places = Places(2, 4, 2, 0, [0, 1, 0, 0])
+    segment, ids = torch.tensor([-1, 0], dtype=torch.int32), torch.tensor([[0], [0]])
+    own = recount(4, ids, torch.tensor([[2], [2]]), None, segment, None, places.logical)
+    assert own.tolist() == [[2, 0, 0, 0], [0, 0, 2, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 512, 0]]
+
+
+def test_an_update_of_expert_locations_refreshes_the_layers_that_it_names(monkeypatch):
+    """Of those that are planned with replicas."""
+    planners = {
+        i: SimpleNamespace(plan=Plan(MacsConfig(), 2, 2, places=Places(2, 4, 2, 0, [0, 1, 0, 1]))) for i in range(3)
+    }
+    planners[2] = SimpleNamespace(plan=Plan(MacsConfig(), 4, 2))
+    monkeypatch.setattr(replicas.worker, "current", lambda: SimpleNamespace(planners=planners))
+    metadata = SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([[0, 0, 1, 1]] * 4))
+    replicas._expert_location_update(None, metadata, None, [1, 2, 3])
+    assert [planners[i].plan.places.logical.tolist() for i in (0, 1)] == [[0, 1, 0, 1, -1], [0, 0, 1, 1, -1]]
+
+
+def test_top_k_of_the_cases_is_the_dispatcher_s():
+    assert routed(0, 0, FIRST)[1].shape == (COUNTS[0], TOP_K)

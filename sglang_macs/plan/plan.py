@@ -224,6 +224,7 @@ class Plan:
         own: Tensor,
         group: Tensor,
     ) -> PlanResult:
+        assert self.places is not None
         batch, places = (topk_ids, topk_weights, weight, segment), self.places.table(topk_ids.device)
         given = self.policy, places
         shift, quota, load, limits = ops.replica_balance(own, group, self._modality_on(own.device), *given)

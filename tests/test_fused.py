@@ -110,7 +110,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group, unfit: unfit)
     monkeypatch.setattr(transport.dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(transport, "make", lambda config, sizes, group: SimpleNamespace(
-        num_blocks=4, region_bytes=FusedDispatch.region_bytes, rounds=lambda: 5
+        num_blocks=4, sizes=sizes, region_bytes=FusedDispatch.region_bytes, rounds=lambda: 5
     ))  # fmt: skip
 
 

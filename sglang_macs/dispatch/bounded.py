@@ -122,7 +122,7 @@ class Workspace:
     def index(self, tokens: int, top_k: int, num_experts: int) -> Index:
         """For `tokens` received tokens; the same tensors as long as the sizes are."""
         sizes = (tokens, top_k, num_experts)
-        if sizes != self._sizes:
+        if self._index is None or sizes != self._sizes:
             parts = [tokens * top_k, num_experts, ops.bounded_workspace_size(tokens, num_experts)]
             if sum(parts) > self._memory[-1].numel():
                 self._memory.append(self._memory[-1].new_empty(max(sum(parts), 2 * self._memory[-1].numel())))
@@ -146,7 +146,8 @@ class Received(NamedTuple):
 
     def permute(self) -> tuple[Tensor, Tensor | None, Index]:
         """(rows [M, H], their scales [M, H / 128] over column-major memory or None, index)."""
-        index = self.workspace.index(*self.topk_ids.shape, self.num_experts)
+        tokens, top_k = self.topk_ids.shape
+        index = self.workspace.index(tokens, top_k, self.num_experts)
         rows = self.tokens.new_empty(self.rows, self.tokens.shape[1])
         scales = None if self.scales is None else self.scales.new_empty(self.scales.shape[1], self.rows)
         given = (self.topk_ids, self.tokens, self.scales, self.num_experts, TILE)

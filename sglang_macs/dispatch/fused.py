@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,8 +147,7 @@ class FusedDispatch:
             logits,
             num_segments=tokens.num_segments,
             phase="both" if awaits else "send",
-            **self._patience(),
-            **plan.fused_options(tokens.hidden_states.device),
+            **(self._patience() | plan.fused_options(tokens.hidden_states.device)),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
 
@@ -200,7 +200,7 @@ class FusedDispatch:
 
     def _outputs(self) -> Tensor:
         """[E_l, M, H] bf16, what combine reads."""
-        return self._part("outputs", torch.bfloat16, self._local, self.shape.expert_rows, self.sizes.hidden_size)
+        return self._part("outputs", torch.bfloat16, self._local, self._region.expert_rows, self.sizes.hidden_size)
 
     def rounds(self) -> int:
         """That have run, replayed ones too. Waits for the current stream."""
@@ -209,14 +209,14 @@ class FusedDispatch:
     def rows(self) -> Tensor:
         """[E_l, M, H] bf16 or e4m3; made anew every time, since SGLang's runner disposes of what it is handed."""
         dtype = torch.bfloat16 if self._format == "bf16" else torch.float8_e4m3fn
-        return self._part("rows", dtype, self._local, self.shape.expert_rows, self.sizes.hidden_size)
+        return self._part("rows", dtype, self._local, self._region.expert_rows, self.sizes.hidden_size)
 
     def scales(self) -> Tensor | None:
         """[E_l, M, H / 128] f32 over column-major memory, or None."""
         if self._format == "bf16":
             return None
         words = self.sizes.hidden_size // 128
-        return self._part("scales", torch.float32, self._local, words, self.shape.expert_rows).transpose(1, 2)
+        return self._part("scales", torch.float32, self._local, words, self._region.expert_rows).transpose(1, 2)
 
     def check(self) -> None:
         """Raises MacsError once a wait has given up or a peer was found wrong. Never makes the host wait: it looks at
@@ -244,8 +244,13 @@ class FusedDispatch:
         dist.barrier(group)
 
     @property
+    def _region(self) -> ops.RegionShape:
+        assert self.shape is not None, "nothing was sent"
+        return self.shape
+
+    @property
     def _format(self) -> str:
-        return FORMATS[self.shape.format]
+        return FORMATS[self._region.format]
 
     @property
     def _local(self) -> int:
@@ -265,11 +270,11 @@ class FusedDispatch:
         self._layer, self._to_receive = layer_id, not awaits
         self._rounds += 1
 
-    def _patience(self) -> dict[str, int]:
+    def _patience(self) -> dict[str, Any]:
         return {"timeout_ns": timeout_ns(self._rounds), "layer": self._layer}
 
     def _where(self) -> tuple[Tensor, list[int], int, ops.RegionShape]:
-        return self.memory.own, self.memory.addresses, self.memory.rank, self.shape
+        return self.memory.own, self.memory.addresses, self.memory.rank, self._region
 
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
         if outputs is not None and outputs.data_ptr() == self._outputs().data_ptr():

@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
 
     @classmethod
     def like(cls, rows: int, given: tuple[Tensor, ...]) -> Inputs:
-        made = [x.new_zeros(rows, *x.shape[1:]) for x in given]
-        return cls(*made, torch.empty(rows, dtype=torch.int32, device=given[0].device))
+        hidden, ids, weights, logits = (x.new_zeros(rows, *x.shape[1:]) for x in given)
+        return cls(hidden, ids, weights, logits, torch.empty(rows, dtype=torch.int32, device=hidden.device))
 
     def first(self, rows: int) -> Inputs:
         return Inputs(*(x[:rows] for x in self))

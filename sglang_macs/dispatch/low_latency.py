@@ -70,11 +70,17 @@ class FusedLowLatency:
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
-        where = self.planner.plan, self.planner.layer_id, row_format(self.impl)
-        result = self.transport.send(*where, tokens, awaits=not self.in_halves)
+        result = self.transport.send(
+            self.planner.plan, self.planner.layer_id, self._format(), tokens, awaits=not self.in_halves
+        )
         self._note(result.topk_ids, result.topk_weights)
         self.planner.counters.fused += 1
         return result
+
+    def _format(self) -> str:
+        format = row_format(self.impl)
+        assert format is not None, "this dispatch `takes` nothing"
+        return format
 
     def _note(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
         experts, ranks = self.planner.plan.num_experts, self.planner.plan.num_ranks
@@ -84,8 +90,9 @@ class FusedLowLatency:
         if self._sent is None and not self.takes():
             return original(hidden_states=hidden_states, topk_output=topk_output)
         if self._sent is None:
-            where = self.planner.layer_id, row_format(self.impl)
-            self.transport.carry(*where, hidden_states, topk_output.topk_ids, awaits=not self.in_halves)
+            self.transport.carry(
+                self.planner.layer_id, self._format(), hidden_states, topk_output.topk_ids, awaits=not self.in_halves
+            )
             self._note(topk_output.topk_ids, topk_output.topk_weights)
         return (self._sent,)
 

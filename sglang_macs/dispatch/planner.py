@@ -143,8 +143,10 @@ class LayerPlanner:
     def _record(
         self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
     ) -> None:
-        about = {"planned": planned, "gain": now.gain.get(self.layer_id, 0)}
-        self.recorder.add(self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result, **about)
+        assert self.recorder is not None
+        gain = now.gain.get(self.layer_id, 0)
+        routed = topk_ids, topk_weights
+        self.recorder.add(self.layer_id, self.plan.num_ranks, *routed, result, planned=planned, gain=gain)
 
     def _as_routed(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int

@@ -4,6 +4,8 @@ all-reduce.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +22,7 @@ from .fused import FusedDispatch, Sizes, unsupported
 COMPUTE_CAPABILITY = 9  # Hopper: what the kernels are built and were measured for
 
 
-def row_format(impl) -> str | None:
+def row_format(impl: Any) -> str | None:
     """Of the rows that DeepEP's implementation `impl` sends, as the runner wants them; None: not one of ours."""
     if any(getattr(impl, name, False) for name in ("use_nvfp4", "use_mxfp4", "use_mxfp8")):
         return None
@@ -50,7 +52,7 @@ class Transports:
             return []
         if self._sizes is None:
             self._sizes = sizes
-            why = "--deepep-mode normal" if mode == "normal" else overlaps and "--enable-single-batch-overlap"
+            why = "--deepep-mode normal" if mode == "normal" else "--enable-single-batch-overlap" if overlaps else ""
             why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
@@ -63,7 +65,7 @@ class Transports:
     @property
     def region_bytes(self) -> int:
         """Of a rank, for the fused dispatch; 0 without."""
-        return sum(made.region_bytes(self._sizes, made.num_blocks) for made in self._made)
+        return sum(made.region_bytes(made.sizes, made.num_blocks) for made in self._made)
 
     def state(self) -> dict[str, int]:
         """For `GET /server_info`: the memory of a rank, and the dispatches that the fused kernels have carried, those
@@ -128,12 +130,12 @@ class Transports:
             transport.check_arrived()
 
     def _waiting(self) -> list[FusedDispatch | PeerAllReduce]:
-        return [*filter(None, (*self._made, self._sum))]
+        return [*self._made, *([] if self._sum is None else [self._sum])]
 
     def _line(self, why: str) -> str:
         if why:
             return f"DeepEP carries every batch, behind the plan: {why}"
-        memory = f"{self.region_bytes / 1e6:.0f} MB a rank for {self._sizes.max_tokens} tokens of every rank"
+        memory = f"{self.region_bytes / 1e6:.0f} MB a rank for {self._made[0].sizes.max_tokens} tokens of every rank"
         return f"the fused dispatch carries every low-latency batch: {memory}"
 
 

@@ -99,7 +99,7 @@ class Places:
         return first
 
     def _numbers(self, first: list[dict[int, int]]) -> list[int]:
-        ends, ranks, physical = [0], [], []
+        ends, ranks, physical = [0], list[int](), list[int]()
         for of_expert in first:
             ranks += of_expert.keys()
             physical += of_expert.values()

@@ -1,7 +1,7 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class Plan:
             self.modality = self.modality.to(device)
         return self.modality
 
-    def fused_options(self, device: torch.device) -> dict[str, object]:
+    def fused_options(self, device: torch.device) -> dict[str, Any]:
         """What `ops.fused_dispatch` needs to decide as this plan does."""
         return {"modality": self._modality_on(device), "policy": self.policy}
 
@@ -224,6 +224,7 @@ class Plan:
         own: Tensor,
         group: Tensor,
     ) -> PlanResult:
+        assert self.places is not None
         batch, places = (topk_ids, topk_weights, weight, segment), self.places.table(topk_ids.device)
         given = self.policy, places
         shift, quota, load, limits = ops.replica_balance(own, group, self._modality_on(own.device), *given)

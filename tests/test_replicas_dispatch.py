@@ -17,7 +17,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.acting import Acting
 from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
-from sglang_macs.engine import replicas, worker
+from sglang_macs.engine import replicas, scheduler, worker
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import report, trace
 from sglang_macs.observe.recorder import Place, Recorder
@@ -192,6 +192,15 @@ def test_an_update_of_expert_locations_refreshes_the_layers_that_it_names(monkey
     metadata = SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([[0, 0, 1, 1]] * 4))
     replicas._expert_location_update(None, metadata, None, [1, 2, 3])
     assert [planners[i].plan.places.logical.tolist() for i in (0, 1)] == [[0, 1, 0, 1, -1], [0, 0, 1, 1, -1]]
+
+
+@pytest.mark.parametrize(("act", "replicas", "rows"), [("auto", True, 8), ("always", True, 0), ("auto", False, 0)])
+def test_a_lossless_balancer_acts_where_it_pays(act, replicas, rows):
+    """Infinite gamma alone is asked for its counts."""
+    process = worker.Worker(MacsConfig.from_preset("rank", gamma=float("inf"), act=act).on("cpu"))
+    places = Places(2, 4, 2, 0, [0, 1, 0, 1]) if replicas else None
+    process.planners[0] = SimpleNamespace(plan=Plan(process.config, 2, 2, places=places))
+    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == rows
 
 
 def test_ranks_must_agree_where_experts_lie():

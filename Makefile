@@ -62,9 +62,10 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
 	@bash scripts/sanitize.sh $(PY)
 
-lint: build  ## ruff, and the checks of the tables in README and docs
+lint: build  ## ruff, mypy, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 	@$(PY) scripts/docs_tables.py --check
 
 format: build  ## ruff format, and the tables in README and docs

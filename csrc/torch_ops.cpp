@@ -108,13 +108,14 @@ int64_t histogram_size(const Policy& p) {
   return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
 }
 
-// A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly.
+// A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly. On a GPU only whole
+// plans take them.
 struct Placed {
   Tensor table;
   Policy policy;
   Places places = {};
 
-  Placed(at::ArrayRef<double> packed, const OptionalTensor& given, const Tensor& beside) {
+  Placed(at::ArrayRef<double> packed, const OptionalTensor& given, const Tensor& beside, bool whole_plan = false) {
     if (!given.has_value()) {
       policy = checked_policy(packed);
       return;
@@ -127,12 +128,13 @@ struct Placed {
     TORCH_CHECK_VALUE(table.scalar_type() == at::kInt, "places: got dtype ", table.scalar_type(), ", expected Int");
     check_device("places", table, beside);
     policy = checked_policy(packed, num_physical);
-    const bool whole = policy.scope == Scope::kRank && policy.load == Load::kRows && policy.reroute != Reroute::kLocal;
-    TORCH_CHECK_VALUE(whole, "policy: got another scope, load or reroute, expected rank, rows, none or global with places");
+    const bool fits = policy.scope == Scope::kRank && policy.load == Load::kRows && policy.reroute != Reroute::kLocal;
+    TORCH_CHECK_VALUE(fits, "policy: got another scope, load or reroute, expected rank, rows, none or global with places");
     TORCH_CHECK_VALUE(num_physical >= policy.num_experts, "places: got ", num_physical, " physical experts, expected at "
                       "least ", policy.num_experts);
-    TORCH_CHECK_VALUE(!table.is_cuda(), "places: got device ", table.device(), ", expected cpu: no CUDA kernel has them");
-    places = {table.is_cpu() ? table.const_data_ptr<int32_t>() : nullptr, policy.num_experts, static_cast<int32_t>(num_physical), policy.num_ranks};
+    TORCH_CHECK_VALUE(whole_plan || !table.is_cuda(), "places: got device ", table.device(), ", expected cpu: on a GPU "
+                      "only whole plans take them");
+    places = {table.is_meta() ? nullptr : table.const_data_ptr<int32_t>(), policy.num_experts, static_cast<int32_t>(num_physical), policy.num_ranks};
   }
 
   int64_t num_ids() const { return places.any() ? places.num_physical : policy.num_experts; }
@@ -506,7 +508,7 @@ PlanInput plan_input(const Tensor& hidden_states, const Tensor& topk_ids, const 
                      const Tensor& segment, int64_t num_segments, at::ArrayRef<double> packed,
                      const OptionalTensor& places) {
   PlanInput x = {.ids = topk_ids.contiguous(), .gates = topk_weights.contiguous(), .segment = segment.contiguous(),
-                 .placed = Placed(packed, places, topk_ids), .num_segments = num_segments};
+                 .placed = Placed(packed, places, topk_ids, true), .num_segments = num_segments};
   x.policy = x.placed.policy;
   x.in = checked_routing(x.ids, x.gates, x.segment, x.policy);
   check_ids_in_range(x.ids, x.placed.num_ids());
@@ -538,7 +540,7 @@ int64_t plan_workspace_bytes([[maybe_unused]] const PlanInput& x) {
 #ifdef MACS_WITH_CUDA
   ClipApplyParams apply = {};
   apply.in = x.in;
-  if (x.ids.is_cuda()) return cuda::plan_workspace_bytes(weight_params(x, nullptr, nullptr), apply);
+  if (x.ids.is_cuda()) return cuda::plan_workspace_bytes(weight_params(x, nullptr, nullptr), apply, x.placed.places);
 #endif
   return 0;
 }
@@ -557,7 +559,8 @@ void count_batch(const PlanInput& x, const Tensor& entropy, const Tensor& weight
 #ifdef MACS_WITH_CUDA
   if (x.ids.is_cuda()) {
     return check_launch(
-        cuda::launch_score_histogram(score, weigh, histogram, workspace.mutable_data_ptr(), stream_of(x.ids)),
+        cuda::launch_score_histogram(score, weigh, histogram, workspace.mutable_data_ptr(), stream_of(x.ids),
+                                     x.placed.places),
         "score_histogram");
   }
 #endif
@@ -627,7 +630,9 @@ void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const
   apply.counts = out.counts.mutable_data_ptr<int32_t>();
 #ifdef MACS_WITH_CUDA
   if (x.ids.is_cuda()) {
-    return check_launch(cuda::launch_threshold_apply(threshold, apply, workspace.mutable_data_ptr(), stream_of(x.ids)),
+    int32_t* const rank_rows = x.placed.places.any() ? out.rank_rows.mutable_data_ptr<int32_t>() : nullptr;
+    return check_launch(cuda::launch_threshold_apply(threshold, apply, workspace.mutable_data_ptr(), stream_of(x.ids),
+                                                     x.placed.places, rank_rows),
                         "threshold_apply");
   }
 #endif
@@ -858,18 +863,23 @@ FusedRank fused_rank(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   return me;
 }
 
-void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shape) {
+void check_ids(const Tensor& ids, const FusedShape& shape) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) == shape.top_k && ids.size(0) <= shape.max_tokens, "topk_ids: got shape ",
                     ids.sizes(), ", expected at most [", shape.max_tokens, ", ", shape.top_k, "]");
   TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, "topk_ids: got dtype ",
                     ids.scalar_type(), ", expected int32 or int64");
+}
+
+void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shape) {
+  check_ids(ids, shape);
   check_like(weights, "topk_weights", at::kFloat, ids.sizes(), ids);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns) {
+    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns,
+    int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -894,6 +904,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.same_device = !ranks_are_apart(p.shape);
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
@@ -917,9 +928,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   return {new_ids, new_weights, weight, cut, counts, sums};
 }
 
+// Every row as it is routed.
+void fused_carry(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
+                 const Tensor& hidden_states, const Tensor& topk_ids, int64_t phase, int64_t timeout_ns, int64_t layer) {
+  FusedDispatchParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous();
+  check_ids(ids, p.shape);
+  check_like(x, "hidden_states", at::kBFloat16, {ids.size(0), p.shape.hidden_size}, region);
+  check_device("topk_ids", ids, region);
+  p.phase = checked_enum<Phase>(phase, "phase");
+  p.ids_are_i64 = ids.scalar_type() == at::kLong;
+  p.same_device = !ranks_are_apart(p.shape);
+  p.scales_with_rows = ranks_are_apart(p.shape);
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
+  p.launched = 1;
+  p.one.hidden_states = x.const_data_ptr();
+  p.one.topk_ids = ids.const_data_ptr();
+  p.one.num_tokens = static_cast<int32_t>(ids.size(0));
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_fused_carry(p, stream_of(region)), "fused_carry");
+}
+
 // The rest of a dispatch that was only sent: behind it every rank's rows are there.
 void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
-                   int64_t timeout_ns) {
+                   int64_t timeout_ns, int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -928,6 +964,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_receive");
@@ -935,7 +972,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
 
 Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
                      const Tensor& topk_ids, const Tensor& topk_weights, const OptionalTensor& outputs, int64_t phase,
-                     int64_t timeout_ns) {
+                     int64_t timeout_ns, int64_t layer) {
   FusedCombineParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -958,6 +995,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.same_device = !ranks_are_apart(p.shape);
   p.phase = checked_enum<Phase>(phase, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_combine(p, stream_of(region)), "fused_combine");
@@ -1136,7 +1174,7 @@ std::tuple<Tensor, Tensor> replica_choose_meta(const Tensor& topk_ids, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
     const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t) {
+    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t, int64_t) {
   check_device("hidden_states", hidden_states, region);
   check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
@@ -1150,10 +1188,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
           at::empty({kNumSums}, i32)};
 }
 
-void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t) {}
+void fused_carry_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
+                      const Tensor& topk_ids, int64_t, int64_t, int64_t) {
+  check_device("hidden_states", hidden_states, region);
+  check_device("topk_ids", topk_ids, region);
+}
+
+void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t, int64_t) {}
 
 Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& topk_ids,
-                          const Tensor&, const OptionalTensor&, int64_t, int64_t) {
+                          const Tensor&, const OptionalTensor&, int64_t, int64_t, int64_t) {
   return at::empty_symint({topk_ids.sym_size(0), c10::SymInt(checked_shape(shape).hidden_size)},
                           region.options().dtype(at::kBFloat16));
 }
@@ -1215,12 +1259,15 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
       "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, float[] policy, "
-      "int num_segments, int phase, int timeout_ns) "
+      "int num_segments, int phase, int timeout_ns, int layer) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
+  m.def(
+      "fused_carry(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
+      "int phase, int timeout_ns, int layer) -> ()");
+  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns, int layer) -> ()");
   m.def(
       "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
-      "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
+      "Tensor? outputs, int phase, int timeout_ns, int layer) -> Tensor");
   m.def("peer_reduce_layout(int num_ranks, int size) -> int[]", &macs::peer_reduce_layout_of);
   m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
   m.def("bounded_workspace_size(int num_tokens, int num_experts) -> int", &macs::bounded_workspace_size);
@@ -1265,6 +1312,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("bounded_permute", &macs::bounded_permute);
   m.impl("bounded_gather", &macs::bounded_gather);
   m.impl("fused_dispatch", &macs::fused_dispatch);
+  m.impl("fused_carry", &macs::fused_carry);
   m.impl("fused_receive", &macs::fused_receive);
   m.impl("fused_combine", &macs::fused_combine);
   m.impl("peer_all_reduce", &macs::peer_all_reduce);
@@ -1283,6 +1331,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("bounded_permute", &macs::bounded_permute_meta);
   m.impl("bounded_gather", &macs::bounded_gather_meta);
   m.impl("fused_dispatch", &macs::fused_dispatch_meta);
+  m.impl("fused_carry", &macs::fused_carry_meta);
   m.impl("fused_receive", &macs::fused_receive_meta);
   m.impl("fused_combine", &macs::fused_combine_meta);
   m.impl("peer_all_reduce", &macs::peer_all_reduce_meta);

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
@@ -49,7 +51,7 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 
 
-def _opt(default, help: str, choices: tuple | None = None):
+def _opt(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -92,8 +94,8 @@ class MacsConfig:
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
         "deepep",
-        "what carries planned batches: DeepEP; in low-latency mode a kernel that plans and sends (fused; auto = that "
-        "where it can); in normal mode DeepEP without a count on the host (bounded)",
+        "what carries batches: DeepEP; in low-latency mode, decode included, a kernel that plans and sends (fused; "
+        "auto = that where it can); planned ones in normal mode DeepEP without a count on the host (bounded)",
         ("deepep", "fused", "bounded", "auto"),
     )
     layer_graphs: bool = _opt(True, "with bounded, a MoE layer is one launch, a CUDA graph")
@@ -115,7 +117,7 @@ class MacsConfig:
     trace_limit_mb: float = _opt(64.0, "megabytes that each rank records at most")
 
     @classmethod
-    def from_preset(cls, preset: str = "rank", **options) -> "MacsConfig":
+    def from_preset(cls, preset: str = "rank", **options: Any) -> "MacsConfig":
         """The preset with `options` over it, validated. Raises MacsError."""
         if not isinstance(preset, str) or preset not in PRESETS:
             raise MacsError("--macs-preset", _shown(preset), f"one of {', '.join(PRESETS)}")
@@ -186,14 +188,6 @@ class MacsConfig:
     def changes_nothing(self) -> bool:
         """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
         return math.isinf(self.gamma)
-
-    def no_low_latency(self, mode: str) -> str:
-        """Why no batch that is planned is dispatched in DeepEP's low-latency mode under --deepep-mode `mode`, or ""."""
-        if mode == "normal":
-            return "--deepep-mode normal"
-        if mode == "auto" and not self.decode:
-            return "--deepep-mode auto, under which planned batches (prefill) are in normal mode"
-        return ""
 
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads back; infinity as the string "inf"."""
@@ -290,8 +284,9 @@ def _parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def _parser_of(f: dataclasses.Field):
-    return {"bool": _parse_bool, "int": int, "int | None": int, "float": float}.get(_type_of(f), str)
+def _parser_of(f: dataclasses.Field) -> Callable[[str], object]:
+    parsers: dict[str, Callable[[str], object]] = {"bool": _parse_bool, "int": int, "int | None": int, "float": float}
+    return parsers.get(_type_of(f), str)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -323,8 +318,8 @@ def from_options(options: dict[str, object]) -> MacsConfig:
     given = {name.removeprefix("macs_"): value for name, value in given_options(options).items()}
     given = {k: _value(fields[k], v) if k in fields else v for k, v in given.items()}
     if given.get("profile"):
-        given["profile"] = os.path.abspath(given["profile"])  # workers may start elsewhere
-    return MacsConfig.from_preset(given.pop("preset", "rank"), **given)
+        given["profile"] = os.path.abspath(str(given["profile"]))  # workers may start elsewhere
+    return MacsConfig.from_preset(str(given.pop("preset", "rank")), **given)
 
 
 def _value(f: dataclasses.Field, given: object) -> object:

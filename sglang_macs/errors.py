@@ -18,7 +18,7 @@ def printable(text: object, most: int = MOST_SHOWN) -> str:
 class MacsError(ValueError):
     """Bad configuration, profile or combination of flags. `str(error)` is one printable line."""
 
-    def __init__(self, what: str, got: object, expected: str, fix: str = "") -> None:
+    def __init__(self, what: str, got: object, expected: object, fix: str = "") -> None:
         line = f"{what}: got {printable(got)}, expected {expected}." + (f" {fix}" if fix else "")
         super().__init__(printable(line, 4 * MOST_SHOWN))
 

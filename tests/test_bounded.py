@@ -311,6 +311,7 @@ def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypat
     gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))
     monkeypatch.setitem(sys.modules, "deep_gemm", gemm)
     around = deepep_bounded._grouped_gemm("gemm")
+    monkeypatch.setattr(deepep_bounded, "_as_for_the_largest_batch", lambda *given: given)
 
     def original(a, b, out, layout, **more) -> None:
         calls.append(("rows", layout, more))
@@ -321,6 +322,27 @@ def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypat
     around(original, None, None, out, ends, recipe_a=None, recipe_b=(1, 128))
     assert calls[0] == ("rows", of_rows, {"recipe_a": None})
     assert calls[1] == ("ends", ends, {"use_psum_layout": True, "recipe_b": (1, 128)})
+
+
+def test_the_grouped_gemm_is_one_kernel_for_all_sizes(monkeypatch) -> None:
+    """The number of rows by which DeepGEMM chooses is that of the largest batch; the memory is the batch's own."""
+    config, sizes = MacsConfig.from_preset("rank", gamma=1.05), Sizes(2, 8, 2, 256)
+    shared = bounded.BoundedDispatch(config, print)
+    shared.expect(sizes, 1500)
+    largest = room(config, sizes, 2 * bounded.size_class(1500), planned=False).rows
+    assert shared.most_rows == largest
+    monkeypatch.setattr(deepep_bounded.worker, "current", lambda: SimpleNamespace(bounded=shared))
+    for rows in (640, largest):
+        values, out = torch.rand(rows, 256), torch.rand(rows, 64)
+        given, result = deepep_bounded._as_for_the_largest_batch(values, out)
+        assert (given.shape, result.shape) == ((largest, 256), (largest, 64))
+        assert given.data_ptr() == values.data_ptr() and torch.equal(given[:rows], values)
+        result[:rows].fill_(3.0)
+        assert (out == 3.0).all()
+    beyond = torch.empty(largest + 128, 64)
+    assert deepep_bounded._as_for_the_largest_batch(beyond, beyond)[1] is beyond
+    fp8 = (torch.empty(640, 256), torch.empty(2, 640).t())
+    assert deepep_bounded._as_for_the_largest_batch(fp8, out)[0] is fp8
 
 
 def test_lost_rows_are_a_fault() -> None:

@@ -168,10 +168,8 @@ def test_experts_that_move_or_have_replicas_are_served_on_a_cpu(flags):
         ({"exchange": "local"}, "--macs-exchange local"),
         ({"reroute": "local"}, "--macs-reroute local"),
         ({"preset": "paper", "gamma": math.inf}, "--macs-scope expert"),
-        ({"trace": "/t"}, "balance with --macs-trace"),
         ({"replicas": "keep"}, "keep with --macs-reroute global"),
         ({"replicas": "keep", "reroute": "none", "profile": "/p.json"}, "keep with --macs-profile"),
-        ({"replicas": "keep", "reroute": "none", "trace": "/t"}, "keep with --macs-trace"),
     ],
     ids=str,
 )
@@ -180,6 +178,26 @@ def test_options_that_replicas_do_not_go_with_are_refused(flags, options, got):
     with pytest.raises(MacsError, match=f"--macs-replicas: got {got}"):
         compat.check(replace(launch(**ON_CPU, **flags), config=config))
     compat.check(replace(launch(**ON_CPU), config=config))
+
+
+@pytest.mark.parametrize("flags", PLACED, ids=str)
+def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flags):
+    flags = {"device": "cuda", "deepep_mode": "normal", **flags}
+    with pytest.raises(MacsError, match="on a GPU"):
+        compat.check(launch(**flags))
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded,replicas")
+    compat.check(launch(**flags, ep_dispatch_algorithm="static"))
+    for dispatch in ("fused", "bounded", "auto"):
+        config = MacsConfig.from_preset(dispatch=dispatch)
+        with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
+            compat.check(replace(launch(**flags), config=config))
+
+
+def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    for mode in ({}, {"deepep_mode": "auto"}):
+        with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
+            compat.check(launch(device="cuda", enable_eplb=True, **mode))
 
 
 def test_copies_are_divided_among_the_ranks():
@@ -245,8 +263,8 @@ def test_re_routing_is_refused_where_it_cannot_follow_the_router(reroute):
 @pytest.mark.parametrize(("experts", "top_k"), [(1024, 32), (1032, 8), (896, 40)])
 def test_more_than_the_kernels_take_is_refused_on_a_gpu(experts, top_k):
     one = replace(launch(num_experts=experts), top_k=top_k)
-    compat.check(one)
-    gpu = replace(one, flags=SimpleNamespace(**{**GOOD, **LOW_LATENCY}))
+    cpu, gpu = (replace(one, flags=SimpleNamespace(**{**GOOD, **more})) for more in ({"device": "cpu"}, LOW_LATENCY))
+    compat.check(cpu)
     if experts <= 1024 and top_k <= 32:
         compat.check(gpu)
         return
@@ -258,7 +276,7 @@ LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}
 
 
 def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat.Launch:
-    config = MacsConfig.from_preset(dispatch="fused", **options)
+    config = MacsConfig.from_preset(**{"dispatch": "fused", **options})
     flags = SimpleNamespace(**{**GOOD, **LOW_LATENCY, **flags})
     return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
 
@@ -268,7 +286,6 @@ def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat
     [
         ({}, {"device": "cpu"}),
         ({}, {"deepep_mode": "normal"}),
-        ({}, {"deepep_mode": "auto"}),
         ({}, {"enable_single_batch_overlap": True}),
         ({"exchange": "local"}, {}),
     ],
@@ -279,9 +296,22 @@ def test_the_fused_dispatch_is_refused_where_it_would_carry_nothing(options, fla
         compat.check(fused_launch(options, flags))
 
 
-@pytest.mark.parametrize(("options", "flags"), [({}, {}), ({"decode": True}, {"deepep_mode": "auto"})], ids=str)
-def test_the_fused_dispatch_is_taken_where_planned_batches_are_low_latency(options, flags):
-    compat.check(fused_launch(options, flags))
+@pytest.mark.parametrize("options", [{}, {"decode": True}], ids=str)
+@pytest.mark.parametrize("mode", ["auto", "low_latency"])
+def test_the_fused_dispatch_is_taken_where_there_are_low_latency_batches(options, mode):
+    compat.check(fused_launch(options, {"deepep_mode": mode}))
+
+
+@pytest.mark.parametrize("backend", ["full", "breakable", "disabled"])
+def test_decode_is_planned_only_without_cuda_graphs(backend):
+    """A graph is captured before there is a batch: its replays would be served unplanned, and nobody would know."""
+    graphs = {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend=backend))}
+    compat.check(fused_launch({}, graphs))
+    compat.check(fused_launch({"preset": "off", "decode": True, "dispatch": "deepep"}, graphs))
+    if backend == "disabled":
+        return compat.check(fused_launch({"decode": True}, graphs))
+    with pytest.raises(MacsError, match=r"--macs-decode: got true, and decode replays.*--disable-cuda-graph"):
+        compat.check(fused_launch({"decode": True}, graphs))
 
 
 @pytest.fixture

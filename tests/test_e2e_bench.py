@@ -438,3 +438,13 @@ def test_smoke_run_on_cpu(tmp_path):
     assert all(row["full"] == 2 for row in rows.values())  # both rounds, on both ranks
     assert rows["stock"]["ratio"] == 1.0 and rows["rank-1.05"]["ratio"] > 0
     assert rows["rank-1.05"]["host_us_per_layer"] > 0 and rows["stock"]["host_us_per_layer"] is None
+
+
+def test_ranks_of_all_servers_on_one_gpu_have_multiprocessors_of_their_own(monkeypatch) -> None:
+    """Two servers of two ranks, each with half of them, stood still."""
+    monkeypatch.setattr(prefill.mps, "shared_gpu", lambda processes: processes)
+    asked = [
+        prefill.shared_gpu(prefill.parse(["--out", "x", "--commit", "x", "--share-gpu", "--ranks", "2", *more]))
+        for more in (["--variants", "off", "--dispatch", "bounded"], [], ["--at-once", "2"])
+    ]
+    assert asked == [4, 8, 4]

@@ -10,8 +10,8 @@ import torch
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import layer_graph
-from sglang_macs.dispatch.bounded import Room, Sizes
-from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs, size_class
+from sglang_macs.dispatch.bounded import Room, Sizes, size_class
+from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
@@ -66,8 +66,13 @@ class Layer:
         shared, self.sent = SimpleNamespace(sent=lambda: self.sent.append(len(self.launched))), []
         sizes = Sizes(RANKS, EXPERTS, TOP_K, HIDDEN)
         self.used = []
-        in_use = lambda: self.used.append(len(self.launched))  # noqa: E731
-        normal = SimpleNamespace(planner=self.planner, sizes=sizes, room=self.room, shared=shared, in_use=in_use)
+        normal = SimpleNamespace(
+            planner=self.planner,
+            sizes=sizes,
+            room=self.room,
+            shared=shared,
+            in_use=lambda: self.used.append(len(self.launched)),
+        )
         self._found, self._graph = room, LayerGraph(self.graphs, normal, lambda: self.normal_mode) if graphs else None
 
     def room(self) -> Room | None:

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from sglang_macs.cpu_compat import environment
+from sglang_macs.dispatch import low_latency
 from sglang_macs.engine import topk
 from sglang_macs.errors import MacsNotActive
+from sglang_macs.plan import batch
+from sglang_macs.plan.routing import Routing
 
 HERE = Path(__file__).resolve().parent
 KINDS = (
@@ -99,17 +102,25 @@ def test_softmax_with_a_bias_is_not_followed_on_gpus():
         topk.routing_of(router(correction_bias=[0.0]), False)
 
 
-@pytest.mark.parametrize("dispatch", ["fused", "auto", "deepep"])
-def test_the_fused_dispatch_gives_way_to_deepep(monkeypatch, capfd, dispatch):
+@pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("deepep", False)])
+def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, dispatch, told):
     followed = []
     plan = SimpleNamespace(num_experts=2, config=SimpleNamespace(dispatch=dispatch), follow=followed.append)
     monkeypatch.setattr(topk, "_on_cpu", lambda: False)
+    topk.say_once.cache_clear()
     topk._follow(plan, router())
-    assert capfd.readouterr().err == ""
-    if dispatch == "fused":
-        with pytest.raises(MacsNotActive, match="pass --macs-dispatch deepep, or auto"):
-            topk._follow(plan, router(use_grouped_topk=True))
-        return
-    topk._follow(plan, router(use_grouped_topk=True))
+    assert capfd.readouterr().err == "" and not followed[-1].needs_selection
+    for _ in range(2):
+        topk._follow(plan, router(use_grouped_topk=True))
     assert followed[-1].needs_selection
-    assert ("DeepEP carries every batch" in capfd.readouterr().err) == (dispatch == "auto")
+    assert capfd.readouterr().err.count("the plan stands before it") == told
+
+
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "topk_groups": 2}])
+def test_the_fused_kernels_plan_only_where_logits_order_candidates(monkeypatch, groups):
+    """Else the layer's own plan goes before them, and they carry what it has planned."""
+    fused = object.__new__(low_latency.FusedLowLatency)
+    fused.planner = SimpleNamespace(plan=SimpleNamespace(routing=Routing(**groups)))
+    monkeypatch.setattr(fused, "takes", lambda: True, raising=False)
+    with batch.forward(batch.Batch(skip="")):
+        assert fused.plans() == (not groups)

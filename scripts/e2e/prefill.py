@@ -330,13 +330,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
+    """What runs side by side."""
+    return servers.grouped(servers.chosen_variants(options.variants, options.dispatch, options.device), options.at_once)
+
+
+def shared_gpu(options: argparse.Namespace) -> contextlib.AbstractContextManager[dict[str, str]]:
+    """The environment of servers whose ranks share a GPU. Each rank has multiprocessors of its own, idle servers' ranks
+    too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
+    """
+    side_by_side = max(len({variant.flags for variant in group}) for group in groups_of(options))
+    return mps.shared_gpu(options.ranks * side_by_side)
+
+
 def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
     """All groups. client: environment of the servers, where ranks share a GPU."""
     end = time.monotonic() + 60 * options.minutes
     launch, report = launch_of(options, client), Report(options)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    variants = servers.chosen_variants(options.variants, options.dispatch, options.device)
-    groups = servers.grouped(variants, options.at_once)
+    groups = groups_of(options)
     for place, group in enumerate(groups):
         share = (end - time.monotonic()) / (len(groups) - place)
         if place and share < WORTH_STARTING:
@@ -352,7 +364,7 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with mps.shared_gpu(options.ranks) if options.share_gpu else contextlib.nullcontext({}) as client:
+    with shared_gpu(options) if options.share_gpu else contextlib.nullcontext({}) as client:
         report = measure(options, client)
     print(f"prefill: {len(report.rows)} rows, {len(report.outliers)} outlying runs, in {options.out}")
     return 0 if report.rows else 1

@@ -13,7 +13,8 @@ NCCL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}  # several r
 
 @contextlib.contextmanager
 def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
-    """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients.
+    """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients: all that live
+    at the same time, for they share the multiprocessors out among them.
 
     The daemon has the first GPU that is visible here, and its clients count from there. Some multiprocessors are left
     over: shares that need all of them may overlap. NCCL takes several ranks of its clients.

@@ -150,7 +150,7 @@ class Acting:
         if not self._planned:
             return
         with torch.inference_mode():
-            plans = [_read(*alike[:2], planned) for alike, planned in self._planned.items()]
+            plans = [_read(alike[0], alike[1], planned) for alike, planned in self._planned.items()]
         arrived = None
         if any(one.group.is_cuda for planned in self._planned.values() for one in planned):
             arrived = torch.cuda.Event()

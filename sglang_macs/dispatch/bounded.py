@@ -29,6 +29,7 @@ TILE = 128  # rows of a tile of DeepGEMM's contiguous grouped GEMM, which begins
 # What a row buffer may hold beyond the mean load, in bf16 rows: more is left to DeepEP, whose buffers fit the rows that
 # come. Only a bound far from the mean gets there: infinite gamma on many ranks.
 SPARE_BYTES = 2 << 30
+SMALLEST = 256  # rows of a size class
 
 
 class Sizes(NamedTuple):
@@ -81,6 +82,12 @@ def spare_bytes(sizes: Sizes, group_rows: int, rows: int) -> int:
     return max(0, rows - group_rows * sizes.top_k // sizes.num_ranks) * sizes.hidden_size * 2
 
 
+def size_class(rows: int) -> int:
+    """The next of sizes that are an eighth of a power of two apart, so that at most an eighth is filled up."""
+    step = max(SMALLEST, 1 << max(0, (rows - 1).bit_length() - 4))
+    return max(1, -(-rows // step)) * step
+
+
 class Index(NamedTuple):
     """Where the rows of a dispatch lie, i32. place [N, K]: row of each assignment, negative: none; expert_end [E_l]:
     behind the last row of each expert; counts: scratch.
@@ -107,7 +114,7 @@ class Workspace:
     def index(self, tokens: int, top_k: int, num_experts: int) -> Index:
         """For `tokens` received tokens; the same tensors as long as the sizes are."""
         sizes = (tokens, top_k, num_experts)
-        if sizes != self._sizes:
+        if self._index is None or sizes != self._sizes:
             parts = [tokens * top_k, num_experts, ops.bounded_workspace_size(tokens, num_experts)]
             if sum(parts) > self._memory[-1].numel():
                 self._memory.append(self._memory[-1].new_empty(max(sum(parts), 2 * self._memory[-1].numel())))
@@ -131,7 +138,8 @@ class Received(NamedTuple):
 
     def permute(self) -> tuple[Tensor, Tensor | None, Index]:
         """(rows [M, H], their scales [M, H / 128] over column-major memory or None, index)."""
-        index = self.workspace.index(*self.topk_ids.shape, self.num_experts)
+        tokens, top_k = self.topk_ids.shape
+        index = self.workspace.index(tokens, top_k, self.num_experts)
         rows = self.tokens.new_empty(self.rows, self.tokens.shape[1])
         scales = None if self.scales is None else self.scales.new_empty(self.scales.shape[1], self.rows)
         given = (self.topk_ids, self.tokens, self.scales, self.num_experts, TILE)
@@ -171,6 +179,7 @@ class BoundedDispatch:
         self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
         self._found: dict[tuple, Room | None] = {}
         self._layers: set[tuple[Sizes, int]] = set()
+        self.most_rows = 0  # of a buffer, as far as is known
         self._workspace: Workspace | None = None
         self._watch = Watch(lambda lost: int(lost) or None)
 
@@ -187,6 +196,13 @@ class BoundedDispatch:
             spare_bytes(sizes, tokens, room(self.config, sizes, tokens, planned=False).rows) > SPARE_BYTES
             for sizes, tokens in asked
         )
+
+    def expect(self, sizes: Sizes, rank_rows: int) -> None:
+        """Batches of a layer in which no rank has more than `rank_rows` rows: how many a buffer can have, at most."""
+        tokens = size_class(rank_rows) * sizes.num_ranks
+        found = (room(self.config, sizes, tokens, planned=planned).rows for planned in (True, False))
+        fitting = [rows for rows in found if spare_bytes(sizes, tokens, rows) <= SPARE_BYTES]
+        self.most_rows = max(self.most_rows, *fitting, 0)
 
     def workspace(self, device: torch.device) -> Workspace:
         """Made by the first dispatch."""

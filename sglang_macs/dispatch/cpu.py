@@ -72,6 +72,7 @@ class AllToAll:
 
     def remote_rows(self) -> int:
         """Rows of the dispatch under way that went to other ranks; combine brings as many back."""
+        assert self._sent is not None, "no dispatch is under way"
         return sum(self._sent.send_rows) - self._sent.send_rows[self.rank]
 
     def combine(self, outputs: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ class AllToAll:
         dtype.
         """
         sent, self._sent = self._sent, None
+        assert sent is not None, "no dispatch is under way"
         back = outputs.new_empty((sum(sent.send_rows), outputs.shape[1]))
         dist.all_to_all_single(back, outputs.contiguous(), sent.send_rows, sent.recv_rows, group=self.group)
         tokens, top_k = sent.topk_weights.shape

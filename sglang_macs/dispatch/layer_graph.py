@@ -19,19 +19,13 @@ from torch import Tensor
 
 from ..plan import batch
 from ..plan.plan import PlanResult
-from .bounded import BoundedNormal
+from .alias import alias
+from .bounded import BoundedNormal, size_class
 from .planner import LayerPlanner
 
-SMALLEST = 256  # rows of a size class
 MOST_KEYS = 64  # kinds of batches that a layer has graphs for
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def size_class(rows: int) -> int:
-    """The next of sizes that are an eighth of a power of two apart, so that at most an eighth is filled up."""
-    step = max(SMALLEST, 1 << max(0, (rows - 1).bit_length() - 4))
-    return max(1, -(-rows // step)) * step
 
 
 class Inputs(NamedTuple):
@@ -47,8 +41,8 @@ class Inputs(NamedTuple):
 
     @classmethod
     def like(cls, rows: int, given: tuple[Tensor, ...]) -> Inputs:
-        made = [x.new_zeros(rows, *x.shape[1:]) for x in given]
-        return cls(*made, torch.empty(rows, dtype=torch.int32, device=given[0].device))
+        hidden, ids, weights, logits = (x.new_zeros(rows, *x.shape[1:]) for x in given)
+        return cls(hidden, ids, weights, logits, torch.empty(rows, dtype=torch.int32, device=hidden.device))
 
     def first(self, rows: int) -> Inputs:
         return Inputs(*(x[:rows] for x in self))
@@ -123,7 +117,7 @@ class LayerGraphs:
                 output = forward()
             finally:
                 graph.capture_end()
-        return _Replay(graph, _alias(output), _aliases(results[0]) if results else None)
+        return _Replay(graph, alias(output), _aliases(results[0]) if results else None)
 
 
 class LayerGraph:
@@ -227,12 +221,5 @@ class LayerGraph:
 
 
 def _aliases(result: PlanResult) -> PlanResult:
-    return PlanResult(*(x if x is None else _alias(x) for x in result))
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, not kept from other graphs of its pool, which take turns with this one."""
-    size = tensor.untyped_storage().nbytes()
-    storage = torch._C._construct_storage_from_data_pointer(tensor.untyped_storage().data_ptr(), tensor.device, size)
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    """Not kept from other graphs of the pool, which take turns with this one."""
+    return PlanResult(*(x if x is None else alias(x) for x in result))

@@ -4,6 +4,7 @@ from functools import partial
 
 from ..comm import peer_memory
 from ..dispatch import bounded
+from ..dispatch.alias import alias
 from ..dispatch.layer_graph import LayerGraph, LayerGraphs
 from ..dispatch.transport import say_for_group, unfit_device
 from . import worker
@@ -47,12 +48,22 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
 
     config = moe_runner_config
     sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
             normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
             if process.layer_graphs is not None:
                 dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
+
+
+def _most_tokens() -> int:
+    """Of a prefill batch."""
+    from sglang.srt.runtime_context import get_schedule
+
+    schedule = get_schedule()
+    chunk = schedule.chunked_prefill_size
+    return chunk if chunk and chunk > 0 else schedule.max_prefill_tokens
 
 
 def _carries(inner, impl) -> bool:
@@ -117,9 +128,20 @@ def _grouped_gemm(gemm: str):
         import deep_gemm
 
         given = {name: recipe for name, recipe in recipes.items() if recipe is not None}
+        lhs, out = _as_for_the_largest_batch(lhs, out)
         return getattr(deep_gemm, gemm)(lhs, rhs, out, layout, use_psum_layout=True, **given)
 
     return around
+
+
+def _as_for_the_largest_batch(lhs, out):
+    """DeepGEMM chooses a kernel by the number of rows, and compiles for seconds where it has none: in bf16 it is told
+    that of the largest batch in all. It touches no row behind the experts' ends. FP8's scales lie by that number.
+    """
+    rows = worker.current().bounded.most_rows
+    if isinstance(lhs, tuple) or rows <= out.shape[0]:
+        return lhs, out
+    return alias(lhs, rows), alias(out, rows)
 
 
 HOOKS = (

@@ -46,14 +46,9 @@ def _follow(plan: Any, router: Any) -> None:
         raise _cannot_follow(f"a router of {bias.numel()} experts, {plan.num_experts} of which are dispatched")
     plan.follow(routing)
     if routing.needs_selection and plan.config.dispatch in ("fused", "auto") and not _on_cpu():
-        _do_without_fused(plan.config.dispatch)
-
-
-def _do_without_fused(dispatch: str) -> None:
-    what = "the fused dispatch does not re-route by a correction bias or expert groups"
-    if dispatch == "fused":
-        raise MacsNotActive(f"{what}; pass --macs-dispatch deepep, or auto")
-    say_once(f"DeepEP carries every batch, behind the plan: {what}")
+        say_once(
+            "the fused dispatch does not re-route by a correction bias or expert groups: the plan stands before it"
+        )
 
 
 def _on_cpu() -> bool:

@@ -44,10 +44,10 @@ def check() -> None:
     without it (choices.py), and both must mean the same.
     """
     names, limits = read().names, read().limits
-    here = {"scope": choices.SCOPES, "load": choices.LOADS, "importance": choices.IMPORTANCES}
+    here: dict[str, object] = {"scope": choices.SCOPES, "load": choices.LOADS, "importance": choices.IMPORTANCES}
     here |= {"reroute": choices.REROUTES, "scoring": choices.SCORINGS, "format": choices.FORMATS}
     here |= {"phase": choices.PHASES, "fault": choices.FAULTS}
-    built = {**names, "weight_one": limits["weight_one"], "num_sums": limits["num_sums"]}
+    built: dict[str, object] = {**names, "weight_one": limits["weight_one"], "num_sums": limits["num_sums"]}
     built["buckets"] = (limits["min_buckets"], limits["max_buckets"])
     here |= {"weight_one": choices.WEIGHT_ONE, "num_sums": choices.NUM_SUMS}
     here["buckets"] = (choices.BUCKETS[0], choices.BUCKETS[-1])

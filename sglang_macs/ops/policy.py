@@ -5,7 +5,9 @@ csrc/include/macs/policy.h.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -17,14 +19,14 @@ from . import definitions
 Policy = tuple[float, ...]
 
 
-def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
+def choice(name: str, value: object, choices: Sequence[object]) -> int:
     """Index of `value` in `choices`; MacsError names the field and what it takes."""
     if value not in choices:
         raise MacsError(name, repr(value), f"one of {', '.join(map(str, choices))}")
     return choices.index(value)
 
 
-def pack(**options: object) -> Policy:
+def pack(**options: Any) -> Policy:
     """Every option by its name in the C++ structure, but `buckets` for its `bucket_bits`; choices are strings. Raises
     MacsError for a choice that does not exist; the operators check numbers.
     """
@@ -35,7 +37,7 @@ def pack(**options: object) -> Policy:
     return tuple(float(choice(name, options[name], names[name]) if name in names else options[name]) for name in order)
 
 
-def of_config(config: MacsConfig, **others: object) -> Policy:
+def of_config(config: MacsConfig, **others: Any) -> Policy:
     """What `config` says, and `others`: what the model and its group say, or what wins over the config."""
     own = {name: getattr(config, name) for name in definitions.read().policy if hasattr(config, name)}
     return pack(**own | {"buckets": config.buckets} | others)

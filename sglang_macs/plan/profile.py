@@ -125,7 +125,7 @@ def _whole(value: object, low: int, high: int) -> int:
 
 
 def _share(value: object) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{value!r}, not 0 to 1")
     return value
 

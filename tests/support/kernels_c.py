@@ -75,6 +75,7 @@ SelectionScoreParams = _struct(
         *_fields(_i32, "num_experts", "num_groups", "topk_groups", "scoring", "logits_dtype"),
     ],
 )
+Places = _struct("Places", [("table", _p), *_fields(_i32, "num_experts", "num_physical", "num_ranks")])  # replicas.h
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]
 _STRUCTS += [SelectionScoreParams]
 

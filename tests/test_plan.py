@@ -475,6 +475,27 @@ def test_a_plan_is_one_operator_or_two_around_an_all_reduce() -> None:
     assert exchanged.names == ["score_histogram", "all_reduce", "threshold_apply"]
 
 
+ROUTERS = {"biased": ["selection_score", "plan"], "grouped": ["selection_score", "plan"], "sqrtsoftplus": ["plan"]}
+
+
+@pytest.mark.parametrize(("name", "calls"), ROUTERS.items(), ids=ROUTERS)
+def test_a_selection_is_made_only_where_it_orders_candidates(name: str, calls: list[str]) -> None:
+    group = cases.named(name)
+    for config in (MacsConfig(), MacsConfig.from_preset(reroute="none"), MacsConfig.from_preset(gamma=math.inf)):
+        plan = make_plan(group, config)
+        with Calls() as made:
+            plan(group.batches[0].routed)
+        assert made.names == (calls if config == MacsConfig() else ["plan"])
+
+
+def test_a_bias_that_is_loaded_later_counts() -> None:
+    group = cases.named("biased")
+    b, bias, plan = group.batches[0], group.routing.correction_bias, make_plan(group, MacsConfig.from_preset(gamma=1.0))
+    before = plan(b.routed).topk_ids
+    bias.copy_(bias.flip(0))
+    assert not torch.equal(plan(b.routed).topk_ids, before)
+
+
 def test_an_exchange_over_peers_is_part_of_the_one_call() -> None:
     """On a CPU it is refused there: the call came with this rank's region."""
     group = cases.named("imbalanced")

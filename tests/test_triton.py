@@ -103,11 +103,12 @@ def test_every_kernel_compiles_for_sm_90(compiled):
     segment = torch.zeros(tokens, dtype=torch.int32)
     entropy = triton_ops.entropy_score(torch.zeros(tokens, 128, dtype=torch.bfloat16), segment)
     weight = triton_ops.entropy_weight(entropy, segment, 1, 1.0)
-    both = (
+    kinds = (
         {"scope": "rank", "load": "rows", "importance": "entropy_gate", "reroute": "global", "scoring": "softmax"},
         {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "scoring": "sigmoid"},
+        {"scope": "rank", "load": "rows", "importance": "gate", "reroute": "global", "scoring": "sqrtsoftplus"},
     )
-    for options in both:
+    for options in kinds:
         sizes = {"num_experts": experts, "num_ranks": ranks, "reroute_rounds": 1}
         policy = operators.policy_of(**options, **sizes, gamma=1.05, c_min=2.0)
         own = triton_ops.load_histogram(ids, gates, weight, segment, policy)

@@ -38,5 +38,5 @@ class Routing:
         """[T, E] f32, what a token's experts are ranked by, from logits [T, E]; None: by their logits."""
         if not self.needs_selection:
             return None
-        bias = None if self.correction_bias is None else self.correction_bias.detach().float()
+        bias = None if self.correction_bias is None else self.correction_bias.float()
         return ops.selection_score(router_logits, bias, self.scoring, self.num_groups, self.topk_groups)

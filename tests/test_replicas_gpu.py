@@ -78,4 +78,4 @@ def test_a_captured_plan_sees_experts_move() -> None:
     given[1].copy_(moved[1])
     graph.replay()
     torch.cuda.synchronize()
-    assert_alike(result, plan_of(config, after)(*moved, 1))
+    assert_alike(result, plan_of(config, after)(RoutedTokens(*moved, 1)))

@@ -79,7 +79,7 @@ class Block(nn.Module):
     def __init__(self, experts_first: bool = False, routers: int = 1, multi_gate: bool = False, **kind: object) -> None:
         super().__init__()
         self.multi_gate = multi_gate
-        made = [(f"topk{i}", TopK(TOP_K, **kind)) for i in range(routers)]
+        made = [(f"topk{i}", TopK(TOP_K, layer_id=3, **kind)) for i in range(routers)]
         for name, module in [("experts", Experts()), *made] if experts_first else [*made, ("experts", Experts())]:
             setattr(self, name, module)
 

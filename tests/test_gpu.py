@@ -414,4 +414,4 @@ def test_a_plan_and_its_exchange_over_peers_are_one_call(tokens, logits_dtype):
         torch.cuda.synchronize()
         for one, expected in zip(got, want, strict=True):
             for name, mine, theirs in zip(one._fields, one, expected, strict=True):
-                assert torch.equal(mine, theirs), name
+                assert mine is theirs is None or torch.equal(mine, theirs), name

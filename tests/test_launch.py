@@ -33,6 +33,14 @@ REFUSED = {
     "gamma -1": ([*MACS, "--macs-gamma", "-1"], "--macs-gamma: got -1.0, expected"),
     "rho 2": ([*MACS, "--macs-rho", "2"], "--macs-rho: got 2.0, expected"),
     "preset": ([*MACS, "--macs-preset", "fast"], "--macs-preset: got 'fast', expected"),
+    "importance missing": (
+        [*MACS, "--macs-importance", "nowhere_at_all:score"],
+        "got no module nowhere_at_all, expected",
+    ),
+    "importance unknown": (
+        [*MACS, "--macs-importance", "norm"],
+        "--macs-importance: got 'norm', expected one of entropy",
+    ),
     "profile missing": ([*MACS, "--macs-profile", "/nowhere/p.json"], "--macs-profile: got /nowhere/p.json"),
     "profile truncated": ([*MACS, "--macs-profile", "TRUNCATED"], "truncated"),
     "profile foreign": ([*MACS, "--macs-profile", "FOREIGN"], "expected one of Qwen3VLMoeForConditionalGeneration"),
@@ -55,6 +63,7 @@ REFUSED = {
 }
 TAKEN = {
     "taken": MACS,
+    "importance": [*MACS, "--macs-importance", "json:dumps"],  # any module that is there
     "alias": ["--enable-macs", "--moe-a2a-backend", "deepep"],
     "chunk of 2M": [*MACS, "--chunked-prefill-size", "2097152"],
     "routed experts, off": [*MACS, "--macs-preset", "off", "--enable-return-routed-experts"],

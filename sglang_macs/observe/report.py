@@ -245,7 +245,9 @@ _FATE_NOTE = (
 
 def _importance(trace: Trace) -> tuple[str, str]:
     """What the middle panel shows, long and short."""
-    return _IMPORTANCES.get(str(trace.config.get("importance")), ("what the plan went by", "importance"))
+    named = str(trace.config.get("importance"))
+    words, short = _IMPORTANCES["gate"]
+    return _IMPORTANCES.get(named, (f"{words} (the plan went by {named})", short))  # recorder.importance_of
 
 
 def _pictures_note(trace: Trace) -> str:

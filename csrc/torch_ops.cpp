@@ -805,18 +805,23 @@ FusedRank fused_rank(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   return me;
 }
 
-void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shape) {
+void check_ids(const Tensor& ids, const FusedShape& shape) {
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(1) == shape.top_k && ids.size(0) <= shape.max_tokens, "topk_ids: got shape ",
                     ids.sizes(), ", expected at most [", shape.max_tokens, ", ", shape.top_k, "]");
   TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, "topk_ids: got dtype ",
                     ids.scalar_type(), ", expected int32 or int64");
+}
+
+void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shape) {
+  check_ids(ids, shape);
   check_like(weights, "topk_weights", at::kFloat, ids.sizes(), ids);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns) {
+    const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns,
+    int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -841,6 +846,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.same_device = !ranks_are_apart(p.shape);
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
@@ -864,9 +870,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   return {new_ids, new_weights, weight, cut, counts, sums};
 }
 
+// Every row as it is routed.
+void fused_carry(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
+                 const Tensor& hidden_states, const Tensor& topk_ids, int64_t phase, int64_t timeout_ns, int64_t layer) {
+  FusedDispatchParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous();
+  check_ids(ids, p.shape);
+  check_like(x, "hidden_states", at::kBFloat16, {ids.size(0), p.shape.hidden_size}, region);
+  check_device("topk_ids", ids, region);
+  p.phase = checked_enum<Phase>(phase, "phase");
+  p.ids_are_i64 = ids.scalar_type() == at::kLong;
+  p.same_device = !ranks_are_apart(p.shape);
+  p.scales_with_rows = ranks_are_apart(p.shape);
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
+  p.launched = 1;
+  p.one.hidden_states = x.const_data_ptr();
+  p.one.topk_ids = ids.const_data_ptr();
+  p.one.num_tokens = static_cast<int32_t>(ids.size(0));
+  const c10::cuda::CUDAGuard guard(region.device());
+  check_launch(cuda::launch_fused_carry(p, stream_of(region)), "fused_carry");
+}
+
 // The rest of a dispatch that was only sent: behind it every rank's rows are there.
 void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
-                   int64_t timeout_ns) {
+                   int64_t timeout_ns, int64_t layer) {
   FusedDispatchParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -875,6 +906,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
   p.scales_with_rows = ranks_are_apart(p.shape);
   p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_receive");
@@ -882,7 +914,7 @@ void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at
 
 Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
                      const Tensor& topk_ids, const Tensor& topk_weights, const OptionalTensor& outputs, int64_t phase,
-                     int64_t timeout_ns) {
+                     int64_t timeout_ns, int64_t layer) {
   FusedCombineParams p = {};
   p.shape = checked_shape(shape);
   p.layout = fused_layout(p.shape);
@@ -905,6 +937,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
   p.same_device = !ranks_are_apart(p.shape);
   p.phase = checked_enum<Phase>(phase, "phase");
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
   p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_combine(p, stream_of(region)), "fused_combine");
@@ -1075,7 +1108,7 @@ std::tuple<Tensor, Tensor> replica_choose_meta(const Tensor& topk_ids, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
     const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
-    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t) {
+    const Tensor&, at::ArrayRef<double> packed, int64_t, int64_t, int64_t, int64_t) {
   check_device("hidden_states", hidden_states, region);
   check_assignment_devices(topk_ids, topk_weights, topk_weights, segment);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
@@ -1089,10 +1122,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch_meta(
           at::empty({kNumSums}, i32)};
 }
 
-void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t) {}
+void fused_carry_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef, const Tensor& hidden_states,
+                      const Tensor& topk_ids, int64_t, int64_t, int64_t) {
+  check_device("hidden_states", hidden_states, region);
+  check_device("topk_ids", topk_ids, region);
+}
+
+void fused_receive_meta(const Tensor&, at::IntArrayRef, int64_t, at::IntArrayRef, int64_t, int64_t) {}
 
 Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::IntArrayRef shape, const Tensor& topk_ids,
-                          const Tensor&, const OptionalTensor&, int64_t, int64_t) {
+                          const Tensor&, const OptionalTensor&, int64_t, int64_t, int64_t) {
   return at::empty_symint({topk_ids.sym_size(0), c10::SymInt(checked_shape(shape).hidden_size)},
                           region.options().dtype(at::kBFloat16));
 }
@@ -1149,12 +1188,15 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
       "Tensor topk_weights, Tensor segment, Tensor? router_logits, Tensor modality, float[] policy, "
-      "int num_segments, int phase, int timeout_ns) "
+      "int num_segments, int phase, int timeout_ns, int layer) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns) -> ()");
+  m.def(
+      "fused_carry(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
+      "int phase, int timeout_ns, int layer) -> ()");
+  m.def("fused_receive(Tensor(a!) region, int[] peers, int rank, int[] shape, int timeout_ns, int layer) -> ()");
   m.def(
       "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
-      "Tensor? outputs, int phase, int timeout_ns) -> Tensor");
+      "Tensor? outputs, int phase, int timeout_ns, int layer) -> Tensor");
   m.def("peer_reduce_layout(int num_ranks, int size) -> int[]", &macs::peer_reduce_layout_of);
   m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
   m.def("bounded_workspace_size(int num_tokens, int num_experts) -> int", &macs::bounded_workspace_size);
@@ -1197,6 +1239,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("bounded_permute", &macs::bounded_permute);
   m.impl("bounded_gather", &macs::bounded_gather);
   m.impl("fused_dispatch", &macs::fused_dispatch);
+  m.impl("fused_carry", &macs::fused_carry);
   m.impl("fused_receive", &macs::fused_receive);
   m.impl("fused_combine", &macs::fused_combine);
   m.impl("peer_all_reduce", &macs::peer_all_reduce);
@@ -1214,6 +1257,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("bounded_permute", &macs::bounded_permute_meta);
   m.impl("bounded_gather", &macs::bounded_gather_meta);
   m.impl("fused_dispatch", &macs::fused_dispatch_meta);
+  m.impl("fused_carry", &macs::fused_carry_meta);
   m.impl("fused_receive", &macs::fused_receive_meta);
   m.impl("fused_combine", &macs::fused_combine_meta);
   m.impl("peer_all_reduce", &macs::peer_all_reduce_meta);

@@ -342,6 +342,18 @@ def e2e_table() -> str:
     return "\n\n".join(parts) or "Nothing measured yet."
 
 
+def e2e_decode_table() -> str:
+    """The decode of a real server against SGLang without the plugin; a table for every run in docs/results."""
+    parts = []
+    for found in matching("e2e_decode_*"):
+        case = found["rows"][0]["case"]
+        what = f"{case['layers']} layers, {case['dtype']}, {case['ranks']} ranks."
+        rows = [[cell(row) for cell in E2E_DECODE.values()] for row in found["rows"]]
+        parts += [f"{source(found)} {what}\n\n{markdown(E2E_DECODE, rows)}"]
+        parts += [f"Rounds left out: {len(found['outliers'])}; the file says why each."]
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
 def measured(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -363,6 +375,18 @@ E2E: dict[str, Callable[[dict], str]] = {
     "of balance's alone": lambda row: with_bounds(row, "share_of_balance", "share_of_balance_ci95", ".0%"),
     "kernels run": lambda row: measured(row["busy"], ".0%"),
     "plan, us a layer of the host": lambda row: measured(row["host_us_per_layer"], ".0f"),
+    "rounds": lambda row: str(row["rounds"]),
+}
+
+
+E2E_DECODE: dict[str, Callable[[dict], str]] = {
+    "requests a rank": lambda row: str(row["case"]["requests"]),
+    "variant": lambda row: row["case"]["variant"],
+    "ITL, ms": lambda row: f"{row['itl_ms']:.2f}",
+    "ITL over stock's": lambda row: with_bounds(row, "ratio", "ci95", ".3f"),
+    "output tokens/s": lambda row: f"{row['output_tokens_per_s']:,.0f}",
+    "TTFT, ms": lambda row: f"{row['ttft_ms']:.0f}",
+    "TTFT over stock's": lambda row: with_bounds(row, "ttft_ratio", "ttft_ci95", ".3f"),
     "rounds": lambda row: str(row["rounds"]),
 }
 
@@ -409,6 +433,24 @@ def wire_table() -> str:
     return where + "\n\n" + markdown(header, rows)
 
 
+def replicas_table() -> str:
+    """What each choice of replicas leaves, from scripts/replicas_study.py."""
+    found = results("replicas")
+    by_case = {tuple(row["case"].values()): row for row in found["rows"]}
+    choices, gammas = ("linear", "static", "balance"), sorted({row["case"]["gamma"] for row in found["rows"]})
+    rows = []
+    for ep, redundant in dict.fromkeys((row["case"]["ep"], row["case"]["redundant"]) for row in found["rows"]):
+        of = {choice: [by_case[ep, redundant, choice, gamma] for gamma in gammas] for choice in choices}
+        cells = [f"{of[choice][0]['max_over_mean']:.3f}" for choice in choices]
+        cells += [" / ".join(f"{100 * row['clipped']:.1f}" for row in of[choice]) for choice in choices]
+        rows.append([f"EP{ep}", redundant, *cells])
+    header = ["", "redundant", "max/mean: linear", "EPLB", "balanced"]
+    header += [f"over gamma {' / '.join(map(str, gammas))}, %: linear", "EPLB", "balanced"]
+    return f"Simulated, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`.\n\n" + markdown(
+        header, rows
+    )
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -435,6 +477,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bounded": bounded_table,
     "bench": bench_table,
     "e2e": e2e_table,
+    "e2e_decode": e2e_decode_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
     "variants": variants_table,
@@ -444,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instructions": instructions_table,
     "compat": compat_table,
     "cost": cost_table,
+    "replicas": replicas_table,
     "wire": wire_table,
     "fused": fused_table,
 }

@@ -98,8 +98,8 @@ class MacsConfig:
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
         "deepep",
-        "what carries planned batches: DeepEP; in low-latency mode a kernel that plans and sends (fused; auto = that "
-        "where it can); in normal mode DeepEP without a count on the host (bounded)",
+        "what carries batches: DeepEP; in low-latency mode, decode included, a kernel that plans and sends (fused; "
+        "auto = that where it can); planned ones in normal mode DeepEP without a count on the host (bounded)",
         ("deepep", "fused", "bounded", "auto"),
     )
     layer_graphs: bool = _opt(True, "with bounded, a MoE layer is one launch, a CUDA graph")
@@ -201,14 +201,6 @@ class MacsConfig:
     def changes_nothing(self) -> bool:
         """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
         return math.isinf(self.gamma)
-
-    def no_low_latency(self, mode: str) -> str:
-        """Why no batch that is planned is dispatched in DeepEP's low-latency mode under --deepep-mode `mode`, or ""."""
-        if mode == "normal":
-            return "--deepep-mode normal"
-        if mode == "auto" and not self.decode:
-            return "--deepep-mode auto, under which planned batches (prefill) are in normal mode"
-        return ""
 
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads back; infinity as the string "inf"."""

@@ -246,7 +246,7 @@ LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}
 
 
 def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat.Launch:
-    config = MacsConfig.from_preset(dispatch="fused", **options)
+    config = MacsConfig.from_preset(**{"dispatch": "fused", **options})
     flags = SimpleNamespace(**{**GOOD, **LOW_LATENCY, **flags})
     return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
 
@@ -256,7 +256,6 @@ def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat
     [
         ({}, {"device": "cpu"}),
         ({}, {"deepep_mode": "normal"}),
-        ({}, {"deepep_mode": "auto"}),
         ({}, {"enable_single_batch_overlap": True}),
         ({"exchange": "local"}, {}),
     ],
@@ -267,9 +266,22 @@ def test_the_fused_dispatch_is_refused_where_it_would_carry_nothing(options, fla
         compat.check(fused_launch(options, flags))
 
 
-@pytest.mark.parametrize(("options", "flags"), [({}, {}), ({"decode": True}, {"deepep_mode": "auto"})], ids=str)
-def test_the_fused_dispatch_is_taken_where_planned_batches_are_low_latency(options, flags):
-    compat.check(fused_launch(options, flags))
+@pytest.mark.parametrize("options", [{}, {"decode": True}], ids=str)
+@pytest.mark.parametrize("mode", ["auto", "low_latency"])
+def test_the_fused_dispatch_is_taken_where_there_are_low_latency_batches(options, mode):
+    compat.check(fused_launch(options, {"deepep_mode": mode}))
+
+
+@pytest.mark.parametrize("backend", ["full", "breakable", "disabled"])
+def test_decode_is_planned_only_without_cuda_graphs(backend):
+    """A graph is captured before there is a batch: its replays would be served unplanned, and nobody would know."""
+    graphs = {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend=backend))}
+    compat.check(fused_launch({}, graphs))
+    compat.check(fused_launch({"preset": "off", "decode": True, "dispatch": "deepep"}, graphs))
+    if backend == "disabled":
+        return compat.check(fused_launch({"decode": True}, graphs))
+    with pytest.raises(MacsError, match=r"--macs-decode: got true, and decode replays.*--disable-cuda-graph"):
+        compat.check(fused_launch({"decode": True}, graphs))
 
 
 @pytest.fixture

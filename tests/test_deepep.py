@@ -1,4 +1,6 @@
-"""The plan in front of DeepEP's dispatcher, with a stand-in of SGLang's classes: what it is handed, half by half."""
+"""The plan in front of DeepEP's dispatcher, with a stand-in of SGLang's classes: what it is handed, half by half, and
+which of DeepEP's modes carries what under `--deepep-mode auto`.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 
 from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch.low_latency import FusedLowLatency
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep
 from sglang_macs.observe.stats import Stats, rows_of
@@ -137,3 +140,142 @@ def test_padded_rows_of_an_idle_rank_go_nowhere(planned):
         assert dispatcher._inners[0].sent.topk_weights.tolist() == [[0.0] * TOP_K] * 3
         dispatcher.dispatch_a(hidden_states=torch.zeros(0, 16), topk_output=empty)
         assert dispatcher.dispatch_b().topk_ids.shape == (0, TOP_K)
+
+
+# ---- `--deepep-mode auto` --------------------------------------------------------------------------------------------
+
+
+class AutoInner:
+    """What SGLang's `DeepEPDispatcher` does with mode auto: `is_extend_in_batch` chooses, which all ranks have alike
+    (engine/agreement.py).
+    """
+
+    def __init__(self):
+        self.extends = False
+        self._normal_dispatcher, self._low_latency_dispatcher = Implementation("normal"), Implementation("low latency")
+
+    def _get_impl(self):
+        return self._normal_dispatcher if self.extends else self._low_latency_dispatcher
+
+    def dispatch_a(self, hidden_states, topk_output):
+        self._state = self._get_impl().dispatch_a(hidden_states=hidden_states, topk_output=topk_output)
+
+    def dispatch_b(self):
+        return self._get_impl().dispatch_b(*self._state)
+
+
+class Implementation:
+    use_fp8, overlap_args = False, None
+
+    def __init__(self, mode: str):
+        self.mode, self.sent = mode, []
+
+    def dispatch_a(self, hidden_states, topk_output):
+        self.sent.append(topk_output.topk_ids)
+        return (topk_output.topk_ids,)
+
+    def dispatch_b(self, *state):
+        return state[0]
+
+    def combine_a(self, hidden_states, topk_ids, topk_weights):
+        raise AssertionError("not asked for here")
+
+    combine_b = combine_a
+
+
+class Carrier:
+    """In the place of the fused dispatch."""
+
+    def __init__(self):
+        self.carried, self.planned = [], 0
+
+    def fits(self, format):
+        return True
+
+    def carry(self, layer_id, format, hidden_states, topk_ids, *, awaits):
+        self.carried.append(topk_ids)
+
+    def send(self, plan, layer_id, format, tokens, *, awaits):
+        self.planned += 1
+        return plan(tokens)
+
+    def receive(self):
+        return None, None, None
+
+
+class LowLatencyOutput(NamedTuple):
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    masked_m: torch.Tensor
+    expected_m: int
+
+
+@pytest.fixture
+def auto():
+    """(dispatch, normal mode's ids, carrier, counters): a server with --deepep-mode auto and --macs-dispatch fused."""
+    counters, carrier, inner, dispatcher = Stats(), Carrier(), AutoInner(), MaybeTbo()
+    config = MacsConfig.from_preset("rank", gamma=1.0, dispatch="fused")
+    planner = AloneInGroup(0, Plan(config, EXPERTS, RANKS), group=None, counters=counters)
+    dispatcher._inners = [inner]
+    fused = FusedLowLatency(inner._low_latency_dispatcher, carrier, planner, LowLatencyOutput)
+    deepep.plan_before(dispatcher, planner, [fused])
+
+    def dispatch(now: batch.Batch, tokens: int = TOKENS, extends: bool = False):
+        inner.extends = extends
+        fused._sent = None  # as combine leaves it
+        hidden, topk = routed(tokens)
+        with batch.forward(now):
+            dispatcher.dispatch_a(hidden_states=hidden, topk_output=topk)
+            return topk.topk_ids, dispatcher.dispatch_b()
+
+    return dispatch, inner._normal_dispatcher.sent, carrier, counters
+
+
+def a_prefill(**options) -> batch.Batch:
+    return batch.Batch(torch.zeros(TOKENS, dtype=torch.int32), 1, "", group_tokens=TOKENS, **options)
+
+
+def test_prefill_is_planned_in_normal_mode_and_decode_carried_in_low_latency(auto):
+    dispatch, normal, carrier, counters = auto
+    for _ in range(2):  # in turns, as a server does
+        routed_ids, sent = dispatch(a_prefill(), extends=True)
+        assert per_rank(sent).tolist() == [TOKENS, TOKENS] and per_rank(routed_ids).max() > TOKENS
+        routed_ids, output = dispatch(batch.Batch(skip="decode"), tokens=3)
+        assert torch.equal(output.topk_ids, routed_ids), "decode is left alone"
+    assert len(normal) == len(carrier.carried) == counters.planned == 2
+    assert carrier.planned == counters.fused == 0 and counters.skipped == {"decode": 2}
+
+
+def test_a_rank_that_decodes_beside_a_prefill_is_in_normal_mode_with_its_rows_as_routed(auto):
+    dispatch, normal, carrier, counters = auto
+    alone = torch.full((3,), batch.LEFT_ALONE, dtype=torch.int32)
+    beside = batch.Batch(alone, 0, "", group_tokens=TOKENS + 3, leaves_alone=True)
+    routed_ids, sent = dispatch(beside, tokens=3, extends=True)
+    assert torch.equal(sent, routed_ids) and len(normal) == 1 and not carrier.carried
+    assert counters.planned == 1, "it takes part in the plan"
+
+
+def test_a_mixed_chunk_is_in_normal_mode_and_its_decoded_rows_are_left_alone(auto):
+    dispatch, normal, carrier, _ = auto
+    mixed = a_prefill(leaves_alone=True)
+    mixed.segment[-8:] = batch.LEFT_ALONE
+    routed_ids, sent = dispatch(mixed, extends=True)
+    assert torch.equal(sent[-8:], routed_ids[-8:]) and not torch.equal(sent, routed_ids)
+    assert len(normal) == 1 and not carrier.carried
+
+
+@pytest.mark.parametrize("skip", ["small", "decode"])
+def test_a_pass_that_is_not_planned_keeps_its_mode(auto, skip):
+    """A small prefill is in normal mode; a batch of target verification, which is no prefill to SGLang, is not."""
+    dispatch, normal, carrier, _ = auto
+    dispatch(batch.Batch(skip=skip), extends=skip == "small")
+    assert (len(normal), len(carrier.carried)) == ((1, 0) if skip == "small" else (0, 1))
+
+
+def test_a_captured_graph_carries_decode(auto):
+    """Captured outside of any pass, with rows of padding: -1 everywhere."""
+    dispatch, normal, carrier, _ = auto
+    routed_ids, _ = dispatch(batch.Batch(), tokens=16)
+    assert carrier.carried[0] is routed_ids and not normal

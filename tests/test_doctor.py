@@ -86,7 +86,7 @@ def test_other_versions_fail(monkeypatch, name, found):
 @pytest.mark.parametrize(
     ("unfit", "apart", "status", "found"),
     [
-        ("", [], OK, "--deepep-mode low_latency"),
+        ("", [], OK, "--deepep-mode auto"),
         ("", ["0-1"], SKIP, "no peer access"),
         ("this build has no CUDA kernels", [], SKIP, "no CUDA kernels"),
     ],

@@ -15,14 +15,23 @@ from support import emulated
 from support import fused_c as fc
 from support.emulated import Kernels
 from support.fused_case import FusedConfig, Group, make_group, masked
-from support.fused_checks import check_guards, describe, output, play
-from support.fused_faults import PAIR, PAIRS, SCENARIOS, check_fault, forge_assignments, forge_rows, forge_weight
+from support.fused_checks import check_guards, describe, fresh_outputs, output, play
+from support.fused_faults import (
+    PAIR,
+    PAIRS,
+    SCENARIOS,
+    check_fault,
+    forge_assignments,
+    forge_counts,
+    forge_rows,
+    forge_weight,
+)
 from support.kernel_case import POISON, Config
 from support.kernel_reference import fixed
 from support.tiers import nightly_but
 
 pytestmark = pytest.mark.emulated
-SOURCES = ("fused_dispatch.cu", "fused_combine.cu", "fused_capi.cu")
+SOURCES = ("fused_dispatch.cu", "fused_carry.cu", "fused_combine.cu", "fused_capi.cu")
 SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
 
@@ -124,6 +133,30 @@ WITH_ROWS = {
     }.items()
 }
 CASES |= UNCUT | TOLD_AGAIN | CUT | {f"with_rows_{name}": config for name, config in WITH_ROWS.items()}
+CARRIED = {
+    "plain": masked(FusedConfig(PLAN, (12, 7, 12, 1), carried=True)),
+    "one_rank": masked(FusedConfig(replace(PLAN, R=1, empty=0.3, ids_i64=False), (12,), blocks=3, carried=True)),
+    "two_ranks": masked(FusedConfig(replace(PLAN, R=2, hot=3.0), (12, 9), carried=True)),
+    "eight_ranks": masked(FusedConfig(replace(PLAN, R=8, T=5), (5, 0, 3, 5, 1, 5, 5, 2), blocks=2, carried=True)),
+    "one_token": masked(FusedConfig(replace(PLAN, T=1, R=2, K=8, H=7168), (1, 1), blocks=14, carried=True)),
+    "padding": masked(FusedConfig(replace(PLAN, empty=0.9), (12, 12, 12, 12), blocks=3, carried=True)),
+    "idle": masked(FusedConfig(PLAN, (0, 0, 0, 0), carried=True)),
+    "idle_but_one": masked(FusedConfig(replace(PLAN, hot=60.0), (0, 0, 12, 0), carried=True)),
+    "one_block": masked(FusedConfig(replace(PLAN, R=2), (12, 9), blocks=1, carried=True)),
+    "rows_that_do_not_fit_at_once": masked(
+        FusedConfig(replace(PLAN, T=40, R=2, H=7168), (40, 33), blocks=1, carried=True)
+    ),
+    "copied_outputs": masked(FusedConfig(replace(PLAN, R=2), (12, 0), copies_outputs=True, carried=True)),
+    "fp8": masked(FusedConfig(PLAN, (12, 7, 0, 12), format="fp8", carried=True)),
+    "fp8_with_rows": masked(FusedConfig(PLAN, (12, 7, 0, 1), format="fp8", scales_with_rows=True, carried=True)),
+    "ue8m0_with_rows": masked(
+        FusedConfig(replace(PLAN, H=2560), (3, 12, 4, 1), 9, "fp8_ue8m0", scales_with_rows=True, carried=True)
+    ),
+    "fp8_with_rows_one_block": masked(
+        FusedConfig(replace(PLAN, R=2), (12, 9), 1, "fp8", scales_with_rows=True, carried=True)
+    ),
+}
+CASES |= {f"carried_{name}": config for name, config in CARRIED.items()}
 USUAL = (
     "plain", "one_rank", "eight_ranks", "own_rows", "no_tokens", "rows_read_twice", "fp8_own_rows", "copied_outputs",
     "many_experts", "no_entropies", "free", "free_idle", "mix", "effective", "many", "many_in_one_block",
@@ -224,7 +257,11 @@ def each_by_itself_in_two_phases(group: Group) -> None:
 @pytest.mark.parametrize(
     "name",
     nightly_but(
-        ["plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"], "plain", "with_rows_one_block"
+        [
+            *("plain", "with_rows_packed", "with_rows_ue8m0", "with_rows_one_block"),
+            *("carried_plain", "carried_ue8m0_with_rows", "carried_fp8_with_rows_one_block"),
+        ],
+        *("plain", "with_rows_one_block", "carried_plain", "carried_fp8_with_rows_one_block"),
     ),
 )
 def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[Group], None]) -> None:
@@ -258,6 +295,41 @@ def test_barrier_flags_of_long_ago_do_not_count(kernels: Kernels) -> None:
         for rank in group.ranks:
             group.part(rank, "barrier", torch.int32, group.config.shape.num_blocks).fill_(ahead)
         play(group, seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_schedules_do_not_matter_where_nothing_is_planned(kernels: Kernels, seed: int) -> None:
+    group = Group(kernels, CARRIED["plain"], "cpu")
+    kernels.machine.configure(seed)
+    for step in range(2):
+        play(group, step, each_by_itself)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "fp8"])
+def test_planned_rounds_and_others_take_turns(kernels: Kernels, format: str) -> None:
+    """Prefill and decode over the same regions."""
+    config = masked(FusedConfig(replace(PLAN, gamma=0.8), (12, 7, 0, 12), format=format, scales_with_rows=True))
+    planned = Group(kernels, config, "cpu")
+    carried = Group(kernels, replace(config, carried=True), "cpu", regions=planned.regions)
+    for seed in range(3):
+        for group in (planned, carried):
+            kernels.machine.configure(seed)
+            play(group, seed, each_by_itself_in_two_phases if seed % 2 else Group.dispatch)
+    assert planned.round(0) == 6
+
+
+def test_the_first_source_of_an_expert_waits_for_nobody(kernels: Kernels) -> None:
+    """Of two ranks that is the other one: what crosses NVLink is on its way at once."""
+    config = masked(FusedConfig(replace(PLAN, R=2), (12, 12), timeout_ns=SOON_NS, carried=True))
+    group = Group(kernels, config, "cpu")
+    ranks = make_group(config, 7)
+    ranks[0].ids[ranks[0].ids < config.local] = -1  # to rank 1's experts alone
+    group.load(ranks)
+    group.poison()
+    group.dispatch(fc.SEND, only=0)
+    sent = int((ranks[0].ids >= 0).sum())
+    source = group.part(1, "sources", torch.int32, config.rows)
+    assert sent > 0 and (source >> 16 == 0).sum() == sent, "rank 1 has not even begun"
 
 
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
@@ -363,3 +435,77 @@ def test_other_sizes_are_refused(kernels: Kernels, name: str) -> None:
     group = Group(kernels, replace(PAIR, plan=replace(PAIR.plan, **SIZES[name])), "cpu")
     with pytest.raises(emulated.Failure, match="refused before the launch"):
         group.dispatch()
+
+
+# ---- What goes wrong where nothing is planned ------------------------------------------------------------------------
+
+
+CARRIED_PAIR = masked(replace(PAIR, plan=replace(PAIR.plan, hot=1.5), blocks=3, carried=True, timeout_ns=SOON_NS))
+I32_MAX = 2**31 - 1
+
+
+def alone(group: Group) -> None:
+    group.dispatch(only=0)
+
+
+def told_then_alone(count: int) -> Callable[[Group], None]:
+    def inject(group: Group) -> None:
+        forge_counts(group, [count] * 16)
+        group.dispatch(only=0)
+
+    return inject
+
+
+def own_expert(group: Group) -> None:
+    group.tensors[0].inputs["topk_ids"][4, 2] = 16
+    group.dispatch()
+
+
+def peers_expert(group: Group) -> None:
+    group.tensors[1].inputs["topk_ids"][4, 2] = 511
+    group.dispatch()
+
+
+def one_expert_twice(group: Group) -> None:
+    group.tensors[0].inputs["topk_ids"][:, :2] = 3
+    group.dispatch()
+
+
+@pytest.mark.parametrize(
+    "rows", [{}, {"format": "fp8", "scales_with_rows": True, "blocks": 4}], ids=["", "with scales"]
+)
+@pytest.mark.parametrize(
+    ("inject", "fault", "peer", "seen"),
+    [
+        pytest.param(alone, "counts", 1, None, id="dead rank"),
+        pytest.param(told_then_alone(0), "rows", 1, None, id="dead before its rows"),
+        *(pytest.param(told_then_alone(n), "bad count", 1, n, id=f"{n} rows") for n in (-2, 13, I32_MAX)),
+        pytest.param(peers_expert, "bad expert", 1, -1, id="expert 511"),
+        pytest.param(own_expert, "bad expert", 0, 16, id="own expert 16"),
+        pytest.param(one_expert_twice, "bad count", 0, None, id="an expert twice"),
+    ],
+)
+def test_a_fault_where_nothing_is_planned(kernels: Kernels, inject, fault: str, peer: int, seen, rows: dict) -> None:
+    config = replace(CARRIED_PAIR, **rows)
+    group = Group(kernels, config, "cpu")
+    play(group, 0)
+    group.load(make_group(config, 7))
+    group.poison()
+    inject(group)
+    status = group.status(0)
+    assert (fc.FAULTS[status.fault], status.peer, status.round) == (fault, peer, 2), describe(status)
+    assert seen in (None, status.seen), describe(status)
+    assert not group.part(0, "received", torch.int32, config.local).any(), "rows are delivered"
+    group.set_outputs(fresh_outputs(group, 1))
+    group.combine(only=0)
+    assert (group.tensors[0].outputs["combined"] == 0).all(), "something old passes for a result"
+    check_guards(group)
+    group.recover()
+    for seed in range(2):
+        play(group, 50 + seed, each_by_itself_in_two_phases if seed else Group.dispatch)
+
+
+def test_places_that_are_not_static_are_refused(kernels: Kernels) -> None:
+    for config in (replace(CARRIED_PAIR, expert_rows=23), replace(CARRIED_PAIR, expert_rows=0)):
+        with pytest.raises(emulated.Failure, match="refused before the launch"):
+            Group(kernels, config, "cpu").dispatch()

@@ -38,6 +38,7 @@ def test_arguments_say_what_the_name_says(name):
     given = dict(zip(launch.arguments, launch.arguments[1:], strict=False))
     assert given["--tp"] == given["--ep-size"] == name[0]
     assert given["--deepep-mode"] == launch.mode
+    assert ("--disable-cuda-graph" in launch.arguments) != launch.graphs
     assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == (launch.ranks > 1)
 
 

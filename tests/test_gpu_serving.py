@@ -11,7 +11,7 @@ import pytest
 from gpu import newcomer, serve_bench, serve_check
 from gpu.gpu_launches import LAUNCHES, RUNS, bench_launch, start
 
-LINE = "the fused dispatch carries planned low-latency batches: 12 MB a rank"
+LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 tokens of every rank"
 
 
 def state(rank: int, fused: int) -> dict:
@@ -24,7 +24,7 @@ def state(rank: int, fused: int) -> dict:
         "misaligned": 0,
         "violations": {"bound": 0},
     }
-    return {"rank": rank, "own": own, **counted}
+    return {"rank": rank, "own": own, "fused_region": {"bytes": 5, "rounds": 24}, **counted}
 
 
 def runs(fused: int = 8, carrier: str = LINE) -> dict[str, dict]:
@@ -40,6 +40,14 @@ def test_a_fused_launch_has_to_say_and_count_that_it_is():
     assert "gamma 1.0: rank 0: 1 of 8 were fused" in serve_check.judge(plain, runs(fused=1))
     silent = serve_check.judge(fused, runs(carrier="DeepEP carries every batch, behind the plan: MACS is off"))
     assert silent == [f"gamma {run}: the log does not say that the fused dispatch carries" for run in ("inf", "1.0")]
+
+
+def test_prefill_of_mode_auto_is_in_normal_mode_and_decode_is_fused():
+    auto, found = LAUNCHES["2 ranks, auto, fused"], runs(fused=0)
+    assert serve_check.judge(auto, found) == []
+    found["inf"]["states"][1]["fused_region"]["rounds"] = 0
+    assert serve_check.judge(auto, found) == ["gamma inf: rank 1: the fused kernels carried nothing"]
+    assert "gamma 1.0: rank 0: 8 of 8 were fused" in serve_check.judge(auto, runs(fused=8))
 
 
 def test_a_launch_with_peers_has_to_say_that_they_sum():

@@ -10,8 +10,8 @@ import torch
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import layer_graph
-from sglang_macs.dispatch.bounded import Room, Sizes
-from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs, size_class
+from sglang_macs.dispatch.bounded import Room, Sizes, size_class
+from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch

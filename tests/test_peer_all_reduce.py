@@ -117,7 +117,7 @@ def test_a_rank_that_never_came_is_named(two_ranks, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     reduce.check()
     reduce.check()
-    record = bytes(fc.FusedStatus(fc.FAULTS.index("values"), 1, -1, 7, 6, 7))
+    record = bytes(fc.FusedStatus(fc.FAULTS.index("values"), 1, -1, -1, 7, 200_000, 6, 7))
     region[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
     reduce.check()  # sends for the record
     with pytest.raises(MacsError, match=r"rank 1 never sent its part of a sum, says rank 0 \(round 7\)"):

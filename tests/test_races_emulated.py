@@ -14,7 +14,7 @@ import torch
 from support import emulated
 from support import fused_c as fc
 from support.emulated import Kernels
-from support.fused_case import FusedConfig, Group, make_group
+from support.fused_case import FusedConfig, Group, make_group, masked
 from support.kernel_case import Config
 from test_ops import USUAL
 from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
@@ -61,6 +61,12 @@ FUSED = {
     "many_cuts": FusedConfig(replace(PLAN, E=32, scope="expert", gamma=0.6), (6, 5), blocks=3),
     "rows_read_twice": FusedConfig(replace(PLAN, T=20, H=7168), (20, 3), blocks=1, alignment=1),
     "many_reroute_rounds": FusedConfig(replace(PLAN, rounds=8, gamma=0.6), (6, 6), blocks=2),
+    "carried": masked(FusedConfig(PLAN, (6, 4), blocks=2, carried=True)),
+    "carried_with_rows": masked(FusedConfig(PLAN, (6, 4), blocks=4, format="fp8", scales_with_rows=True, carried=True)),
+    "carried_in_one_block": masked(
+        FusedConfig(replace(PLAN, T=20, H=7168), (20, 3), blocks=1, format="fp8", scales_with_rows=True, carried=True)
+    ),
+    "three_ranks_carried": masked(FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1, carried=True)),
     "three_ranks": FusedConfig(replace(PLAN, R=3, E=6), (2, 3, 1), blocks=1),
 }
 
@@ -82,6 +88,9 @@ def in_two_phases(group: Group, rank: int) -> None:
         pytest.param("fp8_with_rows", in_two_phases, True, marks=pytest.mark.nightly),
         ("fp8_with_rows", in_one, False),
         pytest.param("fp8_with_rows", in_two_phases, False, marks=pytest.mark.nightly),
+        *((name, in_one, False) for name in ("carried", "carried_with_rows", "three_ranks_carried")),
+        pytest.param("carried", in_two_phases, True, marks=pytest.mark.nightly),
+        ("carried_with_rows", in_two_phases, True),
         ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be a round ahead
     ],
 )
@@ -102,7 +111,7 @@ def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combine
 
 
 @pytest.mark.parametrize("dispatch", [in_one, in_two_phases])
-@pytest.mark.parametrize("name", ["rank", "fp8_with_rows"])
+@pytest.mark.parametrize("name", ["rank", "fp8_with_rows", "carried", "carried_with_rows"])
 def test_a_dead_rank(name: str, dispatch: Callable[[Group, int], None]) -> None:
     """The ways out of a dispatch and a combine that gave up."""
     kernels = Kernels(watched())

@@ -147,6 +147,17 @@ def test_at_infinite_gamma_a_plan_balances_and_loses_nothing(group: ReplicaGroup
     assert torch.equal(sent, balanced)
 
 
+def test_a_candidate_s_place_is_on_the_lowest_rank_among_equals() -> None:
+    """Expert 0 is on rank 0, which is over its bound; expert 1, the second choice, on ranks 1 and 2, both idle."""
+    mapped = [0, 2, 1, 3, 1, 4]
+    logits = torch.tensor([[3.0, 2.0, -9.0, -9.0, -9.0]]).repeat(6, 1)
+    batch = torch.zeros(6, 4), torch.zeros((6, 1), dtype=torch.int64), torch.ones(6, 1), logits
+    plan = Plan(MacsConfig.from_preset("rank", gamma=1.5), 5, 3, places=Places(5, 6, 3, 0, mapped))
+    result = plan(*batch, torch.zeros(6, dtype=torch.int32), 1)
+    assert result.cut[:, 2:].tolist() == [[0, 3], [3, 3], [3, 3]]
+    assert result.topk_ids.flatten().tolist() == [0, 0, 0, 2, 2, 2] and result.counts[2, 1, 0] == 3
+
+
 def test_twenty_plans_have_the_same_bits() -> None:
     mapped = [0, 1, 2, 3, 4, 5, 0, 0, 3, 1, 1, 2]
     gen = cases.generator(3)

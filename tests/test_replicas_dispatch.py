@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
-from test_dispatcher import EXPERTS, TOP_K, dense, expert_output, tokens
+from test_dispatcher import EXPERTS, dense, expert_output, tokens
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.acting import Acting
 from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
-from sglang_macs.engine import replicas
+from sglang_macs.engine import replicas, worker
 from sglang_macs.observe.stats import CLIPPED_TEXT, KEPT_VISUAL, Recount, Stats, recount
 from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
@@ -151,5 +151,13 @@ def test_an_update_of_expert_locations_refreshes_the_layers_that_it_names(monkey
     assert [planners[i].plan.places.logical.tolist() for i in (0, 1)] == [[0, 1, 0, 1, -1], [0, 0, 1, 1, -1]]
 
 
-def test_top_k_of_the_cases_is_the_dispatcher_s():
-    assert routed(0, 0, FIRST)[1].shape == (COUNTS[0], TOP_K)
+def test_ranks_must_agree_where_experts_lie():
+    """A file of --init-expert-location may differ from node to node."""
+
+    def options(placement: list[int]) -> str:
+        process = worker.Worker(MacsConfig())
+        process.planners[0] = SimpleNamespace(plan=Plan(MacsConfig(), 2, 2, places=Places(2, 4, 2, 0, placement)))
+        assert process.has_replicas
+        return process.options_of_the_group()
+
+    assert options([0, 1, 0, 1]) == options([0, 1, 0, 1]) != options([0, 1, 1, 0])

@@ -1,7 +1,6 @@
 """Redundant experts inside the real SGLang server, two expert-parallel ranks: EPLB moves experts while requests run."""
 
 import json
-import math
 
 import pytest
 import requests
@@ -42,6 +41,7 @@ def test_replicas_come_before_clipping_and_the_recorder_counts_what_was_asked_fo
     located = ["--init-expert-location", str(placement), "--expert-distribution-recorder-mode", "stat"]
     flags = ["--macs-gamma", "0.5", "--macs-reroute", "none", "--macs-act", "always", "--macs-min-tokens", "0"]
     arguments = [*EP2_ARGS, *MACS, *REDUNDANT, *located, *flags, "--disable-radix-cache"]
+    arguments += ["--disable-overlap-schedule"]  # else each answer of one token decodes another one
     env = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(tmp_path)}
     with serve(vl_model, *arguments, log="replicas-recorded", env=env) as server:
         requests.post(f"{server.url}/start_expert_distribution_record", timeout=60).raise_for_status()
@@ -55,4 +55,3 @@ def test_replicas_come_before_clipping_and_the_recorder_counts_what_was_asked_fo
     (dump,) = tmp_path.glob("*.pt")
     counted = torch.load(dump, weights_only=True)["logical_count"].sum(dim=(0, 2))
     assert counted.tolist() == [assignments // LAYERS] * LAYERS
-    assert math.isclose(assignments % LAYERS, 0)

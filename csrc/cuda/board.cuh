@@ -87,6 +87,9 @@ struct Board {
   // [warps, NB + 1] units of the warps before, then of this warp so far.
   __device__ __forceinline__ int* running(int warp) const { return of_bounds(6) + warp * (num_bounds + 1); }
   __device__ __forceinline__ int* own_running() const { return running(threadIdx.x / kWarp); }
+  __device__ __forceinline__ int* moved(int num_warps) const {  // [E, 2], behind the rest, with replicas
+    return ints + bytes(experts, num_bounds, num_warps) / sizeof(int);
+  }
   __device__ __forceinline__ unsigned* own_struck() const {  // [kStruckWords]
     return reinterpret_cast<unsigned*>(running(blockDim.x / kWarp)) + threadIdx.x / kWarp * kStruckWords;
   }

@@ -42,6 +42,19 @@ MACS_EXPORT int macs_threshold_apply(const ClipThresholdParams* threshold, const
                                      void* workspace, void* stream) {
   return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream));
 }
+MACS_EXPORT size_t macs_replica_workspace_bytes(const EntropyWeightParams* weight, const ClipApplyParams* apply,
+                                                const Places* places) {
+  return cuda::plan_workspace_bytes(*weight, *apply, *places);
+}
+MACS_EXPORT int macs_replica_histogram(const EntropyScoreParams* score, const EntropyWeightParams* weight,
+                                       const LoadHistogramParams* histogram, void* workspace, const Places* places,
+                                       void* stream) {
+  return cuda::launch_score_histogram(*score, *weight, *histogram, workspace, static_cast<cudaStream_t>(stream), *places);
+}
+MACS_EXPORT int macs_replica_apply(const ClipThresholdParams* threshold, const ClipApplyParams* apply, void* workspace,
+                                   const Places* places, int32_t* rank_rows, void* stream) {
+  return cuda::launch_threshold_apply(*threshold, *apply, workspace, static_cast<cudaStream_t>(stream), *places, rank_rows);
+}
 MACS_EXPORT int macs_allocate_shared(size_t bytes, void** memory, void* handle) {
   return cuda::allocate_shared(bytes, memory, handle);
 }

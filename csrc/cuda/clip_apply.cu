@@ -23,6 +23,7 @@
 #include "plan/choose.cuh"
 #include "plan/rounds.cuh"
 #include "plan/threshold.cuh"
+#include "replicas.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -37,12 +38,14 @@ struct ThresholdApplyArgs {
   ApplySizes sizes;
   GridState* state;  // the CutBroadcast lies behind it
   void* scratch;
+  Places places;             // of the instance for replicas, whose ids are physical
+  ReplicaScratch replicas;
 };
 
-// One block, before any adds to them.
-__device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
+// One block, before any adds to them. num_counts: of an expert.
+__device__ __forceinline__ void clear_counts(const ClipApplyParams& p, int num_counts) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
+  for (int i = threadIdx.x; i < num_counts * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
 }
 
 // The cuts as they are found: to all blocks as LL words, or behind a barrier.
@@ -72,7 +75,7 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
   const bool by_words = board.num_bounds <= kMaxLlBounds;
   const unsigned epoch = by_words ? grid.launch() : 0;
   if (blockIdx.x == gridDim.x - 1) {
-    clear_counts(args.apply);
+    clear_counts(args.apply, 6);
     if (by_words) {
       scratch.clear_words(board.num_bounds);
       broadcast.publish_ready(epoch);
@@ -102,35 +105,62 @@ struct Output {
   __device__ __forceinline__ void set(int id, float weight) const { *ids = static_cast<Id>(id), *weights = weight; }
 };
 
-// A slot, its present id (>= 0 an expert, -1 unplaced, -2 - j a proposal) and its new weight.
+// A slot, its present id (>= 0 an expert, -1 unplaced, -2 - j a proposal) and its new weight. With replicas, `slot.expert` and j
+// are logical, `current` and `sent` physical.
 struct State {
   Slot slot;
   int current;
   float weight;
   bool in_registers;  // until the end; else its output slot holds it between the passes
+  int sent;           // where the choice of replicas puts it
+  bool moved;         // elsewhere than it was routed
 };
 
 // What every pass shares: the tokens of this warp, step by step, the first step kept in registers.
-template <class Id>
+template <class Id, bool kReplicas>
 struct Walk {
   const ClipApplyParams& p;
   const ApplySizes& sizes;
+  const Places& places;
+  const void* chosen;  // [T, K]
   const Board board;
   const Step step;
   int64_t begin, end;
   State first;
 
   __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const Board& b)
-      : p(args.apply), sizes(args.sizes), board(b), step(p.in.top_k, sizes.by_top_k) {
+      : p(args.apply), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen), board(b),
+        step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
     begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
     end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
   }
-  // Before the wait: what is older than the chain of kernels. The weight is not.
-  __device__ __forceinline__ void load_first() { first = {load_slot<Id, false>(p.in, step, begin, end), -1, 0.0f, true}; }
+  template <bool kWithWeight>
+  __device__ __forceinline__ State load(int64_t at, bool in_registers) const {
+    State state = {load_slot<Id, kWithWeight>(p.in, step, at, end), -1, 0.0f, in_registers, -1, false};
+    if (kReplicas && !in_registers) choose(state);
+    return state;
+  }
+  // From the physical id that was routed to the logical expert, and the replica that was chosen for it.
+  __device__ __forceinline__ void choose(State& state) const {
+    Slot& slot = state.slot;
+    if (slot.expert < 0) return;
+    state.sent = static_cast<int>(__ldcg(static_cast<const Id*>(chosen) + slot.token * p.in.top_k + step.slot));
+    state.moved = state.sent != slot.expert;
+    slot.expert = places.logical()[slot.expert];
+  }
+  // Before the wait: what is older than the chain of kernels. The weight is not, nor is the choice.
+  __device__ __forceinline__ void load_first() { first = load<false>(begin, true); }
   __device__ __forceinline__ void load_weight() {
     if (first.slot.inside) first.slot.weight = p.in.weight[first.slot.token];
+    if (kReplicas) choose(first);
   }
+  // Of a slot that holds an assignment: its bound, the id that it goes out with, and an id's expert.
+  __device__ __forceinline__ int bound_of(const State& state) const {
+    return kReplicas ? sizes.by_rank.divide(state.sent) : board.bound_of()[state.slot.expert];
+  }
+  __device__ __forceinline__ int id_of(const State& state) const { return kReplicas ? state.sent : state.slot.expert; }
+  __device__ __forceinline__ int expert_of(int id) const { return kReplicas && id >= 0 ? places.logical()[id] : id; }
 
   __device__ __forceinline__ void put(State& state, int id, float weight) const {
     state.current = id, state.weight = weight;
@@ -150,60 +180,68 @@ struct Walk {
   __device__ __forceinline__ void for_each(bool with_current, Body body) {
     if (begin < end) body(first, begin);
     for (int64_t at = begin + step.tokens; at < end; at += step.tokens) {
-      State state = {load_slot<Id, true>(p.in, step, at, end), -1, 0.0f, false};
+      State state = load<true>(at, false);
       if (with_current && state.slot.inside) state.current = static_cast<int>(*Output<Id>(p, state.slot, step).ids);
       body(state, at);
     }
   }
   __device__ __forceinline__ int units(const Slot& slot) const { return load_units(p.in.policy.load, slot.weight); }
-  __device__ __forceinline__ int compare_to_cut(const Slot& slot) const {
+  __device__ __forceinline__ int compare_to_cut(const State& state) const {
+    const Slot& slot = state.slot;
     const int shift = board.shift()[slot.expert];
     const int level = level_of(bucket_of_slot(p.in, slot), shift, slot.text(), p.in.policy);
-    return level - board.level()[board.bound_of()[slot.expert]];
+    return level - board.level()[bound_of(state)];
   }
   __device__ __forceinline__ void count(int kind, int expert, bool text) const {
     atomicAdd(board.counts() + (kind * board.experts + expert) * 2 + (text ? 1 : 0), 1);
   }
+  // Whether an assignment that was routed stays.
+  __device__ __forceinline__ void count_fate(const State& state, bool stays) const {
+    count(stays ? 0 : 1, state.slot.expert, state.slot.text());
+    if (kReplicas && stays && state.moved) {
+      atomicAdd(board.moved(kWarps) + state.slot.expert * 2 + (state.slot.text() ? 1 : 0), 1);
+    }
+  }
 };
 
 // Keep what is above the cut, clip what is below, count units at it. Returns whether the warp has any there.
-template <class Id>
-__device__ __forceinline__ bool clip_pass(Walk<Id>& walk) {
+template <class Walk>
+__device__ __forceinline__ bool clip_pass(Walk& walk) {
   bool any = false;
   walk.for_each(false, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
     if (!slot.inside) return;
-    const int side = slot.expert < 0 ? 1 : walk.compare_to_cut(slot);
-    walk.put(state, side < 0 ? -1 : slot.expert, side < 0 ? 0.0f : slot.gate);
+    const int side = slot.expert < 0 ? 1 : walk.compare_to_cut(state);
+    walk.put(state, side < 0 ? -1 : walk.id_of(state), side < 0 ? 0.0f : slot.gate);
     if (side == 0) {
       any = true;
-      atomicAdd(walk.board.own_running() + walk.board.bound_of()[slot.expert], walk.units(slot));
+      atomicAdd(walk.board.own_running() + walk.bound_of(state), walk.units(slot));
     } else if (slot.expert >= 0) {
-      walk.count(side < 0 ? 1 : 0, slot.expert, slot.text());
+      walk.count_fate(state, side > 0);
     }
   });
   return __any_sync(kFullMask, any);
 }
 
 // The assignments at the cut, in order, up to the quota.
-template <class Id>
-__device__ __forceinline__ void quota_pass(Walk<Id>& walk) {
+template <class Walk>
+__device__ __forceinline__ void quota_pass(Walk& walk) {
   const bool rows = walk.p.in.policy.load == Load::kRows;
   walk.for_each(true, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
-    const bool pending = slot.expert >= 0 && walk.compare_to_cut(slot) == 0;
-    const int bound = pending ? walk.board.bound_of()[slot.expert] : 0;
+    const bool pending = slot.expert >= 0 && walk.compare_to_cut(state) == 0;
+    const int bound = pending ? walk.bound_of(state) : 0;
     const int64_t limit = static_cast<int64_t>(walk.board.quota()[bound]) - walk.board.base()[bound];
     const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.board.own_running(), limit);
     if (!pending) return;
     if (!stays) walk.put(state, -1, 0.0f);
-    walk.count(stays ? 0 : 1, slot.expert, slot.text());
+    walk.count_fate(state, stays);
   });
 }
 
 // Proposals of a round: the unplaced slots of every token of this warp, two tokens at a time as far as registers go.
-template <class Id, int kKeys>
-__device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
+template <int kKeys, class Walk>
+__device__ __forceinline__ void propose_pass(Walk& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
   constexpr bool kAhead = kTokensAtOnce > 1;  // the next ones' logits fit into the registers, too
   const ClipApplyParams& p = walk.p;
@@ -227,7 +265,7 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
         const bool mine = walk.step.used && walk.step.token_lane == token;
         tokens[t].unplaced = left & of_token;
         left &= ~of_token;
-        tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? state.current : -1;
+        tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? walk.expert_of(state.current) : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
         if (tokens[t].unplaced != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
       }
@@ -254,15 +292,58 @@ __device__ __forceinline__ void propose_pass(Walk<Id>& walk) {
   });
 }
 
+// Behind a barrier of the block, and before one. The home of an expert is its place with most headroom, on the lowest rank among
+// equals: `bound_of` is its rank then, `rank_of` its physical id.
+__device__ __forceinline__ void find_homes(const Places& places, const Board& board) {
+#pragma unroll 1
+  for (int j = threadIdx.x; j < board.experts; j += kThreads) {
+    int home = places.first()[j];
+#pragma unroll 1
+    for (int i = home + 1; i < places.first()[j + 1]; ++i) {
+      if (board.headroom()[places.rank()[i]] > board.headroom()[places.rank()[home]]) home = i;
+    }
+    board.bound_of()[j] = places.rank()[home], board.rank_of()[j] = places.physical()[home];
+  }
+  __syncthreads();
+}
+
+// This source's cuts from what it sends to the ranks that are exceeded, by each block. Returns whether any bound is cut.
+__device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& args, const Board& board) {
+  const Policy& policy = args.threshold.policy;
+  const int num_levels = 2 * num_buckets(policy.bucket_bits), lane = threadIdx.x % kWarp;
+  Kept stake = {0, 0};
+#pragma unroll 1
+  for (int r = 0; r < board.num_bounds; ++r) stake.group += args.replicas.stakes[r].group, stake.own += args.replicas.stakes[r].own;
+  bool any = false;
+#pragma unroll 1
+  for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
+#pragma unroll 1
+  for (int r = threadIdx.x / kWarp; r < board.num_bounds; r += kWarps) {
+    const RankLimit limit = args.replicas.limits[r];
+    int4 cut = make_int4(-1, 0, own_headroom(policy, limit.room, stake), limit.bound);
+    if (limit.limit != kNotExceeded) {
+      int32_t* const levels = args.replicas.levels + r * num_levels;
+      const Cut own = warp_find_cut<2 * (kOctaves << kMaxBucketBits) / kWarp>({levels, levels}, num_levels, limit.limit);
+      cut.x = own.level < 0 ? limit.first - 1 : own.level, cut.y = own.level < 0 ? 0 : own.quota;
+    }
+    any |= cut.x >= 0;
+    if (lane != 0) continue;
+    board.level()[r] = cut.x, board.quota()[r] = cut.y, board.headroom()[r] = cut.z;
+    if (blockIdx.x == 0) reinterpret_cast<int4*>(args.threshold.cut)[r] = cut;
+  }
+  return __syncthreads_or(any) != 0;
+}
+
 // The blocks of a grid, whose warps own the tokens of a rank: what rounds.cuh asks of them.
-template <class Id, int kKeys, bool kLlWords>
+template <class Id, int kKeys, bool kLlWords, bool kReplicas>
 struct GridTeam {
-  Walk<Id>& walk;
+  Walk<Id, kReplicas>& walk;
   const Scratch& scratch;
   Grid& grid;
 
   __device__ __forceinline__ bool propose(int round) {
-    propose_pass<Id, kKeys>(walk);
+    if (kReplicas) find_homes(walk.places, walk.board);
+    propose_pass<kKeys>(walk);
     grid_prefix<kLlWords>(walk.sizes, walk.board, scratch, grid, round + 1);
     return true;
   }
@@ -281,7 +362,7 @@ struct GridTeam {
     const Logits logits = {p.router_logits, p.logits_dtype};
     const int64_t row = slot.token * p.in.policy.num_experts;
     const float to = logits.at(row + expert), from = logits.at(row + reference.expert);
-    walk.put(state, expert, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
+    walk.put(state, kReplicas ? walk.board.rank_of()[expert] : expert, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
     walk.count(2, expert, slot.text());
   }
   __device__ __forceinline__ int num_bounds() const { return walk.board.num_bounds; }
@@ -299,7 +380,7 @@ struct GridTeam {
   }
 };
 
-template <class Id, int kKeys, bool kWithThreshold>
+template <class Id, int kKeys, bool kWithThreshold, bool kReplicas>
 __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_constant__ ThresholdApplyArgs args) {
   unsigned char* const shared = dynamic_shared();
   start_dependents();
@@ -308,9 +389,13 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.scratch, board.num_bounds, gridDim.x);
-  Walk<Id> walk(args, board);
+  Walk<Id, kReplicas> walk(args, board);
   walk.load_first();
   clear_board(p, args.sizes, board);
+  if constexpr (kReplicas) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * board.experts; i += kThreads) board.moved(kWarps)[i] = 0;
+  }
   int* const levels = reinterpret_cast<int*>(shared);
   if constexpr (kWithThreshold) {
     clear_levels(args.threshold, levels);
@@ -322,14 +407,18 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   if constexpr (kWithThreshold) {
     cut = make_cuts(args, board, scratch, grid, levels);
   } else {
-    if (blockIdx.x == 0) clear_counts(p);
-    cut = fill_bounds(p, board);
+    if (blockIdx.x == 0) clear_counts(p, kReplicas ? 2 * kReplicaCounts : 6);
+    if constexpr (kReplicas) {
+      cut = fill_replica_bounds(args, board);
+    } else {
+      cut = fill_bounds(p, board);
+    }
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
     grid_prefix<kWithThreshold>(args.sizes, board, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
-    GridTeam<Id, kKeys, kWithThreshold> team = {walk, scratch, grid};
+    GridTeam<Id, kKeys, kWithThreshold, kReplicas> team = {walk, scratch, grid};
     reroute_rounds(team, p.in.policy, p.router_logits);
   } else if (!kWithThreshold) {
     grid.barrier();  // the counts are zero
@@ -339,6 +428,12 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
 #pragma unroll 1
   for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) {
     if (board.counts()[i] != 0) atomicAdd(p.counts + i, board.counts()[i]);
+  }
+  if constexpr (kReplicas) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * board.experts; i += kThreads) {
+      if (board.moved(kWarps)[i] != 0) atomicAdd(p.counts + 6 * board.experts + i, board.moved(kWarps)[i]);
+    }
   }
   grid.leave();
 }
@@ -350,12 +445,13 @@ int grid_blocks(const ClipApplyParams& p) {
   return static_cast<int>(wanted < num_multiprocessors() ? wanted : num_multiprocessors());
 }
 
-template <class Id, int kKeys, bool kWithThreshold>
+template <class Id, int kKeys, bool kWithThreshold, bool kReplicas>
 cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   static bool raised[kMaxDevices] = {};
   const ClipApplyParams& p = args.apply;
-  const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold>;
+  const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold, kReplicas>;
   size_t bytes = Board::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
+  if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts;
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
@@ -366,28 +462,34 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   return launch(kernel, shape, args, stream);
 }
 
-template <class Id, bool kWithThreshold>
+template <class Id, bool kWithThreshold, bool kReplicas>
 cudaError_t enqueue_by_experts(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const int experts = args.apply.in.policy.num_experts;
-  if (experts <= 4 * kWarp) return enqueue<Id, 4, kWithThreshold>(args, stream);
-  if (experts <= 8 * kWarp) return enqueue<Id, 8, kWithThreshold>(args, stream);
-  if (experts <= 16 * kWarp) return enqueue<Id, 16, kWithThreshold>(args, stream);
-  return enqueue<Id, 32, kWithThreshold>(args, stream);
+  if (experts <= 4 * kWarp) return enqueue<Id, 4, kWithThreshold, kReplicas>(args, stream);
+  if (experts <= 8 * kWarp) return enqueue<Id, 8, kWithThreshold, kReplicas>(args, stream);
+  if (experts <= 16 * kWarp) return enqueue<Id, 16, kWithThreshold, kReplicas>(args, stream);
+  return enqueue<Id, 32, kWithThreshold, kReplicas>(args, stream);
 }
 
-template <bool kWithThreshold>
+template <bool kWithThreshold, bool kReplicas = false>
 cudaError_t enqueue_clip_apply(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const Assignments& in = args.apply.in;
   if (in.top_k < 1 || in.top_k > kWarp || in.policy.num_experts > kMaxExperts) return cudaErrorInvalidValue;
-  return in.ids_are_i64 ? enqueue_by_experts<int64_t, kWithThreshold>(args, stream)
-                        : enqueue_by_experts<int32_t, kWithThreshold>(args, stream);
+  return in.ids_are_i64 ? enqueue_by_experts<int64_t, kWithThreshold, kReplicas>(args, stream)
+                        : enqueue_by_experts<int32_t, kWithThreshold, kReplicas>(args, stream);
 }
 
 // Scratch begins where the sums did, which are over by then.
-ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace) {
-  void* const scratch = static_cast<char*>(workspace) + prepared_bytes(apply.in.policy.num_experts);
+ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
+                           const Places& places = {}) {
+  const ReplicaScratch replicas(apply.in, places, workspace);
+  char* const prepared = static_cast<char*>(workspace) + (places.any() ? ReplicaScratch::bytes(apply.in, places) : 0);
   const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
-  return {threshold, apply, ApplySizes::of(apply, warps, kThreads), static_cast<GridState*>(workspace), scratch};
+  ClipApplyParams by_id = apply;
+  if (places.any()) by_id.in.policy.num_experts = places.num_physical;
+  const ApplySizes sizes = ApplySizes::of(by_id, warps, kThreads);
+  void* const scratch = prepared + prepared_bytes(apply.in.policy.num_experts);
+  return {threshold, apply, sizes, reinterpret_cast<GridState*>(prepared), scratch, places, replicas};
 }
 
 }  // namespace
@@ -403,15 +505,22 @@ cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStr
   return enqueue_clip_apply<false>(args_of({}, p, workspace), stream);
 }
 
-size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyParams& apply) {
+size_t plan_workspace_bytes(const EntropyWeightParams& weight, const ClipApplyParams& apply, const Places& places) {
+  const size_t replicas = places.any() ? ReplicaScratch::bytes(apply.in, places) : 0;
   const size_t sums = prepared_bytes(apply.in.policy.num_experts) + entropy_weight_workspace_bytes(weight);
   const size_t scratch = clip_apply_workspace_bytes(apply);
-  return sums > scratch ? sums : scratch;
+  return replicas + (sums > scratch ? sums : scratch);
 }
 
 cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const ClipApplyParams& apply, void* workspace,
-                                   cudaStream_t stream) {
-  return enqueue_clip_apply<true>(args_of(threshold, apply, workspace), stream);
+                                   cudaStream_t stream, const Places& places, int32_t* rank_rows) {
+  const ThresholdApplyArgs args = args_of(threshold, apply, workspace, places);
+  if (!places.any()) return enqueue_clip_apply<true>(args, stream);
+  cudaError_t error = enqueue_replica_balance({threshold, places, rank_rows, args.replicas}, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t cells = 2LL * places.num_experts * num_buckets(threshold.policy.bucket_bits);
+  error = enqueue_replica_choose({apply.in, places, threshold.group + cells + kNumSums, threshold.shift, args.replicas}, stream);
+  return error == cudaSuccess ? enqueue_clip_apply<false, true>(args, stream) : error;
 }
 
 }  // namespace macs::cuda

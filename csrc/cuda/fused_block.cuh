@@ -119,7 +119,7 @@ struct FusedBlock {
       : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region, a.p.network),
         shared(memory), block(blockIdx.x), num_blocks(gridDim.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
         first(args.by_blocks.divide(me.num_tokens * block)), end(args.by_blocks.divide(me.num_tokens * (block + 1))) {
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device};
+    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device, p.layer};
   }
 
   template <class T>
@@ -146,6 +146,11 @@ struct FusedBlock {
   // LL words of a source's assignments; shared memory keeps what they say.
   __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
+  }
+  // Of what a source tells of its rows per expert in this round.
+  __device__ __forceinline__ int64_t counts_of(int source) const {
+    const int row = (patience.round & 1) * p.shape.num_ranks + source;
+    return p.layout.counts + 8LL * row * p.shape.num_experts;
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
     return at<uint32_t>(args.tables.entries) + (args.keeps_group ? source * most_slots() : 0);

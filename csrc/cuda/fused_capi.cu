@@ -16,6 +16,9 @@ MACS_EXPORT void macs_fused_layout(const FusedShape* shape, FusedLayout* layout)
 MACS_EXPORT int macs_fused_dispatch(const FusedDispatchParams* p, void* stream) {
   return cuda::launch_fused_dispatch(*p, static_cast<cudaStream_t>(stream));
 }
+MACS_EXPORT int macs_fused_carry(const FusedDispatchParams* p, void* stream) {
+  return cuda::launch_fused_carry(*p, static_cast<cudaStream_t>(stream));
+}
 MACS_EXPORT int macs_fused_combine(const FusedCombineParams* p, void* stream) {
   return cuda::launch_fused_combine(*p, static_cast<cudaStream_t>(stream));
 }

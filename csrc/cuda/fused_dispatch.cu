@@ -343,15 +343,7 @@ bool is_supported(const Policy& policy, const FusedShape& s) {
 
 bool is_supported(const FusedDispatchParams& p) {
   const FusedShape& s = p.shape;
-  const bool sizes = s.num_ranks >= 1 && s.num_ranks <= kMaxPeers && s.num_experts >= 1 &&
-                     s.num_experts <= kMaxFusedExperts && s.num_experts % s.num_ranks == 0 && s.top_k >= 1 &&
-                     s.top_k <= kMaxFusedTopK && s.max_tokens >= 1 && s.max_tokens <= kMaxFusedTokens &&
-                     s.max_tokens * s.top_k <= kMaxFusedSlots &&
-                     s.num_blocks >= 1 && s.num_blocks <= kMaxFusedBlocks;
-  const bool rows = s.hidden_size >= kMinFusedHidden && s.hidden_size <= kMaxFusedHidden &&
-                    s.hidden_size % kFusedHiddenStep == 0 && s.alignment >= 1 && s.expert_rows >= 0 && s.max_rows >= 1 &&
-                    static_cast<int64_t>(s.expert_rows) * (s.num_experts / s.num_ranks) <= s.max_rows;
-  return sizes && rows && p.launched >= 1 && p.launched <= s.num_ranks && p.one.num_tokens <= s.max_tokens &&
+  return is_supported(s) && p.launched >= 1 && p.launched <= s.num_ranks && p.one.num_tokens <= s.max_tokens &&
          (p.phase == Phase::kReceive || is_supported(p.policy, s));
 }
 

@@ -5,8 +5,8 @@
 // their places as they come, while the rows behind them are still on their way.
 //
 // No scale is 0 (Fp8Scale, and so no word of four exponents), so that a word says by itself that it has come. Whoever has
-// seen it writes 0 in its place, for the next round: every word that is sent has to be taken. The host clears what a fault
-// has left.
+// seen it writes 0 in its place, for the round after the next: every word that is sent has to be taken. The host clears what a
+// fault has left.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,6 +18,12 @@ namespace macs::cuda {
 
 __device__ __forceinline__ bool scales_with_rows(const FusedBlock& b) {
   return b.p.scales_with_rows && is_fp8(b.p.shape.format);
+}
+
+// Where the words of a row's scales arrive in this round, in a region.
+__device__ __forceinline__ int64_t arriving_scales(const FusedBlock& b, int row) {
+  const int64_t place = (b.patience.round & 1) * static_cast<int64_t>(b.p.shape.max_rows) + row;
+  return b.p.layout.row_scales + 4 * place * row_scale_stride(b.p.shape);
 }
 
 // Where the scales of a row of a rank's expert belong, in its region: word w at `offset` + w * `apart`.
@@ -46,7 +52,7 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
 __device__ __forceinline__ void tell_scales(const FusedBlock& b, int peer, int row, const unsigned char* staged) {
   const FusedShape& s = b.p.shape;
   const int words = static_cast<int>(scale_words(s));
-  const int64_t offset = b.p.layout.row_scales + 4 * row * row_scale_stride(s);
+  const int64_t offset = arriving_scales(b, row);
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(staged + RowBytes(s).features);
 #pragma unroll 1
   for (int w = b.lane; w < words; w += kWarp) b.peers.send(peer, offset + 4 * w, from[w]);
@@ -78,7 +84,7 @@ __device__ __forceinline__ bool await_scales(const uint32_t* address, int count,
 __device__ __forceinline__ bool place_words(const FusedBlock& b, int local, int row, bool inside, int first) {
   const FusedShape& s = b.p.shape;
   const int count = inside ? min(kClaim, static_cast<int>(scale_words(s)) - first) : 0;
-  uint32_t* const address = b.own<uint32_t>(b.p.layout.row_scales) + row * row_scale_stride(s) + first;
+  uint32_t* const address = b.own<uint32_t>(arriving_scales(b, row)) + first;
   Patience patience = b.patience;
   patience.timeout_ns *= 2;
   uint32_t words[kClaim];

@@ -6,7 +6,7 @@
 
 #include "fused_block.cuh"
 #include "fused_decide.cuh"
-#include "fused_scales.cuh"
+#include "fused_put.cuh"
 #include "warp.cuh"
 
 namespace macs::cuda {
@@ -16,7 +16,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const int* const tokens = b.at<int>(b.args.tables.tokens);
-  const uint64_t* const words = b.own<uint64_t>(b.p.layout.counts) + expert;
+  const uint64_t* const words = b.own<uint64_t>(b.counts_of(0)) + expert;
   uint32_t rows = own;
 #pragma unroll 1
   for (int base = 0; base < ranks && ranks > 1; base += kInFlight) {
@@ -51,7 +51,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
 #pragma unroll 1
   for (int peer = b.block; peer < ranks; peer += b.num_blocks) {
     if (peer == b.rank) continue;
-    const int64_t row = b.p.layout.counts + 8LL * b.rank * experts;
+    const int64_t row = b.counts_of(b.rank);
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
       b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.patience.round));
@@ -128,8 +128,7 @@ __device__ __forceinline__ int row_of(const FusedBlock& b, int i) {
 __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
   const FusedShape& s = b.p.shape;
   const int assignments = (end - begin) * s.top_k, vectors = RowBytes(s).features / 16;
-  // A row in 2^split parts: as many as there are warps, of 32 vectors or more.
-  const int split = max(0, min(__clz(max(assignments - 1, 0)) - __clz(kFusedWarps / 2), __clz(1) - __clz(vectors / kWarp)));
+  const int split = parts_of_a_row(assignments, vectors);
 #pragma unroll 1
   for (int item = b.warp; item < assignments << split; item += kFusedWarps) {
     const int i = item >> split, part = item - (i << split), slot = begin * s.top_k + i;
@@ -137,17 +136,7 @@ __device__ inline void put_rows(const FusedBlock& b, int begin, int end) {
     if (part == 0 && b.lane == 0) b.own<int32_t>(b.p.layout.positions)[slot] = row;
     if (row < 0) continue;
     const int expert = b.current()[slot], peer = b.args.by_per_rank.divide(expert), token = b.args.by_top_k.divide(i);
-    const unsigned char* const staged = b.staged(token);
-    const int from = vectors * part >> split, upto = vectors * (part + 1) >> split;
-    const int64_t offset = b.p.layout.rows + (static_cast<int64_t>(row) * vectors + from) * 16;
-    const bool tells = part == 0 && scales_with_rows(b);
-    if (tells) tell_scales(b, peer, row, staged);
-    b.peers.put(peer, offset, reinterpret_cast<const uint4*>(staged) + from, upto - from, b.lane);
-    if (part != 0) continue;
-    if (!tells && is_fp8(s.format)) put_scales(b, peer, expert - peer * b.args.per_rank, row, staged);
-    if (b.p.names_sources && b.lane == 0) {
-      b.peers.write(peer, b.p.layout.sources + 4LL * row, b.rank << 16 | (begin + token));
-    }
+    put_part(b, peer, expert - peer * b.args.per_rank, row, begin + token, b.staged(token), part, split);
   }
 }
 

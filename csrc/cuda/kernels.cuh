@@ -7,7 +7,7 @@
 
 namespace macs::cuda {
 
-// Zero two buffers (16-byte aligned, sizes multiples of 16); `second` may be null.
+// Zero two buffers (16-byte aligned, sizes multiples of 4 and of 16); `second` may be null.
 struct ZeroArgs {
   void* first;
   void* second;
@@ -21,6 +21,8 @@ __device__ __forceinline__ void zero_all(const ZeroArgs& args) {  // by the whol
   for (int64_t i = first; i < vectors; i += stride) static_cast<uint4*>(args.first)[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll 1
   for (int64_t i = first; i < more; i += stride) static_cast<uint4*>(args.second)[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int64_t i = vectors * 4 + first; i < args.first_bytes / 4; i += stride) static_cast<int*>(args.first)[i] = 0;
 }
 cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream);
 
@@ -38,6 +40,7 @@ struct LoadHistogramArgs {
   EntropyWeightParams weight;
   SumsLayout layout;
 };
-cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream);
+// overlap: the ids are older than the chain of kernels.
+cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream, bool overlap = true);
 
 }  // namespace macs::cuda

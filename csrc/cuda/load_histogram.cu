@@ -12,6 +12,7 @@
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "macs/cuda.h"
+#include "replicas.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -71,14 +72,14 @@ static cudaError_t enqueue_for_ids(const LoadHistogramArgs& args, const Shape& s
   return launch(kernel, shape, args, stream);
 }
 
-cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream, bool overlap) {
   const Assignments& in = args.p.in;
   if (in.num_tokens == 0) return cudaSuccess;
   if (in.top_k < 1 || in.top_k > kWarp) return cudaErrorInvalidValue;
   const int64_t tokens_per_block = kWarps * (kWarp / in.top_k);
   const int64_t blocks = (in.num_tokens + tokens_per_block - 1) / tokens_per_block;
   const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
-  const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = true};
+  const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = overlap};
   if (args.layout.sums != nullptr) return enqueue_for_ids<Weights::kFromEntropy>(args, shape, stream);
   if (args.weight.weight != nullptr) return enqueue_for_ids<Weights::kEqual>(args, shape, stream);
   return enqueue_for_ids<Weights::kGiven>(args, shape, stream);
@@ -95,20 +96,29 @@ cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t str
 }
 
 cudaError_t launch_score_histogram(const EntropyScoreParams& score, const EntropyWeightParams& weight,
-                                   const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream) {
-  // For threshold_apply.
-  const int64_t prepared = static_cast<int64_t>(prepared_bytes(histogram.in.policy.num_experts));
-  ZeroArgs zero = {histogram.histogram, workspace, histogram_bytes(histogram.in), prepared};
-  if (score.hidden_states == nullptr) {
-    const cudaError_t error = enqueue_zero(zero, stream);
-    return error == cudaSuccess ? enqueue_load_histogram({.p = histogram, .weight = weight, .layout = {}}, stream) : error;
+                                   const LoadHistogramParams& histogram, void* workspace, cudaStream_t stream,
+                                   const Places& places) {
+  LoadHistogramArgs args = {.p = histogram, .weight = weight, .layout = {}};
+  ZeroArgs zero = {histogram.histogram, workspace, histogram_bytes(histogram.in), 0};
+  const ReplicaScratch scratch(histogram.in, places, workspace);
+  const ReplicaCountArgs count = {histogram.in, places, histogram.histogram + zero.first_bytes / 4, scratch};
+  if (places.any()) {
+    zero.first_bytes += 4 * replica_exchange_size(places);
+    zero.second = static_cast<char*>(workspace) + ReplicaScratch::bytes(histogram.in, places);
+    args.p.in.topk_ids = scratch.logical, args.p.in.ids_are_i64 = false;
   }
-  const SumsLayout layout = SumsLayout::of(static_cast<char*>(workspace) + prepared, weight.num_segments);
-  zero.second_bytes += layout.bytes();
+  // For threshold_apply.
+  zero.second_bytes = static_cast<int64_t>(prepared_bytes(histogram.in.policy.num_experts));
+  const bool scored = score.hidden_states != nullptr;
+  if (scored) {
+    args.layout = SumsLayout::of(static_cast<char*>(zero.second) + zero.second_bytes, weight.num_segments);
+    zero.second_bytes += args.layout.bytes();
+  }
   cudaError_t error = enqueue_zero(zero, stream);
-  if (error == cudaSuccess) error = enqueue_entropy_score({.p = score, .layout = layout}, true, stream);
+  if (error == cudaSuccess && places.any()) error = enqueue_replica_count(count, stream);
+  if (error == cudaSuccess && scored) error = enqueue_entropy_score({.p = score, .layout = args.layout}, true, stream);
   if (error != cudaSuccess) return error;
-  return enqueue_load_histogram({.p = histogram, .weight = weight, .layout = layout}, stream);
+  return enqueue_load_histogram(args, stream, !places.any());
 }
 
 }  // namespace macs::cuda

@@ -183,7 +183,8 @@ CACHES = {"SGLANG_CACHE_DIR": "", "SGLANG_JIT_CACHE_DIR": "sglang", "TVM_FFI_CAC
 class Launch:
     """What all servers of a run have in common. tokens: of a rank's pass, at most; requests: of a round, over ranks.
 
-    cache: folder for compiled kernels; attention: SGLang's backend, None chooses (`attention_backend`); share_gpu: all
+    decode_graphs: requests of a rank that the largest CUDA graph decodes; 0: none. cache: folder for compiled kernels;
+    attention: SGLang's backend, None chooses (`attention_backend`); share_gpu: all
     ranks on the first GPU, where `client` is the environment of MPS's clients.
     """
 
@@ -197,6 +198,7 @@ class Launch:
     pictures: bool = False
     deepep_mode: str = "normal"
     prefill_graphs: bool = False
+    decode_graphs: int = 0
     attention: str | None = None
     cache: Path | None = None
     share_gpu: bool = False
@@ -226,6 +228,14 @@ class Launch:
         arguments += ["--mm-attention-backend", "fa3" if attention == "fa3" else "sdpa"]
         if self.share_gpu:  # pictures would go through memory of a process that is no rank
             arguments += ["--mm-feature-transport", "cpu"]
+        if self.decode_graphs:
+            return [
+                *arguments,
+                "--deepep-mode",
+                self.deepep_mode,
+                "--cuda-graph-max-bs-decode",
+                str(self.decode_graphs),
+            ]
         if self.prefill_graphs:
             return [*arguments, "--deepep-mode", "auto", "--cuda-graph-backend-prefill", "breakable"]
         return [*arguments, "--deepep-mode", self.deepep_mode, "--disable-cuda-graph"]
@@ -244,6 +254,8 @@ class Launch:
         }
         if self.cache:
             found |= {name: str(self.cache / folder) for name, folder in CACHES.items()}
+        if self.decode_graphs:  # ranks times tokens must divide by 4 for DeepGEMM
+            found["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = str(max(4, self.decode_graphs))
         if self.device == "cpu":
             found["PYTHONPATH"] = cpu_compat.environment(self.ranks, {"PYTHONPATH": folders})["PYTHONPATH"]
         return found | self.client

@@ -24,6 +24,7 @@ import fused_rounds
 import numpy as np
 import paths  # noqa: F401
 import result_file
+import time_decode
 import time_fused
 import torch
 from support import fused_cases, fused_faults
@@ -72,7 +73,7 @@ def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
 
     def shared(ranks: int, **options) -> FusedConfig:
         tokens = options.pop("T", 128)
-        own = {name: options.pop(name) for name in ("format", "scales_with_rows") if name in options}
+        own = {name: options.pop(name) for name in ("format", "scales_with_rows", "carried") if name in options}
         plan = Config(T=tokens, R=ranks, hot=1.0, visual=0.9, **options)
         return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8, **own)
 
@@ -82,6 +83,8 @@ def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
         (shared(2, T=127, **expert), GRAPH_ROUNDS // 4),
         (masked(shared(2, format="fp8", scales_with_rows=True)), GRAPH_ROUNDS // 4),
         (masked(shared(1, scope="expert", bucket_bits=4)), GRAPH_ROUNDS // 4),
+        (masked(shared(8, carried=True)), GRAPH_ROUNDS),
+        (masked(shared(2, T=32, format="fp8", scales_with_rows=True, carried=True)), GRAPH_ROUNDS),
     ]
 
 
@@ -107,6 +110,8 @@ def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: 
             masked(small),
             with_rows,
             masked(with_rows),
+            masked(replace(small, row_experts=False, carried=True)),
+            masked(replace(with_rows, carried=True)),
             *fused_cases.random_configs(options.small, options.seed, 16),
         ]
         few = {name: fused_faults.SCENARIOS[name] for name in ("dead rank", "13 tokens", "13 rows of an expert")}
@@ -132,7 +137,9 @@ def on_one_gpu(options: argparse.Namespace) -> int:
     if not (options.check_only or options.sanitize):
         table = time_fused.Table()
         try:
-            stage("times", lambda: time_fused.one_gpu(kernels, table, multiprocessors, options))
+            options.keep = lambda table: keep(options, table)
+            timing = time_decode if options.decode else time_fused
+            stage("times", lambda: timing.one_gpu(kernels, table, multiprocessors, options))
         finally:
             finish(options, table)
     return failed
@@ -157,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--time-only", action="store_true")
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="time decode: 1 to 128 tokens, nothing planned")
     parser.add_argument("--quick", action="store_true", help="time the smallest size alone")
     parser.add_argument("--scales-with-rows", action="store_true", help="time FP8 on one GPU as between devices")
     parser.add_argument("--small", type=int, default=24, help="random cases")

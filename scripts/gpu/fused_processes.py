@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import paths  # noqa: F401
+import time_decode
 import torch
 import torch.distributed as dist
 from low_latency import most_tokens
 from mps import shared_gpu
 from support import fused_c as fc
 from support.fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
-from support.fused_checks import check_combine, check_dispatch, fresh_outputs, output
+from support.fused_checks import check_combine, check_dispatch, fresh_outputs, output, routed
 from support.kernel_case import POISON, Config
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
 from time_kernels import graph_us
@@ -104,12 +105,13 @@ def play(group: Group, seed: int, dispatch: Callable[[Group], None]) -> None:
     at_rest()  # else a peer's rows are poisoned
     dispatch(group)
     torch.cuda.synchronize()
-    placement = check_dispatch(group, ranks, everyone(output(group, me, "weight")))
+    weights = None if group.config.carried else everyone(output(group, me, "weight"))
+    placement = check_dispatch(group, ranks, weights)
     outputs = fresh_outputs(group, seed)
     group.set_outputs(outputs)
     group.combine()
     torch.cuda.synchronize()
-    decided = everyone((output(group, me, "new_ids"), output(group, me, "new_weights")))
+    decided = routed(group, ranks) or everyone((output(group, me, "new_ids"), output(group, me, "new_weights")))
     check_combine(group, placement, outputs, decided)
     at_rest()
 
@@ -126,13 +128,15 @@ def cases(ranks: int, blocks: int, largest: int) -> list[FusedConfig]:
         masked(FusedConfig(plan, ragged, blocks, "fp8_ue8m0", True, row_experts=True, copies_outputs=True)),
         FusedConfig(Config(T=511, R=ranks, hot=60.0, H=largest), (511,) * ranks, blocks, "fp8", True),
         masked(FusedConfig(plan, (128,) * ranks, blocks, "fp8", False)),
+        masked(FusedConfig(plan, ragged, blocks, carried=True)),
+        masked(FusedConfig(plan, (128,) * ranks, blocks, "fp8", True, carried=True, copies_outputs=True)),
     ]
 
 
-def dead_rank(kernels, regions: SharedRegions, blocks: int) -> None:
+def dead_rank(kernels, regions: SharedRegions, blocks: int, carried: bool) -> None:
     """The last rank does not launch: the others name it in time, and go on with it afterwards."""
     ranks, me = dist.get_world_size(), dist.get_rank()
-    config = FusedConfig(Config(T=16, R=ranks, hot=1.5), (16,) * ranks, blocks)
+    config = masked(FusedConfig(Config(T=16, R=ranks, hot=1.5), (16,) * ranks, blocks, carried=carried))
     group = regions.group(kernels, config)
     play(group, 0, Group.dispatch)
     group.config = replace(config, timeout_ns=20_000_000)  # too little for ranks that start apart
@@ -141,7 +145,8 @@ def dead_rank(kernels, regions: SharedRegions, blocks: int) -> None:
     torch.cuda.synchronize()
     group.config = config
     status = group.status(me)
-    if me != ranks - 1 and (fc.FAULTS[status.fault], status.peer) != ("assignments", ranks - 1):
+    expected = "counts" if carried else "assignments", ranks - 1
+    if me != ranks - 1 and (fc.FAULTS[status.fault], status.peer) != expected:
         raise RuntimeError(f"rank {me} reports {fc.FAULTS[status.fault]} of rank {status.peer}")
     at_rest()
     group.recover(max(everyone(group.round(me))) + 1)
@@ -157,29 +162,63 @@ def run_rank(kernels, options) -> None:
     dist.init_process_group(backend, init_method=f"file://{options.init}", rank=me, world_size=ranks)
     blocks = min(everyone(multiprocessors(options)))
     every = cases(ranks, blocks, 2048 if options.mps and ranks > 2 else 7168)
-    timed = [
-        timed_config(ranks, tokens, hidden_size, format, blocks * ranks, scales_with_rows=not options.mps)
-        for tokens in ((128,) if options.mps else (128, most_tokens(ranks)))
-        for hidden_size in (2048, 7168)
-        for format in ("bfloat16", "fp8")
-    ]
+    timed = decode_configs(blocks, options) if options.decode else timed_configs(blocks, options)
     size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
     regions = SharedRegions(kernels.library, size)
     if not options.time_only:
         check_all(kernels, regions, every, options, blocks)
     if not options.check_only:
         table = Table()
-        for config in timed:
-            started = time.monotonic()
-            time_config(kernels, regions, table, config, options)
-            if me == 0:
-                options.keep(table)  # a run that is cut off has shown something
-                size = f"T {config.plan.T} H {config.plan.H} {config.format}"
-                print(f"timed {size} in {time.monotonic() - started:.0f} s", flush=True)
+        (time_decoding if options.decode else time_planning)(kernels, regions, table, timed, options)
         if me == 0:
             table.show()
     at_rest()
     dist.destroy_process_group()
+
+
+def timed_configs(blocks: int, options) -> list[FusedConfig]:
+    ranks = options.processes
+    return [
+        timed_config(ranks, tokens, hidden_size, format, blocks * ranks, scales_with_rows=not options.mps)
+        for tokens in ((128,) if options.mps else (128, most_tokens(ranks)))
+        for hidden_size in (2048, 7168)
+        for format in ("bfloat16", "fp8")
+    ]
+
+
+def decode_configs(blocks: int, options) -> list[FusedConfig]:
+    """Of every region that `time_decoding` needs."""
+    sizes = [(hidden_size, format) for hidden_size in time_decode.HIDDEN_SIZES for format in time_decode.FORMATS]
+    most = time_decode.MOST_TOKENS
+    return [time_decode.decode_config(options.processes, most, *size, blocks, not options.mps) for size in sizes]
+
+
+def time_planning(kernels, regions: SharedRegions, table: Table, configs: list[FusedConfig], options) -> None:
+    for config in configs:
+        started = time.monotonic()
+        time_config(kernels, regions, table, config, options)
+        if dist.get_rank() == 0:
+            options.keep(table)  # a run that is cut off has shown something
+            size = f"T {config.plan.T} H {config.plan.H} {config.format}"
+            print(f"timed {size} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def time_decoding(kernels, regions: SharedRegions, table: Table, configs: list[FusedConfig], options) -> None:
+    """Rows of time_decode.py. configs: as of `decode_configs`."""
+    blocks = configs[0].blocks
+    if dist.get_rank() != 0:
+        options.keep = lambda table: None
+
+    def layer_of(*sizes) -> Layer:
+        config = time_decode.decode_config(options.processes, *sizes, blocks, not options.mps)
+        return Layer(kernels, config, regions.group(kernels, config).regions, time_decode.INPUTS)
+
+    if options.mps:
+        time_us = partial(together_us, meet=at_rest)
+        time_one = partial(time_decode.time_shared, at_rest=at_rest, time_us=time_us)
+    else:
+        time_one = partial(time_decode.time_layer, at_rest=at_rest)
+    time_decode.time_all(Slowest(table), layer_of, has_deepep(), options, time_one)
 
 
 def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options, blocks: int) -> None:
@@ -189,7 +228,8 @@ def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options
         for seed in range(options.rounds):
             play(group, options.seed + seed, in_two_phases if seed % 2 else Group.dispatch)
             checked += 1
-    dead_rank(kernels, regions, blocks)
+    for carried in (False, True):
+        dead_rank(kernels, regions, blocks, carried)
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
         print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)

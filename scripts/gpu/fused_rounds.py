@@ -69,7 +69,16 @@ class Rounds:
                     target.copy_(value)
         self.outputs.normal_()
 
+    def decided(self) -> tuple[Tensor, Tensor]:
+        """[R, T, K] ids and weights that all ranks have to dispatch by."""
+        carried = self.config.carried
+        pairs = [(run.ids, run.gates) if carried else (run.out["ids"], run.out["weights"]) for run in self.runs]
+        ids, weights = zip(*pairs, strict=True)
+        return torch.stack(ids), torch.stack(weights)
+
     def composed(self) -> None:
+        if self.config.carried:
+            return
         for run in self.runs:
             run.score_histogram()
         total = sum(run.out["histogram"] for run in self.runs)
@@ -92,6 +101,8 @@ class Rounds:
         self.wrong[COMPARED.index(name)] += (got != want).sum()
 
     def compare_plans(self) -> None:
+        if self.config.carried:
+            return
         names = {"new_ids": "ids", "new_weights": "weights"}
         for rank, run in enumerate(self.runs):
             for name in ("new_ids", "new_weights", "weight", "counts", "cut"):
@@ -101,7 +112,7 @@ class Rounds:
 
     def compare_places(self) -> reference.Placement:
         config, f, local = self.config, self.config.plan, self.config.local
-        placement = reference.place(config, torch.stack([run.out["ids"].long() for run in self.runs]))
+        placement = reference.place(config, self.decided()[0].long())
         features, scales = reference.cast(self.hidden.view(-1, f.H), config.format)
         for rank in range(f.R):
             mine = slice(rank * local, (rank + 1) * local)
@@ -118,8 +129,7 @@ class Rounds:
         return placement
 
     def compare_sums(self, placement: reference.Placement) -> None:
-        ids = torch.stack([run.out["ids"] for run in self.runs])
-        weights = torch.stack([run.out["weights"] for run in self.runs])
+        ids, weights = self.decided()
         want, size = reference.combine(self.config, ids, weights, placement.positions, self.outputs)
         got = torch.stack([tensors.outputs["combined"] for tensors in self.group.tensors.values()]).double()
         near = (got - want).abs() <= 2.0**-8 * want.abs() + 1e-6 * size

@@ -23,7 +23,7 @@ ROOT = paths.ROOT
 ONE_GPU_SITE = HERE / "one_gpu_site"
 COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
-    *("--sampling-backend", "pytorch", "--disable-cuda-graph", "--random-seed", "1", "--skip-server-warmup"),
+    *("--sampling-backend", "pytorch", "--random-seed", "1", "--skip-server-warmup"),
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
@@ -63,8 +63,8 @@ class Launch:
     """One way to serve.
 
     kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused,
-    bounded, peers: with --macs-dispatch fused or bounded, with --macs-all-reduce peer where MACS is on; one_gpu: every
-    rank on the first GPU (under MPS); observed: with metrics and trace.
+    bounded, peers: with --macs-dispatch fused or bounded, with --macs-all-reduce peer where MACS is on; graphs: decode
+    replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace.
     """
 
     ranks: int
@@ -80,6 +80,7 @@ class Launch:
     fused: bool = False
     bounded: bool = False
     peers: bool = False
+    graphs: bool = False
     one_gpu: bool = False
     observed: bool = False
 
@@ -97,7 +98,13 @@ class Launch:
             parallel += ["--macs-scope", "expert"]
         if self.one_gpu:  # pictures would go through memory of a process that is no rank
             parallel += ["--mm-feature-transport", "cpu"]
-        return [*COMMON, *parallel, "--deepep-mode", self.mode, *self.flags]
+        graphs = ["--cuda-graph-max-bs-decode", "8"] if self.graphs else ["--disable-cuda-graph"]
+        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags]
+
+    @property
+    def plans_fused(self) -> bool:
+        """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode."""
+        return self.fused and self.mode == "low_latency"
 
     def environment(self) -> dict[str, str]:
         if self.gpus > 1:
@@ -150,6 +157,20 @@ LAUNCHES = {
     "2 ranks, fused": Launch(2, "low_latency", fused=True),
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
+    # As users run it: prefill in normal mode, decode in low latency. Decoding and prefills meet in the mixed requests.
+    "2 ranks, auto": Launch(2, "auto", graphs=True),
+    "2 ranks, auto, fused": Launch(2, "auto", fused=True, graphs=True),
+    "2 ranks, auto, fused, FP8 blocks": Launch(2, "auto", fused=True, graphs=True, **FP8),
+    "2 ranks, auto, fused, mixed chunks": Launch(
+        2, "auto", fused=True, graphs=True, flags=(*SMALL, "--enable-mixed-chunk")
+    ),
+    "2 ranks, auto, fused, two batches": Launch(
+        2, "auto", kind="qwen3_moe", fused=True, graphs=True, flags=(*SMALL, "--enable-two-batch-overlap")
+    ),
+    "2 ranks, low latency, fused, graphs": Launch(2, "low_latency", fused=True, graphs=True),
+    "2 ranks, auto, fused, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True),
+    "2 ranks, auto, fused, FP8 blocks, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True, **FP8),
+    "2 ranks, low latency, fused, graphs, one GPU": Launch(2, "low_latency", fused=True, graphs=True, one_gpu=True),
 }
 # On more GPUs, what differs with their number.
 LAUNCHES |= {f"{n} ranks, 128 experts": Launch(n, "low_latency", **REAL) for n in (4, 8)}

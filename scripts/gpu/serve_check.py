@@ -112,9 +112,11 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
-            for way, asked in (("fused", launch.fused), ("bounded", launch.bounded)):
+            for way, asked in (("fused", launch.plans_fused), ("bounded", launch.bounded)):
                 if state[way] != (state["planned"] if asked else 0):
                     wrong.append(f"gamma {run}: rank {state['rank']}: {state[way]} of {state['planned']} were {way}")
+            if launch.fused and not state["fused_region"]["rounds"]:
+                wrong.append(f"gamma {run}: rank {state['rank']}: the fused kernels carried nothing")
             if sum(state["violations"].values()):
                 wrong.append(f"gamma {run}: rank {state['rank']} violated {state['violations']}")
         if launch.peers and not runs[run].get("by_peers"):
@@ -133,7 +135,7 @@ def summary(run: dict) -> dict:
     if "error" in run:
         return run
     names = ("rank", "dispatches", "planned", "fused", "bounded", "skipped", "misaligned", "checks", "violations")
-    names += ("own", "plan_seconds")
+    names += ("own", "plan_seconds", "fused_region")
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 
 

@@ -73,11 +73,11 @@ def gamma_for(config: FusedConfig, ranks: list[Inputs], share: float) -> float:
 class Layer:
     """Sets of inputs over the same regions."""
 
-    def __init__(self, kernels, config: FusedConfig, regions=None) -> None:
+    def __init__(self, kernels, config: FusedConfig, regions=None, sets: int = SETS) -> None:
         f = config.plan
         # An even number: DeepEP's two buffers take turns, in the graph as they did while it was captured, so that
         # behind an odd number the next replay begins with the buffer just used. Two ranks stood still with 47.
-        count = max(2, min(SETS, COLD_BYTES // max(1, sum(config.tokens) * f.H * 2)) // 2 * 2)
+        count = max(2, min(sets, COLD_BYTES // max(1, sum(config.tokens) * f.H * 2)) // 2 * 2)
         self.kernels, self.config = kernels, config
         self.inputs = [make_group(config, seed, "cuda") for seed in range(count)]
         first = Group(kernels, config, regions=regions)
@@ -106,6 +106,8 @@ class Layer:
 
     def kept_rows(self) -> int:
         """That the ranks played here sent of the last set."""
+        if self.config.carried:
+            return int(sum((self.inputs[-1][rank].ids >= 0).sum() for rank in self.groups[-1].ranks))
         return int(sum((t.outputs["new_ids"] >= 0).sum() for t in self.groups[-1].tensors.values()))
 
     def dispatch_bytes(self) -> int:
@@ -169,10 +171,11 @@ class Table:
 class DeepEP:
     """Its low-latency dispatch and combine over a layer's inputs, alone and behind the plan's kernels."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, buffer=None) -> None:
+        """buffer: made for as many tokens and experts; None: one of its own, which the caller destroys."""
         f, self.rank = layer.config.plan, layer.groups[0].ranks[0]
         self.layer, self.plan, self.fp8 = layer, f, layer.config.format != "bfloat16"
-        self.buffer = make_buffer(f.T, f.H, f.E)
+        self.buffer = buffer or make_buffer(f.T, f.H, f.E)
         self.sets = [group.tensors[self.rank].inputs for group in layer.groups]
         self.outputs = torch.randn(f.E // f.R, f.R * f.T, f.H, device="cuda").bfloat16()
 

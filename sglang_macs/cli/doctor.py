@@ -205,7 +205,7 @@ def _fused() -> Check:
         return Check(name, SKIP, why, "It needs Hopper, and a build with nvcc and MACS_CUDA=1. DeepEP does without.")
     if _apart():
         return Check(name, SKIP, "no peer access", "It needs NVLink or PCIe peer access among all GPUs of the group.")
-    return Check(name, OK, "can carry planned batches under --deepep-mode low_latency")
+    return Check(name, OK, "can carry low-latency batches, which are decode's under --deepep-mode auto")
 
 
 def _importable(module: str) -> tuple[bool, str]:

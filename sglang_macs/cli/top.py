@@ -129,13 +129,17 @@ def _fates(states: Sequence[State]) -> list[str]:
     own = _sum([_mapping(state.get("own")) for state in states])
     if not own:
         return []
-    lines = [f"{'assignments':<12}{'planned':>12}{'clipped':>20}{'re-routed':>12}{'dropped':>12}"]
+    moved = {m: int(_number(own.get(f"moved_{m}"))) for m in MODALITIES}
+    replicas = any(moved.values())
+    head = f"{'assignments':<12}{'planned':>12}" + f"{'moved':>12}" * replicas
+    lines = [head + f"{'clipped':>20}{'re-routed':>12}{'dropped':>12}"]
     for modality in MODALITIES:
         planned, clipped, rerouted, dropped = (
             int(_number(own.get(f"{fate}_{modality}"))) for fate in ("assignments", "clipped", "rerouted", "dropped")
         )
         share = f"({clipped / planned:.1%})" if planned else ""
-        lines.append(f"{modality:<12}{planned:>12}{f'{clipped} {share}':>20}{rerouted:>12}{dropped:>12}")
+        head = f"{modality:<12}{planned:>12}" + f"{moved[modality]:>12}" * replicas
+        lines.append(head + f"{f'{clipped} {share}':>20}{rerouted:>12}{dropped:>12}")
     return lines
 
 

@@ -44,7 +44,13 @@ class PeerAllReduce:
 
     def check(self) -> None:
         """Raises MacsError once a wait has given up; never makes the host wait."""
-        found = self._watch.look(self.memory.own[: peer_status.SIZE])
+        self._raise_for(self._watch.look(self.memory.own[: peer_status.SIZE]))
+
+    def check_arrived(self) -> None:
+        """As `check`, of what was sent for already: behind a pass, whether that pass went well."""
+        self._raise_for(self._watch.arrived())
+
+    def _raise_for(self, found: peer_status.Record | None) -> None:
         if found is not None:
             raise MacsError(
                 "exchange",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_STATUS = struct.Struct("=iiiIqq")  # FusedStatus of csrc/include/macs/fused.h
+_STATUS = struct.Struct("=iiiiIIqq")  # FusedStatus of csrc/include/macs/fused.h
 SIZE = _STATUS.size
+MOST_ON_THEIR_WAY = 8  # copies: passes that a host is ahead of its device, and more
 
 # By Fault of that file: what the rank in question did or did not do.
 FAULTS = (
@@ -31,12 +33,14 @@ FAULTS = (
 
 
 class Record(NamedTuple):
-    """The first fault of a rank; peer and block -1: not known which."""
+    """The first fault of a rank; peer and block -1: not known which; layer -1: of none."""
 
     fault: int
     peer: int
     block: int
+    layer: int
     in_round: int
+    limit_ms: int
     seen: int
     expected: int
 
@@ -62,17 +66,25 @@ class Watch:
 
     def __init__(self, read: Callable[[Tensor], Any] = read) -> None:
         self._read = read
-        self._seen: Tensor | None = None  # on its way to the host
-        self._seen_at: torch.cuda.Event | None = None
+        self._on_their_way: deque[tuple[Tensor, torch.cuda.Event]] = (
+            deque()
+        )  # copies to the host, in the stream's order
 
     def look(self, status: Tensor) -> Any:
         """The record as it was at an earlier call; sends for the next. status: what `read` takes, here [SIZE] u8."""
+        found = self.arrived()
+        if len(self._on_their_way) < MOST_ON_THEIR_WAY:
+            copy = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
+            copy.copy_(status, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._on_their_way.append((copy, event))
+        return found
+
+    def arrived(self) -> Any:
+        """The first record of those that were sent for and are here."""
         found = None
-        if self._seen is not None and self._seen_at is not None and self._seen_at.query():
-            found, self._seen = self._read(self._seen), None
-        if self._seen is None:
-            self._seen = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
-            self._seen.copy_(status, non_blocking=True)
-            self._seen_at = torch.cuda.Event()
-            self._seen_at.record()
+        while self._on_their_way and self._on_their_way[0][1].query():
+            said = self._read(self._on_their_way.popleft()[0])
+            found = said if found is None else found
         return found

@@ -29,6 +29,7 @@ TILE = 128  # rows of a tile of DeepGEMM's contiguous grouped GEMM, which begins
 # What a row buffer may hold beyond the mean load, in bf16 rows: more is left to DeepEP, whose buffers fit the rows that
 # come. Only a bound far from the mean gets there: infinite gamma on many ranks.
 SPARE_BYTES = 2 << 30
+SMALLEST = 256  # rows of a size class
 
 
 class Sizes(NamedTuple):
@@ -79,6 +80,20 @@ def most_tokens(sizes: Sizes, group_tokens: int, attn_tp_size: int) -> int:
 def spare_bytes(sizes: Sizes, group_rows: int, rows: int) -> int:
     """Of a buffer of `rows` rows in bf16, what the mean load does not fill."""
     return max(0, rows - group_rows * sizes.top_k // sizes.num_ranks) * sizes.hidden_size * 2
+
+
+def size_class(rows: int) -> int:
+    """The next of sizes that are an eighth of a power of two apart, so that at most an eighth is filled up."""
+    step = max(SMALLEST, 1 << max(0, (rows - 1).bit_length() - 4))
+    return max(1, -(-rows // step)) * step
+
+
+def row_sizes(config: MacsConfig, sizes: Sizes, most_rows: int) -> list[int]:
+    """Rows of the buffers for batches of which no rank has more than `most_rows` rows, by size classes."""
+    classes = {size_class(rows) for rows in range(SMALLEST, most_rows + SMALLEST, SMALLEST)}
+    tokens = [rows * sizes.num_ranks for rows in classes]
+    found = [(n, room(config, sizes, n, planned=planned).rows) for n in tokens for planned in (True, False)]
+    return sorted({rows for n, rows in found if spare_bytes(sizes, n, rows) <= SPARE_BYTES})
 
 
 class Index(NamedTuple):
@@ -172,6 +187,7 @@ class BoundedDispatch:
         self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
         self._found: dict[tuple, Room | None] = {}
         self._layers: set[tuple[Sizes, int]] = set()
+        self.most_rows = 0  # of a rank in one batch
         self._workspace: Workspace | None = None
         self._watch = Watch(lambda lost: int(lost) or None)
 
@@ -188,6 +204,10 @@ class BoundedDispatch:
             spare_bytes(sizes, tokens, room(self.config, sizes, tokens, planned=False).rows) > SPARE_BYTES
             for sizes, tokens in asked
         )
+
+    def row_sizes(self) -> list[int]:
+        """Rows of all layers' buffers for batches that may come, by size classes."""
+        return sorted({rows for sizes, _ in self._layers for rows in row_sizes(self.config, sizes, self.most_rows)})
 
     def workspace(self, device: torch.device) -> Workspace:
         """Made by the first dispatch."""

@@ -1,12 +1,15 @@
 """The fused dispatch and combine (docs/fused_dispatch.md) of one expert-parallel group: its region, and the launches
-over it. One dispatch is under way at a time, from `send` to `combine`; all layers share it.
+over it. One dispatch is under way at a time, from `send` or `carry` to `combine`; all layers share it.
+
+Everything that changes from round to round lies in the region, the round's number too: what is captured in a CUDA graph
+may be replayed.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +26,11 @@ from ..plan.plan import Plan, PlanResult
 from ..plan.tokens import RoutedTokens
 
 # Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
-# compile kernels that the others, who wait for it here, do not need: a minute with empty caches.
+# compile kernels that the others, who wait for it here, do not need: a minute with empty caches. In a CUDA graph nobody
+# compiles, and SGLang's schedulers have met before they replay one.
 TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
+CAPTURED_TIMEOUT_NS = 8 * 10**9
 SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
-KEPT_ROUNDS = 1024  # of which it is known which layer they were
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,11 @@ class Sizes:
     hidden_size: int
 
 
-def timeout_ns(in_round: int) -> int:
-    """Of the waits of a round; rounds count from 1."""
-    return FIRST_TIMEOUT_NS if in_round <= FIRST_ROUNDS else TIMEOUT_NS
+def timeout_ns(rounds: int) -> int:
+    """Of the waits of a round that is launched now, the `rounds`-th of this host."""
+    if torch.cuda.is_current_stream_capturing():
+        return CAPTURED_TIMEOUT_NS
+    return FIRST_TIMEOUT_NS if rounds <= FIRST_ROUNDS else TIMEOUT_NS
 
 
 def unsupported(config: MacsConfig, sizes: Sizes) -> str:
@@ -70,22 +76,11 @@ def unsupported(config: MacsConfig, sizes: Sizes) -> str:
     return next((words for refused, words in reasons if refused), "")
 
 
-def rows_per_expert(config: MacsConfig, sizes: Sizes) -> int:
-    """Rows that an expert can get of one planned dispatch: what its bound lets through, at most every token."""
-    worst = sizes.num_ranks * sizes.max_tokens
-    assignments = worst * sizes.top_k
-    most = float(worst)
-    if config.load == "rows" and config.scope == "expert":
-        most = max(config.c_min, config.gamma * assignments / sizes.num_experts * (1 + config.rho / 2))
-    elif config.load == "rows":
-        most = config.gamma * assignments / sizes.num_ranks
-    rows = worst if math.isinf(most) else min(worst, math.floor(most) + 1)  # + 1: the bound rounds in another order
-    return -(-rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
-
-
-def region_shape(config: MacsConfig, sizes: Sizes, format: str, num_blocks: int) -> ops.RegionShape:
-    """Experts side by side, as DeepGEMM's masked grouped GEMM takes them."""
-    rows = rows_per_expert(config, sizes)
+def region_shape(sizes: Sizes, format: str, num_blocks: int) -> ops.RegionShape:
+    """Experts side by side, as DeepGEMM's masked grouped GEMM takes them, each with room for every token of every rank:
+    a batch that is not planned knows no bound.
+    """
+    rows = -(-sizes.num_ranks * sizes.max_tokens // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
     local = sizes.num_experts // sizes.num_ranks
     return ops.RegionShape(
         sizes.num_ranks,
@@ -112,21 +107,21 @@ class FusedDispatch:
     def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:
         self.config, self.sizes, self.memory, self.num_blocks = config, sizes, memory, num_blocks
         self.shape: ops.RegionShape | None = None  # once the format of the rows is known
-        self._layers: deque[int] = deque(maxlen=KEPT_ROUNDS)  # of the last rounds, the newest last
-        self._round = 0
-        self._under_way: int | None = None  # layer whose rows were sent and not yet received
+        self._rounds = 0  # launched or captured here; the region counts those that have run
+        self._layer = -1  # whose rows were sent last
+        self._to_receive = False  # whether a launch has yet to await them
         self._watch = peer_status.Watch()
 
     @staticmethod
-    def region_bytes(config: MacsConfig, sizes: Sizes, num_blocks: int) -> int:
+    def region_bytes(sizes: Sizes, num_blocks: int) -> int:
         """Of a rank's region, whatever the format of the rows."""
-        return max(ops.fused_layout(region_shape(config, sizes, f, num_blocks)).bytes for f in FORMATS)
+        return max(ops.fused_layout(region_shape(sizes, f, num_blocks)).bytes for f in FORMATS)
 
-    @staticmethod
-    def saved_bytes(config: MacsConfig, sizes: Sizes) -> int:
-        """What the bound saves of a rank's rows and outputs, against room for every token of every rank (bf16)."""
-        local, worst = sizes.num_experts // sizes.num_ranks, sizes.num_ranks * sizes.max_tokens
-        return max(0, worst - rows_per_expert(config, sizes)) * local * sizes.hidden_size * 2 * 2
+    def fits(self, format: str) -> bool:
+        """Whether rows of this format may be sent: one region holds those of one. The first `send` or `carry` says
+        which, on all ranks alike.
+        """
+        return self.shape is None or self._format == format
 
     def send(
         self,
@@ -134,18 +129,16 @@ class FusedDispatch:
         layer_id: int,
         format: str,
         tokens: RoutedTokens,
+        *,
+        awaits: bool = False,
     ) -> PlanResult:
         """Plans and sends; T <= sizes.max_tokens. Collective.
 
-        `group` and `own` of the result hold only the group's sums: no histogram is made. Raises MacsError if the rows
-        of the `send` before were not received: their scales would be taken for those of these.
+        awaits: the same launch awaits everybody's rows, and `receive` launches nothing. `group` and `own` of the
+        result hold only the group's sums: no histogram is made. Raises MacsError if the rows sent before were not
+        received: their scales would be taken for those of these.
         """
-        if self._under_way is not None:
-            raise MacsError("fused dispatch", f"layer {layer_id} sent", f"layer {self._under_way} received before", "")
-        self._set_format(format)
-        self._under_way = layer_id
-        self._layers.append(layer_id)
-        self._round += 1
+        self._begin(layer_id, format, awaits)
         logits = None if self.config.reroute == "none" or tokens.router_logits is None else tokens.router_logits.float()
         ids, weights, weight, cut, counts, sums = ops.fused_dispatch(
             *self._where(),
@@ -155,27 +148,65 @@ class FusedDispatch:
             tokens.segment,
             logits,
             num_segments=tokens.num_segments,
-            phase="send",
-            timeout_ns=timeout_ns(self._round),
-            **plan.fused_options(tokens.hidden_states.device),
+            phase="both" if awaits else "send",
+            **(self._patience() | plan.fused_options(tokens.hidden_states.device)),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
 
+    def carry(
+        self,
+        layer_id: int,
+        format: str,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        *,
+        awaits: bool = False,
+    ) -> None:
+        """Sends every row to where it was routed, unplanned; the rest as of `send`. Collective."""
+        self._begin(layer_id, format, awaits)
+        phase = "both" if awaits else "send"
+        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._patience())
+
     def receive(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What `send` of all ranks brought: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for
-        bf16), and rows of each expert [E_l] i32.
+        """What all ranks sent: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for bf16), and rows
+        of each expert [E_l] i32.
         """
-        ops.fused_receive(*self._where(), timeout_ns(self._round))
-        self._under_way = None
+        if self._to_receive:
+            ops.fused_receive(*self._where(), **self._patience())
+        self._to_receive = False
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
+
+    def holds(self, inputs: Tensor) -> bool:
+        """Whether a GEMM over `inputs` is over the rows that were received."""
+        return self.shape is not None and inputs.data_ptr() == self.rows().data_ptr()
+
+    def lend(self, outputs: Tensor) -> bool:
+        """Makes `outputs`, which nobody has written yet, the memory that combine reads; False: they are of another
+        shape than the experts' outputs [E_l, M, H] bf16.
+        """
+        place = self._outputs()
+        if outputs.shape != place.shape or outputs.dtype != place.dtype:
+            return False
+        outputs.set_(place)
+        return True
 
     def offer(self, outputs: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """The experts' outputs [E_l, M, H] bf16, to whoever sent the rows."""
         self._combine(outputs, topk_ids, topk_weights, "send")
 
-    def combine(self, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """[T, H] bf16 behind `offer` of all ranks; ids and weights [T, K] of `send`."""
-        return self._combine(None, topk_ids, topk_weights, "receive")
+    def combine(self, topk_ids: Tensor, topk_weights: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """[T, H] bf16 behind `offer` of all ranks, or with `outputs` in one launch with it; ids and weights [T, K] as
+        they were sent.
+        """
+        return self._combine(outputs, topk_ids, topk_weights, "receive" if outputs is None else "both")
+
+    def _outputs(self) -> Tensor:
+        """[E_l, M, H] bf16, what combine reads."""
+        return self._part("outputs", torch.bfloat16, self._local, self._region.expert_rows, self.sizes.hidden_size)
+
+    def rounds(self) -> int:
+        """That have run, replayed ones too. Waits for the current stream."""
+        return int(self._part("round", torch.int32, 1)) if self.shape is not None else 0
 
     def rows(self) -> Tensor:
         """[E_l, M, H] bf16 or e4m3; made anew every time, since SGLang's runner disposes of what it is handed."""
@@ -196,19 +227,20 @@ class FusedDispatch:
         if self.shape is not None:
             self._raise_for(self._watch.look(self._status()))
 
+    def check_arrived(self) -> None:
+        """As `check`, of what was sent for already: behind a pass, whether that pass went well."""
+        self._raise_for(self._watch.arrived())
+
     def recover(self, group: dist.ProcessGroup) -> None:
         """Behind a fault, with every rank here: faults are cleared, and all go on from one round. Collective.
 
         group: on the host (gloo), of the ranks that are left; the same number as before.
         """
         torch.cuda.synchronize()
-        rounds = self._part("round", torch.int32, 1)
-        self._round = max(everyone(int(rounds), group)) + 1
-        rounds.fill_(self._round)
+        self._part("round", torch.int32, 1).fill_(max(everyone(self.rounds(), group)) + 1)
         self._status().zero_()
         self._part("row_scales", torch.uint8, self._layout.scales - self._layout.row_scales).zero_()
-        self._under_way = None
-        self._layers.clear()
+        self._to_receive = False
         self._watch = peer_status.Watch()
         torch.cuda.synchronize()
         dist.barrier(group)
@@ -228,17 +260,28 @@ class FusedDispatch:
 
     def _set_format(self, format: str) -> None:
         if self.shape is None:
-            self.shape = region_shape(self.config, self.sizes, format, self.num_blocks)
+            self.shape = region_shape(self.sizes, format, self.num_blocks)
             self._layout = ops.fused_layout(self.shape)
         elif self._format != format:
             raise MacsError("fused dispatch", f"rows in {format}", f"{self._format}, as the layers before", "")
+
+    def _begin(self, layer_id: int, format: str, awaits: bool) -> None:
+        if self._to_receive:
+            raise MacsError("fused dispatch", f"layer {layer_id} sent", f"layer {self._layer} received before", "")
+        self._set_format(format)
+        self._layer, self._to_receive = layer_id, not awaits
+        self._rounds += 1
+
+    def _patience(self) -> dict[str, Any]:
+        return {"timeout_ns": timeout_ns(self._rounds), "layer": self._layer}
 
     def _where(self) -> tuple[Tensor, list[int], int, ops.RegionShape]:
         return self.memory.own, self.memory.addresses, self.memory.rank, self._region
 
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
-        limit = timeout_ns(self._round)
-        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, timeout_ns=limit)
+        if outputs is not None and outputs.data_ptr() == self._outputs().data_ptr():
+            outputs = None  # they lie where they are read
+        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._patience())
 
     def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         start = getattr(self._layout, name)
@@ -250,12 +293,10 @@ class FusedDispatch:
     def _raise_for(self, found: peer_status.Record | None) -> None:
         if found is None:
             return
-        back = self._round - found.in_round
-        layer = self._layers[-1 - back] if 0 <= back < len(self._layers) else "unknown"
         what = f"round {found.in_round}, {found.seen} for {found.expected}"
         raise MacsError(
             "fused dispatch",
-            f"{found.words} in layer {layer}, says rank {self.memory.rank} ({what})",
-            f"every rank within {timeout_ns(found.in_round) // 10**9} s",
+            f"{found.words} in layer {found.layer}, says rank {self.memory.rank} ({what})",
+            f"every rank within {found.limit_ms / 1000:g} s",
             "Look at that rank's log, or serve with --macs-dispatch deepep.",
         )

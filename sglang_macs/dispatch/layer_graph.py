@@ -19,19 +19,12 @@ from torch import Tensor
 
 from ..plan import batch
 from ..plan.plan import PlanResult
-from .bounded import BoundedNormal
+from .bounded import BoundedNormal, size_class
 from .planner import LayerPlanner
 
-SMALLEST = 256  # rows of a size class
 MOST_KEYS = 64  # kinds of batches that a layer has graphs for
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def size_class(rows: int) -> int:
-    """The next of sizes that are an eighth of a power of two apart, so that at most an eighth is filled up."""
-    step = max(SMALLEST, 1 << max(0, (rows - 1).bit_length() - 4))
-    return max(1, -(-rows // step)) * step
 
 
 class Inputs(NamedTuple):

@@ -1,8 +1,8 @@
 """DeepEP's low-latency interface, as SGLang drives it, over the fused dispatch.
 
-The four steps of SGLang's low-latency implementation are wrapped on the instance, since SGLang checks classes. A batch
-that MACS plans goes through the fused kernels, any other through DeepEP as before: decode graphs stay as they were
-captured, and the region need hold no more than the bound lets through.
+The four steps of SGLang's low-latency implementation are wrapped on the instance, since SGLang checks classes. Every
+batch goes through the fused kernels, decode inside captured graphs too: a planned one is planned by them, any other is
+carried as it is routed. Which of these it is, all ranks of the group know alike.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .transport import row_format
 
 @dataclass(frozen=True)
 class _Sent:
-    """A dispatch under way: what was planned, and the hint of rows that DeepEP would give."""
+    """A dispatch under way: what was sent, and the hint of rows that DeepEP would give."""
 
-    result: PlanResult
+    topk_ids: Tensor
+    topk_weights: Tensor
     expected_rows: int
 
 
@@ -38,51 +39,77 @@ class FusedLowLatency:
         transport: of the group, and of this half of a batch.
         planner: of the layer.
         make_output: SGLang's class for what a low-latency dispatch returns.
+        note: told the rows of each local expert [E_l] of every dispatch, as SGLang's recorder of loads is.
     """
 
     def __init__(
-        self, impl: Any, transport: FusedDispatch, planner: LayerPlanner, make_output: Callable[..., Any]
+        self,
+        impl: Any,
+        transport: FusedDispatch,
+        planner: LayerPlanner,
+        make_output: Callable[..., Any],
+        note: Callable[[Tensor], object] = lambda received: None,
     ) -> None:
-        self.impl, self.transport, self.planner, self.make_output = impl, transport, planner, make_output
+        self.impl, self.transport, self.planner = impl, transport, planner
+        self.make_output, self.note = make_output, note
+        self.in_halves = False  # the batch: work of its other half stands between two steps
         self._sent: _Sent | None = None
         for name in ("dispatch_a", "dispatch_b", "combine_a", "combine_b"):
             setattr(impl, name, partial(getattr(self, "_" + name), getattr(impl, name)))
 
     def takes(self) -> bool:
-        """Whether the dispatch that comes now goes through the fused kernels: agreed on by all ranks of the group.
-
-        Not where rows are left alone: the kernel plans every row that it sends.
+        """Whether the dispatch that comes now goes through the fused kernels: by the model and the flags alone, so that
+        all ranks agree.
         """
+        format = row_format(self.impl)
+        return format is not None and self.transport.fits(format) and self.impl.overlap_args is None
+
+    def plans(self) -> bool:
+        """Whether the kernels plan it. Not where rows are left alone: they plan every row that they send."""
         now = batch.current()
-        planned = not now.skip and not now.leaves_alone
-        return planned and row_format(self.impl) is not None and self.impl.overlap_args is None
+        return self.takes() and not now.skip and not now.leaves_alone
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
-        format = row_format(self.impl)
-        assert format is not None, "this dispatch `takes` nothing"
-        result = self.transport.send(self.planner.plan, self.planner.layer_id, format, tokens)
-        experts = self.planner.plan.num_experts
-        assignments = tokens.topk_ids.numel() * self.planner.plan.num_ranks
-        self._sent = _Sent(result, (assignments + experts) // experts)
+        result = self.transport.send(
+            self.planner.plan, self.planner.layer_id, self._format(), tokens, awaits=not self.in_halves
+        )
+        self._note(result.topk_ids, result.topk_weights)
         self.planner.counters.fused += 1
         return result
 
+    def _format(self) -> str:
+        format = row_format(self.impl)
+        assert format is not None, "this dispatch `takes` nothing"
+        return format
+
+    def _note(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        experts, ranks = self.planner.plan.num_experts, self.planner.plan.num_ranks
+        self._sent = _Sent(topk_ids, topk_weights, (topk_ids.numel() * ranks + experts) // experts)
+
     def _dispatch_a(self, original: Callable, hidden_states: Tensor, topk_output: Any) -> tuple:
-        if self._sent is None:
+        if self._sent is None and not self.takes():
             return original(hidden_states=hidden_states, topk_output=topk_output)
+        if self._sent is None:
+            self.transport.carry(
+                self.planner.layer_id, self._format(), hidden_states, topk_output.topk_ids, awaits=not self.in_halves
+            )
+            self._note(topk_output.topk_ids, topk_output.topk_weights)
         return (self._sent,)
 
     def _dispatch_b(self, original: Callable, *state: Any) -> Any:
-        if self._sent is None:
+        sent = self._sent
+        if sent is None:
             return original(*state)
         rows, scales, received = self.transport.receive()
-        result = self._sent.result
-        return self.make_output(rows, scales, result.topk_ids, result.topk_weights, received, self._sent.expected_rows)
+        self.note(received)
+        return self.make_output(rows, scales, sent.topk_ids, sent.topk_weights, received, sent.expected_rows)
 
     def _combine_a(self, original: Callable, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple:
         if self._sent is None:
             return original(hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights)
+        if not self.in_halves:
+            return (self.transport.combine(topk_ids, topk_weights, hidden_states),)
         self.transport.offer(hidden_states, topk_ids, topk_weights)
         return topk_ids, topk_weights
 
@@ -90,4 +117,4 @@ class FusedLowLatency:
         if self._sent is None:
             return original(*state)
         self._sent = None
-        return self.transport.combine(*state)
+        return self.transport.combine(*state) if self.in_halves else state[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import ops
 from ..comm import peer_memory
@@ -35,6 +36,8 @@ class Transports:
         self.config = config
         self._sizes: Sizes | None = None
         self._made: list[FusedDispatch] = []
+        self._fed: FusedDispatch | None = None  # whose rows the experts have begun with
+        self.plans = False  # whether planned batches go through the fused dispatch
         self._sum_size: int | None = None  # once a layer has asked
         self._sum: PeerAllReduce | None = None
 
@@ -49,19 +52,35 @@ class Transports:
             return []
         if self._sizes is None:
             self._sizes = sizes
-            why = self.config.no_low_latency(mode) or ("--enable-single-batch-overlap" if overlaps else "")
+            why = "--deepep-mode normal" if mode == "normal" else "--enable-single-batch-overlap" if overlaps else ""
             why = why or unsupported(self.config, sizes) or peer_memory.unreachable(group, unfit_device())
             if why and self.config.dispatch == "fused":
                 raise MacsNotActive(f"--macs-dispatch fused: {why}; pass --macs-dispatch deepep, or auto")
             if not why:
                 self._made = [make(self.config, sizes, group) for _ in range(halves)]
-            say_for_group(self._line(why, sizes), group)
+                self.plans = mode == "low_latency" or self.config.decode
+            say_for_group(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
     @property
-    def fuses(self) -> bool:
-        """Whether planned batches go through the fused dispatch."""
-        return bool(self._made)
+    def region_bytes(self) -> int:
+        """Of a rank, for the fused dispatch; 0 without."""
+        return sum(made.region_bytes(made.sizes, made.num_blocks) for made in self._made)
+
+    def state(self) -> dict[str, int]:
+        """For `GET /server_info`: the memory of a rank, and the dispatches that the fused kernels have carried, those
+        of replayed graphs too. Waits for the current stream.
+        """
+        return {"bytes": self.region_bytes, "rounds": sum(made.rounds() for made in self._made)}
+
+    def place_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Before each grouped GEMM of experts: the last of a layer that the fused dispatch has fed writes its result
+        where it is combined. The first one is over the rows; its own result, though it may have the shape, is not it.
+        """
+        if fed := next((made for made in self._made if made.holds(inputs)), None):
+            self._fed = fed
+        elif self._fed is not None and self._fed.lend(outputs):
+            self._fed = None
 
     def all_reduce(self, size: int, group: dist.ProcessGroup) -> PeerAllReduce | None:
         """What sums the histograms [size] of all layers, or None: their process group. Says which, once. Collective at
@@ -95,22 +114,29 @@ class Transports:
         why = next((words for refused, words in reasons if refused), "")
         return why or peer_memory.unreachable(group, unfit_device())
 
-    def check(self) -> None:
-        """Raises MacsError for the first fault that one of them has recorded."""
-        for transport in (*self._made, self._sum):
-            if transport is not None:
-                transport.check()
+    @property
+    def awaits_peers(self) -> bool:
+        """Whether kernels of this process wait for those of other ranks, and may give up."""
+        return bool(self._waiting())
 
-    def _line(self, why: str, sizes: Sizes) -> str:
+    def check(self) -> None:
+        """Behind each pass, before it is done. Raises MacsError for the first fault that one of them has recorded."""
+        for transport in self._waiting():
+            transport.check()
+
+    def check_arrived(self) -> None:
+        """As `check`, once a pass is done: whether that pass went well."""
+        for transport in self._waiting():
+            transport.check_arrived()
+
+    def _waiting(self) -> list[FusedDispatch | PeerAllReduce]:
+        return [*self._made, *([] if self._sum is None else [self._sum])]
+
+    def _line(self, why: str) -> str:
         if why:
             return f"DeepEP carries every batch, behind the plan: {why}"
-        blocks = self._made[0].num_blocks
-        needed = sum(t.region_bytes(self.config, sizes, blocks) for t in self._made)
-        saved = sum(t.saved_bytes(self.config, sizes) for t in self._made)
-        return (
-            f"the fused dispatch carries planned low-latency batches: {needed / 1e6:.0f} MB a rank, "
-            f"{saved / 1e6:.0f} MB less than room for every token of every rank"
-        )
+        memory = f"{self.region_bytes / 1e6:.0f} MB a rank for {self._made[0].sizes.max_tokens} tokens of every rank"
+        return f"the fused dispatch carries every low-latency batch: {memory}"
 
 
 def say_for_group(line: str, group: dist.ProcessGroup) -> None:
@@ -127,9 +153,18 @@ def unfit_device() -> str:
     return "" if major == COMPUTE_CAPABILITY else f"compute capability {major}.{minor}, and the kernels are for 9.0"
 
 
+def _multiprocessors(group: dist.ProcessGroup) -> int:
+    """Of the current device that may be filled. Blocks of all ranks have to run at once: shares of a device that ranks
+    have in common (CUDA MPS) need not lie side by side, and a tenth is left. Collective.
+    """
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpus = peer_memory.everyone(str(properties.uuid), group)
+    shared = len(set(gpus)) < len(gpus)
+    return properties.multi_processor_count * 9 // 10 if shared else properties.multi_processor_count
+
+
 def make(config: MacsConfig, sizes: Sizes, group: dist.ProcessGroup) -> FusedDispatch:
     """A fused dispatch over memory of its own. Collective."""
-    own = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    num_blocks = min(peer_memory.everyone(own, group))
-    size = FusedDispatch.region_bytes(config, sizes, num_blocks)
+    num_blocks = min(peer_memory.everyone(_multiprocessors(group), group))
+    size = FusedDispatch.region_bytes(sizes, num_blocks)
     return FusedDispatch(config, sizes, peer_memory.share(size, group), num_blocks)

@@ -1,8 +1,9 @@
 """Proof, in the first passes of a server, that all ranks have the same options and decide alike which batches are
-planned.
+planned, and in which of DeepEP's modes a pass is.
 
-The plan's exchange is collective: a rank that enters it alone waits for ever. What ranks decide from depends on
-SGLang's parallel flags, so the first passes compare the decisions themselves, until one had ranks of unequal load.
+The plan's exchange is collective, and so is a dispatch: a rank that enters one alone waits for ever. What ranks decide
+from depends on SGLang's parallel flags, so the first passes compare the decisions themselves, until one had ranks of
+unequal load.
 """
 
 import hashlib
@@ -29,19 +30,23 @@ class Agreement:
         self._group, self._flags, self._left = group, flags, PASSES
         self._options = _number_of(options)
 
-    def check(self, decided: Batch, own_tokens: int) -> None:
-        """Before a pass. own_tokens: of this rank. Raises MacsNotActive, on every rank, where they do not agree."""
+    def check(self, decided: Batch, own_tokens: int, prefill_in_group: bool = False) -> None:
+        """Before a pass. own_tokens: of this rank; prefill_in_group: whether any rank prefills, as SGLang has it
+        (`is_extend_in_batch`), by which `--deepep-mode auto` chooses. Raises MacsNotActive, on every rank, where they
+        do not agree.
+        """
         if not self._left:
             return
         skip = SKIP_REASONS.index(decided.skip) if decided.skip else -1
         left = _number_of(str(sorted(decided.no_gain)))
-        mine = [self._options, skip, decided.group_tokens, decided.leaves_alone, decided.measured, left, own_tokens]
+        decision = [skip, decided.group_tokens, decided.leaves_alone, decided.measured, prefill_in_group]
+        mine = [self._options, *decision, left, own_tokens]
         everyone = torch.empty((dist.get_world_size(self._group), len(mine)), dtype=torch.int64)
         dist.all_gather(list(everyone.unbind()), torch.tensor(mine), group=self._group)
         if bool((everyone[:, 0] != everyone[0, 0]).any()):
             other = int((everyone[:, 0] != everyone[0, 0]).nonzero()[0])
             raise MacsNotActive(
-                f"rank {other} has other --macs options, or another profile, than rank 0; pass the same"
+                f"rank {other} has other --macs options, profile or expert locations than rank 0; pass the same"
             )
         if bool((everyone[:, :-2] != everyone[0, :-2]).any()):
             raise MacsNotActive(f"{self._disagreement(everyone)}; serve without MACS, and report {self._flags}")
@@ -54,8 +59,9 @@ class Agreement:
     @staticmethod
     def _disagreement(everyone: torch.Tensor) -> str:
         said = [
-            f"rank {rank} {'plans' if skip < 0 else 'skips as ' + SKIP_REASONS[skip]} {tokens} tokens ({own} its own)"
-            for rank, (_, skip, tokens, *_, own) in enumerate(everyone.tolist())
+            f"rank {rank} {'plans' if skip < 0 else 'skips as ' + SKIP_REASONS[skip]} {tokens} tokens ({own} its own), "
+            f"{'with' if prefill else 'without'} a prefill"
+            for rank, (_, skip, tokens, _, _, prefill, _, own) in enumerate(everyone.tolist())
         ]
         return f"the ranks do not agree on a batch: {', '.join(said[:8])}"
 

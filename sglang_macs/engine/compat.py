@@ -204,7 +204,17 @@ def _fused(launch: Launch) -> str:
         return "fused with --enable-single-batch-overlap, whose combine starts inside the experts' GEMM"
     if launch.config.exchange != "group":
         return "fused with --macs-exchange local"
-    return launch.config.no_low_latency(launch.flag("deepep_mode", "auto"))
+    return "--deepep-mode normal" if launch.flag("deepep_mode", "auto") == "normal" else ""
+
+
+def _decode_in_graphs(launch: Launch) -> str:
+    """A decode graph is captured once, before there is a batch that could be planned."""
+    config = launch.config
+    if config.is_off or not config.decode or launch.flag("device") != "cuda" or launch.flag("deepep_mode") == "normal":
+        return ""
+    graphs = launch.flag("cuda_graph_config")  # as SGLang has resolved it; with --deepep-mode normal it captures none
+    backend = getattr(getattr(graphs, "decode", None), "backend", "disabled")
+    return "" if backend == "disabled" else "true, and decode replays CUDA graphs, in which nothing would be planned"
 
 
 def _unfinished(launch: Launch) -> str:
@@ -390,9 +400,10 @@ RULES = (
     Rule(
         "--macs-dispatch",
         _fused,
-        "fused only with --deepep-mode low_latency, --macs-exchange group and CUDA",
+        "fused only with --deepep-mode auto or low_latency, --macs-exchange group and CUDA",
         "Or pass --macs-dispatch deepep.",
     ),
+    Rule("--macs-decode", _decode_in_graphs, "no CUDA graphs", "Add --disable-cuda-graph, or leave it out."),
     Rule(
         "--macs-dispatch",
         _unfinished,

@@ -1,4 +1,8 @@
-"""The plan in front of DeepEP's dispatcher, and the fused dispatch in place of its low-latency kernels."""
+"""The plan in front of DeepEP's dispatcher, and the fused dispatch in place of its low-latency kernels.
+
+Which of DeepEP's modes a pass has is SGLang's choice, of `is_extend_in_batch`, which its schedulers have exchanged:
+with --deepep-mode auto a pass in which any rank prefills is in normal mode on all.
+"""
 
 from functools import partial
 from itertools import zip_longest
@@ -7,11 +11,13 @@ from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
 from . import worker
+from .hooks import Hook
 from .topk import logits_of, routed_nowhere
 
 
 def fused_low_latency(dispatcher, planner, moe_runner_config):
     """For every half of a batch the fused dispatch in place of DeepEP's low-latency kernels; empty: DeepEP's carry."""
+    from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLDispatchOutput
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
@@ -25,8 +31,12 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
     sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+
+    def note(received):
+        get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(received)
+
     return [
-        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput)
+        FusedLowLatency(inner._low_latency_dispatcher, transport, planner, DeepEPLLDispatchOutput, note)
         for inner, transport in zip(inners, transports, strict=False)
     ]
 
@@ -62,8 +72,9 @@ class _Halves:
         planner = self._planner
         topk_output = routed_nowhere(topk_output, hidden_states.shape[0])
         ids, weights = topk_output.topk_ids, topk_output.topk_weights
-        takes = fused is not None and inner._get_impl() is fused.impl and fused.takes()
-        plan = fused.plan if takes else None
+        if fused is not None:
+            fused.in_halves = self._half is not None
+        plan = fused.plan if fused is not None and inner._get_impl() is fused.impl and fused.plans() else None
         planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
         planner.measure(ids, planned)
         output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
@@ -78,3 +89,17 @@ class _Halves:
             return output
         rows = self._planner.expected_rows(output.topk_ids.shape[1])
         return output if rows is None else output._replace(expected_m=rows)
+
+
+def _masked_gemm(original, inputs, weights, out, *args, **kwargs):
+    """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_masked: outputs of experts that the fused dispatch has fed are written
+    where its combine reads them, not copied there.
+    """
+    worker.current().transports.place_outputs(inputs[0] if isinstance(inputs, tuple) else inputs, out)
+    return original(inputs, weights, out, *args, **kwargs)
+
+
+HOOKS = tuple(
+    Hook(f"sglang.srt.layers.deep_gemm_wrapper.grouped_gemm_nt_{kind}_masked", _masked_gemm, "around")
+    for kind in ("bf16", "f8f8bf16")
+)

@@ -46,6 +46,7 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return made
 
     config = moe_runner_config
+    process.bounded.most_rows = -(-_most_tokens() // planner.attn_tp[1])
     sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
@@ -53,6 +54,15 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
             normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
             if process.layer_graphs is not None:
                 dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
+
+
+def _most_tokens() -> int:
+    """Of a prefill batch."""
+    from sglang.srt.runtime_context import get_schedule
+
+    schedule = get_schedule()
+    chunk = schedule.chunked_prefill_size
+    return chunk if chunk and chunk > 0 else schedule.max_prefill_tokens
 
 
 def _carries(inner, impl) -> bool:
@@ -110,6 +120,7 @@ def _grouped_gemm(gemm: str):
     """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_contig: a bounded dispatch tells the end of each expert's rows in
     place of each row's expert, and no tile behind is computed. (Those marked -1 are, in bf16.)
     """
+    compiled = set()  # by the weights' shape
 
     def around(original, lhs, rhs, out, layout, **recipes):
         if layout.shape[0] == out.shape[0]:
@@ -117,9 +128,28 @@ def _grouped_gemm(gemm: str):
         import deep_gemm
 
         given = {name: recipe for name, recipe in recipes.items() if recipe is not None}
-        return getattr(deep_gemm, gemm)(lhs, rhs, out, layout, use_psum_layout=True, **given)
+        multiply = partial(getattr(deep_gemm, gemm), use_psum_layout=True, **given)
+        shape = (rhs[0] if isinstance(rhs, tuple) else rhs).shape
+        if shape not in compiled:
+            compiled.add(shape)
+            _compile(multiply, lhs, rhs, out, layout)
+        return multiply(lhs, rhs, out, layout)
 
     return around
+
+
+def _compile(multiply, lhs, rhs, out, layout) -> None:
+    """All kernels that later batches may need, in the first one, which is as a rule the server's own warm-up: DeepGEMM
+    chooses them by the number of rows, and compiles for seconds when it first does. Nothing is computed.
+    """
+    no_rows = layout.new_zeros(layout.shape)
+    for rows in worker.current().bounded.row_sizes():
+        if isinstance(lhs, tuple):
+            values, scales = lhs
+            given = values.new_empty(rows, values.shape[1]), scales.new_empty(scales.shape[1], rows).t()
+        else:
+            given = lhs.new_empty(rows, lhs.shape[1])
+        multiply(given, rhs, out.new_empty(rows, out.shape[1]), no_rows)
 
 
 HOOKS = (

@@ -68,7 +68,8 @@ def _forward(original, self, forward_batch, *args, **kwargs):
     if not acts_on.skip:
         check_batch_size(acts_on.group_tokens, process.top_k, process.config.load, process.has_replicas)
     if acts_on.skip != "outside" and process.agreement is not None:
-        process.agreement.check(acts_on, forward_batch.input_ids.numel())
+        prefill = bool(getattr(forward_batch, "is_extend_in_batch", False))
+        process.agreement.check(acts_on, forward_batch.input_ids.numel(), prefill)
     with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):
         result = original(self, forward_batch, *args, **kwargs)
     process.tick()

@@ -1,5 +1,6 @@
 """SGLang's scheduler: what it checks and says at its start, its counters, and its last words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _scheduler_init(result, self, *args, **kwargs):
 
 def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
-    if not process.config.may_leave_layers or process.transports.fuses:  # that plans while it dispatches
+    if not process.config.may_leave_layers or process.transports.plans:  # the dispatch plans while it dispatches
         return 0
     rows = process.config.act_rows
     if rows is None:
@@ -114,6 +115,32 @@ def _run_event_loop(original, self):
         raise
 
 
+class _Copied:
+    """SGLang's event behind a pass's copies to the host. Who waited for it knows whether the pass went well."""
+
+    def __init__(self, event: torch.cuda.Event, check: Callable[[], None]) -> None:
+        self._event, self._check = event, check
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+        self._check()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._event, name)
+
+
+def _process_batch_result(original, self, batch, result):
+    """AROUND Scheduler.process_batch_result: a pass for which a rank did not come has no tokens that may leave."""
+    transports, copied = worker.current().transports, getattr(result, "copy_done", None)
+    if transports.awaits_peers:
+        if copied is None:  # without the overlapped schedule, which would wait for the tokens now
+            torch.cuda.current_stream().synchronize()
+            transports.check_arrived()
+        else:
+            result.copy_done = _Copied(copied, transports.check_arrived)
+    return original(self, batch, result)
+
+
 def _on_idle(result, self):
     """AFTER Scheduler.on_idle: what was counted since the last busy moment is published, too."""
     worker.current().tick(idle=True)
@@ -128,6 +155,7 @@ HOOKS = (
     Hook("sglang.srt.distributed.parallel_state.GroupCoordinator.__init__", _group_coordinator_init, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.__init__", _scheduler_init, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.run_event_loop", _run_event_loop, "around"),
+    Hook("sglang.srt.managers.scheduler.Scheduler.process_batch_result", _process_batch_result, "around"),
     Hook("sglang.srt.managers.scheduler.Scheduler.on_idle", _on_idle, "after"),
     Hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _get_internal_state, "after"),
 )

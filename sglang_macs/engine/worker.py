@@ -54,10 +54,11 @@ class Worker:
         return any(planner.plan.places is not None for planner in self.planners.values())
 
     def options_of_the_group(self) -> str:
-        """What must be the same on every node; where its files lie may differ."""
+        """What must be the same on every node, where experts lie included; where files lie may differ."""
         options = self.config.to_json()
         del options["trace"], options["trace_limit_mb"], options["profile"]
-        return f"{options} {self.profile.modality if self.profile else None}"
+        places = {i: p.plan.places.logical.tolist() for i, p in self.planners.items() if p.plan.places is not None}
+        return f"{options} {self.profile.modality if self.profile else None} {places}"
 
     def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
         """Takes its place among the expert-parallel ranks, once the process groups are there."""
@@ -122,6 +123,7 @@ class Worker:
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        about["fused_region"] = self.transports.state()
         if self._recorder is not None:
             about["trace"] = self._recorder.state()
         return about | self.stats.snapshot()

@@ -381,6 +381,7 @@ def fused_dispatch(
     num_segments: int,
     phase: str,
     timeout_ns: int,
+    layer: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The whole plan, its exchange and the sending of the kept rows in one launch. Collective. On CUDA.
 
@@ -390,6 +391,7 @@ def fused_dispatch(
         modality: [E] i8.
         phase: "both" waits for everybody's rows; "send" leaves that to `fused_receive`.
         timeout_ns: after which a wait for a peer gives up; the region's status says so, and no row is received.
+        layer: what the status says of where that was.
     Returns:
         topk_ids, topk_weights, weight [T], cut [NB, 4], counts [3, E, 2], and the group's sums [4] (N, N_visual,
         W_visual, W); rows, scales, received and positions lie in the region.
@@ -410,12 +412,37 @@ def fused_dispatch(
         num_segments,
         choice("phase", phase, PHASES),
         timeout_ns,
+        layer,
     )
 
 
-def fused_receive(region: Tensor, peers: list[int], rank: int, shape: RegionShape, timeout_ns: int) -> None:
-    """Waits on the device until the rows of a `fused_dispatch` that only sent are there. Collective."""
-    _ops.fused_receive(region, peers, rank, list(shape), timeout_ns)
+def fused_carry(
+    region: Tensor,
+    peers: list[int],
+    rank: int,
+    shape: RegionShape,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    *,
+    phase: str,
+    timeout_ns: int,
+    layer: int,
+) -> None:
+    """Sends every row to where it is routed, in one launch without a plan. Collective. On CUDA.
+
+    Args:
+        shape: with expert_rows >= num_ranks * max_tokens.
+        hidden_states: [T, H] bf16, T <= shape.max_tokens; topk_ids: [T, K] i32 or i64, negative = none.
+        The rest as of `fused_dispatch`; rows, scales, received and positions lie in the region.
+    Source: csrc/cuda/fused_carry.cu. An expert's rows lie by source, beginning with the rank behind its own.
+    """
+    where = region, peers, rank, list(shape)
+    _ops.fused_carry(*where, hidden_states, topk_ids, choice("phase", phase, PHASES), timeout_ns, layer)
+
+
+def fused_receive(region: Tensor, peers: list[int], rank: int, shape: RegionShape, timeout_ns: int, layer: int) -> None:
+    """Waits on the device until the rows of a dispatch or `fused_carry` that only sent are there. Collective."""
+    _ops.fused_receive(region, peers, rank, list(shape), timeout_ns, layer)
 
 
 def fused_combine(
@@ -429,6 +456,7 @@ def fused_combine(
     *,
     phase: str,
     timeout_ns: int,
+    layer: int,
 ) -> Tensor:
     """Every token's experts' outputs, pulled from their ranks and added up under the weights. Collective.
 
@@ -439,8 +467,9 @@ def fused_combine(
     Returns:
         [T, H] bf16; of no meaning after "send".
     """
+    where = region, peers, rank, list(shape)
     return _ops.fused_combine(
-        region, peers, rank, list(shape), topk_ids, topk_weights, outputs, choice("phase", phase, PHASES), timeout_ns
+        *where, topk_ids, topk_weights, outputs, choice("phase", phase, PHASES), timeout_ns, layer
     )
 
 

@@ -24,7 +24,11 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 
 @strict
 class FusedStatus(ctypes.Structure):
-    _fields_ = [*_fields(_i32, "fault peer block"), ("round", _u32), *_fields(_i64, "seen expected")]
+    _fields_ = [
+        *_fields(_i32, "fault peer block layer"),
+        *_fields(_u32, "round limit_ms"),
+        *_fields(_i64, "seen expected"),
+    ]
 
 
 @strict
@@ -62,7 +66,7 @@ class FusedDispatchParams(ctypes.Structure):
         ("policy", Policy),
         ("num_segments", _i32),
         *_fields(_bool, "ids_are_i64 same_device scales_with_rows names_sources"),
-        ("phase", _i32),
+        *_fields(_i32, "phase layer"),
         ("timeout_ns", _u64),
         ("network", _p),
         ("one", FusedRank),
@@ -79,7 +83,7 @@ class FusedCombineParams(ctypes.Structure):
         ("one", FusedRank),
         ("many", _p),
         *_fields(_bool, "ids_are_i64 same_device"),
-        ("phase", _i32),
+        *_fields(_i32, "phase layer"),
         ("timeout_ns", _u64),
         ("launched", _i32),
     ]

@@ -11,6 +11,7 @@ import torch
 from . import fused_c as fc
 from .kernel_case import POISON, Config, Inputs, make_inputs
 
+LAYER = 5  # what a fault is to name
 GUARD = 256  # bytes of poison on either side of every buffer
 # Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round, and
 # `row_scales` are 0 where scales come with rows.
@@ -32,6 +33,7 @@ class FusedConfig:
     max_rows: int = 0  # 0: as many as may ever come
     needs_entropy: bool = True
     row_experts: bool = False
+    carried: bool = False  # nothing is planned: fused_carry
     copies_outputs: bool = False  # combine gets the experts' outputs outside the region
     timeout_ns: int = 10_000_000_000
 
@@ -175,6 +177,8 @@ class Group:
             "sums": make("sums", torch.int32, 4),
             "combined": make("combined", torch.bfloat16, f.T, f.H),
         }
+        if self.config.carried:
+            outputs = {"combined": outputs["combined"]}
         if self.config.row_experts:
             outputs["row_experts"] = make("row_experts", torch.int32, self.config.rows)
         copied = make("outputs", torch.bfloat16, self.config.rows, f.H) if self.config.copies_outputs else None
@@ -186,6 +190,8 @@ class Group:
             struct.region[peer] = address
         for name, tensor in (*mine.inputs.items(), *mine.outputs.items()):
             setattr(struct, name, tensor.data_ptr())
+        if self.config.carried:  # what combine goes by is what came in
+            struct.new_ids, struct.new_weights = struct.topk_ids, struct.topk_weights
         if mine.expert_outputs is not None:
             struct.outputs = mine.expert_outputs.data_ptr()
         return struct
@@ -238,15 +244,16 @@ class Group:
             shape=self.config.shape, layout=self.layout, modality=self.modality.data_ptr(),
             policy=f.policy(self.config.needs_entropy), num_segments=f.num_segments, ids_are_i64=f.ids_i64,
             same_device=self.same_device, scales_with_rows=self.config.scales_with_rows,
-            names_sources=self.config.names_sources, phase=phase, timeout_ns=self.config.timeout_ns,
+            names_sources=self.config.names_sources, phase=phase, layer=LAYER, timeout_ns=self.config.timeout_ns,
             **self._launched(launched, only),
         )  # fmt: skip
-        self.kernels("fused_dispatch", params)
+        carries = self.config.carried and phase != fc.RECEIVE  # which is the same for both
+        self.kernels("fused_carry" if carries else "fused_dispatch", params)
 
     def combine(self, phase: int = fc.BOTH, launched: int | None = None, only: int | None = None) -> None:
         params = fc.FusedCombineParams(
             shape=self.config.shape, layout=self.layout, ids_are_i64=self.config.plan.ids_i64,
-            same_device=self.same_device, phase=phase,
+            same_device=self.same_device, phase=phase, layer=LAYER,
             timeout_ns=self.config.timeout_ns, **self._launched(launched, only),
         )  # fmt: skip
         self.kernels("fused_combine", params)

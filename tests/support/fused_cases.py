@@ -45,6 +45,11 @@ def named(multiprocessors: int) -> list[FusedConfig]:
         split((128,) * 8, hot=60.0, gamma=math.inf, copies_outputs=True),
         split((0,) * 8),
         split((128,) * 8, **expert),
+        *(masked(split((tokens, tokens), carried=True)) for tokens in (1, 128, 511)),
+        *(masked(split((tokens,), H=7168, format="fp8", carried=True)) for tokens in (1, 8, 128)),
+        masked(split((128, 0, 1, 127, 0, 64, 128, 3), H=7168, format="fp8", scales_with_rows=True, carried=True)),
+        masked(split((1023,), K=4, carried=True)),
+        masked(split((128,) * 8, hot=60.0, copies_outputs=True, carried=True)),
         split((1023,), K=4, gamma=0.7, scope="expert", needs_entropy=False, importance="gate", delta=0.0),
     ]
 
@@ -73,5 +78,5 @@ def random_configs(count: int, seed: int, multiprocessors: int) -> list[FusedCon
             alignment=pick(1, 8, 128), needs_entropy=delta > 0, row_experts=pick(True, False),
             copies_outputs=pick(True, False), scales_with_rows=pick(True, False),
         )  # fmt: skip
-        configs.append(pick(config, masked(config)))
+        configs.append(pick(config, masked(config), masked(replace(config, carried=True))))
     return configs

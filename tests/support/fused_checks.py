@@ -26,11 +26,22 @@ def check_dispatch(group: Group, ranks: list[Inputs], weights: list[np.ndarray] 
     ranks: inputs of the whole group. weights: the kernels' own of all ranks, where not all are played here.
     """
     check_no_fault(group)
+    if group.config.carried:
+        return check_carried(group, ranks)
     own = {rank: check_weight(group, rank, ranks[rank]) for rank in group.ranks}
     plans = reference.plan_group(group.config, ranks, weights or list(own.values()))
     for rank in group.ranks:
         check_plan(group, rank, plans[rank], ranks[rank])
     placement = reference.place(group.config, in_one(group, [plan.ids for plan in plans], -1))
+    check_places(group, placement)
+    check_rows(group, ranks, placement)
+    check_guards(group)
+    return placement
+
+
+def check_carried(group: Group, ranks: list[Inputs]) -> reference.Placement:
+    """Every row where it was routed to, nothing else written."""
+    placement = reference.place(group.config, in_one(group, [inputs.ids for inputs in ranks], -1))
     check_places(group, placement)
     check_rows(group, ranks, placement)
     check_guards(group)
@@ -172,6 +183,11 @@ def fresh_outputs(group: Group, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=group.arena.device).bfloat16()
 
 
+def routed(group: Group, ranks: list[Inputs]) -> list[Decided] | None:
+    """What combine goes by where nothing was planned; None: what the dispatch has decided."""
+    return [(inputs.ids, inputs.gates) for inputs in ranks] if group.config.carried else None
+
+
 Decided = tuple[np.ndarray, np.ndarray]  # a rank's new ids and new weights [T, K]
 
 
@@ -207,4 +223,4 @@ def play(group: Group, seed: int, dispatch: Callable[[Group], None] = Group.disp
     outputs = fresh_outputs(group, seed)
     group.set_outputs(outputs)
     group.combine()
-    check_combine(group, placement, outputs)
+    check_combine(group, placement, outputs, routed(group, ranks))

@@ -13,7 +13,7 @@ import torch
 
 from . import fused_c as fc
 from .comparison import Mismatch
-from .fused_case import FusedConfig, Group, make_group
+from .fused_case import LAYER, FusedConfig, Group, make_group
 from .fused_checks import check_guards, describe, play
 from .kernel_case import POISON, Config
 
@@ -74,6 +74,13 @@ def forge_weight(group: Group) -> None:
     weights.copy_(torch.tensor([12 * 128, now]))
 
 
+def forge_counts(group: Group, counts: list[int]) -> None:
+    """Rank 1's rows per expert, which have two places, by the round's parity."""
+    now = group.round(0) + 1
+    words = group.part(0, "counts", torch.int32, 2, 2, 16, 2)[now & 1, 1]
+    words[:, 0], words[:, 1] = torch.tensor(counts), now
+
+
 def forge_rows(group: Group, scales: bool = True) -> None:
     """Rank 1's signal that its rows are here, and their scales (they are the poison)."""
     if scales:
@@ -109,9 +116,7 @@ def _sent(group: Group) -> None:
 def _counted(count: int) -> Callable[[Group], None]:
     def inject(group: Group) -> None:
         forge_assignments(group)
-        counts = ll_words(group, "counts", 16)
-        counts.zero_()
-        counts[5] = count
+        forge_counts(group, [count if expert == 5 else 0 for expert in range(16)])
         group.dispatch(only=0)
 
     return inject
@@ -158,6 +163,8 @@ def expect_fault(group: Group, scenario: Scenario) -> None:
     status = group.status(0)
     named = fc.FAULTS[status.fault] == scenario.fault and status.peer == scenario.peer and status.round == 3
     require(named and scenario.seen in (None, status.seen), group, f"expected {scenario}")
+    where = status.layer, status.limit_ms
+    require(where == (LAYER, group.config.timeout_ns // 10**6), group, f"layer and limit are {where}")
     received = group.part(0, "received", torch.int32, group.config.local).any()
     require(bool(received) == scenario.delivered, group, "rows are delivered, or are not")
     if not scenario.decided:

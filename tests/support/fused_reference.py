@@ -70,6 +70,8 @@ class Placement:
 def place(config: FusedConfig, ids: Tensor) -> Placement:
     """Rows of every expert by (source, token, slot); experts one behind the other, or each in rows of its own.
 
+    Where rows are carried as they are routed, the first source is the rank behind the expert's, its own the last.
+
     ids: [R, T, K] of all ranks, -1 also where a rank has fewer tokens. No host synchronisation: may be captured.
     """
     f, local = config.plan, config.local
@@ -83,7 +85,11 @@ def place(config: FusedConfig, ids: Tensor) -> Placement:
         room = -(-received[:-1] // config.alignment) * config.alignment
         room = room.view(f.R, local)
         starts = (room.cumsum(1) - room).flatten()
-    order = torch.sort(expert, stable=True).indices
+    source_order = torch.zeros_like(expert)
+    if config.carried:
+        source = torch.arange(f.R, device=ids.device).view(f.R, 1, 1).expand(ids.shape).flatten()
+        source_order = (source - expert // local - 1) % f.R
+    order = torch.sort(expert * f.R + source_order, stable=True).indices
     of_row = expert[order]
     at = torch.arange(len(expert), device=ids.device) - before[of_row] + torch.cat([starts, starts[:1] * 0])[of_row]
     positions = torch.empty_like(expert).scatter_(0, order, torch.where(of_row < f.E, at, -1))

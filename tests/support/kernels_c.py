@@ -66,6 +66,7 @@ ClipApplyParams = _struct(
         ("logits_dtype", _i32),
     ],
 )
+Places = _struct("Places", [("table", _p), *_fields(_i32, "num_experts", "num_physical", "num_ranks")])  # replicas.h
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]
 
 

@@ -63,7 +63,9 @@ struct FusedStatus {
   int32_t fault;     // Fault
   int32_t peer;      // the rank that was waited for
   int32_t block;     // of that rank, -1: any
+  int32_t layer;     // of the launch that waited, as its caller names it: a graph repeats rounds that no host counts
   uint32_t round;    // the dispatch it happened in
+  uint32_t limit_ms; // how long the wait was to go on
   int64_t seen, expected;
 };
 
@@ -88,9 +90,10 @@ struct FusedLayout {
   int64_t entries;    // [R, max_tokens * K] LL words: packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t weighed;    // the same with what follows from the entropies, where that decides
   int64_t weights;    // [2, R] LL words by the round's parity: the weight of each source's visual tokens, where only sums ask
-  int64_t counts;     // [R, E] LL words: rows that each source sends to each expert
+  int64_t counts;     // [2, R, E] LL words by the round's parity: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
-  int64_t row_scales; // [max_rows, row_scale_stride] u32: the words of a row's scales, where these come with the rows; else 0
+  int64_t row_scales; // [2, max_rows, row_scale_stride] u32 by the round's parity: the words of a row's scales, where these come
+                      // with the rows; else 0
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
   int64_t sources;    // [max_rows] i32 (source rank << 16 | token), where that is asked for
@@ -116,6 +119,18 @@ MACS_HOST_DEVICE int64_t scale_words(const FusedShape& s) {
 // Words between the scales of two rows: whole sectors of 32 bytes.
 MACS_HOST_DEVICE int64_t row_scale_stride(const FusedShape& s) { return (scale_words(s) + 7) / 8 * 8; }
 
+// Whether the kernels take these sizes.
+inline bool is_supported(const FusedShape& s) {
+  const bool sizes = s.num_ranks >= 1 && s.num_ranks <= kMaxPeers && s.num_experts >= 1 &&
+                     s.num_experts <= kMaxFusedExperts && s.num_experts % s.num_ranks == 0 && s.top_k >= 1 &&
+                     s.top_k <= kMaxFusedTopK && s.max_tokens >= 1 && s.max_tokens <= kMaxFusedTokens &&
+                     s.max_tokens * s.top_k <= kMaxFusedSlots && s.num_blocks >= 1 && s.num_blocks <= kMaxFusedBlocks;
+  const bool rows = s.hidden_size >= kMinFusedHidden && s.hidden_size <= kMaxFusedHidden &&
+                    s.hidden_size % kFusedHiddenStep == 0 && s.alignment >= 1 && s.expert_rows >= 0 && s.max_rows >= 1 &&
+                    static_cast<int64_t>(s.expert_rows) * (s.num_experts / s.num_ranks) <= s.max_rows;
+  return sizes && rows;
+}
+
 inline FusedLayout fused_layout(const FusedShape& s) {
   FusedLayout layout = {};
   Carver<int64_t> region(256);
@@ -126,9 +141,9 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.entries = region.take(8LL * s.num_ranks * slots);
   layout.weighed = region.take(8LL * s.num_ranks * slots);
   layout.weights = region.take(2 * 8LL * s.num_ranks);
-  layout.counts = region.take(8LL * s.num_ranks * s.num_experts);
+  layout.counts = region.take(2 * 8LL * s.num_ranks * s.num_experts);
   layout.rows = region.take(rows * s.hidden_size * (is_fp8(s.format) ? 1 : 2));
-  layout.row_scales = region.take(4LL * rows * row_scale_stride(s));
+  layout.row_scales = region.take(2 * 4LL * rows * row_scale_stride(s));
   layout.scales = region.take(rows * scale_words(s) * 4);
   layout.outputs = region.take(rows * s.hidden_size * 2);
   layout.sources = region.take(rows * 4);
@@ -181,6 +196,7 @@ struct FusedDispatchParams {
   bool scales_with_rows;
   bool names_sources;  // `sources` are written: a store of 4 bytes a row. No kernel reads them
   Phase phase;
+  int32_t layer;  // for the record of a fault
   uint64_t timeout_ns;
   const void* network;     // of the network policy; nullptr where every peer is direct
   FusedRank one;           // the rank of this launch
@@ -195,6 +211,7 @@ struct FusedCombineParams {
   const FusedRank* many;   // as of the dispatch
   bool ids_are_i64, same_device;
   Phase phase;
+  int32_t layer;
   uint64_t timeout_ns;
   int32_t launched;
 };

@@ -34,14 +34,16 @@ struct Patience {
   uint64_t timeout_ns;
   uint32_t round;
   bool same_device;
+  int32_t layer = -1;  // for the record
 };
 
 // Not inlined: code that does not run is fetched all the same.
-static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, Fault fault, int peer, int block,
-                                           int64_t seen, int64_t expected) {
+static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, int layer, uint64_t timeout_ns,
+                                           Fault fault, int peer, int block, int64_t seen, int64_t expected) {
   constexpr int kClaimed = -1;
   if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
-  status->peer = peer, status->block = block, status->round = round;
+  status->peer = peer, status->block = block, status->layer = layer, status->round = round;
+  status->limit_ms = static_cast<uint32_t>(timeout_ns / 1000000);
   status->seen = seen, status->expected = expected;
   __threadfence_system();
   atomicExch(&status->fault, static_cast<int32_t>(fault));
@@ -50,7 +52,7 @@ static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, 
 // The first fault of a rank stands; later ones follow from it.
 __device__ __forceinline__ void report(const Patience& patience, Fault fault, int peer, int block, int64_t seen,
                                        int64_t expected) {
-  record(patience.status, patience.round, fault, peer, block, seen, expected);
+  record(patience.status, patience.round, patience.layer, patience.timeout_ns, fault, peer, block, seen, expected);
 }
 
 // Whether this rank has one on record.

@@ -7,7 +7,8 @@ Can go when: SGLang takes a device list with repetitions.
 
 Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs of their own all ranks run; on one GPU a
 peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
-host between sending and receiving, as scripts/gpu/straggler.py does.
+host between sending and receiving, as scripts/gpu/straggler.py does. What is captured in a CUDA graph has no host to
+meet on: there each rank's share of the multiprocessors, which MPS gives it, has to do.
 
 Pictures. SGLang's tokenizer process decodes JPEG on the GPU, and so becomes a client of MPS, too: the last that was
 seen of three servers was each one's first picture on its way there. Here the CPU decodes. (Not tried since.)
@@ -43,6 +44,8 @@ def _meet():
     import torch
     from sglang.srt.runtime_context import get_parallel
 
+    if torch.cuda.is_current_stream_capturing():
+        return
     torch.cuda.current_stream().synchronize()
     torch.distributed.barrier(group=get_parallel().tp_group.cpu_group)
 

@@ -1,0 +1,215 @@
+// replica_count and replica_choose: the rows of a replicated expert are numbered over the group, text before visual, then
+// by source rank, token and slot; the number says which replica a row goes to.
+//
+// Problem:     T * K assignments, of which those to up to X replicated experts need their place in (token, slot) order.
+// Algorithm:   the grid's warps own T / W tokens each, in order, in both kernels. The first one, before the exchange, counts
+//              by block; the second adds up the blocks before its own, counts by warp, and numbers a step of 32
+//              assignments at a time (match_any). It also counts, by level, what this source sends to exceeded ranks.
+// Grid:        16 warps a block, a block per multiprocessor at most.
+// Determinism: ordered prefixes of integers.
+#include "assignments.cuh"
+#include "launch.cuh"
+#include "macs/cuda.h"
+#include "replicas.cuh"
+
+namespace macs::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+
+int grid_blocks(int64_t num_tokens) {
+  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps, most = num_multiprocessors();
+  return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+// The tokens of this warp.
+struct Share {
+  int64_t begin, end;
+
+  __device__ __forceinline__ explicit Share(int64_t num_tokens) {
+    const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps, each = num_tokens / warps, longer = num_tokens % warps;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+    begin = each * warp + (warp < longer ? warp : longer);
+    end = begin + each + (warp < longer ? 1 : 0);
+  }
+};
+
+template <class Id>
+__global__ void __launch_bounds__(kThreads) replica_count_kernel(const __grid_constant__ ReplicaCountArgs args) {
+  int* const shared = reinterpret_cast<int*>(dynamic_shared());
+  const Places& places = args.places;
+  const int keys = 2 * places.redundant(), cells = keys + places.num_ranks;  // rows by key, then as routed
+  for (int i = threadIdx.x; i < cells; i += kThreads) shared[i] = 0;
+  __syncthreads();
+  start_dependents();
+  wait_for_previous();
+  const Step step(args.in.top_k);
+  const Share share(args.in.num_tokens);
+  for (int64_t at = share.begin; at < share.end; at += step.tokens) {
+    const Slot slot = load_slot<Id, false>(args.in, step, at, share.end);
+    if (!slot.inside) continue;
+    const int expert = slot.expert < 0 ? -1 : places.logical()[slot.expert];
+    args.scratch.logical[slot.token * args.in.top_k + step.slot] = expert;
+    if (expert < 0) continue;
+    atomicAdd(shared + keys + static_cast<int>(places.rank_of(slot.expert)), 1);
+    const int row = places.row()[expert];
+    if (row >= 0) atomicAdd(shared + replica_key(row, slot.text()), 1);
+  }
+  __syncthreads();
+  int32_t* const own = args.tail + places.num_ranks + keys * places.own_rank();
+  for (int i = threadIdx.x; i < keys; i += kThreads) {
+    args.scratch.block_counts[blockIdx.x * keys + i] = shared[i];
+    if (shared[i] != 0) atomicAdd(own + i, shared[i]);
+  }
+  for (int r = threadIdx.x; r < places.num_ranks; r += kThreads) {
+    if (shared[keys + r] != 0) atomicAdd(args.tail + r, shared[keys + r]);
+  }
+}
+
+// Shared memory of a block, in ints.
+struct Numbers {
+  int* ints;
+  int redundant, ranks;
+
+  static size_t bytes(const Places& p) {
+    return sizeof(int) * (3ull * p.redundant() + 2ull * p.num_ranks + 2ull * kWarps * p.redundant());
+  }
+  __device__ __forceinline__ int* rows() const { return ints; }                   // [X] of the group
+  __device__ __forceinline__ int* first() const { return ints + redundant; }      // [X, 2] number of this block's first row
+  __device__ __forceinline__ int* limit() const { return ints + 3 * redundant; }  // [R] kNotExceeded, or not
+  __device__ __forceinline__ int* lowest() const { return limit() + ranks; }      // [R] first level that it counts
+  __device__ __forceinline__ int* running(int warp) const { return lowest() + ranks + warp * 2 * redundant; }  // [X, 2]
+};
+
+// Behind the exchange: text of all sources before the visual rows of any.
+__device__ __forceinline__ void number_block(const ReplicaChooseArgs& args, const Numbers& numbers) {
+  const Places& places = args.places;
+  const int keys = 2 * places.redundant();
+#pragma unroll 1
+  for (int row = threadIdx.x; row < places.num_replicated(); row += kThreads) {
+    const int32_t* source = args.tail + places.num_ranks + 2 * row;
+    int text = 0, all = 0, text_before = 0, visual_before = 0;
+#pragma unroll 1
+    for (int s = 0; s < places.num_ranks; ++s, source += keys) {
+      const int of_text = __ldcg(source), visual = __ldcg(source + 1);
+      text += of_text, all += of_text + visual;
+      if (s < places.own_rank()) text_before += of_text, visual_before += visual;
+    }
+    numbers.rows()[row] = all;
+    int first[2] = {text_before, text + visual_before};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll 1
+      for (int block = 0; block < static_cast<int>(blockIdx.x); ++block) {
+        first[i] += __ldcg(args.scratch.block_counts + block * keys + 2 * row + i);
+      }
+      numbers.first()[2 * row + i] = first[i];
+    }
+  }
+#pragma unroll 1
+  for (int r = threadIdx.x; r < places.num_ranks; r += kThreads) {
+    const int4 limit = __ldcg(reinterpret_cast<const int4*>(args.scratch.limits) + r);
+    numbers.limit()[r] = limit.x, numbers.lowest()[r] = limit.y;
+  }
+}
+
+// One warp, in lane order: the number of this lane's row among those of its key.
+__device__ __forceinline__ int number_in_order(bool counted, int key, int first, int* running) {
+  const unsigned active = __ballot_sync(kFullMask, counted);
+  int number = 0;
+  if (counted) {
+    const int lane = threadIdx.x % kWarp;
+    const unsigned peers = __match_any_sync(active, key);
+    const int so_far = running[key];
+    number = first + so_far + __popc(peers & ((1u << lane) - 1u));
+    __syncwarp(active);
+    if (lane == kWarp - 1 - __clz(peers)) running[key] = so_far + __popc(peers);
+  }
+  __syncwarp();
+  return number;
+}
+
+template <class Id>
+__global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_constant__ ReplicaChooseArgs args) {
+  const Places& places = args.places;
+  const Assignments& in = args.in;
+  const Numbers numbers = {reinterpret_cast<int*>(dynamic_shared()), places.redundant(), places.num_ranks};
+  const int keys = 2 * places.redundant(), buckets = num_buckets(in.policy.bucket_bits);
+  for (int i = threadIdx.x; i < kWarps * keys; i += kThreads) numbers.running(0)[i] = 0;
+  __syncthreads();
+  start_dependents();
+  const Step step(in.top_k);
+  const Share share(in.num_tokens);
+  int* const running = numbers.running(threadIdx.x / kWarp);
+  for (int64_t at = share.begin; at < share.end; at += step.tokens) {  // of what is older than this chain
+    const Slot slot = load_slot<Id, false>(in, step, at, share.end);
+    const int row = slot.expert >= 0 ? places.row()[places.logical()[slot.expert]] : -1;
+    if (row >= 0) atomicAdd(running + replica_key(row, slot.text()), 1);
+  }
+  wait_for_previous();
+  number_block(args, numbers);
+  __syncthreads();
+#pragma unroll 1
+  for (int key = threadIdx.x; key < keys; key += kThreads) {  // of the warps before
+    int before = 0;
+#pragma unroll 1
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const int mine = numbers.running(warp)[key];
+      numbers.running(warp)[key] = before;
+      before += mine;
+    }
+  }
+  __syncthreads();
+  for (int64_t at = share.begin; at < share.end; at += step.tokens) {
+    const Slot slot = load_slot<Id, true>(in, step, at, share.end);
+    const int expert = slot.expert >= 0 ? places.logical()[slot.expert] : -1;
+    const int row = expert >= 0 ? places.row()[expert] : -1, key = row >= 0 ? replica_key(row, slot.text()) : 0;
+    const int number = number_in_order(row >= 0, key, row >= 0 ? numbers.first()[key] : 0, running);
+    if (!slot.inside) continue;
+    int chosen = -1;
+    if (expert >= 0) {
+      int place = places.first()[expert];
+      if (row >= 0) {
+        place += place_of(number, numbers.rows()[row], args.scratch.quota + place, places.num_places(expert));
+      }
+      chosen = places.physical()[place];
+      const int rank = places.rank()[place];
+      if (numbers.limit()[rank] != kNotExceeded) {
+        const int level = level_of(bucket_of_slot(in, slot), args.shift[expert], slot.text(), in.policy);
+        const int lowest = numbers.lowest()[rank];
+        const bool text_stays = in.policy.protect_text && lowest == 0;
+        if (level >= lowest && !(text_stays && level >= buckets)) {
+          atomicAdd(args.scratch.levels + rank * 2 * buckets + level, 1);
+        }
+      }
+    }
+    static_cast<Id*>(args.scratch.chosen)[slot.token * in.top_k + step.slot] = static_cast<Id>(chosen);
+  }
+}
+
+}  // namespace
+
+cudaError_t enqueue_replica_count(const ReplicaCountArgs& args, cudaStream_t stream) {
+  if (args.in.top_k < 1 || args.in.top_k > kWarp) return cudaErrorInvalidValue;
+  const size_t bytes = sizeof(int) * (2 * args.places.redundant() + args.places.num_ranks);
+  const Shape shape = {
+      .grid = grid_blocks(args.in.num_tokens), .block = kThreads, .shared_bytes = bytes, .overlap = true};
+  if (args.in.ids_are_i64) return launch(replica_count_kernel<int64_t>, shape, args, stream);
+  return launch(replica_count_kernel<int32_t>, shape, args, stream);
+}
+
+cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t stream) {
+  static bool raised[2][kMaxDevices] = {};
+  const bool wide = args.in.ids_are_i64;
+  const auto kernel = wide ? replica_choose_kernel<int64_t> : replica_choose_kernel<int32_t>;
+  const size_t bytes = Numbers::bytes(args.places);
+  if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
+  const cudaError_t error = raise_shared_limit(kernel, max_shared_bytes(), raised[wide]);
+  if (error != cudaSuccess) return error;
+  const Shape shape = {
+      .grid = grid_blocks(args.in.num_tokens), .block = kThreads, .shared_bytes = bytes, .overlap = true};
+  return launch(kernel, shape, args, stream);
+}
+
+}  // namespace macs::cuda

@@ -143,6 +143,15 @@ def test_scores_of_another_form_are_refused_in_one_line(returned: Callable, got:
     assert got in str(error.value) and "expected floating-point numbers [40, 4] or [40] on cpu" in str(error.value)
 
 
+def test_logits_that_nothing_is_re_routed_by_are_not_read() -> None:
+    """They are of logical experts where ids may be physical."""
+    routed = cases.named("imbalanced").batches[0].routed
+    plan = Plan(MacsConfig.from_preset("rank", gamma=0.8, reroute="none"), 16, 4, own_importance=by_gate)
+    result = plan(routed._replace(router_logits=routed.router_logits[:, :2]))
+    assert same_bits(result.topk_weights, routed.topk_weights.masked_fill(result.topk_ids < 0, 0.0))
+    assert (result.topk_ids < 0).any()
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch) -> Callable[[str], str]:
     """Writes a module of its own name, and returns that."""

@@ -208,7 +208,7 @@ class Plan:
         shift, cut = self.threshold(own, group)
         ids, weights, counts = self.apply(*batch, logits, shift, cut)
         if self._importance is not None:
-            weights = importance.gates(tokens, ids, self.scoring)
+            weights = importance.gates(tokens._replace(router_logits=logits), ids, self.scoring)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
     def _with_replicas(

@@ -108,13 +108,14 @@ int64_t histogram_size(const Policy& p) {
   return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
 }
 
-// A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly.
+// A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly. On a GPU only whole
+// plans take them.
 struct Placed {
   Tensor table;
   Policy policy;
   Places places = {};
 
-  Placed(at::ArrayRef<double> packed, const OptionalTensor& given, const Tensor& beside) {
+  Placed(at::ArrayRef<double> packed, const OptionalTensor& given, const Tensor& beside, bool whole_plan = false) {
     if (!given.has_value()) {
       policy = checked_policy(packed);
       return;
@@ -127,12 +128,13 @@ struct Placed {
     TORCH_CHECK_VALUE(table.scalar_type() == at::kInt, "places: got dtype ", table.scalar_type(), ", expected Int");
     check_device("places", table, beside);
     policy = checked_policy(packed, num_physical);
-    const bool whole = policy.scope == Scope::kRank && policy.load == Load::kRows && policy.reroute != Reroute::kLocal;
-    TORCH_CHECK_VALUE(whole, "policy: got another scope, load or reroute, expected rank, rows, none or global with places");
+    const bool fits = policy.scope == Scope::kRank && policy.load == Load::kRows && policy.reroute != Reroute::kLocal;
+    TORCH_CHECK_VALUE(fits, "policy: got another scope, load or reroute, expected rank, rows, none or global with places");
     TORCH_CHECK_VALUE(num_physical >= policy.num_experts, "places: got ", num_physical, " physical experts, expected at "
                       "least ", policy.num_experts);
-    TORCH_CHECK_VALUE(!table.is_cuda(), "places: got device ", table.device(), ", expected cpu: no CUDA kernel has them");
-    places = {table.is_cpu() ? table.const_data_ptr<int32_t>() : nullptr, policy.num_experts, static_cast<int32_t>(num_physical), policy.num_ranks};
+    TORCH_CHECK_VALUE(whole_plan || !table.is_cuda(), "places: got device ", table.device(), ", expected cpu: on a GPU "
+                      "only whole plans take them");
+    places = {table.is_meta() ? nullptr : table.const_data_ptr<int32_t>(), policy.num_experts, static_cast<int32_t>(num_physical), policy.num_ranks};
   }
 
   int64_t num_ids() const { return places.any() ? places.num_physical : policy.num_experts; }
@@ -452,7 +454,7 @@ PlanInput plan_input(const Tensor& hidden_states, const Tensor& topk_ids, const 
                      const Tensor& segment, int64_t num_segments, at::ArrayRef<double> packed,
                      const OptionalTensor& places) {
   PlanInput x = {.ids = topk_ids.contiguous(), .gates = topk_weights.contiguous(), .segment = segment.contiguous(),
-                 .placed = Placed(packed, places, topk_ids), .num_segments = num_segments};
+                 .placed = Placed(packed, places, topk_ids, true), .num_segments = num_segments};
   x.policy = x.placed.policy;
   x.in = checked_routing(x.ids, x.gates, x.segment, x.policy);
   check_ids_in_range(x.ids, x.placed.num_ids());
@@ -486,7 +488,7 @@ int64_t plan_workspace_bytes([[maybe_unused]] const PlanInput& x) {
 #ifdef MACS_WITH_CUDA
   ClipApplyParams apply = {};
   apply.in = x.in;
-  if (x.ids.is_cuda()) return cuda::plan_workspace_bytes(weight_params(x, nullptr, nullptr), apply);
+  if (x.ids.is_cuda()) return cuda::plan_workspace_bytes(weight_params(x, nullptr, nullptr), apply, x.placed.places);
 #endif
   return 0;
 }
@@ -505,7 +507,8 @@ void count_batch(const PlanInput& x, const Tensor& entropy, const Tensor& weight
 #ifdef MACS_WITH_CUDA
   if (x.ids.is_cuda()) {
     return check_launch(
-        cuda::launch_score_histogram(score, weigh, histogram, workspace.mutable_data_ptr(), stream_of(x.ids)),
+        cuda::launch_score_histogram(score, weigh, histogram, workspace.mutable_data_ptr(), stream_of(x.ids),
+                                     x.placed.places),
         "score_histogram");
   }
 #endif
@@ -574,7 +577,9 @@ void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const
   apply.counts = out.counts.mutable_data_ptr<int32_t>();
 #ifdef MACS_WITH_CUDA
   if (x.ids.is_cuda()) {
-    return check_launch(cuda::launch_threshold_apply(threshold, apply, workspace.mutable_data_ptr(), stream_of(x.ids)),
+    int32_t* const rank_rows = x.placed.places.any() ? out.rank_rows.mutable_data_ptr<int32_t>() : nullptr;
+    return check_launch(cuda::launch_threshold_apply(threshold, apply, workspace.mutable_data_ptr(), stream_of(x.ids),
+                                                     x.placed.places, rank_rows),
                         "threshold_apply");
   }
 #endif

@@ -311,47 +311,38 @@ def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypat
     gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))
     monkeypatch.setitem(sys.modules, "deep_gemm", gemm)
     around = deepep_bounded._grouped_gemm("gemm")
-    monkeypatch.setattr(deepep_bounded, "_compile", lambda *given: None)
+    monkeypatch.setattr(deepep_bounded, "_as_for_the_largest_batch", lambda *given: given)
 
     def original(a, b, out, layout, **more) -> None:
         calls.append(("rows", layout, more))
 
     out, ends = torch.empty(256, 8), torch.zeros(4, dtype=torch.int32)
     of_rows = torch.zeros(256, dtype=torch.int32)
-    weights = torch.empty(4, 8, 8)
-    around(original, None, weights, out, of_rows, recipe_a=None)
-    around(original, None, weights, out, ends, recipe_a=None, recipe_b=(1, 128))
+    around(original, None, None, out, of_rows, recipe_a=None)
+    around(original, None, None, out, ends, recipe_a=None, recipe_b=(1, 128))
     assert calls[0] == ("rows", of_rows, {"recipe_a": None})
     assert calls[1] == ("ends", ends, {"use_psum_layout": True, "recipe_b": (1, 128)})
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp8"])
-def test_the_first_batch_compiles_for_all_sizes(monkeypatch, format: str) -> None:
-    """Once for each shape of weights, with nothing to compute, and for every buffer that a batch can get."""
-    calls = []
-
-    def gemm(lhs, rhs, out, ends, use_psum_layout):
-        values, scales = lhs if format == "fp8" else (lhs, None)
-        assert values.shape == (len(out), 256) and (scales is None or scales.shape == (len(out), 2))
-        calls.append((len(out), int(ends.sum())))
-
-    monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(gemm=gemm))
+def test_the_grouped_gemm_is_one_kernel_for_all_sizes(monkeypatch) -> None:
+    """The number of rows by which DeepGEMM chooses is that of the largest batch; the memory is the batch's own."""
     config, sizes = MacsConfig.from_preset("rank", gamma=1.05), Sizes(2, 8, 2, 256)
     shared = bounded.BoundedDispatch(config, print)
-    shared.join(sizes, 1)
-    shared.most_rows = 1500
+    shared.expect(sizes, 1500)
+    largest = room(config, sizes, 2 * bounded.size_class(1500), planned=False).rows
+    assert shared.most_rows == largest
     monkeypatch.setattr(deepep_bounded.worker, "current", lambda: SimpleNamespace(bounded=shared))
-    around = deepep_bounded._grouped_gemm("gemm")
-    rows = torch.zeros(640, 256), torch.zeros(2, 640).t()
-    for width in (64, 64, 32):
-        weights, out = torch.empty(4, width, 256), torch.empty(640, width)
-        around(None, rows if format == "fp8" else rows[0], weights, out, torch.tensor([9, 0, 0, 0], dtype=torch.int32))
-    every = [(n, 0) for n in shared.row_sizes()]
-    assert calls == [*every, (640, 9), (640, 9), *every, (640, 9)]
-    for tokens in (1, 300, 512, 1500):
-        for planned in (True, False):
-            group = sizes.num_ranks * bounded.size_class(tokens)
-            assert room(config, sizes, group, planned=planned).rows in shared.row_sizes()
+    for rows in (640, largest):
+        values, out = torch.rand(rows, 256), torch.rand(rows, 64)
+        given, result = deepep_bounded._as_for_the_largest_batch(values, out)
+        assert (given.shape, result.shape) == ((largest, 256), (largest, 64))
+        assert given.data_ptr() == values.data_ptr() and torch.equal(given[:rows], values)
+        result[:rows].fill_(3.0)
+        assert (out == 3.0).all()
+    beyond = torch.empty(largest + 128, 64)
+    assert deepep_bounded._as_for_the_largest_batch(beyond, beyond)[1] is beyond
+    fp8 = (torch.empty(640, 256), torch.empty(2, 640).t())
+    assert deepep_bounded._as_for_the_largest_batch(fp8, out)[0] is fp8
 
 
 def test_lost_rows_are_a_fault() -> None:

@@ -168,10 +168,8 @@ def test_experts_that_move_or_have_replicas_are_served_on_a_cpu(flags):
         ({"exchange": "local"}, "--macs-exchange local"),
         ({"reroute": "local"}, "--macs-reroute local"),
         ({"preset": "paper", "gamma": math.inf}, "--macs-scope expert"),
-        ({"trace": "/t"}, "balance with --macs-trace"),
         ({"replicas": "keep"}, "keep with --macs-reroute global"),
         ({"replicas": "keep", "reroute": "none", "profile": "/p.json"}, "keep with --macs-profile"),
-        ({"replicas": "keep", "reroute": "none", "trace": "/t"}, "keep with --macs-trace"),
     ],
     ids=str,
 )
@@ -180,6 +178,26 @@ def test_options_that_replicas_do_not_go_with_are_refused(flags, options, got):
     with pytest.raises(MacsError, match=f"--macs-replicas: got {got}"):
         compat.check(replace(launch(**ON_CPU, **flags), config=config))
     compat.check(replace(launch(**ON_CPU), config=config))
+
+
+@pytest.mark.parametrize("flags", PLACED, ids=str)
+def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flags):
+    flags = {"device": "cuda", "deepep_mode": "normal", **flags}
+    with pytest.raises(MacsError, match="on a GPU"):
+        compat.check(launch(**flags))
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded,replicas")
+    compat.check(launch(**flags, ep_dispatch_algorithm="static"))
+    for dispatch in ("fused", "bounded", "auto"):
+        config = MacsConfig.from_preset(dispatch=dispatch)
+        with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
+            compat.check(replace(launch(**flags), config=config))
+
+
+def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    for mode in ({}, {"deepep_mode": "auto"}):
+        with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
+            compat.check(launch(device="cuda", enable_eplb=True, **mode))
 
 
 def test_copies_are_divided_among_the_ranks():

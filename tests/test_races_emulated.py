@@ -11,13 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import emulated
+from support import cases, emulated, replica_cases
 from support import fused_c as fc
 from support.emulated import Kernels
 from support.fused_case import FusedConfig, Group, make_group, masked
 from support.kernel_case import Config
+from support.replica_cases import ReplicaGroup
 from test_ops import USUAL
 from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
+from test_replicas_emulated import check
+
+from sglang_macs.config import MacsConfig
 
 pytestmark = pytest.mark.emulated
 ROUNDS = 3
@@ -42,6 +46,16 @@ def test_plan_with_its_exchange() -> None:
     launchers, group = Launchers(watched()), peer_group(torch.bfloat16)
     options = USUAL | {"importance": "gate", "buckets": 32, "gamma": 1.05, "num_ranks": 2, "scoring": group.scoring}
     launchers.plans(group, options, scored=False)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+def test_plan_with_replicas(gamma: float) -> None:
+    """Two ranks over their bounds, one idle."""
+    launchers, gen, mapped = Launchers(watched()), cases.generator(7), [0, 1, 2, 3, 4, 0, 5, 1, 0]
+    shape = {"num_experts": 6, "top_k": 2, "num_ranks": 2, "imbalance": 1.6}
+    batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in (24, 0, 10)]
+    group = ReplicaGroup(cases.Group(batches, 6, 3, torch.zeros(6, dtype=torch.int8)), mapped)
+    check(launchers, group, MacsConfig.from_preset("rank", gamma=gamma, buckets=32), seed=1)
 
 
 PLAN = Config(T=6, H=2048, E=8, K=3, R=2, hot=1.5, visual=0.8, gamma=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,10 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.acting import Acting
 from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
-from sglang_macs.engine import replicas, worker
+from sglang_macs.engine import replicas, scheduler, worker
+from sglang_macs.errors import MacsError
+from sglang_macs.observe import report, trace
+from sglang_macs.observe.recorder import Place, Recorder
 from sglang_macs.observe.stats import CLIPPED_TEXT, KEPT_VISUAL, Recount, Stats, recount
 from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
@@ -35,6 +40,11 @@ def routed(rank: int, seed: int, placement: list[int]) -> tuple[torch.Tensor, ..
 
 
 def dispatched(planner: LayerPlanner, rank: int, seed: int, placement: list[int]) -> dict[str, Any]:
+    with planner.recorder.forward_pass([], 0):
+        return in_pass(planner, rank, seed, placement)
+
+
+def in_pass(planner: LayerPlanner, rank: int, seed: int, placement: list[int]) -> dict[str, Any]:
     hidden, ids, weights, logits, logical = routed(rank, seed, placement)
     segment = torch.where(torch.arange(COUNTS[rank]) % 4 < 3, 0, -1).int()
     dispatcher = MacsDispatcher(planner)
@@ -47,13 +57,14 @@ def dispatched(planner: LayerPlanner, rank: int, seed: int, placement: list[int]
     return {"out": out, "dense": dense(hidden, logical, weights), "rows": len(received), "gain": now.gain}
 
 
-def _serve(rank: int, world: int) -> dict[str, Any]:
+def _serve(rank: int, world: int, folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, options in CASES.items():
-        config, counters = MacsConfig.from_preset("rank", **options, verify=True), Stats()
+        config = MacsConfig.from_preset("rank", **options, verify=True, trace=f"{folder}/{name}")
+        counters, record = Stats(), Recorder(config, Place(rank), "run")
         places = None if name == "keep" else Places(EXPERTS, len(FIRST), world, rank, FIRST)
         plan = Plan(config, len(FIRST) if places is None else EXPERTS, world, places=places)
-        planner = LayerPlanner(0, plan, dist.group.WORLD, counters, acting=Acting())
+        planner = LayerPlanner(0, plan, dist.group.WORLD, counters, recorder=record, acting=Acting())
         planner.acting.rows_that_pay = 1
         before = [dispatched(planner, rank, seed, FIRST) for seed in range(3)]
         if places is not None:
@@ -65,8 +76,14 @@ def _serve(rank: int, world: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def served() -> list[dict[str, Any]]:
-    return run_ranks(4, _serve)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where the ranks record."""
+    return str(tmp_path_factory.mktemp("traces"))
+
+
+@pytest.fixture(scope="module")
+def served(folder: str) -> list[dict[str, Any]]:
+    return run_ranks(4, _serve, folder)
 
 
 def test_balanced_rows_give_what_unmoved_ones_do(served):
@@ -116,6 +133,32 @@ def test_all_ranks_expect_the_same_gain_of_replicas(served):
     assert served[1]["clip"]["dispatches"][-1]["gain"][0] > 20
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_has_the_counters_rows_and_fates(served, folder, name):
+    read = trace.load(f"{folder}/{name}")
+    layer = served[0][name]["stats"]["layers"]["0"]
+    for rows, stage in zip(read.rank_rows(), ("before", "after"), strict=True):
+        assert rows[:, 0].sum(axis=0).tolist() == layer[f"rows_{stage}"]
+    fates = sum(step.fates for step in read.steps)[0]
+    for i, modality in enumerate(("visual", "text")):
+        own = [rank[name]["stats"]["own"] for rank in served]
+        assert fates[trace.CLIPPED, i] == sum(one[f"clipped_{modality}"] for one in own)
+        assert fates[:2, i].sum() == sum(one[f"assignments_{modality}"] for one in own)
+    assert len(read.steps) == 6 and not read.pictures
+    assert report.page(read)
+
+
+def test_a_trace_whose_rows_are_not_those_of_its_counts_is_none(served, folder, tmp_path):
+    for path in Path(folder, "balance").iterdir():
+        lines = path.read_text().splitlines()
+        spoilt = json.loads(lines[1])
+        if spoilt["counts"]:
+            spoilt["rows"] = json.loads(lines[2])["rows"]
+        (tmp_path / path.name).write_text("\n".join([lines[0], json.dumps(spoilt)]) + "\n")
+    with pytest.raises(MacsError, match="rows of ranks that are not those of experts"):
+        trace.load(str(tmp_path))
+
+
 def test_a_text_row_may_go_where_one_of_its_ranks_keeps_no_visual_row():
     """Expert 0 is on both ranks, expert 1 on rank 0 alone; visual rows stay on rank 0."""
     places = Places(2, 4, 2, 0, [0, 1, 0, 0])
@@ -149,6 +192,15 @@ def test_an_update_of_expert_locations_refreshes_the_layers_that_it_names(monkey
     metadata = SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([[0, 0, 1, 1]] * 4))
     replicas._expert_location_update(None, metadata, None, [1, 2, 3])
     assert [planners[i].plan.places.logical.tolist() for i in (0, 1)] == [[0, 1, 0, 1, -1], [0, 0, 1, 1, -1]]
+
+
+@pytest.mark.parametrize(("act", "replicas", "rows"), [("auto", True, 8), ("always", True, 0), ("auto", False, 0)])
+def test_a_lossless_balancer_acts_where_it_pays(act, replicas, rows):
+    """Infinite gamma alone is asked for its counts."""
+    process = worker.Worker(MacsConfig.from_preset("rank", gamma=float("inf"), act=act).on("cpu"))
+    places = Places(2, 4, 2, 0, [0, 1, 0, 1]) if replicas else None
+    process.planners[0] = SimpleNamespace(plan=Plan(process.config, 2, 2, places=places))
+    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == rows
 
 
 def test_ranks_must_agree_where_experts_lie():

@@ -72,21 +72,37 @@ class ReplicaPlan:
         self.apply = apply_params(inputs, [out[n] for n in ("ids", "weights", "counts")], self.options)
 
     def before(self) -> torch.Tensor:
+        self._launch_before()
+        return self.buffers["own"].check()
+
+    def _launch_before(self) -> None:
         by_reference = map(c.ctypes.byref, (self.weight, self.apply, self.places))
         size = self.library.cdll.macs_replica_workspace_bytes
         size.restype = c.ctypes.c_size_t
         self.scratch = Buffer((size(*by_reference),), torch.uint8)
         given = self.score, self.weight, self.histogram, self.scratch.tensor, self.places
         self.library("macs_replica_histogram", *given)
-        return self.buffers["own"].check()
 
-    def behind(self, total: torch.Tensor | None) -> PlanResult:
-        """total: what the group exchanged; None: this rank is the group."""
-        if total is None:
-            self._set("own")
-        self.out["group"].copy_(self.out["own"] if total is None else total)
+    def behind(self, total: torch.Tensor) -> PlanResult:
+        """total: what the group exchanged."""
+        self.out["group"].copy_(total)
+        self._launch_behind()
+        return self._result()
+
+    def alone(self) -> PlanResult:
+        """Both launchers at once, without an exchange: the kernels overlap as far as they may."""
+        self._set("own")
+        with self.library.together():
+            self._launch_before()
+            self._launch_behind()
+        self.out["group"].copy_(self.out["own"])
+        return self._result()
+
+    def _launch_behind(self) -> None:
         given = self.threshold, self.apply, self.scratch.tensor, self.places, self.out["rank_rows"]
         self.library("macs_replica_apply", *given)
+
+    def _result(self) -> PlanResult:
         self.scratch.check()
         got = {name: buffer.check() for name, buffer in self.buffers.items()}
         names = ("ids", "weights", "weight", "own", "group", "cut", "counts", "rank_rows")
@@ -118,9 +134,7 @@ def check(launchers: Launchers, group: ReplicaGroup, config: MacsConfig, seed: i
     for plan, b, run in zip(of_rank, group.group.batches, runs, strict=True):
         assert_alike(run.behind(total), plan(*inputs(b), lambda tensor: tensor.copy_(total)))
     for plan, b in zip(of_rank[:1], group.group.batches, strict=False):
-        alone = ReplicaPlan(launchers, plan, b)
-        alone.before()
-        assert_alike(alone.behind(None), plan(*inputs(b)))
+        assert_alike(ReplicaPlan(launchers, plan, b).alone(), plan(*inputs(b)))
 
 
 @cases.PROPERTY

@@ -21,7 +21,15 @@ def balance(server) -> list[tuple[float, float]]:
 
 def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, vl_reference):
     """Layer by layer, every few passes; at infinite gamma answers are those without replicas and without MACS."""
-    moving = ["--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1"]
+    moving = [
+        "--macs-act",
+        "always",
+        "--enable-eplb",
+        "--eplb-rebalance-num-iterations",
+        "8",
+        "--eplb-rebalance-layers-per-chunk",
+        "1",
+    ]
     with serve(vl_model, *EP2_ARGS, *INFINITE, *REDUNDANT, *moving, log="replicas-eplb") as server:
         for _ in range(2):
             for question in QUESTIONS:

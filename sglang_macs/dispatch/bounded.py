@@ -88,14 +88,6 @@ def size_class(rows: int) -> int:
     return max(1, -(-rows // step)) * step
 
 
-def row_sizes(config: MacsConfig, sizes: Sizes, most_rows: int) -> list[int]:
-    """Rows of the buffers for batches of which no rank has more than `most_rows` rows, by size classes."""
-    classes = {size_class(rows) for rows in range(SMALLEST, most_rows + SMALLEST, SMALLEST)}
-    tokens = [rows * sizes.num_ranks for rows in classes]
-    found = [(n, room(config, sizes, n, planned=planned).rows) for n in tokens for planned in (True, False)]
-    return sorted({rows for n, rows in found if spare_bytes(sizes, n, rows) <= SPARE_BYTES})
-
-
 class Index(NamedTuple):
     """Where the rows of a dispatch lie, i32. place [N, K]: row of each assignment, negative: none; expert_end [E_l]:
     behind the last row of each expert; counts: scratch.
@@ -187,7 +179,7 @@ class BoundedDispatch:
         self._now: batch.Batch | None = None  # of the last dispatch, and what was answered in its pass
         self._found: dict[tuple, Room | None] = {}
         self._layers: set[tuple[Sizes, int]] = set()
-        self.most_rows = 0  # of a rank in one batch
+        self.most_rows = 0  # of a buffer, as far as is known
         self._workspace: Workspace | None = None
         self._watch = Watch(lambda lost: int(lost) or None)
 
@@ -205,9 +197,12 @@ class BoundedDispatch:
             for sizes, tokens in asked
         )
 
-    def row_sizes(self) -> list[int]:
-        """Rows of all layers' buffers for batches that may come, by size classes."""
-        return sorted({rows for sizes, _ in self._layers for rows in row_sizes(self.config, sizes, self.most_rows)})
+    def expect(self, sizes: Sizes, rank_rows: int) -> None:
+        """Batches of a layer in which no rank has more than `rank_rows` rows: how many a buffer can have, at most."""
+        tokens = size_class(rank_rows) * sizes.num_ranks
+        found = (room(self.config, sizes, tokens, planned=planned).rows for planned in (True, False))
+        fitting = [rows for rows in found if spare_bytes(sizes, tokens, rows) <= SPARE_BYTES]
+        self.most_rows = max(self.most_rows, *fitting, 0)
 
     def workspace(self, device: torch.device) -> Workspace:
         """Made by the first dispatch."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plan import batch
 from ..plan.plan import PlanResult
+from .alias import alias
 from .bounded import BoundedNormal, size_class
 from .planner import LayerPlanner
 
@@ -116,7 +117,7 @@ class LayerGraphs:
                 output = forward()
             finally:
                 graph.capture_end()
-        return _Replay(graph, _alias(output), _aliases(results[0]) if results else None)
+        return _Replay(graph, alias(output), _aliases(results[0]) if results else None)
 
 
 class LayerGraph:
@@ -220,12 +221,5 @@ class LayerGraph:
 
 
 def _aliases(result: PlanResult) -> PlanResult:
-    return PlanResult(*(x if x is None else _alias(x) for x in result))
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, not kept from other graphs of its pool, which take turns with this one."""
-    size = tensor.untyped_storage().nbytes()
-    storage = torch._C._construct_storage_from_data_pointer(tensor.untyped_storage().data_ptr(), tensor.device, size)
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    """Not kept from other graphs of the pool, which take turns with this one."""
+    return PlanResult(*(x if x is None else alias(x) for x in result))

@@ -145,18 +145,18 @@ class LayerPlanner:
         self, now: batch.Batch, topk_ids: Tensor, topk_weights: Tensor, result: PlanResult, *, planned: bool
     ) -> None:
         assert self.recorder is not None
-        gain = now.gain.get(self.layer_id, 0)
-        routed = topk_ids, topk_weights
-        self.recorder.add(self.layer_id, self.plan.num_ranks, *routed, result, planned=planned, gain=gain)
+        gain, places = now.gain.get(self.layer_id, 0), self.plan.places
+        given = self.layer_id, self.plan.num_ranks, topk_ids, topk_weights, result
+        self.recorder.add(*given, planned=planned, gain=gain, places=places)
 
     def _as_routed(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, segment: Tensor, num_segments: int
     ) -> PlanResult:
         """For a trace, of a layer left alone: everything is kept, no bound, sums of this rank alone."""
         weight = self.plan.weight(hidden_states, segment, num_segments)
-        own = self.plan.histogram(topk_ids, topk_weights, weight, segment)
-        text = (segment < 0).unsqueeze(1)
-        by_modality = torch.stack([topk_ids.masked_fill(text, -1), topk_ids.masked_fill(~text, -1)])
+        own = self.plan.histogram(topk_ids, topk_weights, weight, segment)[: self.plan.cells]
+        text, experts = (segment < 0).unsqueeze(1), self._logical(topk_ids)
+        by_modality = torch.stack([experts.masked_fill(text, -1), experts.masked_fill(~text, -1)])
         counts = own.new_zeros(3, self.plan.num_experts, 2)
         counts[0] = stats.rows_of(by_modality, self.plan.num_experts).t()
         cut = own.new_tensor([[-1, 0, 0, 2**31 - 1]])
@@ -164,10 +164,15 @@ class LayerPlanner:
 
     def _with_load(self, result: PlanResult, topk_ids: Tensor, left_alone: Tensor) -> PlanResult:
         """For a trace, which shows each rank's whole load: rows left alone count as text that was kept."""
-        rows = stats.rows_of(topk_ids.masked_fill(~left_alone.unsqueeze(1), -1), self.plan.num_experts)
+        experts = self._logical(topk_ids).masked_fill(~left_alone.unsqueeze(1), -1)
+        rows = stats.rows_of(experts, self.plan.num_experts)
         counts = result.counts.clone()
         counts[0, :, 1] += rows.to(counts.dtype)
         return result._replace(counts=counts)
+
+    def _logical(self, topk_ids: Tensor) -> Tensor:
+        places = self.plan.places
+        return topk_ids if places is None else places.logical_on(topk_ids.device)[topk_ids.long()]
 
     @property
     def exchange(self) -> PeerAllReduce | Callable[[Tensor], object]:
@@ -186,7 +191,7 @@ class LayerPlanner:
         weight = planned.result.weight if planned.result else None
         segment = planned.segment if batch.current().measured else None
         sent, left_alone, places = planned.topk_ids, planned.left_alone, self.plan.places
-        logical = None if places is None else places.logical.to(topk_ids.device)
+        logical = None if places is None else places.logical_on(topk_ids.device)
         return stats.recount(self.plan.num_physical, topk_ids, sent, weight, segment, left_alone, logical)
 
     def prove(self, planned: Planned, own: Tensor, group: Tensor) -> None:

@@ -96,39 +96,49 @@ def _placed(launch: Launch) -> bool:
     return moved or any(launch.flag(name) for name in ("enable_eplb", "ep_num_redundant_experts"))
 
 
+def experimental(name: str) -> bool:
+    """Whether the environment asks for what is not fit for service."""
+    return name in os.environ.get(EXPERIMENTAL_ENV, "").split(",")
+
+
+def replicas_on(device: object) -> bool:
+    """Whether plans know replicas there: on GPUs, their kernels have run on the emulated machine alone."""
+    return device == "cpu" or experimental("replicas")
+
+
 def _balances(launch: Launch) -> bool:
     """Whether plans choose among replicas, by logical expert."""
     config = launch.config
-    return _placed(launch) and launch.flag("device") == "cpu" and config.replicas == "balance" and not config.is_off
+    known = replicas_on(launch.flag("device"))
+    return _placed(launch) and known and config.replicas == "balance" and not config.is_off
 
 
-def _on_gpu(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
-    """For what the CPU's plan knows and the kernels do not yet."""
-    return lambda launch: got if launch.flag("device") != "cpu" and condition(launch) else ""
+def _unknown(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
+    """For replicas where plans do not know them."""
+    return lambda launch: got if not replicas_on(launch.flag("device")) and condition(launch) else ""
 
 
 def _dispatch_algorithm(launch: Launch) -> str:
     algorithm = launch.flag("ep_dispatch_algorithm")
     if algorithm == "lp":
         return "lp, which solves for every batch what MACS solves itself"
-    on_cpu = launch.flag("device") == "cpu"
-    if not algorithm or launch.config.changes_nothing or (on_cpu and algorithm != "fake"):
+    known = replicas_on(launch.flag("device"))
+    if not algorithm or launch.config.changes_nothing or (known and algorithm != "fake"):
         return ""
-    return f"{algorithm}, experts that the router did not choose" if on_cpu else "physical experts"
+    return f"{algorithm}, experts that the router did not choose" if known else "physical experts"
 
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
+    if _placed(launch) and config.dispatch != "deepep":
+        return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
-        return config.no_replicas or ("balance with --macs-trace, which knows no replicas" if config.trace else "")
+        return config.no_replicas
     if not _placed(launch) or config.is_off:
         return ""
     if config.reroute != "none" and not config.changes_nothing:
         return f"keep with --macs-reroute {config.reroute}, which knows no replicas"
-    for name in ("profile", "trace"):
-        if getattr(config, name):
-            return f"keep with --macs-{name}, which knows no replicas"
-    return ""
+    return "keep with --macs-profile, which knows no replicas" if config.profile else ""
 
 
 def _overlap(launch: Launch) -> str:
@@ -218,7 +228,7 @@ def _decode_in_graphs(launch: Launch) -> str:
 
 
 def _unfinished(launch: Launch) -> str:
-    if launch.config.dispatch != "bounded" or os.environ.get(EXPERIMENTAL_ENV) == "bounded":
+    if launch.config.dispatch != "bounded" or experimental("bounded"):
         return ""
     return "bounded, which has not run on two GPUs since a standstill there was mended"
 
@@ -320,13 +330,24 @@ RULES = (
     ),
     Rule(
         "--enable-eplb, redundant experts",
-        _on_gpu(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
-        "experts in their own order: only a CPU's plans choose among replicas yet",
-        "Leave EPLB out.",
+        _unknown(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
+        "experts in their own order: on GPUs, plans with replicas have not been measured",
+        f"Leave EPLB out; {EXPERIMENTAL_ENV}=replicas tries it nevertheless.",
+    ),
+    Rule(
+        "--enable-eplb",
+        _if(
+            lambda x: (
+                bool(x.flag("enable_eplb")) and x.flag("device") == "cuda" and x.flag("deepep_mode", "auto") == "auto"
+            ),
+            "--deepep-mode auto, for which SGLang has no recorder of loads",
+        ),
+        "normal",
+        "Pass --deepep-mode normal.",
     ),
     Rule(
         "--init-expert-location",
-        _on_gpu(lambda x: not x.config.changes_nothing and _placed(x), "moved experts on a GPU"),
+        _unknown(lambda x: not x.config.changes_nothing and _placed(x), "moved experts on a GPU"),
         "trivial: router logits and profiles count experts in the model's own order",
         _LEAVE_OUT,
     ),

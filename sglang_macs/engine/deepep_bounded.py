@@ -4,6 +4,7 @@ from functools import partial
 
 from ..comm import peer_memory
 from ..dispatch import bounded
+from ..dispatch.alias import alias
 from ..dispatch.layer_graph import LayerGraph, LayerGraphs
 from ..dispatch.transport import say_for_group, unfit_device
 from . import worker
@@ -46,8 +47,8 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return made
 
     config = moe_runner_config
-    process.bounded.most_rows = -(-_most_tokens() // planner.attn_tp[1])
     sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
@@ -120,7 +121,6 @@ def _grouped_gemm(gemm: str):
     """AROUND deep_gemm_wrapper.grouped_gemm_nt_*_contig: a bounded dispatch tells the end of each expert's rows in
     place of each row's expert, and no tile behind is computed. (Those marked -1 are, in bf16.)
     """
-    compiled = set()  # by the weights' shape
 
     def around(original, lhs, rhs, out, layout, **recipes):
         if layout.shape[0] == out.shape[0]:
@@ -128,28 +128,20 @@ def _grouped_gemm(gemm: str):
         import deep_gemm
 
         given = {name: recipe for name, recipe in recipes.items() if recipe is not None}
-        multiply = partial(getattr(deep_gemm, gemm), use_psum_layout=True, **given)
-        shape = (rhs[0] if isinstance(rhs, tuple) else rhs).shape
-        if shape not in compiled:
-            compiled.add(shape)
-            _compile(multiply, lhs, rhs, out, layout)
-        return multiply(lhs, rhs, out, layout)
+        lhs, out = _as_for_the_largest_batch(lhs, out)
+        return getattr(deep_gemm, gemm)(lhs, rhs, out, layout, use_psum_layout=True, **given)
 
     return around
 
 
-def _compile(multiply, lhs, rhs, out, layout) -> None:
-    """All kernels that later batches may need, in the first one, which is as a rule the server's own warm-up: DeepGEMM
-    chooses them by the number of rows, and compiles for seconds when it first does. Nothing is computed.
+def _as_for_the_largest_batch(lhs, out):
+    """DeepGEMM chooses a kernel by the number of rows, and compiles for seconds where it has none: in bf16 it is told
+    that of the largest batch in all. It touches no row behind the experts' ends. FP8's scales lie by that number.
     """
-    no_rows = layout.new_zeros(layout.shape)
-    for rows in worker.current().bounded.row_sizes():
-        if isinstance(lhs, tuple):
-            values, scales = lhs
-            given = values.new_empty(rows, values.shape[1]), scales.new_empty(scales.shape[1], rows).t()
-        else:
-            given = lhs.new_empty(rows, lhs.shape[1])
-        multiply(given, rhs, out.new_empty(rows, out.shape[1]), no_rows)
+    rows = worker.current().bounded.most_rows
+    if isinstance(lhs, tuple) or rows <= out.shape[0]:
+        return lhs, out
+    return alias(lhs, rows), alias(out, rows)
 
 
 HOOKS = (

@@ -2,10 +2,12 @@
 
 from contextlib import nullcontext
 
+from .. import ops
 from ..config import MacsConfig
 from ..errors import MacsNotActive
 from ..plan.places import Places
 from . import worker
+from .compat import replicas_on
 from .hooks import Hook
 from .refusal import or_exit
 
@@ -19,8 +21,11 @@ def places_of(config: MacsConfig, moe_runner_config) -> Places | None:
 
     moe = get_exec().moe
     placed = moe.enable_eplb or moe.ep_num_redundant_experts or moe.init_expert_location != "trivial"
-    if not placed or config.is_off or config.replicas == "keep" or str(get_device().device) != "cpu":
+    device = str(get_device().device).partition(":")[0]
+    if not placed or config.is_off or config.replicas == "keep" or not replicas_on(device):
         return None
+    if device == "cuda" and ops.cuda_backend() != "cuda":
+        raise MacsNotActive("only the extension's CUDA kernels plan with replicas; pass --macs-replicas keep")
     metadata, layer_id = get_global_expert_location_metadata(), moe_runner_config.layer_id
     if metadata is None or metadata.num_physical_experts != moe_runner_config.num_experts:
         raise MacsNotActive("SGLang does not say where this model's experts lie; pass --macs-replicas keep")

@@ -47,7 +47,9 @@ def _scheduler_init(result, self, *args, **kwargs):
 
 def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
-    if not process.config.may_leave_layers or process.transports.plans:  # the dispatch plans while it dispatches
+    config = process.config
+    balances = process.has_replicas and config.act == "auto"  # worth its cost or not at infinite gamma, too
+    if not (config.may_leave_layers or balances) or process.transports.plans:  # the dispatch plans while it dispatches
         return 0
     rows = process.config.act_rows
     if rows is None:

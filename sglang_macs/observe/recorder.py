@@ -32,7 +32,9 @@ from ..choices import WEIGHT_ONE
 from ..config import MacsConfig
 from ..console import say
 from ..errors import MacsError
+from ..plan.places import Places
 from ..plan.plan import PlanResult
+from .stats import rows_of
 from .trace import MAX_LINE, MAX_PICTURES, MAX_SIDE, SCHEMA, file_name
 
 RUN_ENV = "SGLANG_MACS_TRACE_RUN"  # set by the launcher, inherited by its schedulers
@@ -104,6 +106,7 @@ class _Layer:
     importance: Tensor  # [T] f32, see `importance_of`
     clipped: Tensor  # [T] u8, slots of each row
     dropped: Tensor  # [T] u8
+    rows: Tensor | None  # [2, R] with replicas: this rank's, by the rank that they were routed and are sent to
 
 
 class Recorder:
@@ -170,19 +173,26 @@ class Recorder:
         *,
         planned: bool = True,
         gain: int = 0,
+        places: Places | None = None,
     ) -> None:
         """One layer's plan. topk_ids, topk_weights [T, K] are those before it; gain: the rows off the most loaded rank
         that were expected of it, 0 where nothing was known.
 
         planned: False for a layer that was left alone; `result` is then as routed, its sums those of this rank alone.
+        places: with replicas, whose ids are physical.
         """
         if self.stopped:
             return
         with self._harmless():
             importance = importance_of(self.config.importance, topk_ids, topk_weights, result.weight)
-            clipped = (topk_ids != result.topk_ids).sum(dim=1, dtype=torch.uint8)
+            rows, routed, sent = None, topk_ids, result.topk_ids
+            if places is not None:
+                width, logical = places.num_physical // num_ranks, places.logical_on(topk_ids.device)
+                ranks = torch.div(torch.stack([routed, sent]), width, rounding_mode="floor")
+                rows, routed, sent = rows_of(ranks, num_ranks), logical[routed.long()], logical[sent.long()]
+            clipped = (routed != sent).sum(dim=1, dtype=torch.uint8)
             dropped = ((topk_ids >= 0) & (result.topk_ids < 0)).sum(dim=1, dtype=torch.uint8)
-            self._layers.append(_Layer(layer_id, result, planned, gain, importance, clipped, dropped))
+            self._layers.append(_Layer(layer_id, result, planned, gain, importance, clipped, dropped, rows))
             self._sizes = (num_ranks, result.counts.shape[1], topk_ids.shape[1])
 
     @contextmanager
@@ -211,7 +221,7 @@ class Recorder:
             return torch.stack([sum(of(result) for result in results) for results in by_layer.values()]).cpu()
 
         units = WEIGHT_ONE if self.config.load == "effective" else 1
-        counts = sums(lambda r: r.counts)
+        counts = sums(lambda r: r.counts[:3])
         pictures = [self._picture(part, attn_tp_rank) for part in shown if whole and self._wanted(part)]
         line = {
             "step": self._step,
@@ -225,11 +235,20 @@ class Recorder:
             "counts": _pack(counts.numpy().astype(np.int32)) if counts.any() else "",
             "pictures": [picture for picture in pictures if picture is not None],
         }
+        if self._layers[0].rows is not None:
+            line["rows"] = _pack(self._rank_rows().numpy().astype(np.int32))
         header = _json(self._header()) if self._step == 0 else b""
         text = _json(line)
         if len(text) > MAX_LINE:
             text = _json(line | {"pictures": []})
         self._emit(header + text)
+
+    def _rank_rows(self) -> Tensor:
+        """[L, 2, R] with replicas, on the host."""
+        by_layer: dict[int, Tensor] = {}
+        for layer in self._layers:
+            by_layer[layer.layer_id] = by_layer.get(layer.layer_id, 0) + layer.rows
+        return torch.stack(list(by_layer.values())).cpu()
 
     def _header(self) -> dict[str, object]:
         ranks, experts, top_k = self._sizes

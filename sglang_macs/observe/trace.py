@@ -258,7 +258,7 @@ def _sizes(replica: int, headers: list[dict]) -> dict[str, int]:
     sizes = {name: _count(headers[0][name], most) for name, most in MAX_SIZES.items()}
     if any(header[name] != size for header in headers for name, size in sizes.items()):
         raise MacsError("trace", f"ranks of replica {replica} of other sizes", f"{sizes} on each", _FIX)
-    if sizes["experts"] % sizes["ranks"] or sizes["ranks"] % sizes["attn_tp"]:
+    if sizes["ranks"] % sizes["attn_tp"]:
         raise ValueError(f"sizes {sizes}")
     return sizes
 
@@ -283,10 +283,10 @@ def _layer_ids(value: object) -> list[int]:
 def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: _Budget) -> Step:
     """One pass; its lines by stage and rank."""
     stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
-    planned, gain, share, bound, of_rank, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
+    planned, gain, share, bound, rows, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
     if fates[:, REROUTED].sum() > fates[:, CLIPPED].sum():
         raise ValueError("counts that no plan makes")
-    before, after = of_rank[:, KEPT] + of_rank[:, CLIPPED], of_rank[:, KEPT] + of_rank[:, REROUTED]
+    before, after = rows[:, 0], rows[:, 1]
     first = by_stage[0]
     tokens = sum(int(_numbers(line["tokens"], (), 2**31)) for line in first)
     time = float(_numbers(first[0]["time"], (), 1e12))
@@ -294,19 +294,19 @@ def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], 
 
 
 def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
-    """planned, gain, visual_share, bound [l]; counts [l, 3, R] by rank of the expert, and [l, 3, 2] by modality, over
-    all sources.
+    """planned, gain, visual_share, bound [l]; rows [l, 2, R] before and after, counts [l, 3, 2] by modality, over all
+    sources.
     """
-    shape = (layers, 3, sizes["ranks"], sizes["experts"] // sizes["ranks"], 2)
-    counts = np.zeros((layers, 3, sizes["ranks"], 2), dtype=np.int64)
+    rows = np.zeros((layers, 2, sizes["ranks"]), dtype=np.int64)
+    fates = np.zeros((layers, 3, 2), dtype=np.int64)
     for line in lines:
         if line["counts"] == "":  # a rank without tokens
             continue
-        own = _unpack(line["counts"], np.int32, shape, budget)
+        own = _unpack(line["counts"], np.int32, (layers, 3, sizes["experts"], 2), budget)
         if own.min() < 0:
             raise ValueError("counts below 0")
-        for modality in (0, 1):
-            counts[..., modality] += own[..., modality].sum(axis=-1)
+        fates += own.sum(axis=2, dtype=np.int64)
+        rows += _rows_of_ranks(line, own, sizes["ranks"], budget)
     of_line = lines[0]
     planned = _numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
     gain = _numbers(of_line.get("gain", [0] * layers), (layers,), 2**33)
@@ -315,7 +315,22 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budge
         tokens = [float(_numbers(line["tokens"], (), 2**31)) for line in lines]
         shares = np.stack([_numbers(line["visual_share"], (layers,), 1) for line in lines])
         share = np.where(planned, share, np.average(shares, axis=0, weights=tokens) if sum(tokens) else share)
-    return planned, gain, share, bound, counts.sum(axis=-1), counts.sum(axis=2)
+    return planned, gain, share, bound, rows, fates
+
+
+def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: _Budget) -> np.ndarray:
+    """[l, 2, R] before and after of one source's counts [l, 3, E, 2]: as it says, where experts have replicas; else
+    experts lie linearly.
+    """
+    of_experts = own.sum(axis=-1, dtype=np.int64)
+    kept, clipped, rerouted = of_experts[:, KEPT], of_experts[:, CLIPPED], of_experts[:, REROUTED]
+    before_and_after = np.stack([kept + clipped, kept + rerouted], axis=1)
+    if "rows" not in line:
+        return before_and_after.reshape(*before_and_after.shape[:2], ranks, -1).sum(axis=-1)
+    rows = _unpack(line["rows"], np.int32, (*before_and_after.shape[:2], ranks), budget)
+    if rows.min() < 0 or (rows.sum(axis=-1) != before_and_after.sum(axis=-1)).any():
+        raise ValueError("rows of ranks that are not those of experts")
+    return rows
 
 
 def _add_pictures(

@@ -40,6 +40,7 @@ class Places:
         self.num_ranks, self.rank = num_ranks, rank
         self._table = torch.zeros(4 + 5 * num_physical, dtype=torch.int32)
         self._elsewhere: dict[torch.device, Tensor] = {}
+        self._logical_elsewhere: dict[torch.device, Tensor] = {}
         self.refresh(physical_to_logical)
 
     @property
@@ -65,6 +66,14 @@ class Places:
             self._elsewhere[device] = self._table.to(device)
         return self._elsewhere[device]
 
+    def logical_on(self, device: torch.device) -> Tensor:
+        """`logical` on `device`."""
+        if device.type == "cpu":
+            return self.logical
+        if device not in self._logical_elsewhere:
+            self._logical_elsewhere[device] = self.logical.to(device)
+        return self._logical_elsewhere[device]
+
     def refresh(self, physical_to_logical: Sequence[int] | Tensor) -> None:
         """From [P], the logical expert of each physical one. Raises MacsError where an expert is nowhere."""
         logical = torch.as_tensor(physical_to_logical, dtype=torch.int64, device="cpu").clone()
@@ -77,6 +86,7 @@ class Places:
         self.on_ranks = torch.zeros((self.num_experts, self.num_ranks), dtype=torch.bool)
         for expert, of_expert in enumerate(first):
             self.on_ranks[expert, list(of_expert)] = True
+        self._logical_elsewhere.clear()
         self._table.copy_(torch.tensor(self._numbers(first), dtype=torch.int32))
         for table in self._elsewhere.values():
             table.copy_(self._table)

@@ -106,7 +106,7 @@ class Plan:
     @property
     def histogram_size(self) -> int:
         """Numbers that the exchange sums."""
-        return self._cells + (self.places.exchange_size if self.places else 0)
+        return self.cells + (self.places.exchange_size if self.places else 0)
 
     @property
     def num_physical(self) -> int:
@@ -114,7 +114,8 @@ class Plan:
         return self.places.num_physical if self.places else self.num_experts
 
     @property
-    def _cells(self) -> int:
+    def cells(self) -> int:
+        """Numbers of a histogram, with which begins what is exchanged."""
         return self.num_experts * 2 * self.config.buckets + NUM_SUMS
 
     def weight(self, hidden_states: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -168,6 +169,8 @@ class Plan:
         if self.config.exchange == "local":
             all_reduce = None
         if self._importance is not None or not ops.is_whole(tokens.topk_ids):
+            if self.places is not None:
+                raise MacsError("replicas", "Triton's operators", "the extension's, on a GPU", "Build with nvcc.")
             return self._by_operators(tokens, all_reduce)
         modality = self._modality_on(tokens.topk_ids.device)
         places = self.places.table(tokens.topk_ids.device) if self.places else None
@@ -190,7 +193,7 @@ class Plan:
         result = PlanResult(*parts)
         if self.places is None:
             return result
-        return result._replace(own=result.own[: self._cells], group=result.group[: self._cells])
+        return result._replace(own=result.own[: self.cells], group=result.group[: self.cells])
 
     def _by_operators(self, tokens: RoutedTokens, all_reduce: AllReduce | None) -> PlanResult:
         """As `__call__`, by the operators one after the other."""
@@ -227,7 +230,7 @@ class Plan:
         shift, quota, load, limits = ops.replica_balance(own, group, self._modality_on(own.device), *given)
         chosen, cut = ops.replica_choose(*batch, group, shift, quota, limits, *given)
         ids, weights, counts = ops.clip_apply(*batch, logits, shift, cut, *given, chosen)
-        rank_rows = torch.stack([group[self._cells : self._cells + self.num_ranks], load])
+        rank_rows = torch.stack([group[self.cells : self.cells + self.num_ranks], load])
         return self._result(ids, weights, weight, own, group, cut, counts, rank_rows)
 
 

@@ -1,0 +1,81 @@
+"""Plans with replicas on a GPU: the CPU's bits, again after experts have moved, and in a graph captured before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import cases, replica_cases
+from test_gpu import EXPERTS, RANKS, batch, to_gpu
+
+from sglang_macs import ops
+from sglang_macs.config import MacsConfig
+from sglang_macs.plan.places import Places
+from sglang_macs.plan.plan import Plan, PlanResult
+
+pytestmark = pytest.mark.gpu
+REDUNDANT = 32
+
+
+@pytest.fixture(autouse=True)
+def _own_kernels() -> None:
+    if ops.cuda_backend() != "cuda":
+        pytest.skip("Triton's operators take no places")
+
+
+def placement(seed: int) -> list[int]:
+    return replica_cases.placement(cases.generator(seed), EXPERTS, EXPERTS + REDUNDANT)
+
+
+def plan_of(config: MacsConfig, mapped: list[int], rank: int = 3) -> Plan:
+    return Plan(config, EXPERTS, RANKS, places=Places(EXPERTS, len(mapped), RANKS, rank, mapped))
+
+
+def routed(tokens: int, mapped: list[int], dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
+    """hidden_states, physical ids, weights, logits, segment on the CPU."""
+    hidden, ids, weights, logits, segment = batch(tokens, 8, seed=tokens)
+    first = torch.tensor([mapped.index(expert) for expert in range(EXPERTS)])
+    return hidden, torch.where(ids < 0, -1, first[ids.clamp(min=0)]).to(dtype), weights, logits, segment
+
+
+def assert_alike(got: PlanResult, want: PlanResult) -> None:
+    for name, mine, theirs in zip(got._fields, got, want, strict=True):
+        if mine.is_floating_point():
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(mine.cpu(), theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("gamma", [1.0, 0.6, float("inf")])
+@pytest.mark.parametrize("tokens", [0, 1, 130, 8192])
+def test_integers_equal_the_cpu_s(tokens: int, gamma: float, dtype: torch.dtype) -> None:
+    config, mapped = MacsConfig.from_preset("rank", gamma=gamma), placement(1)
+    on_gpu, on_cpu = plan_of(config, mapped), plan_of(config, mapped)
+    for mapping in (mapped, placement(2)):
+        for plan in (on_gpu, on_cpu):
+            plan.places.refresh(mapping)
+        host = routed(tokens, mapping, dtype)
+        want = on_cpu(*host, 1)
+        first = on_gpu(*to_gpu(*host), 1)
+        assert_alike(first, want)
+        for _ in range(20 if tokens == 130 else 1):
+            again = on_gpu(*to_gpu(*host), 1)
+            for mine, theirs in zip(again, first, strict=True):
+                assert torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+
+
+def test_a_captured_plan_sees_experts_move() -> None:
+    config, before, after = MacsConfig.from_preset("rank", gamma=1.0), placement(1), placement(2)
+    plan, host = plan_of(config, before), routed(256, before)
+    given = to_gpu(*host)
+    plan(*given, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = plan(*given, 1)
+    plan.places.refresh(after)
+    moved = routed(256, after)
+    given[1].copy_(moved[1])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_alike(result, plan_of(config, after)(*moved, 1))

@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--scales-with-rows", action="store_true", help="FP8 as between devices")
     options = parser.parse_args()
     kernels = c.Kernels(("MACS_STAMPS=1",))
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    sizes = (options.ranks, options.tokens, options.hidden, options.format, multiprocessors)
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    sizes = (options.ranks, options.tokens, options.hidden, options.format, num_sms)
     config = timed_config(*sizes, options.importance, options.scales_with_rows)
     layer = Layer(kernels, config)
     for share in options.clipped:

@@ -23,7 +23,8 @@ from sglang_macs.dispatch.fused import FusedDispatch, Sizes
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan.batch import Batch, forward
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 pytestmark = pytest.mark.gpu
 EXPERTS, RANKS = 128, 8

@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--scales-with-rows", action="store_true", help="FP8 as between devices")
     options = parser.parse_args()
     kernels = c.Kernels(("MACS_STAMPS=1",))
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     sizes = (options.ranks, options.tokens, options.hidden, options.format)
     if options.decode:
-        config = decode_config(*sizes, multiprocessors // options.ranks, options.scales_with_rows)
+        config = decode_config(*sizes, num_sms // options.ranks, options.scales_with_rows)
         found = stamps(Layer(kernels, config))
         return show(f"{options.tokens} tokens as routed", found, CARRY_STAGES, tuple(range(1, len(CARRY_STAGES))))
-    config = timed_config(*sizes, multiprocessors, options.importance, options.scales_with_rows)
+    config = timed_config(*sizes, num_sms, options.importance, options.scales_with_rows)
     layer = Layer(kernels, config)
     for share in options.clipped:
         layer.clip(share)

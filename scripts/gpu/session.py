@@ -7,6 +7,8 @@ Steps start in the order of `steps`. A step that times has its GPUs to itself, o
 GPUs, or without its program, is left out. A failure stops only the steps that need it. FOLDER gets results.tar.gz (all
 JSON and logs) and jit.tar.gz (what servers compiled; give it back with --jit, and they start faster). Exit 1 if
 anything failed.
+
+Not make -j: it knows neither GPUs that a step has to itself, nor time limits.
 """
 
 from __future__ import annotations

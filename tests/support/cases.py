@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from sglang_macs.plan.plan import RoutedTokens
+from sglang_macs.plan.tokens import RoutedTokens
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, print_blob=False)
 

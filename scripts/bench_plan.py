@@ -1,6 +1,7 @@
 """The C++ scorer and plan against a vectorised torch version of the same, in the same run, on this machine's CPU.
 
     python scripts/bench_plan.py [--json] [--out FILE]
+    python scripts/bench_plan.py --importance MODULE:FUNCTION      a plan by the gate, and by that function
 
 Both compute docs/method.md; before timing, their integer results are compared. Times are medians; ratios are what
 counts.
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan import importance
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 CASE = {"T": 8192, "H": 2048, "E": 128, "K": 8, "R": 8, "dtype": "bf16"}
 
@@ -144,6 +147,29 @@ def measure(repeats: int, seed: int) -> list[dict]:
     return rows
 
 
+def cpu_ms(run: Callable[[], object], repeats: int) -> float:
+    """CPU time of the fastest of `repeats` runs: what else the machine does is not in it."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times) * 1e3
+
+
+def compare_importance(name: str, repeats: int, seed: int) -> str:
+    """The default plan by the gate, by the gate as a function, and by the function `name`; and that alone."""
+    x = inputs(seed, tokens=2048)
+    tokens = RoutedTokens(x["hidden"], x["ids"], x["weights"], x["logits"], x["segment"], 1)
+    own = importance.load(name)
+    functions = (None, lambda given: given.topk_weights, own)
+    plans = [Plan(MacsConfig.from_preset("rank"), CASE["E"], CASE["R"], own_importance=f) for f in functions]
+    gate, around, whole = (cpu_ms(lambda plan=plan: plan(tokens), repeats) for plan in plans)
+    alone = cpu_ms(lambda: own(tokens), repeats)
+    by = f"by the gate {gate:.1f} ms, by the gate as a function {around:.1f}, by {name} {whole:.1f} ({alone:.1f} in it)"
+    return f"{len(tokens.topk_ids)} tokens, CPU time of a plan {by}"
+
+
 def commit() -> str:
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
@@ -155,7 +181,11 @@ def main() -> int:
     parser.add_argument("--out", help="write the result file here, too")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--importance", metavar="MODULE:FUNCTION", help="time a plan by this function instead")
     options = parser.parse_args()
+    if options.importance:
+        print(compare_importance(options.importance, options.repeats, options.seed))
+        return 0
     rows = measure(options.repeats, options.seed)
     result = {
         "gpu": "none",

@@ -30,7 +30,8 @@ from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe import stats
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TOKENS = 256  # small: inputs stay in caches, and a sample is short enough to find the machine quiet

@@ -2,7 +2,7 @@
 
     python scripts/check_simulation.py [docs/results/straggler_h200.json] [--machine h200] [--when alone|together]
 
-Reads what scripts/gpu/straggler.py wrote: eight ranks on one GPU, each with its share of the multiprocessors and, timed
+Reads what scripts/gpu/straggler.py wrote: eight ranks on one GPU, each with its share of the SMs and, timed
 alone, of nothing else. So the machine's GEMM rate is divided by the ranks, its memory bandwidth is not. Rows of single
 experts are taken where they were recorded; otherwise a rank's rows are spread evenly over its experts.
 

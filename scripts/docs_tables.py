@@ -267,7 +267,7 @@ def instructions_table() -> str:
         row += [f"{taken[size, 132, 1, True, cold][0] / (size / 32):.0f}" for cold in (True, False)]
         rows.append(row)
     header = ["instructions", "code"]
-    for of in ("cycles an instruction, a warp a multiprocessor", "16 warps", "cycles a jump"):
+    for of in ("cycles an instruction, a warp per SM", "16 warps", "cycles a jump"):
         header += [f"{of}, L2 flushed", "not flushed"]
     return source(found) + "\n\n" + markdown(header, rows)
 

@@ -157,22 +157,12 @@ def states(server: Server) -> list[dict]:
 
 def processes(server: Server) -> dict[int, str]:
     """The server's processes: id -> name."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ProcessLookupError):
-            if os.getpgid(int(folder.name)) == server.process.pid:
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-    return found
+    return dict(server.of_processes(lambda process: (process.pid, " ".join(process.cmdline()))))
 
 
 def memory_mb(server: Server) -> float:
     """Private memory of all the server's processes."""
-    total = 0
-    for pid in processes(server):
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return total / 1024
+    return sum(server.of_processes(lambda process: process.memory_full_info().uss)) / 2**20
 
 
 # ---- Checks --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from scipy import stats
+
 ROUNDS = 9
 SAMPLE_SECONDS = 0.001  # short, so that some samples find the machine quiet; long against the clock
 MAD_WANTED = 0.015  # of the rounds' ratios: the standard error of the median of nine is then about 0.9 %
@@ -64,7 +66,7 @@ def summarise(pairs: list[tuple[float, float]], per_round: int) -> Ratio:
     fastest = [tuple(min(side) for side in zip(*r, strict=True)) for r in rounds]
     ratios = [a / b for a, b in fastest]
     value = statistics.median(ratios)
-    mad = statistics.median(abs(r - value) for r in ratios) / value
+    mad = float(stats.median_abs_deviation(ratios)) / value
     ours_us, reference_us = (statistics.median(side) * 1e6 for side in zip(*fastest, strict=True))
     return Ratio(value, mad, per_round, ours_us, reference_us)
 

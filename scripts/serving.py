@@ -17,10 +17,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from sglang_macs import cpu_compat
@@ -208,9 +210,12 @@ class Server:
         _signal_group(self.process.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """Processor time of all its processes that run, so far (proc(5), fields utime and stime)."""
-        ticks = sum(int(n) for fields in _group_stats(self.process.pid) for n in fields[11:13])
-        return ticks / os.sysconf("SC_CLK_TCK")
+        """Processor time of all its processes that run, so far."""
+        return sum(times.user + times.system for times in self.of_processes(psutil.Process.cpu_times))
+
+    def of_processes(self, look: Callable[[psutil.Process], Any]) -> list[Any]:
+        """What `look` finds of each of its processes."""
+        return _of_members(self.process.pid, look)
 
     def get(self, path: str, **kwargs) -> Any:
         """GET `path`; returns the decoded JSON, or the text where the answer is none (e.g. `/metrics`)."""
@@ -313,15 +318,14 @@ def _group_ends(group: int, leader: subprocess.Popen, seconds: float) -> bool:
 
 def _group_runs(group: int) -> bool:
     """True if a process of `group` runs. Zombies do not count: in a container, nobody may ever reap orphans."""
-    return any(fields[0] != "Z" for fields in _group_stats(group))
+    return any(status != psutil.STATUS_ZOMBIE for status in _of_members(group, psutil.Process.status))
 
 
-def _group_stats(group: int) -> list[list[str]]:
-    """The fields of /proc/PID/stat behind the name, from the state on, of each process of `group`."""
+def _of_members(group: int, look: Callable[[psutil.Process], Any]) -> list[Any]:
+    """What `look` finds of each process of `group`; one that ends meanwhile is none."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            if int(fields[2]) == group:
-                found.append(fields)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group:
+                found.append(look(process))
     return found

@@ -67,7 +67,11 @@ class MacsConfig:
     gamma: float = _opt(1.1, "capacity over the mean load, > 0; inf = never clip")
     scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
-    importance: str = _opt("gate", "what is given up last: high entropy weight, gate, or both", IMPORTANCES)
+    importance: str = _opt(
+        "gate",
+        "what is given up last: high entropy weight, gate, or both; or MODULE:FUNCTION, a Python function of one's own",
+        IMPORTANCES,
+    )
     reroute: str = _opt("global", "where overflow may go before it is dropped", REROUTES)
     reroute_rounds: int = _opt(4, "passes over the overflow that look for room")
     exchange: str = _opt("group", "decide over the EP group with one all-reduce, or locally", ("group", "local"))
@@ -130,7 +134,8 @@ class MacsConfig:
         for f in dataclasses.fields(self):
             if expected := _wrong_type(f, getattr(self, f.name)):
                 raise MacsError(flag(f.name), _shown(getattr(self, f.name)), expected)
-            if f.metadata["choices"] is not None and getattr(self, f.name) not in f.metadata["choices"]:
+            own = f.name == "importance" and self.has_own_importance
+            if not own and f.metadata["choices"] is not None and getattr(self, f.name) not in f.metadata["choices"]:
                 raise MacsError(flag(f.name), repr(getattr(self, f.name)), f"one of {_listed(f.metadata['choices'])}")
         self._check_range("gamma", self.gamma > 0, "a number above 0", "inf turns clipping off.")
         self._check_range("rho", 0 <= self.rho < 2, "0 <= rho < 2", "From 2 on a capacity can become negative.")
@@ -161,8 +166,14 @@ class MacsConfig:
 
     def needs_entropy(self, has_profile: bool) -> bool:
         """Whether any decision depends on the entropies, given whether experts have a modality; if not, skip them."""
-        uses = self.importance != "gate" or self.load == "effective" or (self.rho > 0 and has_profile)
-        return self.delta > 0 and uses
+        by_entropy = self.importance in ("entropy", "entropy_gate")
+        return self.delta > 0 and (by_entropy or self.load == "effective" or (self.rho > 0 and has_profile))
+
+    @property
+    def has_own_importance(self) -> bool:
+        """Whether `importance` names a function, as MODULE:FUNCTION."""
+        module, colon, function = self.importance.partition(":")
+        return bool(colon) and all(part.isidentifier() for part in (*module.split("."), function))
 
     @property
     def is_off(self) -> bool:
@@ -182,6 +193,8 @@ class MacsConfig:
         for name, allowed in (("scope", ("rank",)), ("load", ("rows",)), ("exchange", ("group",))):
             if getattr(self, name) not in allowed:
                 return f"{flag(name)} {getattr(self, name)}"
+        if self.has_own_importance:
+            return f"--macs-importance {self.importance}"
         return "--macs-reroute local" if self.reroute == "local" else ""
 
     @property

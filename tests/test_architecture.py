@@ -13,7 +13,7 @@ TABLE = {
     folder: set(re.findall(r"`(\w+)/`", imports))
     for folder, imports in re.findall(r"^\| `(\w+)/` \|[^|]+\|([^|]*)\|$", PAGE, re.MULTILINE)
 }
-STARTERS = {"__main__": "cli", "entry_point": "engine"}  # at the top, and into which folder each of them leads
+STARTERS = {"__init__": "plan", "__main__": "cli", "entry_point": "engine"}  # at the top: the folder it leads into
 
 
 def imports(path: Path) -> set[str]:

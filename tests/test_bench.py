@@ -1,6 +1,7 @@
 """scripts/bench_plan.py runs, and times only versions that decide alike. Speed is `make bench`'s business."""
 
 import json
+import re
 
 import bench_plan
 import pytest
@@ -27,6 +28,19 @@ def test_what_is_compared_agrees_with_torch():
     bench_plan.check_equal(CONFIG, x)
     entropy = bench_plan.torch_score(x["hidden"], x["segment"])
     torch.testing.assert_close(ops.entropy_score(x["hidden"], x["segment"]), entropy, rtol=1e-4, atol=1e-4)
+
+
+def test_an_importance_is_timed_beside_the_gate(monkeypatch, capsys):
+    name = "test_bench:first_slot"
+    monkeypatch.setattr(bench_plan.sys, "argv", ["bench_plan.py", "--importance", name, "--repeats", "1"])
+    assert not bench_plan.main()
+    assert re.fullmatch(
+        r"2048 tokens, .* by the gate .* ms, .*, by test_bench:first_slot .* in it\)\n", capsys.readouterr().out
+    )
+
+
+def first_slot(tokens):
+    return tokens.topk_weights[:, 0]
 
 
 def test_versions_that_differ_end_the_run(monkeypatch):

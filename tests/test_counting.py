@@ -18,7 +18,8 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.backlog import MOST, Backlog
 from sglang_macs.observe.stats import AFTER, BEFORE, CLIPPED_TEXT, KEPT_VISUAL, UNITS, Stats, recount
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
+from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.tokens import RoutedTokens
 
 EXPERTS, RANKS, TOP_K, TOKENS, LAYERS = 8, 2, 2, 64, 3
 CONFIGS = {

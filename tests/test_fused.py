@@ -33,7 +33,8 @@ from sglang_macs.engine import deepep, scheduler
 from sglang_macs.errors import MacsError, MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)

@@ -33,6 +33,14 @@ REFUSED = {
     "gamma -1": ([*MACS, "--macs-gamma", "-1"], "--macs-gamma: got -1.0, expected"),
     "rho 2": ([*MACS, "--macs-rho", "2"], "--macs-rho: got 2.0, expected"),
     "preset": ([*MACS, "--macs-preset", "fast"], "--macs-preset: got 'fast', expected"),
+    "importance missing": (
+        [*MACS, "--macs-importance", "nowhere_at_all:score"],
+        "got no module nowhere_at_all, expected",
+    ),
+    "importance unknown": (
+        [*MACS, "--macs-importance", "norm"],
+        "--macs-importance: got 'norm', expected one of entropy",
+    ),
     "profile missing": ([*MACS, "--macs-profile", "/nowhere/p.json"], "--macs-profile: got /nowhere/p.json"),
     "profile truncated": ([*MACS, "--macs-profile", "TRUNCATED"], "truncated"),
     "profile foreign": ([*MACS, "--macs-profile", "FOREIGN"], "expected one of Qwen3VLMoeForConditionalGeneration"),
@@ -42,12 +50,15 @@ REFUSED = {
     "one rank": ([*MACS, "--tp", "1", "--ep-size", "1"], "expert parallelism: got one rank"),
     "dense model": ([*MACS, "--model-path", "DENSE"], "which has no experts"),
     "llama 4": ([*MACS, "--model-path", "LLAMA4"], "Llama4ForConditionalGeneration"),
-    "eplb": ([*MACS, "--ep-num-redundant-experts", "2"], "replicated experts"),
+    "replicas, scope expert": (
+        [*MACS, "--macs-preset", "paper", "--ep-num-redundant-experts", "2"],
+        "--macs-replicas: got --macs-scope expert",
+    ),
     "profile without a layer": ([*MACS, "--macs-profile", "SHORT"], "--macs-profile: got no layer 2"),
     "ray": ([*MACS, "--use-ray"], "--use-ray: got Ray actors"),
     "grpc": ([*MACS, "--smg-grpc-mode"], "--smg-grpc-mode: got a gRPC server"),
     "routed experts": ([*MACS, "--enable-return-routed-experts"], "--enable-return-routed-experts: got experts noted"),
-    "dispatch algorithm": ([*MACS, "--ep-dispatch-algorithm", "static"], "--ep-dispatch-algorithm: got physical"),
+    "dispatch algorithm": ([*MACS, "--ep-dispatch-algorithm", "fake"], "--ep-dispatch-algorithm: got fake"),
     "two batches on CPU": ([*MACS, "--enable-two-batch-overlap"], "--enable-two-batch-overlap on the CPU"),
     "one batch on CPU": ([*MACS, "--enable-single-batch-overlap"], "--enable-single-batch-overlap on the CPU"),
     "chunk": ([*MACS, "--chunked-prefill-size", "8388608"], "got 8388608 tokens a prefill batch (1 x 8388608)"),
@@ -55,6 +66,8 @@ REFUSED = {
 }
 TAKEN = {
     "taken": MACS,
+    "importance": [*MACS, "--macs-importance", "json:dumps"],  # any module that is there
+    "replicas": [*MACS, "--ep-num-redundant-experts", "2", "--ep-dispatch-algorithm", "static"],
     "alias": ["--enable-macs", "--moe-a2a-backend", "deepep"],
     "chunk of 2M": [*MACS, "--chunked-prefill-size", "2097152"],
     "routed experts, off": [*MACS, "--macs-preset", "off", "--enable-return-routed-experts"],

@@ -290,8 +290,8 @@ def test_apply_of_any_cut(group: cases.Group, switches: dict[str, Any], seed: in
     same_weights(weights, want_weights, (ids == b.topk_ids) | (ids < 0))
 
 
-@pytest.mark.parametrize(("rounds", "homes"), [(0, [-1, -1, -1]), (1, [2, -1, -1]), (2, [2, -1, 2])])
-def test_a_proposal_refused_counts_for_those_behind_it(rounds: int, homes: list[int]) -> None:
+@pytest.mark.parametrize(("rounds", "placed"), [(0, [-1, -1, -1]), (1, [2, -1, -1]), (2, [2, -1, 2])])
+def test_a_proposal_refused_counts_for_those_behind_it(rounds: int, placed: list[int]) -> None:
     """Room for 250 units, proposals of 200, 200 and 40: the third has to wait for the next round."""
     ids = torch.tensor([[0], [1], [0]])
     weight = torch.tensor([200, 200, 40]) / 256
@@ -302,7 +302,7 @@ def test_a_proposal_refused_counts_for_those_behind_it(rounds: int, homes: list[
     settings = pick(switches, APPLY, num_ranks=2, scoring="softmax")
     inputs = (*inputs, logits, torch.zeros(4, dtype=torch.int32), cut)
     got = operators.clip_apply(*inputs, **settings)[0].flatten().tolist()
-    assert got == [i for (i,) in oracle.clip_apply(*lists(*inputs), **settings)[0]] == homes
+    assert got == [i for (i,) in oracle.clip_apply(*lists(*inputs), **settings)[0]] == placed
 
 
 @pytest.mark.parametrize("scope", ["expert", "rank"])

@@ -29,7 +29,7 @@ ROUNDS = 3
 
 def watched() -> emulated.Library:
     sources = sorted(emulated.CUDA.glob("*.cu"))
-    return emulated.build("watched", *sources, defines=["MACS_C_API"], races=True, multiprocessors=2)
+    return emulated.build("watched", *sources, defines=["MACS_C_API"], races=True, num_sms=2)
 
 
 @pytest.mark.parametrize("options", FUSED_CASES.values(), ids=FUSED_CASES)

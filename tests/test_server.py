@@ -109,6 +109,29 @@ def test_layers_are_left_alone_while_they_are_balanced(vl_model, capsys):
         assert "where left alone; a plan pays from 20 on" in capsys.readouterr().out
 
 
+OWN_IMPORTANCE = """
+import os
+from pathlib import Path
+
+def by_slot(tokens):
+    Path(__file__).with_name(f"called-{os.getpid()}").touch()
+    return tokens.topk_weights.cumsum(1)
+"""
+
+
+@pytest.mark.nightly
+def test_an_own_importance_serves_and_bounds_hold(vl_model, tmp_path):
+    """Every scheduler process finds the module and asks it."""
+    (tmp_path / "own_importance.py").write_text(OWN_IMPORTANCE)
+    flags = ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-importance", "own_importance:by_slot"]
+    env = {"PYTHONPATH": os.pathsep.join([environment(ranks=2)["PYTHONPATH"], str(tmp_path)])}
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="own-importance", env=env) as server:
+        load(server)
+        assert_bounds_held(server)
+        assert own(server, "clipped") > own(server, "rerouted") > 0
+    assert len(list(tmp_path.glob("called-*"))) == 2
+
+
 class SglangServe(Server):
     """The same server through SGLang's other entry point."""
 

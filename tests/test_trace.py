@@ -19,7 +19,8 @@ from support.traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, ba
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import trace
 from sglang_macs.observe.recorder import Place, Recorder
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 
 def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):

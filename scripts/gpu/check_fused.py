@@ -68,14 +68,14 @@ def check_faults(kernels: c.Kernels, scenarios: dict[str, fused_faults.Scenario]
     return failed
 
 
-def graph_configs(multiprocessors: int) -> list[tuple[FusedConfig, int]]:
+def graph_configs(num_sms: int) -> list[tuple[FusedConfig, int]]:
     """Groups and how many rounds they play in a graph."""
 
     def shared(ranks: int, **options) -> FusedConfig:
         tokens = options.pop("T", 128)
         own = {name: options.pop(name) for name in ("format", "scales_with_rows", "carried") if name in options}
         plan = Config(T=tokens, R=ranks, hot=1.0, visual=0.9, **options)
-        return FusedConfig(plan, (tokens,) * ranks, multiprocessors // ranks, alignment=8, **own)
+        return FusedConfig(plan, (tokens,) * ranks, num_sms // ranks, alignment=8, **own)
 
     expert = {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "gamma": 0.8}
     return [
@@ -100,7 +100,7 @@ def check_graphs(kernels: c.Kernels, configs: list[tuple[FusedConfig, int]], see
     return failed
 
 
-def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: int) -> int:
+def check_all(kernels: c.Kernels, options: argparse.Namespace, num_sms: int) -> int:
     """Number of failures of one GPU's checks."""
     if options.sanitize:
         small = FusedConfig(Config(T=9, R=2, E=16, hot=3.0, gamma=0.7), (9, 5), 4, row_experts=True)
@@ -116,10 +116,10 @@ def check_all(kernels: c.Kernels, options: argparse.Namespace, multiprocessors: 
         ]
         few = {name: fused_faults.SCENARIOS[name] for name in ("dead rank", "13 tokens", "13 rows of an expert")}
         return check_cases(kernels, configs, options.seed, 1) + check_faults(kernels, few)
-    configs = fused_cases.named(multiprocessors)
-    configs += fused_cases.random_configs(options.small, options.seed, multiprocessors)
+    configs = fused_cases.named(num_sms)
+    configs += fused_cases.random_configs(options.small, options.seed, num_sms)
     failed = check_faults(kernels, fused_faults.SCENARIOS)
-    failed += stage("graphs", lambda: check_graphs(kernels, graph_configs(multiprocessors), options.seed))
+    failed += stage("graphs", lambda: check_graphs(kernels, graph_configs(num_sms), options.seed))
     return failed + stage("cases", lambda: check_cases(kernels, configs, options.seed, 1))
 
 
@@ -132,14 +132,14 @@ def stage(name: str, run):
 
 def on_one_gpu(options: argparse.Namespace) -> int:
     kernels = stage("build", c.Kernels)
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    failed = 0 if options.time_only else stage("checks", lambda: check_all(kernels, options, multiprocessors))
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    failed = 0 if options.time_only else stage("checks", lambda: check_all(kernels, options, num_sms))
     if not (options.check_only or options.sanitize):
         table = time_fused.Table()
         try:
             options.keep = lambda table: keep(options, table)
             timing = time_decode if options.decode else time_fused
-            stage("times", lambda: timing.one_gpu(kernels, table, multiprocessors, options))
+            stage("times", lambda: timing.one_gpu(kernels, table, num_sms, options))
         finally:
             finish(options, table)
     return failed
@@ -171,7 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="of each case, with --processes")
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=220, help="after which --processes are ended")
-    parser.add_argument("--blocks", type=int, help="multiprocessors that each of the --processes fills")
+    parser.add_argument("--blocks", type=int, help="SMs that each of the --processes fills")
     parser.add_argument("--mps", action="store_true", help="all processes on the first GPU")
     parser.add_argument("--composed-only", action="store_true", help="with --mps: do not time the fused path")
     parser.add_argument("--seed", type=int, default=int.from_bytes(np.random.bytes(3), "little"))

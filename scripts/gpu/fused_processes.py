@@ -160,7 +160,7 @@ def run_rank(kernels, options) -> None:
     torch.cuda.set_device(0 if options.mps else me)
     backend = "gloo" if options.mps else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{options.init}", rank=me, world_size=ranks)
-    blocks = min(everyone(multiprocessors(options)))
+    blocks = min(everyone(num_sms(options)))
     every = cases(ranks, blocks, 2048 if options.mps and ranks > 2 else 7168)
     timed = decode_configs(blocks, options) if options.decode else timed_configs(blocks, options)
     size = max(fc.layout_of(kernels.library, config.shape).bytes for config in (*every, *timed))
@@ -249,7 +249,7 @@ def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConf
     torch.cuda.empty_cache()
 
 
-def multiprocessors(options) -> int:
+def num_sms(options) -> int:
     """That a rank's blocks may fill: under MPS its share of the device, less a tenth.
 
     All blocks of all ranks have to run at once. Shares that add up to the whole device need not lie side by side: on an
@@ -258,7 +258,7 @@ def multiprocessors(options) -> int:
     count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     share = 132 // options.processes
     usable = min(count, share - share // 10) if options.mps else count
-    print(f"rank {options.rank}: {count} multiprocessors reported", flush=True)
+    print(f"rank {options.rank}: {count} SMs reported", flush=True)
     return options.blocks or usable
 
 

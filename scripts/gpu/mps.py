@@ -1,4 +1,4 @@
-"""CUDA MPS: several processes on one GPU at the same time, each held to its share of the multiprocessors."""
+"""CUDA MPS: several processes on one GPU at the same time, each held to its share of the SMs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NCCL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0"}  # several r
 @contextlib.contextmanager
 def shared_gpu(processes: int) -> Iterator[dict[str, str]]:
     """Runs an MPS daemon of its own; yields the environment that makes `processes` processes its clients: all that live
-    at the same time, for they share the multiprocessors out among them.
+    at the same time, for they share the SMs out among them.
 
-    The daemon has the first GPU that is visible here, and its clients count from there. Some multiprocessors are left
+    The daemon has the first GPU that is visible here, and its clients count from there. Some SMs are left
     over: shares that need all of them may overlap. NCCL takes several ranks of its clients.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,8 @@ import torch.distributed as dist
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 EXPERTS, TOP_K, INTERMEDIATE = 128, 8, 768
 NORMAL_TOKENS = 4096  # a rank

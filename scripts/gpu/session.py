@@ -7,6 +7,8 @@ Steps start in the order of `steps`. A step that times has its GPUs to itself, o
 GPUs, or without its program, is left out. A failure stops only the steps that need it. FOLDER gets results.tar.gz (all
 JSON and logs) and jit.tar.gz (what servers compiled; give it back with --jit, and they start faster). Exit 1 if
 anything failed.
+
+Not make -j: it knows neither GPUs that a step has to itself, nor time limits.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         return Step(f"bench-{n}", command, 560, n, False, models, at_go=True, after=("bytecode", "serve-one-gpu"))
 
     def tests() -> list[str]:
-        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+        files = ("tests/test_gpu.py", "tests/test_replicas_gpu.py")
+        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
 
     def sanitizer(tool: str) -> list[str]:
         check = script("check_kernels", "--check-only", "--small", "16", "--seed", "11", "--jobs", "2")
@@ -131,6 +134,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("instructions", script("time_instructions", result="instructions.json"), 60, 1, True),
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
+        Step("time-replicas", script("time_replicas", result="replicas_plan.json"), 60, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("bounded", script("check_bounded", result="bounded.json"), 150, 1, True, extension),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),

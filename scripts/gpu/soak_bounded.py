@@ -29,7 +29,8 @@ from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import bounded
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 2, 128, 8, 2048, 768  # a layer of Qwen3-VL-30B-A3B
 BATCHES = 8  # with routings of their own

@@ -195,7 +195,8 @@ class Rank:
 def planned(rank: Rank, method: str, gamma: float, batch: dict):
     """(ids, gates, {"clipped", "rerouted", "dropped"} over the group) of one method at one bound."""
     from sglang_macs.config import MacsConfig
-    from sglang_macs.plan.plan import Plan, RoutedTokens
+    from sglang_macs.plan.plan import Plan
+    from sglang_macs.plan.tokens import RoutedTokens
 
     plan = Plan(MacsConfig.from_preset(method, gamma=gamma), EXPERTS, RANKS)
     tensors = (batch[name] for name in ("hidden", "ids", "gates", "logits", "segment"))

@@ -33,7 +33,7 @@ def timed_config(
     tokens: int,
     hidden_size: int,
     format: str,
-    multiprocessors: int,
+    num_sms: int,
     importance: str = SCORED,
     scales_with_rows: bool = False,
 ) -> FusedConfig:
@@ -44,7 +44,7 @@ def timed_config(
         FusedConfig(
             replace(plan, **scope),
             (tokens,) * ranks,
-            multiprocessors // ranks,
+            num_sms // ranks,
             format,
             scales_with_rows,
             names_sources=False,
@@ -280,14 +280,14 @@ def has_deepep() -> bool:
     return True
 
 
-def one_gpu(kernels, table: Table, multiprocessors: int, options) -> None:
+def one_gpu(kernels, table: Table, num_sms: int, options) -> None:
     """One rank on the whole GPU, then eight that share it. options: quick, scales_with_rows (check_fused.py)."""
     with_deepep = has_deepep()
     if with_deepep:
         init_alone()
 
     def config(*sizes) -> FusedConfig:
-        return timed_config(*sizes, multiprocessors, scales_with_rows=options.scales_with_rows)
+        return timed_config(*sizes, num_sms, scales_with_rows=options.scales_with_rows)
 
     sizes = [(128, 2048)] if options.quick else [(t, h) for t in (128, most_tokens(1)) for h in (2048, 7168)]
     for tokens, hidden_size in sizes:

@@ -4,7 +4,7 @@
 
 A kernel runs the same straight code five times and reads the clock in between. `hops`: its first pass only jumps from
 one stretch of 32 instructions to the next. `cold`: 300 MB were written before the launch, so that the L2 holds none of
-the code; what lies nearer to the multiprocessors stays.
+the code; what lies nearer to the SMs stays.
 """
 
 from __future__ import annotations

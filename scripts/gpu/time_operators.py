@@ -19,7 +19,8 @@ from time_kernels import HOT, graph_us
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 
 def host_us(step: Callable[[], object], repeats: int = 50) -> float:

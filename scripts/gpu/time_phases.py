@@ -3,7 +3,7 @@
 DeepEP and the composed path (plan, then DeepEP) run in phases, with a host barrier in between.
 
 DeepEP's receiving kernels spin until every peer has sent, and on a shared GPU a peer's sending kernel may wait for the
-multiprocessors that they hold. So all ranks send, meet on the host, and receive; times are those of the kernels alone,
+SMs that they hold. So all ranks send, meet on the host, and receive; times are those of the kernels alone,
 sending plus receiving, without any waiting for each other. The plan's exchange is left out: the composed path can only
 be slower than what is said here. The fused kernels, which wait for each other as they run, are timed in short graphs.
 """

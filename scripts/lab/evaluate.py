@@ -262,7 +262,10 @@ def _by_name(right: dict[str, list[bool]]) -> dict[str, int]:
 
 
 class Statistics:
-    """Confidence intervals by resampling whole batches, paired with the unclipped model."""
+    """Confidence intervals by resampling whole batches, paired with the unclipped model.
+
+    Not by scipy.stats.bootstrap: all methods share the resamples, so that differences between them are paired, too.
+    """
 
     def __init__(self, seeds: list[int], mixes: list[str], base: list[dict[str, int]], asked: list[dict[str, int]]):
         self.seeds, self.mixes = np.array(seeds), np.array(mixes)

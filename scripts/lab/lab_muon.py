@@ -15,7 +15,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned by M
 
 
 class Muon(torch.optim.Optimizer):
-    """For weight matrices [out, in], stacks of them [E, out, in] and convolutions [out, ...].
+    """For weight matrices [out, in], stacks of them [E, out, in] and convolutions [out, ...]; torch.optim.Muon takes
+    single matrices alone.
 
     An entry's step has the root mean square of AdamW's, 0.2 (Liu et al. 2025, "Muon is scalable"), so both take the
     same `lr`, a float or a 0-dim tensor.

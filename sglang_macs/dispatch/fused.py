@@ -22,7 +22,8 @@ from ..comm.peer_memory import PeerMemory, everyone
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops.definitions import limit
-from ..plan.plan import Plan, PlanResult, RoutedTokens
+from ..plan.plan import Plan, PlanResult
+from ..plan.tokens import RoutedTokens
 
 # Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
 # compile kernels that the others, who wait for it here, do not need: a minute with empty caches. In a CUDA graph nobody
@@ -63,6 +64,7 @@ def unsupported(config: MacsConfig, sizes: Sizes) -> str:
     )
     reasons = (
         (config.is_off, "MACS is off"),
+        (config.has_own_importance, f"--macs-importance {config.importance}, and its kernel calls no Python"),
         (config.exchange != "group", "--macs-exchange local, and it decides over the group"),
         *((got > limit(most), f"{words.format(got)}, at most {limit(most)}") for got, words, most in numbers),
         (
@@ -99,7 +101,7 @@ class FusedDispatch:
     Args:
         config, sizes: what `unsupported` takes.
         memory: at least `region_bytes` of every rank, zero-filled.
-        num_blocks: multiprocessors of a launch; the same on all ranks.
+        num_blocks: SMs of a launch; the same on all ranks.
     """
 
     def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..plan import batch
-from ..plan.plan import PlanResult, RoutedTokens
+from ..plan.plan import PlanResult
+from ..plan.tokens import RoutedTokens
 from .fused import FusedDispatch
 from .planner import LayerPlanner
 from .transport import row_format

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from ..plan.plan import RoutedTokens
+from ..plan.tokens import RoutedTokens
 from .planner import LayerPlanner
 
 TOKENS = 4096  # of a rank: a prefill chunk

@@ -14,7 +14,8 @@ from ..comm.peer_all_reduce import PeerAllReduce
 from ..observe import stats
 from ..observe.recorder import Recorder
 from ..plan import batch
-from ..plan.plan import Plan, PlanResult, RoutedTokens
+from ..plan.plan import Plan, PlanResult
+from ..plan.tokens import RoutedTokens
 from .acting import Acting
 
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
 from ..errors import MacsError, MacsNotActive
 from ..observe import recorder
-from ..plan import profile
+from ..plan import importance, profile
 from . import compat, hooks, moe_config, runner
 from .hooks import Hook
 from .refusal import exit_with
@@ -154,6 +154,8 @@ def _check_launch(record, config: MacsConfig) -> None:
         model.context_len,
     )
     compat.check(launch)
+    if config.has_own_importance:
+        importance.check(config.importance)
     if config.profile:
         of_model = profile.load(config.profile)
         of_model.check_model(architecture, launch.num_experts)

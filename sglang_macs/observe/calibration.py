@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from .. import __version__, files
@@ -66,13 +67,8 @@ def modalities(recording: Recording) -> tuple[Tensor, Tensor]:
 
 def _discoveries(p: Tensor) -> Tensor:
     """Benjamini and Hochberg's choice among all tests of `p`, as a mask of its shape."""
-    flat, order = p.flatten().sort()
-    rank = torch.arange(1, len(flat) + 1, dtype=torch.float64)
-    passing = torch.nonzero(flat <= FALSE_DISCOVERIES * rank / len(flat))
-    chosen = torch.zeros(len(flat), dtype=torch.bool)
-    if len(passing):
-        chosen[order[: int(passing.max()) + 1]] = True
-    return chosen.view(p.shape)
+    adjusted = stats.false_discovery_control(p.flatten().numpy())
+    return torch.from_numpy(adjusted <= FALSE_DISCOVERIES).view(p.shape)
 
 
 def make_profile(recording: Recording, architecture: str, fingerprint: str) -> Profile:

@@ -1,10 +1,14 @@
-"""A recorded trace as one self-contained HTML page: inline SVG and PNG, no scripts, nothing loaded from elsewhere."""
+"""A recorded trace as one self-contained HTML page: inline SVG and PNG, no scripts, nothing loaded from elsewhere.
+Drawn by hand: it needs numpy alone.
+"""
 
 import base64
 import html
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -19,52 +23,20 @@ MAX_LAYER_VIEWS = 6
 PANEL = 300  # pixels of a picture's longer side
 BEFORE, AFTER, SHARE = "#94a3b8", "#0f766e", "#b45309"
 DROPPED, REROUTED_COLOUR = (220, 38, 38), (245, 158, 11)
-
-STYLE = """
-:root { color-scheme: light; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0; }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; color: var(--ink); background: #f8fafc; margin: 0; }
-main { max-width: 1040px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -.02em; }
-h2 { font-size: 18px; margin: 0 0 4px; }
-p { margin: 0 0 12px; color: var(--soft); max-width: 92ch; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px; margin-top: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); gap: 12px; margin-top: 20px; }
-.tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
-.tile b { display: block; font-size: 20px; letter-spacing: -.02em; white-space: nowrap; }
-.tile span { color: var(--soft); font-size: 13px; }
-svg { display: block; max-width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-.key { font-size: 13px; color: var(--soft); display: flex; gap: 18px; flex-wrap: wrap; margin: 6px 0 12px; }
-.key i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
-.card { border-top: 1px solid var(--line); padding: 16px 0; }
-.panels { display: flex; gap: 14px; flex-wrap: wrap; }
-figure { margin: 0; } figcaption { font-size: 12px; color: var(--soft); margin-top: 4px; }
-.view { position: relative; border-radius: 6px; overflow: hidden; background: #cbd5e1; }
-.photo, .grid { position: absolute; inset: 0; width: 100%; height: 100%; }
-.photo { background: var(--photo) 0 0 / 100% 100%; print-color-adjust: exact; }
-.photo.dim { filter: grayscale(1) brightness(.75); }
-.grid { image-rendering: pixelated; }
-.small { margin-top: 10px; gap: 8px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; margin-top: 8px; }
-th, td { text-align: right; padding: 4px 12px; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; } summary { cursor: pointer; color: var(--soft); }
-"""
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def page(trace: Trace, row_us: float | None = None) -> str:
     """The page. row_us: microseconds that one row costs its rank, to give the time saved; None leaves it in rows."""
-    body = [
-        f"<h1>What MACS did</h1><p>{_text(_subtitle(trace))}</p>",
+    sections = [
         _tiles(trace, row_us),
         _section("Load of each rank, layer by layer", _BY_LAYER_NOTE, _by_layer(trace)),
         _section("The slowest rank, pass by pass", _OVER_TIME_NOTE, _over_time(trace)),
         _pictures(trace),
         _section("Figures", "", _table(trace)),
-        f"<p style='margin-top:20px'>Written by sglang-macs {__version__}.</p>",
     ]
-    head = f"<meta charset='utf-8'><title>MACS report</title><style>{STYLE}</style>"
-    head += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body><main>{''.join(body)}</main></body></html>\n"
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(subtitle=_text(_subtitle(trace)), sections="\n".join(sections), version=__version__)
 
 
 def _subtitle(trace: Trace) -> str:
@@ -245,7 +217,9 @@ _FATE_NOTE = (
 
 def _importance(trace: Trace) -> tuple[str, str]:
     """What the middle panel shows, long and short."""
-    return _IMPORTANCES.get(str(trace.config.get("importance")), ("what the plan went by", "importance"))
+    named = str(trace.config.get("importance"))
+    words, short = _IMPORTANCES["gate"]
+    return _IMPORTANCES.get(named, (f"{words} (the plan went by {named})", short))  # recorder.importance_of
 
 
 def _pictures_note(trace: Trace) -> str:
@@ -329,7 +303,7 @@ def _fate_png(picture: Picture, layers: slice, top_k: int) -> bytes:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """[height, width, 4] u8 as a PNG file."""
+    """[height, width, 4] u8 as a PNG file. Not by Pillow: a trace is read on machines that have numpy alone."""
     height, width, _ = pixels.shape
     rows = np.concatenate([np.zeros((height, 1), dtype=np.uint8), pixels.reshape(height, -1)], axis=1)  # filter 0
 

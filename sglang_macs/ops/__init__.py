@@ -344,7 +344,7 @@ def threshold_apply(
 class RegionShape(NamedTuple):
     """What a rank's region looks like, the same on every rank (csrc/include/macs/fused.h, FusedShape).
 
-    max_tokens: of a rank. num_blocks: multiprocessors that a launch takes. format: index in
+    max_tokens: of a rank. num_blocks: SMs that a launch takes. format: index in
     choices.FORMATS. expert_rows: rows that each expert has room for, 0 = packed behind one another, each at a multiple
     of `alignment`. max_rows: of a rank's whole buffer.
     """

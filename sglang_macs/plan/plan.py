@@ -12,25 +12,12 @@ from ..comm.peer_all_reduce import PeerAllReduce
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops import policy
+from . import importance
 from .places import Places
 from .routing import Routing
+from .tokens import RoutedTokens
 
 AllReduce = Callable[[Tensor], object]
-
-
-class RoutedTokens(NamedTuple):
-    """What one rank brings to one MoE layer: its tokens, and where the router sends them.
-
-    hidden_states: [T, H]. topk_ids: [T, K] i32 or i64, -1 = empty slot. topk_weights: [T, K] f32. router_logits: [T, E]
-    or None: nothing is re-routed. segment: [T] i32, -1 = text, otherwise below num_segments.
-    """
-
-    hidden_states: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    router_logits: Tensor | None
-    segment: Tensor
-    num_segments: int
 
 
 class PlanResult(NamedTuple):
@@ -77,6 +64,7 @@ class Plan:
         routing: how the router chooses and weighs experts; None: by softmax over its logits.
         places: where experts lie, of replicas to choose from; None: linearly, one each. Raises MacsError for options
             that replicas do not go with.
+        own_importance: in place of the function that the config names, if it names one.
     """
 
     def __init__(
@@ -87,10 +75,14 @@ class Plan:
         modality: Tensor | None = None,
         routing: Routing | None = None,
         places: Places | None = None,
+        own_importance: importance.Importance | None = None,
     ) -> None:
         if places is None and (num_ranks < 1 or num_experts % num_ranks):
             raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
-        if places is not None and (why := config.no_replicas):
+        if own_importance is None and config.has_own_importance:
+            own_importance = importance.load(config.importance)
+        own = own_importance is not None
+        if places is not None and (why := config.no_replicas or (own and "an importance of one's own")):
             raise MacsError("replicas", why, "--macs-scope rank, --macs-load rows, --macs-exchange group")
         self.config = config
         self.num_experts = num_experts
@@ -98,6 +90,7 @@ class Plan:
         self.places = places
         self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
+        self._importance = own_importance
         self.follow(routing or Routing())
 
     def follow(self, routing: Routing) -> None:
@@ -109,6 +102,7 @@ class Plan:
             num_ranks=self.num_ranks,
             scoring=routing.scoring,
             needs_entropy=self._needs_entropy,
+            importance=config.importance if self._importance is None else "gate",  # takes its scores for gates
             c_min=config.c_min / self.num_ranks if config.exchange == "local" else config.c_min,
         )
 
@@ -183,7 +177,7 @@ class Plan:
         """
         if self.config.exchange == "local":
             all_reduce = None
-        if not ops.is_whole(tokens.topk_ids):
+        if self._importance is not None or not ops.is_whole(tokens.topk_ids):
             if self.places is not None:
                 raise MacsError("replicas", "Triton's operators", "the extension's, on a GPU", "Build with nvcc.")
             return self._by_operators(tokens, all_reduce)
@@ -215,16 +209,19 @@ class Plan:
         """As `__call__`, by the operators one after the other."""
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         weight = self.weight(hidden_states, segment, num_segments)
-        own = group = self.histogram(topk_ids, topk_weights, weight, segment)
+        order = topk_weights if self._importance is None else importance.scores(self._importance, tokens)
+        own = group = self.histogram(topk_ids, order, weight, segment)
         if all_reduce is not None:
             group = own.clone()
             all_reduce(group)
         logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
-        batch = topk_ids, topk_weights, weight, segment
+        batch = topk_ids, order, weight, segment
         if self.places is not None:
             return self._with_replicas(*batch, logits, own, group)
         shift, cut = self.threshold(own, group)
         ids, weights, counts = self.apply(*batch, logits, shift, cut)
+        if self._importance is not None:
+            weights = importance.gates(tokens._replace(router_logits=logits), ids, self.routing.scoring)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
     def _with_replicas(

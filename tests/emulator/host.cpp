@@ -38,7 +38,7 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = emulator::device().multiprocessors; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::device().num_sms; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kMaxSharedBytes; return cudaSuccess;
     case cudaDevAttrCooperativeLaunch: *value = 1; return cudaSuccess;
   }
@@ -144,8 +144,8 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
 
 #define EMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
-EMULATOR_EXPORT void emulator_device(int multiprocessors, int max_cluster) {
-  emulator::device() = {multiprocessors, max_cluster};
+EMULATOR_EXPORT void emulator_device(int num_sms, int max_cluster) {
+  emulator::device() = {num_sms, max_cluster};
 }
 EMULATOR_EXPORT void emulator_find_races(int on) { emulator::find_races(on != 0); }
 EMULATOR_EXPORT void emulator_configure(uint64_t seed, int random, int preempt_one_in) {

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from sglang_macs.choices import SCORINGS
-from sglang_macs.plan.plan import RoutedTokens
 from sglang_macs.plan.routing import Routing
+from sglang_macs.plan.tokens import RoutedTokens
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, print_blob=False)
 

@@ -11,7 +11,7 @@ A call runs the kernels to their end. What goes wrong raises `Failure`, whose te
 files may be kernels of csrc or of a test; the launchers in them are `extern "C"`, return a cudaError_t, take the stream
 last, and are exported (`__attribute__((visibility("default")))`, as MACS_EXPORT in csrc/cuda/capi.cu).
 
-The device has 4 multiprocessors, which hold 16 blocks each, and clusters of up to 8 blocks, unless `build` is told
+The device has 4 SMs, which hold 16 blocks each, and clusters of up to 8 blocks, unless `build` is told
 otherwise. One library at a time, from one Python thread. What cannot show here: docs/emulator.md.
 """
 
@@ -54,10 +54,10 @@ class Failure(Exception):
 class Library:
     """Emulated kernels and the machine they run on."""
 
-    def __init__(self, path: Path, multiprocessors: int, max_cluster: int) -> None:
+    def __init__(self, path: Path, num_sms: int, max_cluster: int) -> None:
         self.path = path
         self.cdll = ctypes.CDLL(str(path))
-        self.cdll.emulator_device(multiprocessors, max_cluster)
+        self.cdll.emulator_device(num_sms, max_cluster)
         self.cdll.emulator_report.restype = ctypes.c_char_p
         for counter in ("emulator_steps", "emulator_launches", "emulator_now_ns"):
             getattr(self.cdll, counter).restype = ctypes.c_uint64
@@ -131,7 +131,7 @@ def build(
     *sources: Path,
     defines: Sequence[str] = (),
     races: bool = False,
-    multiprocessors: int = 4,
+    num_sms: int = 4,
     max_cluster: int = 8,
 ) -> Library:
     """Compiles the sources and the emulator into build/emulated, what has not changed only once.
@@ -157,12 +157,12 @@ def build(
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, [*sources, *sorted(EMULATOR.glob("*.cpp"))]))
     # A device each: launchers keep what they have asked of it in static variables.
-    identity = [*map(str, objects), str(multiprocessors), str(max_cluster)]
+    identity = [*map(str, objects), str(num_sms), str(max_cluster)]
     digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{digest}.so"
     if not target.exists():
         _run(["g++", "-shared", "-Wl,-z,defs", *map(str, objects)], target)
-    library = Library(target, multiprocessors, max_cluster)
+    library = Library(target, num_sms, max_cluster)
     library.cdll.emulator_find_races(races)
     return library
 

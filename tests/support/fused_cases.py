@@ -15,7 +15,7 @@ from .kernel_case import Config
 HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 
 
-def named(multiprocessors: int) -> list[FusedConfig]:
+def named(num_sms: int) -> list[FusedConfig]:
     """T = 1, 127, 128, 511 on 1, 2 and 8 ranks that share the GPU evenly; idle ranks; everything to one rank."""
     plan = Config(T=128, hot=1.5, visual=0.8)
 
@@ -24,7 +24,7 @@ def named(multiprocessors: int) -> list[FusedConfig]:
         policy = {name: value for name, value in changes.items() if name not in own}
         ranks = len(tokens)
         sized = replace(plan, R=ranks, T=max(*tokens, 1), **policy)
-        return FusedConfig(sized, tokens, blocks=multiprocessors // ranks, **own)
+        return FusedConfig(sized, tokens, blocks=num_sms // ranks, **own)
 
     expert = {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local"}
     return [
@@ -54,7 +54,7 @@ def named(multiprocessors: int) -> list[FusedConfig]:
     ]
 
 
-def random_configs(count: int, seed: int, multiprocessors: int) -> list[FusedConfig]:
+def random_configs(count: int, seed: int, num_sms: int) -> list[FusedConfig]:
     """Small groups with any policy, shape and raggedness."""
     rng = np.random.default_rng(seed)
     pick = lambda *values: values[int(rng.integers(len(values)))]  # noqa: E731
@@ -74,7 +74,7 @@ def random_configs(count: int, seed: int, multiprocessors: int) -> list[FusedCon
         )  # fmt: skip
         tokens = tuple(int(rng.integers(0, most + 1)) for _ in range(r))
         config = FusedConfig(
-            plan, tokens, blocks=max(1, pick(1, 2, multiprocessors // r)), format=pick(*fc.FORMATS),
+            plan, tokens, blocks=max(1, pick(1, 2, num_sms // r)), format=pick(*fc.FORMATS),
             alignment=pick(1, 8, 128), needs_entropy=delta > 0, row_experts=pick(True, False),
             copies_outputs=pick(True, False), scales_with_rows=pick(True, False),
         )  # fmt: skip

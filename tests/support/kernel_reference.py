@@ -71,9 +71,9 @@ def clip_apply(
     taken = np.zeros((tokens, experts), bool)
     rows, cols = np.nonzero(valid)
     taken[rows, ids[rows, cols]] = True
-    homeless, order = clipped.copy(), logits if selection is None else selection
+    unplaced, order = clipped.copy(), logits if selection is None else selection
     for _ in range(reroute_rounds):
-        wants = _proposals(ids, order, homeless, taken, room, unit, bound_of, local if reroute == "local" else 0)
+        wants = _proposals(ids, order, unplaced, taken, room, unit, bound_of, local if reroute == "local" else 0)
         t, k = np.nonzero(wants >= 0)
         if len(t) == 0:
             break
@@ -82,7 +82,7 @@ def clip_apply(
         t, k, to = t[ok], k[ok], to[ok]
         np.subtract.at(room, bound_of[to], unit[t])
         taken[t, to] = True
-        homeless[t, k] = False
+        unplaced[t, k] = False
         new_ids[t, k] = to
         ref = np.where(valid[t], gates[t], -np.inf).argmax(1)
         here, there = logits[t, ids[t, ref]].astype(np.float64), logits[t, to].astype(np.float64)
@@ -100,14 +100,14 @@ def _score_ratio(scoring: str, there: np.ndarray, here: np.ndarray) -> np.ndarra
     return np.sqrt(np.logaddexp(0, there) / np.logaddexp(0, here))
 
 
-def _proposals(ids, order, homeless, taken, room, unit, bound_of, local: int) -> np.ndarray:
-    """Expert [T, K] that each homeless slot wants, -1 for none; `local` = experts per rank, 0 for any rank."""
+def _proposals(ids, order, unplaced, taken, room, unit, bound_of, local: int) -> np.ndarray:
+    """Expert [T, K] that each unplaced slot wants, -1 for none; `local` = experts per rank, 0 for any rank."""
     wants = np.full(ids.shape, -1)
-    rows = np.flatnonzero(homeless.any(1))
+    rows = np.flatnonzero(unplaced.any(1))
     keys = np.where(np.isfinite(order[rows]) & ~taken[rows], order[rows], -np.inf).astype(np.float64)
     keys[room[bound_of][None, :] < unit[rows][:, None]] = -np.inf
     for k in range(ids.shape[1]):
-        mine = np.flatnonzero(homeless[rows, k])
+        mine = np.flatnonzero(unplaced[rows, k])
         left = keys[mine]
         if local:
             other = np.arange(keys.shape[1])[None, :] // local != ids[rows[mine], k][:, None] // local

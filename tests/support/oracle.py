@@ -198,7 +198,7 @@ def clip_apply(
     ids, weights = [list(row) for row in topk_ids], [list(row) for row in topk_weights]
     counts = [[[0, 0] for _ in range(experts)] for _ in range(3)]
     running = [0] * len(cut)
-    homeless = []
+    unplaced = []
     for a in assignments(topk_ids, topk_weights, weight, segment, buckets, load, importance):
         n = a.expert * len(cut) // experts
         level, quota = cut[n][:2]
@@ -208,13 +208,13 @@ def clip_apply(
         stays = own_level > level or (own_level == level and running[n] <= quota)
         counts[0 if stays else 1][a.expert][a.text] += 1
         if not stays:
-            homeless.append(a)
-    for a in homeless:
+            unplaced.append(a)
+    for a in unplaced:
         ids[a.token][a.slot], weights[a.token][a.slot] = -1, 0.0
     if reroute != "none" and router_logits is not None:
         order = router_logits if selection is None else selection
-        homes = find_homes(homeless, topk_ids, order, cut, experts // num_ranks, reroute, reroute_rounds)
-        for a, expert in homes:
+        placed = find_places(unplaced, topk_ids, order, cut, experts // num_ranks, reroute, reroute_rounds)
+        for a, expert in placed:
             counts[2][expert][a.text] += 1
             ids[a.token][a.slot] = expert
             weights[a.token][a.slot] = rerouted_weight(
@@ -380,8 +380,8 @@ def share_room(cut: list[list[int]], group_levels: Rows, own_levels: Rows, num_r
         bound[2] = bound[2] * own // at_stake if at_stake and reroute != "none" else 0
 
 
-def find_homes(
-    homeless: Sequence[Assignment],
+def find_places(
+    unplaced: Sequence[Assignment],
     topk_ids: Ids,
     order: Rows,
     cut: Sequence[Sequence[int]],
@@ -393,11 +393,11 @@ def find_homes(
     experts = len(order[0]) if order else 0
     room = [bound[2] for bound in cut]
     taken = [set(ids) for ids in topk_ids]
-    homes = []
+    placed = []
     for _ in range(rounds):
         turn: dict[tuple[int, int], int] = {}
         proposals = []
-        for a in homeless:
+        for a in unplaced:
             origin = a.expert // experts_per_rank if reroute == "local" else -1
             candidates = [
                 j
@@ -421,9 +421,9 @@ def find_homes(
         for a, j in accepted:
             room[j * len(cut) // experts] -= a.units
             taken[a.token].add(j)
-        homes += accepted
-        homeless = [a for a in homeless if a not in {b for b, _ in accepted}]
-    return homes
+        placed += accepted
+        unplaced = [a for a in unplaced if a not in {b for b, _ in accepted}]
+    return placed
 
 
 def rerouted_weight(

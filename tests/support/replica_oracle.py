@@ -278,7 +278,7 @@ def clip(
     """New physical ids and weights [T, K] and counts [4, E, 2] = (kept, clipped, re-routed in, moved)."""
     ids, weights = [list(row) for row in chosen], [list(row) for row in one.topk_weights]
     counts = [[[0, 0] for _ in range(placement.num_experts)] for _ in range(4)]
-    at_level, homeless = [0] * placement.num_ranks, []
+    at_level, unplaced = [0] * placement.num_ranks, []
     for a in _assignments(one, config, placement):
         physical = chosen[a.token][a.slot]
         rank = physical // placement.width
@@ -290,12 +290,12 @@ def clip(
         if stays:
             counts[3][a.expert][a.text] += physical != one.topk_ids[a.token][a.slot]
         else:
-            homeless.append(a)
+            unplaced.append(a)
             ids[a.token][a.slot], weights[a.token][a.slot] = -1, 0.0
     if config.reroute != "none" and one.router_logits is not None:
         logical = placement.unmap(one.topk_ids)
         order = one.router_logits if one.selection is None else one.selection
-        for a, expert, physical in _homes(homeless, logical, order, cut, config, placement):
+        for a, expert, physical in _placed(unplaced, logical, order, cut, config, placement):
             counts[2][expert][a.text] += 1
             ids[a.token][a.slot] = physical
             weights[a.token][a.slot] = oracle.rerouted_weight(
@@ -304,16 +304,16 @@ def clip(
     return ids, weights, counts
 
 
-def _homes(homeless, logical, order, cut, config, placement) -> list[tuple[oracle.Assignment, int, int]]:
+def _placed(unplaced, logical, order, cut, config, placement) -> list[tuple[oracle.Assignment, int, int]]:
     """(clipped assignment, new expert, its physical expert): an expert's place is the one with most room."""
     room, taken = [bound[2] for bound in cut], [set(ids) for ids in logical]
-    homes = []
+    placed = []
     for _ in range(config.reroute_rounds):
         best = [max(range(len(r)), key=lambda i, r=r: (room[r[i]], -i)) for r in placement.ranks]
         rank_of = [ranks[i] for ranks, i in zip(placement.ranks, best, strict=True)]
         turn: dict[int, int] = {}
         proposals = []
-        for a in homeless:
+        for a in unplaced:
             row = order[a.token]
             open_to = [
                 j for j, r in enumerate(rank_of) if math.isfinite(row[j]) and j not in taken[a.token] and room[r] >= 1
@@ -331,9 +331,9 @@ def _homes(homeless, logical, order, cut, config, placement) -> list[tuple[oracl
         for a, j in accepted:
             room[rank_of[j]] -= 1
             taken[a.token].add(j)
-            homes.append((a, j, placement.physical[j][best[j]]))
-        homeless = [a for a in homeless if a not in {b for b, _ in accepted}]
-    return homes
+            placed.append((a, j, placement.physical[j][best[j]]))
+        unplaced = [a for a in unplaced if a not in {b for b, _ in accepted}]
+    return placed
 
 
 def _assignments(one: oracle.RankInput, config: Any, placement: Placement):

@@ -14,7 +14,8 @@ from torch import nn
 
 from sglang_macs.config import MacsConfig, configure
 from sglang_macs.engine import scheduler_process, topk, worker
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 configure(MacsConfig.from_preset())
 scheduler_process.here = True

@@ -8,7 +8,8 @@ import torch
 from sglang_macs.config import MacsConfig
 from sglang_macs.observe.recorder import Place, Recorder, Shown
 from sglang_macs.observe.trace import file_name
-from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
+from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.tokens import RoutedTokens
 
 EXPERTS, RANKS, TOP_K, LAYERS = 8, 2, 2, (0, 2, 5)
 ROWS, COLUMNS, SIDE = 4, 6, 4  # tokens of the picture, pixels of a patch; 2 x 2 patches a token

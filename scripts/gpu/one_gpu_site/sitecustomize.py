@@ -6,9 +6,9 @@ with dp-attention, in the data-parallel controller, where SGLang 0.5.21 loads no
 Can go when: SGLang takes a device list with repetitions.
 
 Receiving. DeepEP's receiving kernels spin until their peers have sent. On GPUs of their own all ranks run; on one GPU a
-peer's sending kernel may wait for the very multiprocessors that the spinning one holds. Ranks therefore meet on the
+peer's sending kernel may wait for the very SMs that the spinning one holds. Ranks therefore meet on the
 host between sending and receiving, as scripts/gpu/straggler.py does. What is captured in a CUDA graph has no host to
-meet on: there each rank's share of the multiprocessors, which MPS gives it, has to do.
+meet on: there each rank's share of the SMs, which MPS gives it, has to do.
 
 Pictures. SGLang's tokenizer process decodes JPEG on the GPU, and so becomes a client of MPS, too: the last that was
 seen of three servers was each one's first picture on its way there. Here the CPU decodes. (Not tried since.)

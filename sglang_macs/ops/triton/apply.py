@@ -8,7 +8,7 @@ flat slots (token * K + slot):
 2. `_prefix_kernel` makes of these what the blocks before ask for, and takes a copy of what may be given;
 3. `_accept_kernel` hands out the places within a block and clears its totals.
 
-Round 0 is that of the assignments at a cut level, which ask for their own expert. A slot is homeless where it had an
+Round 0 is that of the assignments at a cut level, which ask for their own expert. A slot is unplaced where it had an
 expert and has none now. No kernel reads what it writes: Triton orders nothing between its threads.
 """
 
@@ -131,15 +131,15 @@ def _propose_kernel(
     EFFECTIVE: tl.constexpr, LOCAL: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every homeless slot, in slot order, asks for the best candidate that its token's slots before it have left."""
+    """Every unplaced slot, in slot order, asks for the best candidate that its token's slots before it have left."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.arange(0, SLOTS)[None, :]
     inside = (token[:, None] < num_tokens) & (slot < TOP_K)
     index = token[:, None] * TOP_K + slot
-    is_homeless = (tl.load(ids + index, mask=inside, other=-1) >= 0) & (
+    is_unplaced = (tl.load(ids + index, mask=inside, other=-1) >= 0) & (
         tl.load(new_ids + index, mask=inside, other=-1) < 0
     )
-    if tl.max(is_homeless.to(tl.int32)) > 0:
+    if tl.max(is_unplaced.to(tl.int32)) > 0:
         here = token < num_tokens
         units = load_units(tl.load(weight + token, mask=here, other=0.0), EFFECTIVE)
         candidate = tl.arange(0, EXPERTS)[None, :]

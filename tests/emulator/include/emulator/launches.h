@@ -10,10 +10,10 @@ namespace emulator {
 
 // What the device says of itself. Launchers ask once and remember: to be set before the first launch.
 struct Device {
-  int multiprocessors = 4;
+  int num_sms = 4;
   int max_cluster = 8;  // blocks
 
-  int resident_blocks() const { return 16 * multiprocessors; }  // further blocks wait until others have ended
+  int resident_blocks() const { return 16 * num_sms; }  // further blocks wait until others have ended
 };
 
 struct Options {

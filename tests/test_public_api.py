@@ -10,7 +10,7 @@ import pytest
 import sglang_macs
 
 PUBLIC = {
-    "PRESETS", "MacsConfig", "MacsError", "MacsNotActive", "Plan", "PlanResult", "RoutedTokens", "__version__",
+    "PRESETS", "MacsConfig", "MacsError", "MacsNotActive", "Plan", "PlanResult", "RoutedTokens", "Routing", "__version__",
     "configure",
 }  # fmt: skip
 

@@ -317,15 +317,15 @@ def test_selection_score_of_1024_experts(launchers: Launchers) -> None:
         launchers.selection_score(logits.repeat(1, 2), bias.repeat(2), "sigmoid", 1, 1)
 
 
-@pytest.mark.parametrize("options", [{"scope": "rank"}, {"scope": "expert", "reroute": "local"}], ids=str)
+@pytest.mark.parametrize("load", ["rows", "effective"])
 @pytest.mark.parametrize("experts", [16, 192, 320, 640])
-def test_a_selection_orders_candidates_whatever_their_logits(launchers: Launchers, experts: int, options: dict) -> None:
+def test_a_selection_orders_candidates_whatever_their_logits(launchers: Launchers, experts: int, load: str) -> None:
     """One of each instance of the kernel, in the two fused launchers."""
     gen = cases.generator(experts)
     shape = cases.NAMED["imbalanced"] | {"num_tokens": 12, "num_experts": experts, "scoring": "sigmoid"}
     routing = cases.routing(gen, experts, "sigmoid", biased=True, groups=(8, 4))
     group = cases.Group([cases.batch(gen, **shape)], experts, 4, torch.zeros(experts, dtype=torch.int8), routing)
-    options = USUAL | options | {"num_ranks": 4, "scoring": "sigmoid", "importance": "gate", "buckets": 32}
+    options = USUAL | {"load": load, "num_ranks": 4, "scoring": "sigmoid", "importance": "gate", "buckets": 32}
     got, (b,) = launchers.plan(group, options, scored=False), group.batches
     inputs = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
     applied = pick(options, APPLY, num_ranks=4, scoring="sigmoid")

@@ -18,7 +18,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
 from sglang_macs.ops import replica_balance
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
 
 
 def plans(group: ReplicaGroup, config: MacsConfig) -> list[Plan]:
@@ -28,8 +28,8 @@ def plans(group: ReplicaGroup, config: MacsConfig) -> list[Plan]:
     return [Plan(*given, Places(num_experts, len(mapped), num_ranks, rank, mapped)) for rank in range(num_ranks)]
 
 
-def inputs(b: cases.Batch) -> tuple[Any, ...]:
-    return b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments
+def inputs(b: cases.Batch) -> RoutedTokens:
+    return RoutedTokens(b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
 
 
 def exchanged(group: ReplicaGroup, of_rank: list[Plan]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -46,7 +46,7 @@ def run(group: ReplicaGroup, config: MacsConfig, call: str = "__call__") -> list
     of_rank = plans(group, config)
     _, total = exchanged(group, of_rank)
     pairs = zip(of_rank, group.group.batches, strict=True)
-    return [getattr(plan, call)(*inputs(b), lambda tensor: tensor.copy_(total)) for plan, b in pairs]
+    return [getattr(plan, call)(inputs(b), lambda tensor: tensor.copy_(total)) for plan, b in pairs]
 
 
 def assert_same(got: PlanResult, want: PlanResult) -> None:
@@ -98,7 +98,7 @@ def test_whole_plans_give_the_operators_bits(group: ReplicaGroup, config: MacsCo
         assert_same(whole, apart)
     alone = plans(group, config)[0]
     batch = inputs(group.group.batches[0])
-    assert_same(alone(*batch), alone._by_operators(*batch, None))
+    assert_same(alone(batch), alone._by_operators(batch, None))
 
 
 @cases.PROPERTY
@@ -124,7 +124,7 @@ def test_linear_tables_give_the_bits_of_none(group: ReplicaGroup, config: MacsCo
     none = Plan(config, group.group.num_experts, group.group.num_ranks, group.group.modality, group.group.scoring)
     _, total = exchanged(group, plans(group, config))
     for got, b in zip(run(group, config), batches, strict=True):
-        want = none(*inputs(b), lambda tensor: tensor.copy_(total[: none.histogram_size]))
+        want = none(inputs(b), lambda tensor: tensor.copy_(total[: none.histogram_size]))
         assert torch.equal(got.topk_ids, want.topk_ids) and torch.equal(got.counts[:3], want.counts)
         assert torch.equal(got.topk_weights, want.topk_weights) and torch.equal(got.group, want.group)
         assert torch.equal(got.cut[:, 3], want.cut[:, 3]) and not got.counts[3].any()
@@ -153,7 +153,7 @@ def test_a_candidate_s_place_is_on_the_lowest_rank_among_equals() -> None:
     logits = torch.tensor([[3.0, 2.0, -9.0, -9.0, -9.0]]).repeat(6, 1)
     batch = torch.zeros(6, 4), torch.zeros((6, 1), dtype=torch.int64), torch.ones(6, 1), logits
     plan = Plan(MacsConfig.from_preset("rank", gamma=1.5), 5, 3, places=Places(5, 6, 3, 0, mapped))
-    result = plan(*batch, torch.zeros(6, dtype=torch.int32), 1)
+    result = plan(RoutedTokens(*batch, torch.zeros(6, dtype=torch.int32), 1))
     assert result.cut[:, 2:].tolist() == [[0, 3], [3, 3], [3, 3]]
     assert result.topk_ids.flatten().tolist() == [0, 0, 0, 2, 2, 2] and result.counts[2, 1, 0] == 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from test_plan_emulated import (
 from test_replicas import plans
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
 
 NAMES = ("scope", "load", "importance", "reroute", "protect_text", "buckets", "reroute_rounds", "gamma", "rho", "alpha",
          "c_min")  # fmt: skip
@@ -109,8 +108,8 @@ class ReplicaPlan:
         return self.plan._result(*(got[name] for name in names))
 
 
-def inputs(b: cases.Batch) -> tuple[Any, ...]:
-    return b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments
+def inputs(b: cases.Batch) -> RoutedTokens:
+    return RoutedTokens(b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
 
 
 def assert_alike(got: PlanResult, want: PlanResult) -> None:
@@ -132,9 +131,9 @@ def check(launchers: Launchers, group: ReplicaGroup, config: MacsConfig, seed: i
         assert torch.equal(mine, plan.histogram(b.topk_ids, b.topk_weights, weight, b.segment))
     total = torch.stack(own).sum(0, dtype=torch.int32)
     for plan, b, run in zip(of_rank, group.group.batches, runs, strict=True):
-        assert_alike(run.behind(total), plan(*inputs(b), lambda tensor: tensor.copy_(total)))
+        assert_alike(run.behind(total), plan(inputs(b), lambda tensor: tensor.copy_(total)))
     for plan, b in zip(of_rank[:1], group.group.batches, strict=False):
-        assert_alike(ReplicaPlan(launchers, plan, b).alone(), plan(*inputs(b)))
+        assert_alike(ReplicaPlan(launchers, plan, b).alone(), plan(inputs(b)))
 
 
 @cases.PROPERTY

@@ -248,6 +248,12 @@ void run(const ClipApplyParams& p, const Places& places, const void* chosen, con
   check_launch(cuda::launch_clip_apply(p, workspace.data_ptr(), stream_of(on)), "clip_apply");
 }
 
+void run(const SelectionScoreParams& p, const Tensor& on) {
+  if (!on.is_cuda()) return cpu::selection_score(p, kParallelFor);
+  const c10::cuda::CUDAGuard guard(on.device());
+  check_launch(cuda::launch_selection_score(p, stream_of(on)), "selection_score");
+}
+
 void run(const BoundedPermuteParams& p, const Tensor& on) {
   if (!on.is_cuda()) return cpu::bounded_permute(p);
   const c10::cuda::CUDAGuard guard(on.device());
@@ -273,6 +279,7 @@ void run(const ClipThresholdParams& p, const Tensor&) { cpu::clip_threshold(p); 
 void run(const ClipApplyParams& p, const Places& places, const void* chosen, const Tensor&) {
   cpu::clip_apply(p, places, chosen);
 }
+void run(const SelectionScoreParams& p, const Tensor&) { cpu::selection_score(p, kParallelFor); }
 void run(const BoundedPermuteParams& p, const Tensor&) { cpu::bounded_permute(p); }
 void run(const BoundedGatherParams& p, const Tensor&) { cpu::bounded_gather(p); }
 
@@ -372,10 +379,55 @@ std::tuple<Tensor, Tensor> replica_choose(const Tensor& topk_ids, const Tensor& 
   return {chosen, cut};
 }
 
+// Logits in any of the types that a router gives: a GPU converts what it reads.
+Tensor readable_logits(const Tensor& router_logits) {
+  const Tensor logits = router_logits.contiguous();
+  float_dtype(logits, "router_logits");
+  return logits.is_cpu() ? logits.to(at::kFloat) : logits;
+}
+
+void check_groups(int64_t num_experts, int64_t num_groups, int64_t topk_groups, bool biased) {
+  TORCH_CHECK_VALUE(num_groups > 0 && num_experts % num_groups == 0, "num_groups: got ", num_groups, " of ", num_experts,
+                    " experts, expected a divisor of the number of experts");
+  TORCH_CHECK_VALUE(topk_groups > 0 && topk_groups <= num_groups, "topk_groups: got ", topk_groups, ", expected 1 to ",
+                    num_groups);
+  TORCH_CHECK_VALUE(!biased || topk_groups == num_groups || num_experts >= 2 * num_groups, "num_groups: got ", num_groups,
+                    " of ", num_experts, " experts, expected two experts each where they are ranked with a bias");
+}
+
+Tensor selection_score(const Tensor& router_logits, const OptionalTensor& correction_bias, int64_t scoring,
+                       int64_t num_groups, int64_t topk_groups) {
+  TORCH_CHECK_VALUE(router_logits.dim() == 2 && router_logits.size(1) > 0, "router_logits: got shape ",
+                    router_logits.sizes(), ", expected [T, E] with E > 0");
+  const Tensor logits = readable_logits(router_logits);
+  const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
+  check_groups(num_experts, num_groups, topk_groups, correction_bias.has_value());
+  Tensor bias;
+  if (correction_bias.has_value()) {
+    bias = correction_bias->contiguous();
+    check_like(bias, "correction_bias", at::kFloat, {num_experts}, logits);
+  }
+  Tensor selection = at::empty(logits.sizes(), logits.options().dtype(at::kFloat));
+  run(SelectionScoreParams{logits.const_data_ptr(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                           selection.mutable_data_ptr<float>(), num_tokens, static_cast<int32_t>(num_experts),
+                           static_cast<int32_t>(num_groups), static_cast<int32_t>(topk_groups),
+                           checked_enum<Scoring>(scoring, "scoring"), float_dtype(logits, "router_logits")},
+      logits);
+  return selection;
+}
+
+// The tensor must outlive the launch.
+const float* checked_selection(const Tensor& selection, int64_t num_tokens, int64_t num_experts, const Tensor& beside) {
+  if (!selection.defined()) return nullptr;
+  check_like(selection, "selection", at::kFloat, {num_tokens, num_experts}, beside);
+  return selection.const_data_ptr<float>();
+}
+
 std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& weight,
                                               const Tensor& segment, const OptionalTensor& router_logits,
                                               const Tensor& shift, const Tensor& cut, at::ArrayRef<double> packed,
-                                              const OptionalTensor& places, const OptionalTensor& chosen) {
+                                              const OptionalTensor& places, const OptionalTensor& chosen,
+                                              const OptionalTensor& selection) {
   const Tensor ids = topk_ids.contiguous(), gates = topk_weights.contiguous(), w = weight.contiguous(),
                seg = segment.contiguous(), sh = shift.contiguous(), c = cut.contiguous();
   const Placed placed(packed, places, ids);
@@ -395,6 +447,8 @@ std::tuple<Tensor, Tensor, Tensor> clip_apply(const Tensor& topk_ids, const Tens
     check_like(logits, "router_logits", at::kFloat, {ids.size(0), policy.num_experts}, ids);
     p.router_logits = logits.const_data_ptr();
   }
+  const Tensor order = selection.has_value() ? selection->contiguous() : Tensor();
+  p.selection = checked_selection(order, ids.size(0), policy.num_experts, ids);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
   Tensor counts = at::empty({placed.num_counts(), policy.num_experts, 2}, sh.options());
   p.shift = sh.const_data_ptr<int32_t>();
@@ -437,7 +491,7 @@ class Slab {
 
 // A pass's batch, checked and contiguous; `in` and `logits` point into what it holds.
 struct PlanInput {
-  Tensor hidden, ids, gates, segment, logits;
+  Tensor hidden, ids, gates, segment, logits, selection;
   Placed placed;
   Policy policy;
   Assignments in;  // without a weight
@@ -470,12 +524,10 @@ PlanInput plan_input(const Tensor& hidden_states, const Tensor& topk_ids, const 
   return x;
 }
 
-// Logits in any of the types that a router gives: a GPU converts those that it reads.
-void set_logits(PlanInput& x, const OptionalTensor& router_logits) {
+void set_logits(PlanInput& x, const OptionalTensor& router_logits, const OptionalTensor& selection) {
   if (!router_logits.has_value() || x.policy.reroute == Reroute::kNone) return;
-  x.logits = router_logits->contiguous();
-  float_dtype(x.logits, "router_logits");
-  if (x.logits.is_cpu()) x.logits = x.logits.to(at::kFloat);
+  x.logits = readable_logits(*router_logits);
+  if (selection.has_value()) x.selection = selection->contiguous();
   check_like(x.logits, "router_logits", x.logits.scalar_type(), {x.num_tokens(), x.policy.num_experts}, x.ids);
 }
 
@@ -571,6 +623,7 @@ void cut_batch(const PlanInput& x, const Tensor& own, const Tensor& group, const
     apply.router_logits = x.logits.const_data_ptr();
     apply.logits_dtype = float_dtype(x.logits, "router_logits");
   }
+  apply.selection = checked_selection(x.selection, x.num_tokens(), x.policy.num_experts, x.ids);
   apply.shift = threshold.shift, apply.cut = threshold.cut;
   apply.new_ids = out.ids.mutable_data_ptr();
   apply.new_weights = out.weights.mutable_data_ptr<float>();
@@ -608,9 +661,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_histogram(const Tensor& hidden_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> threshold_apply(
     const Tensor& own, const Tensor& group, const Tensor& modality, const Tensor& topk_ids, const Tensor& topk_weights,
     const Tensor& weight, const Tensor& segment, const OptionalTensor& router_logits, const Tensor& workspace,
-    at::ArrayRef<double> policy, const OptionalTensor& places) {
+    at::ArrayRef<double> policy, const OptionalTensor& places, const OptionalTensor& selection) {
   PlanInput x = plan_input({}, topk_ids, topk_weights, segment, 0, policy, places);
-  set_logits(x, router_logits);
+  set_logits(x, router_logits, selection);
   const DeviceGuard guard(x.ids.device());
   const Tensor o = own.contiguous(), g = group.contiguous(), w = weight.contiguous();
   check_like(o, "own", at::kInt, {x.exchanged()}, x.ids);
@@ -633,9 +686,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan(
     const Tensor& hidden_states, const Tensor& topk_ids, const Tensor& topk_weights,
     const OptionalTensor& router_logits, const Tensor& segment, int64_t num_segments, const Tensor& modality,
     at::ArrayRef<double> policy, const OptionalTensor& region, at::IntArrayRef peers, int64_t rank,
-    int64_t timeout_ns, const OptionalTensor& places) {
+    int64_t timeout_ns, const OptionalTensor& places, const OptionalTensor& selection) {
   PlanInput x = plan_input(hidden_states, topk_ids, topk_weights, segment, num_segments, policy, places);
-  set_logits(x, router_logits);
+  set_logits(x, router_logits, selection);
   const DeviceGuard guard(x.ids.device());
   const int64_t tokens = Slab::room(x.num_tokens() * 4), cells = Slab::room(x.exchanged() * 4);
   const int64_t workspace_bytes = plan_workspace_bytes(x);
@@ -1074,12 +1127,20 @@ std::tuple<Tensor, Tensor> clip_threshold_meta(const Tensor& own, const Tensor& 
   return {at::empty({policy.num_experts}, own.options()), at::empty({num_bounds(policy), 4}, own.options())};
 }
 
+Tensor selection_score_meta(const Tensor& router_logits, const OptionalTensor& correction_bias, int64_t, int64_t,
+                            int64_t) {
+  if (correction_bias.has_value()) check_device("correction_bias", *correction_bias, router_logits);
+  return at::empty_symint(router_logits.sym_sizes(), router_logits.options().dtype(at::kFloat));
+}
+
 std::tuple<Tensor, Tensor, Tensor> clip_apply_meta(const Tensor& topk_ids, const Tensor& topk_weights,
                                                    const Tensor& weight, const Tensor& segment,
                                                    const OptionalTensor& router_logits, const Tensor& shift,
                                                    const Tensor& cut, at::ArrayRef<double> policy,
-                                                   const OptionalTensor& places, const OptionalTensor& chosen) {
+                                                   const OptionalTensor& places, const OptionalTensor& chosen,
+                                                   const OptionalTensor& selection) {
   check_assignment_devices(topk_ids, topk_weights, weight, segment);
+  if (selection.has_value()) check_device("selection", *selection, topk_ids);
   if (router_logits.has_value()) check_device("router_logits", *router_logits, topk_ids);
   if (chosen.has_value()) check_device("chosen", *chosen, topk_ids);
   check_device("shift", shift, topk_ids);
@@ -1170,8 +1231,11 @@ TORCH_LIBRARY(sglang_macs, m) {
   m.def("clip_threshold(Tensor own, Tensor group, Tensor modality, float[] policy) -> (Tensor, Tensor)");
   m.def(
       "clip_apply(Tensor topk_ids, Tensor topk_weights, Tensor weight, Tensor segment, Tensor? router_logits, "
-      "Tensor shift, Tensor cut, float[] policy, Tensor? places=None, Tensor? chosen=None) "
+      "Tensor shift, Tensor cut, float[] policy, Tensor? places=None, Tensor? chosen=None, Tensor? selection=None) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "selection_score(Tensor router_logits, Tensor? correction_bias, int scoring, int num_groups, int topk_groups) "
+      "-> Tensor");
   m.def(
       "replica_balance(Tensor own, Tensor group, Tensor modality, float[] policy, Tensor places) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
@@ -1183,12 +1247,14 @@ TORCH_LIBRARY(sglang_macs, m) {
       "float[] policy, bool exchanged, Tensor? places=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "threshold_apply(Tensor own, Tensor group, Tensor modality, Tensor topk_ids, Tensor topk_weights, Tensor weight, "
-      "Tensor segment, Tensor? router_logits, Tensor(a!) workspace, float[] policy, Tensor? places=None) "
+      "Tensor segment, Tensor? router_logits, Tensor(a!) workspace, float[] policy, Tensor? places=None, "
+      "Tensor? selection=None) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "plan(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? router_logits, Tensor segment, "
       "int num_segments, Tensor modality, float[] policy, Tensor(a!)? region, int[] peers, int rank, int timeout_ns, "
-      "Tensor? places=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? places=None, Tensor? selection=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fused_layout(int[] shape) -> int[]", &macs::fused_layout_of);
   m.def(
       "fused_dispatch(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor hidden_states, Tensor topk_ids, "
@@ -1224,6 +1290,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("selection_score", &macs::selection_score);
   m.impl("score_histogram", &macs::score_histogram);
   m.impl("threshold_apply", &macs::threshold_apply);
   m.impl("plan", &macs::plan);
@@ -1238,6 +1305,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
   m.impl("load_histogram", &macs::load_histogram);
   m.impl("clip_threshold", &macs::clip_threshold);
   m.impl("clip_apply", &macs::clip_apply);
+  m.impl("selection_score", &macs::selection_score);
   m.impl("score_histogram", &macs::score_histogram);
   m.impl("threshold_apply", &macs::threshold_apply);
   m.impl("plan", &macs::plan);
@@ -1259,6 +1327,7 @@ TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {
   m.impl("load_histogram", &macs::load_histogram_meta);
   m.impl("clip_threshold", &macs::clip_threshold_meta);
   m.impl("clip_apply", &macs::clip_apply_meta);
+  m.impl("selection_score", &macs::selection_score_meta);
   m.impl("bounded_permute", &macs::bounded_permute_meta);
   m.impl("bounded_gather", &macs::bounded_gather_meta);
   m.impl("fused_dispatch", &macs::fused_dispatch_meta);

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import PRESETS, MacsConfig, configure
     from .errors import MacsError, MacsNotActive
     from .plan.plan import Plan, PlanResult
+    from .plan.routing import Routing
     from .plan.tokens import RoutedTokens
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "PlanResult",
     "RoutedTokens",
+    "Routing",
     "__version__",
     "configure",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "Plan": "plan.plan",
     "PlanResult": "plan.plan",
     "RoutedTokens": "plan.tokens",
+    "Routing": "plan.routing",
     "configure": "config",
 }
 

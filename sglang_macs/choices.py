@@ -6,7 +6,7 @@ SCOPES = ("expert", "rank")
 LOADS = ("rows", "effective")
 IMPORTANCES = ("entropy", "gate", "entropy_gate")
 REROUTES = ("none", "local", "global")
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 BUCKETS = (32, 64, 128, 256)
 WEIGHT_ONE = 256  # fixed-point 1.0 of an entropy weight, and the units of one row under load=effective
 NUM_SUMS = 4  # N, N_visual, W_visual, W behind the histogram's [E, 2, B] cells

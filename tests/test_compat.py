@@ -262,11 +262,23 @@ def test_a_prefill_batch_beyond_the_histograms_is_refused_at_the_launch():
 
 @pytest.mark.parametrize("reroute", ["local", "global"])
 def test_re_routing_is_refused_where_it_cannot_follow_the_router(reroute):
-    biased = replace(launch(), special_routing="a correction bias in the selection")
+    biased = replace(launch(), special_routing="a routing function of the model's own")
     compat.check(replace(biased, config=MacsConfig.from_preset(reroute="none")))
     compat.check(replace(biased, config=MacsConfig.from_preset(reroute=reroute, gamma=math.inf)))
-    with pytest.raises(MacsError, match=r"a correction bias in the selection.* Pass --macs-reroute none\."):
+    with pytest.raises(MacsError, match=r"a routing function of the model's own.* Pass --macs-reroute none\."):
         compat.check(replace(biased, config=MacsConfig.from_preset(reroute=reroute)))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1024, 32), (1032, 8), (896, 40)])
+def test_more_than_the_kernels_take_is_refused_on_a_gpu(experts, top_k):
+    one = replace(launch(num_experts=experts), top_k=top_k)
+    cpu, gpu = (replace(one, flags=SimpleNamespace(**{**GOOD, **more})) for more in ({"device": "cpu"}, LOW_LATENCY))
+    compat.check(cpu)
+    if experts <= 1024 and top_k <= 32:
+        compat.check(gpu)
+        return
+    with pytest.raises(MacsError, match=f"{experts} experts, top-{top_k}, expected at most 1024 experts and top-32"):
+        compat.check(gpu)
 
 
 LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}

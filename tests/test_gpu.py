@@ -24,6 +24,7 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.routing import Routing
 from sglang_macs.plan.tokens import RoutedTokens
 
 pytestmark = pytest.mark.gpu
@@ -103,6 +104,39 @@ def test_decisions_are_the_cpus_to_the_bit(name, tokens, top_k, ids_dtype):
     torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=0)
     if tokens == 5000 and name != "infinite":
         assert int(expected[2][1].sum()) > 0, "a case that clips nothing proves nothing"
+
+
+ROUTERS = {
+    "biased groups": ("sigmoid", True, 8, 4),
+    "groups": ("softmax", False, 4, 1),
+    "biased": ("sqrtsoftplus", True, 1, 1),
+    "sqrtsoftplus": ("sqrtsoftplus", False, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 130, 5000], ids=str)
+def test_routers_order_candidates_as_on_the_cpu(name, dtype, tokens):
+    scoring, biased, *groups = ROUTERS[name]
+    bias = 0.3 * torch.randn(EXPERTS, generator=torch.Generator().manual_seed(2)) if biased else None
+    hidden, ids, weights, logits, segment = batch(tokens, 8, tokens + 3)
+    logits = logits.to(dtype)
+    selection = ops.selection_score(logits, bias, scoring, *groups)
+    on_gpu = ops.selection_score(logits.cuda(), None if bias is None else bias.cuda(), scoring, *groups)
+    torch.testing.assert_close(on_gpu.cpu(), selection, rtol=1e-6, atol=1e-6)
+    routing = Routing(scoring, bias, *groups)
+    plan = Plan(MacsConfig.from_preset("rank", gamma=1.0), EXPERTS, RANKS, routing=routing)
+    weight = plan.weight(hidden, segment, 1)
+    own = plan.histogram(ids, weights, weight, segment)
+    shift, cut = plan.threshold(own, own)
+    inputs = ids, weights, weight, segment, logits.float(), shift, cut
+    order = selection if routing.needs_selection else None  # the same on both sides: equals stay equals
+    want = ops.clip_apply(*inputs, plan.policy, selection=order)
+    got = ops.clip_apply(*to_gpu(*inputs), plan.policy, selection=None if order is None else order.cuda())
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[2].cpu(), want[2])
+    torch.testing.assert_close(got[1].cpu(), want[1], rtol=1e-5, atol=0)
+    assert tokens < 5000 or int(want[2][2].sum()) > 0, "a case that re-routes nothing proves nothing"
 
 
 @pytest.mark.parametrize("name", PRESETS)

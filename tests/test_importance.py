@@ -40,7 +40,7 @@ def by_place(tokens: RoutedTokens) -> torch.Tensor:
 
 
 def group_plans(group: cases.Group, config: MacsConfig, own: importance.Importance | None) -> list[PlanResult]:
-    plan = Plan(config, group.num_experts, group.num_ranks, group.modality, group.scoring, own_importance=own)
+    plan = Plan(config, group.num_experts, group.num_ranks, group.modality, group.routing, own_importance=own)
     alone = [plan(b.routed).own for b in group.batches]
     total = torch.stack(alone).sum(0, dtype=torch.int32)
     return [plan(b.routed, lambda histogram: histogram.copy_(total)) for b in group.batches]
@@ -66,7 +66,7 @@ def test_the_gate_as_a_function_decides_as_the_gate(group: cases.Group, config: 
 @given(cases.groups(), configs(importance="entropy_gate", load="effective"))
 def test_a_product_as_a_function_decides_as_the_product(group: cases.Group, config: MacsConfig) -> None:
     """The entropy weight stays what load and the visual share are made of."""
-    plan = Plan(config, group.num_experts, group.num_ranks, group.modality, group.scoring)
+    plan = Plan(config, group.num_experts, group.num_ranks, group.modality, group.routing)
 
     def product(tokens: RoutedTokens) -> torch.Tensor:
         return plan.weight(tokens.hidden_states, tokens.segment, tokens.num_segments)[:, None] * tokens.topk_weights

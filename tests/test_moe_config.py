@@ -1,4 +1,4 @@
-"""What is read from a model's configuration: experts, MoE layers, and routing that is more than softmax. No SGLang."""
+"""What is read from a model's configuration: experts, MoE layers, and routing by a function of its own. No SGLang."""
 
 from types import SimpleNamespace
 
@@ -47,23 +47,11 @@ def test_moe_layers_are_those_of_the_model_s_class_or_unknown(values, layers):
     assert moe_config.layers(SimpleNamespace(**values)) == layers
 
 
-@pytest.mark.parametrize(
-    ("values", "special"),
-    [
-        ({"model_type": "qwen3_moe"}, ""),
-        ({"scoring_func": "softmax", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5}, ""),
-        ({"n_group": None, "topk_group": None, "topk_method": "greedy"}, ""),
-        ({"use_routing_bias": False}, ""),
-        ({"scoring_func": "softmax", **NOAUX}, "a correction bias in the selection"),
-        ({"scoring_func": "sigmoid", **NOAUX}, "sigmoid scores"),
-        ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus scores"),
-        ({"moe_router_enable_expert_bias": True}, "a correction bias in the selection"),
-        ({"model_type": "glm4_moe"}, "a correction bias in the selection"),
-        ({"model_type": "gemma4_text"}, "a routing function of the model's own"),
-        ({"n_group": 8, "topk_group": 3}, "experts from 3 of 8 groups"),
-        ({"n_group": 8, "topk_group": 8}, ""),
-    ],
-    ids=str,
-)
-def test_routing_that_is_more_than_softmax_is_named(values, special):
-    assert moe_config.special_routing(SimpleNamespace(**values)) == special
+@pytest.mark.parametrize("values", [{"model_type": "qwen3_moe"}, {"scoring_func": "sigmoid", **NOAUX}, {}], ids=str)
+def test_what_a_top_k_says_by_itself_is_not_asked_of_the_configuration(values):
+    assert moe_config.special_routing(SimpleNamespace(**values)) == ""
+
+
+def test_routing_by_the_model_s_own_function_is_named():
+    config = SimpleNamespace(model_type="gemma4_text")
+    assert moe_config.special_routing(config) == "a routing function of the model's own"

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs import ops
-from sglang_macs.choices import BUCKETS
+from sglang_macs.choices import BUCKETS, SCORINGS
 
 HISTOGRAM = ("buckets", "load", "importance")
 THRESHOLD = ("buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min")
@@ -43,9 +43,9 @@ def assigned(b: cases.Batch, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return b.topk_ids, b.topk_weights, weight, b.segment
 
 
-def lists(*tensors: torch.Tensor) -> list[Any]:
+def lists(*tensors: torch.Tensor | None) -> list[Any]:
     """What the oracle takes."""
-    return [t.tolist() for t in tensors]
+    return [None if t is None else t.tolist() for t in tensors]
 
 
 def same_weights(got: torch.Tensor, want: list[list[float]], kept: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ def check_chain(group: cases.Group, switches: dict[str, Any]) -> None:
         assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(
             *lists(histogram, total, group.modality), **ordered
         )
-        inputs = (*assigned(b, w), b.router_logits, shift, cut)
+        inputs = (*assigned(b, w), b.router_logits, shift, cut, group.selection(b))
         ids, weights_, counts = operators.clip_apply(*inputs, **applied)
         want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **applied)
         assert ids.tolist() == want_ids
@@ -202,6 +202,57 @@ def test_threshold_of_any_histograms(switches: dict[str, Any], seed: int, shape:
     assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(*lists(own, group, modality), **settings)
 
 
+SELECTIONS = {  # scoring, whether there is a bias, groups, groups of a token
+    "softmax_biased": ("softmax", True, 1, 1),
+    "grouped": ("softmax", False, 4, 2),
+    "deepseek_v3": ("sigmoid", True, 8, 4),
+    "sigmoid_grouped": ("sigmoid", False, 2, 1),
+    "deepseek_v4": ("sqrtsoftplus", True, 1, 1),
+    "all_groups": ("sigmoid", True, 4, 4),
+    "groups_of_one": ("softmax", False, 32, 5),
+}
+
+
+def selection_case(name: str, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor | None, str, int, int]:
+    """Inputs of `selection_score`: 32 experts, and logits that are not finite."""
+    scoring, biased, groups, taken = SELECTIONS[name]
+    gen = cases.generator(seed)
+    logits = torch.randn(9, 32, generator=gen) * 3
+    logits[1, :5] = torch.tensor([math.nan, math.inf, -math.inf, -90.0, 90.0])
+    logits[2] = -math.inf
+    logits[3] = 0.0  # equal groups: the first is better
+    return logits, torch.randn(32, generator=gen) if biased else None, scoring, groups, taken
+
+
+def assert_selection(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == torch.float32 and torch.equal(got.isfinite(), want.isfinite())
+    assert (got[~got.isfinite()] == -math.inf).all()
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selection_score(name: str, dtype: torch.dtype) -> None:
+    logits, bias, *routing = selection_case(name)
+    logits = logits.to(dtype)
+    got = ops.selection_score(logits, bias, *routing)
+    want = oracle.selection_score(logits.tolist(), None if bias is None else bias.tolist(), *routing)
+    assert_selection(got, torch.tensor(want, dtype=torch.float64))
+    taken = got[[0, *range(4, 9)]].isfinite().sum(1)
+    assert (taken == 32 // routing[1] * routing[2]).all()
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_a_weight_that_the_router_rounded_to_nothing_stays_nothing(scoring: str) -> None:
+    """At logits whose scores underflow no re-routed weight is what 0 times infinity gives."""
+    ids, logits = torch.tensor([[0, 1]]), torch.tensor([[-900.0, -900.0, 0.0, 1.0]])
+    inputs = (ids, torch.zeros(1, 2), torch.ones(1), torch.zeros(1, dtype=torch.int32), logits)
+    cut = torch.tensor([[31, 0, 0, 0], [-1, 0, 9, 9]], dtype=torch.int32)
+    settings = pick(USUAL | {"buckets": 32}, APPLY, num_ranks=2, scoring=scoring)
+    ids, weights, _ = operators.clip_apply(*inputs, torch.zeros(4, dtype=torch.int32), cut, **settings)
+    assert ids.tolist() == [[3, 2]] and weights.tolist() == [[0.0, 0.0]]
+
+
 def any_numbers(b: cases.Batch, gen: torch.Generator) -> tuple[torch.Tensor, ...]:
     """The batch's assignments with gates and weights that no router need have made.
 
@@ -231,7 +282,7 @@ def test_apply_of_any_cut(group: cases.Group, switches: dict[str, Any], seed: in
     shift = torch.randint(0, switches["buckets"] // 4, (group.num_experts,), generator=gen, dtype=torch.int32)
     cut = torch.randint(0, (3, 12)[seed % 2] * unit, (bounds, 4), generator=gen, dtype=torch.int32)
     cut[:, 0] = torch.randint(-1, 2 * switches["buckets"], (bounds,), generator=gen)
-    inputs = (*any_numbers(b, gen), b.router_logits, shift, cut)
+    inputs = (*any_numbers(b, gen), b.router_logits, shift, cut, group.selection(b))
     settings = pick(switches, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
     ids, weights, counts = operators.clip_apply(*inputs, **settings)
     want_ids, want_weights, want_counts = oracle.clip_apply(*lists(*inputs), **settings)
@@ -295,16 +346,19 @@ def chain(group: cases.Group) -> dict[str, tuple[Callable[..., Any], tuple[Any, 
     ordered = pick(USUAL, THRESHOLD, **ranks)
     shift, cut = operators.clip_threshold(own, own, group.modality, **ordered)
     applied = pick(USUAL, APPLY, scoring=group.scoring, **ranks)
+    apply_inputs = (*assigned(b, weight), b.router_logits, shift, cut, group.selection(b))
+    bias = torch.linspace(-0.5, 0.5, group.num_experts)
     return {
         "entropy_score": (ops.entropy_score, (b.hidden_states, b.segment), {}),
         "entropy_weight": (ops.entropy_weight, (entropy, b.segment, b.num_segments, 1.0), {}),
         "load_histogram": (operators.load_histogram, assigned(b, weight), counted),
         "clip_threshold": (operators.clip_threshold, (own, own, group.modality), ordered),
-        "clip_apply": (operators.clip_apply, (*assigned(b, weight), b.router_logits, shift, cut), applied),
+        "clip_apply": (operators.clip_apply, apply_inputs, applied),
+        "selection_score": (ops.selection_score, (b.router_logits, bias, "sigmoid", 2, 1), {}),
     }
 
 
-NAMES = ("entropy_score", "entropy_weight", "load_histogram", "clip_threshold", "clip_apply")
+NAMES = ("entropy_score", "entropy_weight", "load_histogram", "clip_threshold", "clip_apply", "selection_score")
 
 
 class Recorder(TorchDispatchMode):
@@ -315,7 +369,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", ["imbalanced", "no_tokens"])
+@pytest.mark.parametrize("case", ["imbalanced", "no_tokens", "biased_groups"])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, case: str) -> None:
     operator, inputs, settings = chain(cases.named(case))[name]
@@ -456,6 +510,18 @@ BAD: list[tuple[str, str, Callable[..., Any]]] = [
     ("clip_apply", "experts", _set(num_ranks=5)),
     ("clip_apply", "buckets", _set(buckets=96)),
     ("clip_apply", "scoring", _set(scoring="tanh")),
+    ("clip_apply", "selection", _swap(7, lambda _: torch.zeros(40, 15))),
+    ("clip_apply", "selection", _swap(7, lambda _: torch.zeros(40, 16, dtype=torch.float64))),
+    ("selection_score", "router_logits", _swap(0, torch.Tensor.double)),
+    ("selection_score", "router_logits", _swap(0, _flat)),
+    ("selection_score", "correction_bias", _swap(1, torch.Tensor.bfloat16)),
+    ("selection_score", "correction_bias", _swap(1, _shorter)),
+    ("selection_score", "correction_bias", _swap(1, _meta)),
+    ("selection_score", "scoring", _swap(2, lambda _: "tanh")),
+    ("selection_score", "num_groups", _swap(3, lambda _: 3)),
+    ("selection_score", "num_groups", _swap(3, lambda _: 16)),
+    ("selection_score", "topk_groups", _swap(4, lambda _: 3)),
+    ("selection_score", "topk_groups", _swap(4, lambda _: 0)),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import cases, oracle
+from support.replica_cases import oracle_input
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
@@ -57,7 +58,7 @@ class Outcome:
 
 def make_plan(group: cases.Group, config: MacsConfig) -> Plan:
     """The product's plan for this group."""
-    return Plan(config, group.num_experts, group.num_ranks, group.modality, group.scoring)
+    return Plan(config, group.num_experts, group.num_ranks, group.modality, group.routing)
 
 
 def run(group: cases.Group, config: MacsConfig, weights: list[torch.Tensor] | None = None) -> list[Outcome]:
@@ -222,10 +223,9 @@ def test_reroutes_go_where_room_was(group: cases.Group, config: MacsConfig) -> N
 @cases.PROPERTY
 @given(cases.groups(), configs(reroute="global"))
 def test_a_rerouted_weight_is_the_expert_s_own_probability(group: cases.Group, config: MacsConfig) -> None:
-    """Scaled as the token's top-k weights were: renormalised or not, softmax or sigmoid."""
+    """Scaled as the token's top-k weights were: renormalised or not, any scoring, without the bias of the choice."""
     for o in run(group, config):
-        logits = o.batch.router_logits.double()
-        scores = logits.softmax(-1) if group.scoring == "softmax" else logits.sigmoid()
+        scores = cases.scores(o.batch.router_logits, group.scoring)
         chosen = scores.gather(1, o.batch.topk_ids.clamp(min=0)) * o.assigned
         scale = o.batch.topk_weights.double().sum(-1, keepdim=True) / chosen.sum(-1, keepdim=True)
         want = (scores * scale).gather(1, o.ids.clamp(min=0))
@@ -251,12 +251,7 @@ def test_where_nothing_is_cut_the_output_is_the_input(group: cases.Group, config
 @given(cases.groups(), configs())
 def test_the_group_s_plan_is_the_oracle_s(group: cases.Group, config: MacsConfig) -> None:
     outcomes = run(group, config)
-    ranks = [
-        oracle.RankInput(
-            *(t.tolist() for t in (b.topk_ids, b.topk_weights, o.weight, b.segment, b.router_logits))
-        )
-        for b, o in zip(group.batches, outcomes, strict=True)
-    ]  # fmt: skip
+    ranks = [oracle_input(group, b, o.weight) for b, o in zip(group.batches, outcomes, strict=True)]
     sizes = {"num_experts": group.num_experts, "num_ranks": group.num_ranks, "modality": group.modality.tolist()}
     wanted = oracle.plan(ranks, config, scoring=group.scoring, **sizes)
     for o, want in zip(outcomes, wanted, strict=True):
@@ -478,6 +473,27 @@ def test_a_plan_is_one_operator_or_two_around_an_all_reduce() -> None:
         plan(tokens, all_reduce=lambda tensor: exchanged.names.append("all_reduce"))
     assert alone.names == ["plan"]
     assert exchanged.names == ["score_histogram", "all_reduce", "threshold_apply"]
+
+
+ROUTERS = {"biased": ["selection_score", "plan"], "grouped": ["selection_score", "plan"], "sqrtsoftplus": ["plan"]}
+
+
+@pytest.mark.parametrize(("name", "calls"), ROUTERS.items(), ids=ROUTERS)
+def test_a_selection_is_made_only_where_it_orders_candidates(name: str, calls: list[str]) -> None:
+    group = cases.named(name)
+    for config in (MacsConfig(), MacsConfig.from_preset(reroute="none"), MacsConfig.from_preset(gamma=math.inf)):
+        plan = make_plan(group, config)
+        with Calls() as made:
+            plan(group.batches[0].routed)
+        assert made.names == (calls if config == MacsConfig() else ["plan"])
+
+
+def test_a_bias_that_is_loaded_later_counts() -> None:
+    group = cases.named("biased")
+    b, bias, plan = group.batches[0], group.routing.correction_bias, make_plan(group, MacsConfig.from_preset(gamma=1.0))
+    before = plan(b.routed).topk_ids
+    bias.copy_(bias.flip(0))
+    assert not torch.equal(plan(b.routed).topk_ids, before)
 
 
 def test_an_exchange_over_peers_is_part_of_the_one_call() -> None:

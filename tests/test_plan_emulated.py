@@ -13,7 +13,7 @@ import torch
 from support import cases, emulated, operators
 from support import kernels_c as c
 from support.peer_reduce_case import ReduceGroup
-from test_ops import APPLY, HISTOGRAM, THRESHOLD, USUAL, pick
+from test_ops import APPLY, HISTOGRAM, SELECTIONS, THRESHOLD, USUAL, assert_selection, pick, selection_case
 
 from sglang_macs import ops
 
@@ -84,6 +84,16 @@ class Launchers:
         scratch.check()
         return tuple(o.check() for o in outputs)
 
+    def selection_score(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, scoring: str, groups: int, taken: int
+    ) -> torch.Tensor:
+        out = Buffer(logits.shape, torch.float32)
+        sizes = *logits.shape, groups, taken, c.SCORINGS.index(scoring), dtype_index(logits)
+        self.library(
+            "macs_selection_score", c.SelectionScoreParams(address(logits), address(bias), address(out.tensor), *sizes)
+        )
+        return out.check()
+
     def plan(
         self, group: cases.Group, options: dict[str, Any], scored: bool = True, then_gamma: float | None = None
     ) -> dict[str, torch.Tensor]:
@@ -151,7 +161,8 @@ class RankPlan:
         self.modality = group.modality  # read when the launches run
         self.threshold = threshold_params(*histograms, self.modality, out["shift"], out["cut"], options)
         self.logits = b.router_logits
-        inputs = (*routing, self.logits, out["shift"], out["cut"])
+        self.selection = group.selection(b)
+        inputs = (*routing, self.logits, out["shift"], out["cut"], self.selection)
         self.apply = apply_params(inputs, [out[n] for n in ("ids", "weights", "counts")], options)
         self.scratch = Buffer((launchers.plan_bytes(self.weight, self.apply),), torch.uint8)
 
@@ -200,9 +211,10 @@ def threshold_params(own: Any, group: Any, modality: torch.Tensor, shift: Any, c
 
 
 def apply_params(inputs: tuple[Any, ...], outputs: list[torch.Tensor], options: dict) -> Any:
-    *routing, logits, shift, cut = inputs
-    tensors = map(address, (logits, shift, cut, *outputs))
-    return c.ClipApplyParams(assignments(*routing, len(shift), options), *tensors, dtype_index(logits))
+    *routing, logits, shift, cut = inputs[:7]
+    selection = inputs[7] if len(inputs) > 7 else None
+    tensors, in_ = map(address, (logits, shift, cut, *outputs)), assignments(*routing, len(shift), options)
+    return c.ClipApplyParams(in_, *tensors, dtype_index(logits), address(selection))
 
 
 def build(**device: int) -> Launchers:
@@ -259,7 +271,7 @@ def test_integers_equal_the_cpu_operators(launchers: Launchers, name: str, load:
     applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
     histogram = operators.load_histogram(*routing, **counted)
     shift, cut = operators.clip_threshold(histogram, histogram, group.modality, **ordered)
-    inputs = (*routing, b.router_logits, shift, cut)
+    inputs = (*routing, b.router_logits, shift, cut, group.selection(b))
     want = [histogram, shift, cut, *operators.clip_apply(*inputs, **applied)]
     for seed in range(2):
         launchers.library.configure(seed)
@@ -283,9 +295,44 @@ def one_by_one(launchers: Launchers, group: cases.Group, options: dict[str, Any]
         own, own, group.modality, **pick(options, THRESHOLD, num_ranks=group.num_ranks)
     )
     applied = pick(options, APPLY, num_ranks=group.num_ranks, scoring=group.scoring)
-    ids, weights, counts = launchers.clip_apply(*routing, b.router_logits, shift, cut, **applied)
+    ids, weights, counts = launchers.clip_apply(*routing, b.router_logits, shift, cut, group.selection(b), **applied)
     names = ("entropy", "weight", "histogram", "shift", "cut", "counts", "weights", "ids")
     return dict(zip(names, (entropy, weight, own, shift, cut, counts, weights, ids), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selection_score(launchers: Launchers, name: str, dtype: torch.dtype) -> None:
+    logits, *routing = selection_case(name)
+    logits = logits.to(dtype)
+    assert_selection(launchers.selection_score(logits, *routing), ops.selection_score(logits, *routing))
+
+
+def test_selection_score_of_1024_experts(launchers: Launchers) -> None:
+    gen = cases.generator(4)
+    logits, bias = torch.randn(5, 1024, generator=gen), torch.randn(1024, generator=gen)
+    routing = logits, bias, "sigmoid", 64, 9
+    assert_selection(launchers.selection_score(*routing), ops.selection_score(*routing))
+    with pytest.raises(emulated.Failure):
+        launchers.selection_score(logits.repeat(1, 2), bias.repeat(2), "sigmoid", 1, 1)
+
+
+@pytest.mark.parametrize("options", [{"scope": "rank"}, {"scope": "expert", "reroute": "local"}], ids=str)
+@pytest.mark.parametrize("experts", [16, 192, 320, 640])
+def test_a_selection_orders_candidates_whatever_their_logits(launchers: Launchers, experts: int, options: dict) -> None:
+    """One of each instance of the kernel, in the two fused launchers."""
+    gen = cases.generator(experts)
+    shape = cases.NAMED["imbalanced"] | {"num_tokens": 12, "num_experts": experts, "scoring": "sigmoid"}
+    routing = cases.routing(gen, experts, "sigmoid", biased=True, groups=(8, 4))
+    group = cases.Group([cases.batch(gen, **shape)], experts, 4, torch.zeros(experts, dtype=torch.int8), routing)
+    options = USUAL | options | {"num_ranks": 4, "scoring": "sigmoid", "importance": "gate", "buckets": 32}
+    got, (b,) = launchers.plan(group, options, scored=False), group.batches
+    inputs = b.topk_ids, b.topk_weights, got["weight"], b.segment, b.router_logits, got["shift"], got["cut"]
+    applied = pick(options, APPLY, num_ranks=4, scoring="sigmoid")
+    ids, weights, counts = operators.clip_apply(*inputs, group.selection(b), **applied)
+    assert torch.equal(got["ids"], ids) and torch.equal(got["counts"], counts)
+    torch.testing.assert_close(got["weights"], weights, rtol=1e-6, atol=0)
+    assert not torch.equal(ids, operators.clip_apply(*inputs, **applied)[0]), "the logits' order would do"
 
 
 def small_group(seed: int = 5, tokens: int = 24, **changes: Any) -> cases.Group:

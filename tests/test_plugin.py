@@ -1,4 +1,4 @@
-"""The plugin's hooks on stand-ins: whose configuration an engine's schedulers get, and what a layer's router allows."""
+"""The plugin's hooks on stand-ins: whose configuration an engine's schedulers get, and what a scheduler tells of."""
 
 import os
 from functools import partial
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_macs.config import CONFIG_ENV, MacsConfig, configure
-from sglang_macs.engine import launcher, model_runner, scheduler_process, topk, worker
+from sglang_macs.engine import launcher, model_runner, scheduler_process
 from sglang_macs.errors import MacsError
 
 
@@ -56,31 +56,6 @@ def test_an_engine_that_starts_schedulers_itself_is_refused():
     with pytest.raises(MacsError, match="OtherEngine, which starts schedulers in its own way"):
         launcher._launch_subprocesses(None, OtherEngine, record("macs"))
     assert launcher._launch_subprocesses(lambda cls, args: "started", OtherEngine, record()) == "started"
-
-
-SOFTMAX = {"custom_routing_function": None, "correction_bias": None, "scoring_func": "softmax"}
-SOFTMAX |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
-SPECIAL = [
-    {"custom_routing_function": len},
-    {"correction_bias": [0.0]},
-    {"scoring_func": "sigmoid"},
-    {"num_expert_group": 8, "topk_group": 3},
-]
-
-
-@pytest.mark.parametrize("special", [{}, *SPECIAL], ids=str)
-@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"reroute": "none"}, {"gamma": "inf"}], ids=str)
-def test_a_scheduler_ends_with_one_line_where_re_routing_cannot_follow(monkeypatch, capfd, special, options):
-    options = {k: float(v) if k == "gamma" else v for k, v in options.items()}
-    monkeypatch.setattr(worker, "_current", SimpleNamespace(config=MacsConfig.from_preset(**options)))
-    layer = SimpleNamespace(topk_config=SimpleNamespace(**{**SOFTMAX, **special}))
-    if not special or "reroute" in options or "gamma" in options:
-        topk._topk_init(None, layer)
-        return
-    with pytest.raises(SystemExit) as stop:
-        topk._topk_init(None, layer)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.endswith("pass --macs-reroute none")
 
 
 def test_a_picture_without_positions_is_told_of_once(capfd):

@@ -10,8 +10,8 @@ import pytest
 import sglang_macs
 
 PUBLIC = {
-    "PRESETS", "MacsConfig", "MacsError", "MacsNotActive", "Plan", "PlanResult", "RoutedTokens", "__version__",
-    "configure",
+    "PRESETS", "MacsConfig", "MacsError", "MacsNotActive", "Plan", "PlanResult", "RoutedTokens", "Routing",
+    "__version__", "configure",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from support.emulated import Kernels
 from support.fused_case import FusedConfig, Group, make_group, masked
 from support.kernel_case import Config
 from support.replica_cases import ReplicaGroup
-from test_ops import USUAL
+from test_ops import SELECTIONS, USUAL, selection_case
 from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
 from test_replicas_emulated import check
 
@@ -39,6 +39,11 @@ def test_plan(options: dict[str, str]) -> None:
         launchers.library.configure(seed)
         one_by_one(launchers, group, options)
         launchers.plan(group, options | {"num_ranks": group.num_ranks, "scoring": group.scoring})
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selection(name: str) -> None:
+    Launchers(watched()).selection_score(*selection_case(name))
 
 
 def test_plan_with_its_exchange() -> None:

@@ -18,18 +18,15 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
 from sglang_macs.ops import replica_balance
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
+from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.tokens import RoutedTokens
 
 
 def plans(group: ReplicaGroup, config: MacsConfig) -> list[Plan]:
     """One for each rank: their tables differ in whose they are."""
     mapped, num_experts, num_ranks = group.placed
-    given = config, num_experts, num_ranks, group.group.modality, group.group.scoring
+    given = config, num_experts, num_ranks, group.group.modality, group.group.routing
     return [Plan(*given, Places(num_experts, len(mapped), num_ranks, rank, mapped)) for rank in range(num_ranks)]
-
-
-def inputs(b: cases.Batch) -> RoutedTokens:
-    return RoutedTokens(b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
 
 
 def exchanged(group: ReplicaGroup, of_rank: list[Plan]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -46,7 +43,7 @@ def run(group: ReplicaGroup, config: MacsConfig, call: str = "__call__") -> list
     of_rank = plans(group, config)
     _, total = exchanged(group, of_rank)
     pairs = zip(of_rank, group.group.batches, strict=True)
-    return [getattr(plan, call)(inputs(b), lambda tensor: tensor.copy_(total)) for plan, b in pairs]
+    return [getattr(plan, call)(b.routed, lambda tensor: tensor.copy_(total)) for plan, b in pairs]
 
 
 def assert_same(got: PlanResult, want: PlanResult) -> None:
@@ -97,8 +94,8 @@ def test_whole_plans_give_the_operators_bits(group: ReplicaGroup, config: MacsCo
     for whole, apart in zip(run(group, config), run(group, config, "_by_operators"), strict=True):
         assert_same(whole, apart)
     alone = plans(group, config)[0]
-    batch = inputs(group.group.batches[0])
-    assert_same(alone(batch), alone._by_operators(batch, None))
+    tokens = group.group.batches[0].routed
+    assert_same(alone(tokens), alone._by_operators(tokens, None))
 
 
 @cases.PROPERTY
@@ -121,10 +118,10 @@ def test_linear_tables_give_the_bits_of_none(group: ReplicaGroup, config: MacsCo
     linear = list(range(group.group.num_experts))
     batches = [replace(b, topk_ids=group.logical(b.topk_ids)) for b in group.group.batches]
     group = replace(group, group=replace(group.group, batches=batches), physical_to_logical=linear)
-    none = Plan(config, group.group.num_experts, group.group.num_ranks, group.group.modality, group.group.scoring)
+    none = Plan(config, group.group.num_experts, group.group.num_ranks, group.group.modality, group.group.routing)
     _, total = exchanged(group, plans(group, config))
     for got, b in zip(run(group, config), batches, strict=True):
-        want = none(inputs(b), lambda tensor: tensor.copy_(total[: none.histogram_size]))
+        want = none(b.routed, lambda tensor: tensor.copy_(total[: none.histogram_size]))
         assert torch.equal(got.topk_ids, want.topk_ids) and torch.equal(got.counts[:3], want.counts)
         assert torch.equal(got.topk_weights, want.topk_weights) and torch.equal(got.group, want.group)
         assert torch.equal(got.cut[:, 3], want.cut[:, 3]) and not got.counts[3].any()

@@ -25,7 +25,7 @@ from test_plan_emulated import (
 from test_replicas import plans
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
+from sglang_macs.plan.plan import Plan, PlanResult
 
 NAMES = ("scope", "load", "importance", "reroute", "protect_text", "buckets", "reroute_rounds", "gamma", "rho", "alpha",
          "c_min")  # fmt: skip
@@ -43,7 +43,7 @@ class ReplicaPlan:
         self.library, self.plan, places = launchers.library, plan, plan.places
         experts, ranks, tokens = plan.num_experts, plan.num_ranks, len(b.segment)
         options = {name: getattr(plan.config, name) for name in NAMES}
-        options |= {"num_ranks": ranks, "scoring": plan.scoring}
+        options |= {"num_ranks": ranks, "scoring": plan.routing.scoring}
         size = plan.histogram_size
         shapes = {"entropy": (tokens,), "weight": (tokens,), "own": (size,), "group": (size,), "shift": (experts,)}
         shapes |= {"cut": (ranks, 4), "counts": (4, experts, 2), "weights": b.topk_ids.shape, "rank_rows": (2, ranks)}
@@ -67,7 +67,8 @@ class ReplicaPlan:
     def _set(self, group: str) -> None:
         (routing, b), out = self.given, self.out
         self.threshold = threshold_params(out["own"], out[group], self.modality, out["shift"], out["cut"], self.options)
-        inputs = (*routing, b.router_logits, out["shift"], out["cut"])
+        self.selection = self.plan._selection(b.router_logits)
+        inputs = (*routing, b.router_logits, out["shift"], out["cut"], self.selection)
         self.apply = apply_params(inputs, [out[n] for n in ("ids", "weights", "counts")], self.options)
 
     def before(self) -> torch.Tensor:
@@ -108,10 +109,6 @@ class ReplicaPlan:
         return self.plan._result(*(got[name] for name in names))
 
 
-def inputs(b: cases.Batch) -> RoutedTokens:
-    return RoutedTokens(b.hidden_states, b.topk_ids, b.topk_weights, b.router_logits, b.segment, b.num_segments)
-
-
 def assert_alike(got: PlanResult, want: PlanResult) -> None:
     """Integers to the bit; weights that were re-routed by another exponential."""
     for name, mine, theirs in zip(got._fields, got, want, strict=True):
@@ -131,9 +128,9 @@ def check(launchers: Launchers, group: ReplicaGroup, config: MacsConfig, seed: i
         assert torch.equal(mine, plan.histogram(b.topk_ids, b.topk_weights, weight, b.segment))
     total = torch.stack(own).sum(0, dtype=torch.int32)
     for plan, b, run in zip(of_rank, group.group.batches, runs, strict=True):
-        assert_alike(run.behind(total), plan(inputs(b), lambda tensor: tensor.copy_(total)))
+        assert_alike(run.behind(total), plan(b.routed, lambda tensor: tensor.copy_(total)))
     for plan, b in zip(of_rank[:1], group.group.batches, strict=False):
-        assert_alike(ReplicaPlan(launchers, plan, b).alone(), plan(inputs(b)))
+        assert_alike(ReplicaPlan(launchers, plan, b).alone(), plan(b.routed))
 
 
 @cases.PROPERTY

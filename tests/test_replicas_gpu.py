@@ -10,7 +10,8 @@ from test_gpu import EXPERTS, RANKS, batch, to_gpu
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
+from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.tokens import RoutedTokens
 
 pytestmark = pytest.mark.gpu
 REDUNDANT = 32

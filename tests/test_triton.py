@@ -23,7 +23,7 @@ SELECTED = """
 (test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
 or any_gate or of_any or infinite_gamma
 or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
-or (awkward and nan) or a_proposal or without_logits or keep_their or strided
+or (awkward and nan) or a_proposal or selection_score or rounded_to_nothing or without_logits or keep_their or strided
 """
 
 
@@ -103,11 +103,12 @@ def test_every_kernel_compiles_for_sm_90(compiled):
     segment = torch.zeros(tokens, dtype=torch.int32)
     entropy = triton_ops.entropy_score(torch.zeros(tokens, 128, dtype=torch.bfloat16), segment)
     weight = triton_ops.entropy_weight(entropy, segment, 1, 1.0)
-    both = (
+    kinds = (
         {"scope": "rank", "load": "rows", "importance": "entropy_gate", "reroute": "global", "scoring": "softmax"},
         {"scope": "expert", "load": "effective", "importance": "entropy", "reroute": "local", "scoring": "sigmoid"},
+        {"scope": "rank", "load": "rows", "importance": "gate", "reroute": "global", "scoring": "sqrtsoftplus"},
     )
-    for options in both:
+    for options in kinds:
         sizes = {"num_experts": experts, "num_ranks": ranks, "reroute_rounds": 1}
         policy = operators.policy_of(**options, **sizes, gamma=1.05, c_min=2.0)
         own = triton_ops.load_histogram(ids, gates, weight, segment, policy)

@@ -10,6 +10,17 @@
 namespace macs::cpu {
 namespace {
 
+double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+
+// Of the scores of two experts of a token, from their logits.
+double score_ratio(Scoring scoring, double to, double from) {
+  switch (scoring) {
+    case Scoring::kSoftmax: return std::exp(to - from);
+    case Scoring::kSigmoid: return (1.0 + std::exp(-from)) / (1.0 + std::exp(-to));
+    default: return std::sqrt(softplus(to) / softplus(from));
+  }
+}
+
 struct Slot {
   int64_t token;
   int32_t slot, expert;
@@ -84,17 +95,23 @@ struct Apply {
     }
   }
 
+  // What the token's candidates are ordered by.
+  const float* order(int64_t token) const {
+    const auto* rows = p.selection != nullptr ? p.selection : static_cast<const float*>(p.router_logits);
+    return rows + token * policy.num_experts;
+  }
+
   // Best open expert for a slot; closed to the token's later slots of this round once it is taken.
   int64_t candidate(const Slot& s) {
-    const float* logits = static_cast<const float*>(p.router_logits) + s.token * policy.num_experts;
+    const float* score = order(s.token);
     const bool local = policy.reroute == Reroute::kLocal;
     const int64_t first = local ? s.expert / per_rank * per_rank : 0;
     const int64_t last = local ? first + per_rank : policy.num_experts;
     const int32_t units = units_at(a, s.token);
     int64_t best = -1;
     for (int64_t e = first; e < last; ++e)
-      if (excluded[e] != s.token + 1 && std::isfinite(logits[e]) && room[bound(e)] >= units &&
-          (best < 0 || logits[e] > logits[best]))
+      if (excluded[e] != s.token + 1 && std::isfinite(score[e]) && room[bound(e)] >= units &&
+          (best < 0 || score[e] > score[best]))
         best = e;
     if (best >= 0) excluded[best] = s.token + 1;
     return best;
@@ -105,10 +122,9 @@ struct Apply {
     int64_t ref = -1;
     for (int64_t i = token * a.top_k; i < (token + 1) * a.top_k; ++i)
       if (expert_at(a, i) >= 0 && (ref < 0 || a.topk_weights[i] > a.topk_weights[ref])) ref = i;
-    const double l_new = logits[expert], l_ref = logits[expert_of(ref)];
-    const double ratio = policy.scoring == Scoring::kSoftmax ? std::exp(l_new - l_ref)
-                                                        : (1.0 + std::exp(-l_ref)) / (1.0 + std::exp(-l_new));
-    return static_cast<float>(a.topk_weights[ref] * ratio);
+    const float gate = a.topk_weights[ref];
+    if (gate == 0.0f) return gate;  // what the router has rounded to nothing
+    return static_cast<float>(gate * score_ratio(policy.scoring, logits[expert], logits[expert_of(ref)]));
   }
 
   // The lowest rank among equals.

@@ -10,8 +10,8 @@ using namespace macs;
 
 MACS_EXPORT size_t macs_sizeof(int which) {
   const size_t sizes[] = {sizeof(EntropyScoreParams),  sizeof(EntropyWeightParams), sizeof(LoadHistogramParams),
-                          sizeof(ClipThresholdParams), sizeof(ClipApplyParams)};
-  return which >= 0 && which < 5 ? sizes[which] : 0;
+                          sizeof(ClipThresholdParams), sizeof(ClipApplyParams),     sizeof(SelectionScoreParams)};
+  return which >= 0 && which < 6 ? sizes[which] : 0;
 }
 MACS_EXPORT size_t macs_entropy_weight_workspace_bytes(const EntropyWeightParams* p) {
   return cuda::entropy_weight_workspace_bytes(*p);
@@ -30,6 +30,9 @@ MACS_EXPORT int macs_clip_threshold(const ClipThresholdParams* p, void* stream) 
 }
 MACS_EXPORT size_t macs_plan_workspace_bytes(const EntropyWeightParams* weight, const ClipApplyParams* apply) {
   return cuda::plan_workspace_bytes(*weight, *apply);
+}
+MACS_EXPORT int macs_selection_score(const SelectionScoreParams* p, void* stream) {
+  return cuda::launch_selection_score(*p, static_cast<cudaStream_t>(stream));
 }
 MACS_EXPORT int macs_clip_apply(const ClipApplyParams* p, void* workspace, void* stream) {
   return cuda::launch_clip_apply(*p, workspace, static_cast<cudaStream_t>(stream));

@@ -35,6 +35,7 @@ constexpr int kMaxExperts = 1024;
 struct ThresholdApplyArgs {
   ClipThresholdParams threshold;
   ClipApplyParams apply;
+  Logits order;  // what candidates are ordered by
   ApplySizes sizes;
   GridState* state;  // the CutBroadcast lies behind it
   void* scratch;
@@ -120,6 +121,7 @@ struct State {
 template <class Id, bool kReplicas>
 struct Walk {
   const ClipApplyParams& p;
+  const Logits& order;
   const ApplySizes& sizes;
   const Places& places;
   const void* chosen;  // [T, K]
@@ -129,7 +131,7 @@ struct Walk {
   State first;
 
   __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const Board& b)
-      : p(args.apply), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen), board(b),
+      : p(args.apply), order(args.order), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen), board(b),
         step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
     begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
@@ -249,7 +251,6 @@ __device__ __forceinline__ void propose_pass(Walk& walk) {
   const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
   const Headroom<kKeys> headroom(experts, board.headroom(), board.bound_of());
-  const Logits logits = {p.router_logits, p.logits_dtype};
   board.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
@@ -267,7 +268,7 @@ __device__ __forceinline__ void propose_pass(Walk& walk) {
         left &= ~of_token;
         tokens[t].original = mine ? slot.expert : -1, tokens[t].current = mine ? walk.expert_of(state.current) : -1;
         tokens[t].from = from, tokens[t].units = __shfl_sync(kFullMask, units, token * top_k);
-        if (tokens[t].unplaced != 0) load_logits<kKeys>(logits, experts, first + token, tokens[t].logits);
+        if (tokens[t].unplaced != 0) load_logits<kKeys>(walk.order, experts, first + token, tokens[t].logits);
       }
     };
     UnplacedToken<kKeys> tokens[kTokensAtOnce];
@@ -485,11 +486,13 @@ ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApply
   const ReplicaScratch replicas(apply.in, places, workspace);
   char* const prepared = static_cast<char*>(workspace) + (places.any() ? ReplicaScratch::bytes(apply.in, places) : 0);
   const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
+  const Logits order = apply.selection != nullptr ? Logits{apply.selection, DType::kFloat32}
+                                                  : Logits{apply.router_logits, apply.logits_dtype};
   ClipApplyParams by_id = apply;
   if (places.any()) by_id.in.policy.num_experts = places.num_physical;
   const ApplySizes sizes = ApplySizes::of(by_id, warps, kThreads);
   void* const scratch = prepared + prepared_bytes(apply.in.policy.num_experts);
-  return {threshold, apply, sizes, reinterpret_cast<GridState*>(prepared), scratch, places, replicas};
+  return {threshold, apply, order, sizes, reinterpret_cast<GridState*>(prepared), scratch, places, replicas};
 }
 
 }  // namespace

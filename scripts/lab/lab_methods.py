@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.routing import Routing
 
 EFFORT = 9  # halvings of the bracket in which `_mildest` looks
 
@@ -152,7 +153,7 @@ class WithPlan:
         config, layout = self.config(gamma), given.layout
         if self.importance is not None:
             config = replace(config, importance="gate")
-        plan = Plan(config, given.num_experts, RANKS, self.modality.get(given.layer), self.scoring)
+        plan = Plan(config, given.num_experts, RANKS, self.modality.get(given.layer), Routing(self.scoring))
         plan._needs_entropy |= self.importance is not None
         ranks = range(len(layout.sizes))
 

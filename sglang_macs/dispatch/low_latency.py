@@ -65,9 +65,12 @@ class FusedLowLatency:
         return format is not None and self.transport.fits(format) and self.impl.overlap_args is None
 
     def plans(self) -> bool:
-        """Whether the kernels plan it. Not where rows are left alone: they plan every row that they send."""
+        """Whether the kernels plan it. Not where rows are left alone: they plan every row that they send; and not where
+        candidates are ordered by something else than their logits: those are planned in front.
+        """
         now = batch.current()
-        return self.takes() and not now.skip and not now.leaves_alone
+        by_logits = not self.planner.plan.routing.needs_selection
+        return self.takes() and by_logits and not now.skip and not now.leaves_alone
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""

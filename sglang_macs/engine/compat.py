@@ -13,6 +13,7 @@ from ..errors import MacsError
 
 SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
+MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
 # Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
@@ -76,6 +77,11 @@ def _architecture(launch: Launch) -> str:
         if launch.architecture.startswith(name):
             return f"{launch.architecture}: {reason}"
     return "" if launch.num_experts else f"{launch.architecture}, which has no experts"
+
+
+def _sizes(launch: Launch) -> str:
+    fits = launch.num_experts <= MOST_EXPERTS and launch.top_k <= MOST_TOP_K
+    return "" if fits or launch.flag("device") == "cpu" else f"{launch.num_experts} experts, top-{launch.top_k}"
 
 
 def _expert_parallel(launch: Launch) -> str:
@@ -263,6 +269,7 @@ RULES = (
     ),
     Rule("--encoder-only", _if(_on("encoder_only"), "an encoder server"), "MoE layers", "Serve it without MACS."),
     Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
+    Rule("model", _sizes, f"at most {MOST_EXPERTS} experts and top-{MOST_TOP_K} on a GPU", "Serve it without MACS."),
     Rule(
         "expert parallelism",
         _expert_parallel,
@@ -278,7 +285,7 @@ RULES = (
     Rule(
         "--macs-reroute",
         _routing,
-        "none: other experts are ranked and weighted as softmax over the logits alone has them",
+        "none: nobody knows what such a router would choose next",
         "Pass --macs-reroute none.",
     ),
     Rule(

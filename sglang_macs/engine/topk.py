@@ -1,28 +1,87 @@
-"""SGLang's top-k: which ways of routing a plan can follow, and what its outputs leave out."""
+"""SGLang's top-k: how each MoE layer's router chooses and weighs experts, and what its outputs leave out."""
 
+from typing import Any
+
+from ..choices import SCORINGS
+from ..console import say_once
 from ..errors import MacsNotActive
-from . import moe_config, worker
+from ..plan.routing import Routing
+from . import worker
 from .hooks import Hook
+from .moe_config import OWN_FUNCTION
 from .refusal import or_exit
 
 
 @or_exit
-def _topk_init(result, self, *args, **kwargs):
-    """AFTER TopK.__init__: how this layer routes, whatever the model's configuration made the launcher believe."""
-    config, topk = worker.current().config, self.topk_config
-    if config.reroute == "none" or config.changes_nothing:
+def _model_made(model, *args, **kwargs):
+    """AFTER _initialize_model: every planner learns its router, which stands beside the layer's experts."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    process = worker.current()
+    if process.config.reroute == "none" or process.config.changes_nothing:
         return
-    special = ""
-    if topk.custom_routing_function is not None:
-        special = "a routing function of the model's own"
-    elif topk.correction_bias is not None:
-        special = "a correction bias in the selection"
-    elif topk.scoring_func != "softmax":
-        special = f"{topk.scoring_func} scores"
-    elif topk.use_grouped_topk:
-        special = moe_config.group_limit(topk.num_expert_group, topk.topk_group)
-    if special:
-        raise MacsNotActive(f"re-routing cannot follow {special}; pass --macs-reroute none")
+    for block in model.modules():
+        for experts in (child for child in block.children() if isinstance(child, FusedMoE)):
+            planner = process.planners.get(experts.layer_id)
+            if planner is not None:
+                _follow(planner.plan, _router_of(block))
+
+
+def _router_of(block: Any) -> Any:
+    """The configuration of the TopK of a MoE block. Raises MacsNotActive where that does not say all."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    routers = [child for child in block.children() if isinstance(child, TopK)]
+    if len(routers) != 1:
+        raise _cannot_follow(f"{type(block).__name__}, which routes by something else than one TopK")
+    if getattr(block, "multi_gate", False):
+        raise _cannot_follow(f"{type(block).__name__}, which has a gate for each modality")
+    return routers[0].topk_config
+
+
+def _follow(plan: Any, router: Any) -> None:
+    routing = routing_of(router, _on_cpu())
+    bias = routing.correction_bias
+    if bias is not None and bias.numel() != plan.num_experts:
+        raise _cannot_follow(f"a router of {bias.numel()} experts, {plan.num_experts} of which are dispatched")
+    plan.follow(routing)
+    if routing.needs_selection and plan.config.dispatch in ("fused", "auto") and not _on_cpu():
+        say_once(
+            "the fused dispatch does not re-route by a correction bias or expert groups: the plan stands before it"
+        )
+
+
+def _on_cpu() -> bool:
+    from sglang.srt.runtime_context import get_device
+
+    return str(get_device().device) == "cpu"
+
+
+def routing_of(router: Any, on_cpu: bool) -> Routing:
+    """What SGLang's `select_experts` does under the TopKConfig `router`. Raises MacsNotActive for what nobody knows.
+
+    Biased groups are scored by sigmoid, whatever the configuration says. A bias on softmax without groups counts on a
+    CPU alone.
+    """
+    bias, scoring = router.correction_bias, router.scoring_func
+    if router.custom_routing_function is not None:
+        raise _cannot_follow(OWN_FUNCTION)
+    if router.use_grouped_topk:
+        scoring = scoring if bias is None else "sigmoid"
+        return _known(scoring, bias, router.num_expert_group, router.topk_group)
+    if bias is not None and scoring == "softmax" and not on_cpu:
+        raise _cannot_follow("softmax with a correction bias, which SGLang does not use on GPUs")
+    return _known(scoring, bias)
+
+
+def _known(scoring: str, *others: Any) -> Routing:
+    if scoring not in SCORINGS:
+        raise _cannot_follow(f"{scoring} scores")
+    return Routing(scoring, *others)
+
+
+def _cannot_follow(what: str) -> MacsNotActive:
+    return MacsNotActive(f"re-routing cannot follow {what}; pass --macs-reroute none")
 
 
 def logits_of(topk_output):
@@ -41,4 +100,4 @@ def routed_nowhere(topk_output, rows: int):
     return topk_output._replace(topk_ids=nowhere, topk_weights=topk_output.topk_weights.new_zeros((rows, top_k)))
 
 
-HOOKS = (Hook("sglang.srt.layers.moe.topk.TopK.__init__", _topk_init, "after"),)
+HOOKS = (Hook("sglang.srt.model_loader.loader._initialize_model", _model_made, "after"),)

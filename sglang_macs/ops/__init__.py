@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..choices import PHASES
+from ..choices import PHASES, SCORINGS
 from ..errors import MacsError
 from . import definitions
 from .policy import Policy, choice
@@ -210,6 +210,7 @@ def clip_apply(
     policy: Policy,
     places: Tensor | None = None,
     chosen: Tensor | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clip what lies below the cut, re-route what finds room, drop the rest.
 
@@ -217,13 +218,38 @@ def clip_apply(
         router_logits: [T, E] f32, or None: nothing is re-routed.
         shift, cut: of `clip_threshold`.
         places, chosen: with replicas, the tables, and what `replica_choose` gave.
+        selection: [T, E] f32 of `selection_score`, which orders a token's candidates; None: their logits do.
     Returns:
         New topk_ids and topk_weights (dropped slots are -1 and 0.0), and counts [3, E, 2] i32: kept, clipped,
         re-routed in, by (expert, visual | text); with places [4, E, 2], the last one kept at another replica.
     Source: docs/method.md 5; the -1 convention is DeepEP's.
     """
     given = topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy
-    return _ops.clip_apply(*given) if places is None else _ops.clip_apply(*given, places, chosen)
+    return _ops.clip_apply(*given, places, chosen, selection)
+
+
+def selection_score(
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    scoring: str,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+) -> Tensor:
+    """What a router ranks a token's experts by: score plus bias, -inf outside of the token's groups.
+
+    Args:
+        router_logits: [T, E] bf16, f16 or f32; one that is not finite gives -inf.
+        correction_bias: [E] f32, or None.
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus".
+        num_groups, topk_groups: the best topk_groups of E / num_groups neighbours each: by their best expert, with a
+            bias by the sum of their best two; the first of equals.
+    Returns:
+        [T, E] f32.
+    Source: docs/method.md 5; the ways of DeepSeek-V2 and V3.
+    """
+    return _ops.selection_score(
+        router_logits, correction_bias, choice("scoring", scoring, SCORINGS), num_groups, topk_groups
+    )
 
 
 class Peers(NamedTuple):
@@ -253,6 +279,7 @@ def plan(
     policy: Policy,
     peers: Peers = ALONE,
     places: Tensor | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The operators in one call, the same bits, with the exchange between them. Only where `is_whole`; with peers,
     collective and on CUDA.
@@ -261,12 +288,13 @@ def plan(
         hidden_states: [T, H], not read where the policy needs no entropies.
         router_logits: [T, E] bf16, f16 or f32, or None; on CUDA, only clipped tokens' are read.
         places: tables of `plan.places.Places`, or None: experts lie linearly. On a CPU.
+        selection: as of `clip_apply`.
     Returns:
         topk_ids, topk_weights, weight, own, group, cut, counts; group is own where this rank is the group. And, with
         places, rank_rows [2, R] i32, the group's rows of each rank as routed and as balanced, else None.
     """
     batch = hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments
-    return _ops.plan(*batch, modality, policy, *peers, places)
+    return _ops.plan(*batch, modality, policy, *peers, places, selection)
 
 
 def score_histogram(
@@ -301,6 +329,7 @@ def threshold_apply(
     workspace: Tensor,
     policy: Policy,
     places: Tensor | None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`plan` behind its exchange. Only where `is_whole`.
 
@@ -308,9 +337,8 @@ def threshold_apply(
     Returns:
         topk_ids, topk_weights, cut, counts, rank_rows.
     """
-    return _ops.threshold_apply(
-        own, group, modality, topk_ids, topk_weights, weight, segment, router_logits, workspace, policy, places
-    )
+    routed = topk_ids, topk_weights, weight, segment, router_logits
+    return _ops.threshold_apply(own, group, modality, *routed, workspace, policy, places, selection)
 
 
 class RegionShape(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import MacsError
 from .tokens import RoutedTokens
@@ -76,11 +77,19 @@ def gates(tokens: RoutedTokens, topk_ids: Tensor, scoring: str) -> Tensor:
     kept = tokens.topk_weights
     if tokens.router_logits is None or kept.numel() == 0:
         return kept.masked_fill(topk_ids < 0, 0.0)
-    logits = tokens.router_logits.float()
-    if scoring == "sigmoid":
-        logits = torch.nn.functional.logsigmoid(logits)
+    score = _log_scores(tokens.router_logits.float(), scoring)
     greatest = kept.masked_fill(tokens.topk_ids < 0, -torch.inf).argmax(dim=1, keepdim=True)
-    reference = logits.gather(1, tokens.topk_ids.gather(1, greatest).clamp(min=0).long())
-    chosen = logits.gather(1, topk_ids.clamp(min=0).long())
-    moved = kept.gather(1, greatest) * (chosen - reference).exp()
+    reference = score.gather(1, tokens.topk_ids.gather(1, greatest).clamp(min=0).long())
+    chosen = score.gather(1, topk_ids.clamp(min=0).long())
+    gate = kept.gather(1, greatest)
+    moved = torch.where(gate == 0, gate, gate * (chosen - reference).exp())
     return torch.where(topk_ids == tokens.topk_ids, kept, moved).masked_fill(topk_ids < 0, 0.0)
+
+
+def _log_scores(logits: Tensor, scoring: str) -> Tensor:
+    """Logarithms of a router's scores, up to a number for each token."""
+    if scoring == "softmax":
+        return logits
+    if scoring == "sigmoid":
+        return functional.logsigmoid(logits)
+    return functional.softplus(logits).log() / 2

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..choices import NUM_SUMS, SCORINGS, WEIGHT_ONE
+from ..choices import NUM_SUMS, WEIGHT_ONE
 from ..comm.peer_all_reduce import PeerAllReduce
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..ops import policy
 from . import importance
 from .places import Places
+from .routing import Routing
 from .tokens import RoutedTokens
 
 AllReduce = Callable[[Tensor], object]
@@ -60,7 +61,7 @@ class Plan:
         config: the options.
         num_experts, num_ranks: E and R; E % R == 0, or with places P % R == 0.
         modality: [E] i8 from the profile, or None: every expert is shared.
-        scoring: how the router made its probabilities, "softmax" or "sigmoid".
+        routing: how the router chooses and weighs experts; None: by softmax over its logits.
         places: where experts lie, of replicas to choose from; None: linearly, one each. Raises MacsError for options
             that replicas do not go with.
         own_importance: in place of the function that the config names, if it names one.
@@ -72,7 +73,7 @@ class Plan:
         num_experts: int,
         num_ranks: int,
         modality: Tensor | None = None,
-        scoring: str = "softmax",
+        routing: Routing | None = None,
         places: Places | None = None,
         own_importance: importance.Importance | None = None,
     ) -> None:
@@ -83,24 +84,26 @@ class Plan:
         own = own_importance is not None
         if places is not None and (why := config.no_replicas or (own and "an importance of one's own")):
             raise MacsError("replicas", why, "--macs-scope rank, --macs-load rows, --macs-exchange group")
-        policy.choice("scoring", scoring, SCORINGS)
         self.config = config
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.places = places
-        self.scoring = scoring
         self._needs_entropy = config.needs_entropy(modality is not None)
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
         self._importance = own_importance
-        alone = config.exchange == "local"
+        self.follow(routing or Routing())
+
+    def follow(self, routing: Routing) -> None:
+        """Re-routes as this router would. On all ranks alike."""
+        self.routing, config = routing, self.config
         self.policy = policy.of_config(
             config,
-            num_experts=num_experts,
-            num_ranks=num_ranks,
-            scoring=scoring,
+            num_experts=self.num_experts,
+            num_ranks=self.num_ranks,
+            scoring=routing.scoring,
             needs_entropy=self._needs_entropy,
-            importance="gate" if own else config.importance,  # takes its scores for gates
-            c_min=config.c_min / num_ranks if alone else config.c_min,
+            importance=config.importance if self._importance is None else "gate",  # takes its scores for gates
+            c_min=config.c_min / self.num_ranks if config.exchange == "local" else config.c_min,
         )
 
     @property
@@ -156,7 +159,13 @@ class Plan:
         cut: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(topk_ids, topk_weights, counts [3, E, 2]) after clipping, re-routing and dropping."""
-        return ops.clip_apply(topk_ids, topk_weights, weight, segment, router_logits, shift, cut, self.policy)
+        batch, selection = (topk_ids, topk_weights, weight, segment), self._selection(router_logits)
+        return ops.clip_apply(*batch, router_logits, shift, cut, self.policy, selection=selection)
+
+    def _selection(self, router_logits: Tensor | None) -> Tensor | None:
+        """What candidates are ordered by in place of their logits; None where that is needless."""
+        needless = router_logits is None or self.config.reroute == "none" or self.config.changes_nothing
+        return None if needless else self.routing.selection(router_logits)
 
     def __call__(self, tokens: RoutedTokens, all_reduce: AllReduce | None = None) -> PlanResult:
         """Plans one dispatch. Collective where `exchange=group`: every rank of the EP group calls it, T = 0 included.
@@ -174,9 +183,10 @@ class Plan:
             return self._by_operators(tokens, all_reduce)
         modality = self._modality_on(tokens.topk_ids.device)
         places = self.places.table(tokens.topk_ids.device) if self.places else None
+        selection = self._selection(tokens.router_logits)
         if all_reduce is None or isinstance(all_reduce, PeerAllReduce):
             peers = ops.ALONE if all_reduce is None else all_reduce.peers
-            return self._result(*ops.plan(*tokens, modality, self.policy, peers, places))
+            return self._result(*ops.plan(*tokens, modality, self.policy, peers, places, selection))
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         routing = topk_ids, topk_weights
         weight, own, group, workspace = ops.score_histogram(
@@ -184,7 +194,7 @@ class Plan:
         )
         all_reduce(group)
         ids, weights, cut, counts, rank_rows = ops.threshold_apply(
-            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy, places
+            own, group, modality, *routing, weight, segment, router_logits, workspace, self.policy, places, selection
         )
         return self._result(ids, weights, weight, own, group, cut, counts, rank_rows)
 
@@ -211,7 +221,7 @@ class Plan:
         shift, cut = self.threshold(own, group)
         ids, weights, counts = self.apply(*batch, logits, shift, cut)
         if self._importance is not None:
-            weights = importance.gates(tokens._replace(router_logits=logits), ids, self.scoring)
+            weights = importance.gates(tokens._replace(router_logits=logits), ids, self.routing.scoring)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
     def _with_replicas(
@@ -229,7 +239,7 @@ class Plan:
         given = self.policy, places
         shift, quota, load, limits = ops.replica_balance(own, group, self._modality_on(own.device), *given)
         chosen, cut = ops.replica_choose(*batch, group, shift, quota, limits, *given)
-        ids, weights, counts = ops.clip_apply(*batch, logits, shift, cut, *given, chosen)
+        ids, weights, counts = ops.clip_apply(*batch, logits, shift, cut, *given, chosen, self._selection(logits))
         rank_rows = torch.stack([group[self.cells : self.cells + self.num_ranks], load])
         return self._result(ids, weights, weight, own, group, cut, counts, rank_rows)
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from sglang_macs.choices import SCORINGS
+from sglang_macs.plan.routing import Routing
 from sglang_macs.plan.tokens import RoutedTokens
 
 PROPERTY = settings(deadline=None, max_examples=50, derandomize=True, print_blob=False)
@@ -40,7 +42,15 @@ class Group:
     num_experts: int
     num_ranks: int
     modality: torch.Tensor
-    scoring: str = "softmax"
+    routing: Routing = field(default_factory=Routing)
+
+    @property
+    def scoring(self) -> str:
+        return self.routing.scoring
+
+    def selection(self, b: Batch) -> torch.Tensor | None:
+        """What the candidates of a batch are ordered by, [T, E] f32, or None."""
+        return self.routing.selection(b.router_logits.float())
 
 
 def generator(seed: int) -> torch.Generator:
@@ -89,10 +99,17 @@ def segments(num_tokens: int, visual_share: float, num_images: int) -> torch.Ten
     return torch.tensor(parts, dtype=torch.int32)
 
 
+def scores(logits: torch.Tensor, scoring: str) -> torch.Tensor:
+    """A router's scores [T, E] f64."""
+    logits = logits.double()
+    if scoring == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if scoring == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
+
+
 def gates(logits: torch.Tensor, ids: torch.Tensor, scoring: str, renormalise: bool) -> torch.Tensor:
     """topk_weights [T, K] f32 that a router with these logits [T, E] gives ids [T, K]; 0 where a slot is empty."""
-    scores = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
-    chosen = scores.gather(1, ids.clamp(min=0)) * (ids >= 0)
+    chosen = scores(logits, scoring).gather(1, ids.clamp(min=0)) * (ids >= 0)
     if renormalise:
         chosen = chosen / chosen.sum(-1, keepdim=True).clamp(min=1e-300)
     return chosen.float()
@@ -153,6 +170,14 @@ def _usual(**changes: Any) -> dict[str, Any]:
     return {"num_tokens": 40, "num_experts": 16, "top_k": 4, "num_ranks": 4, "imbalance": 1.8} | changes
 
 
+def routing(
+    gen: torch.Generator, num_experts: int, scoring: str, *, biased: bool = False, groups: tuple[int, int] = (1, 1)
+) -> Routing:
+    """A router of `num_experts` experts; groups: how many there are, and how many a token chooses."""
+    bias = 0.4 * torch.randn(num_experts, generator=gen) if biased else None
+    return Routing(scoring, bias, *groups)
+
+
 # One batch for every way in which a layer's input can be awkward; `num_ranks` is the one to plan for.
 NAMED: dict[str, dict[str, Any]] = {
     "balanced": _usual(imbalance=1.0),
@@ -167,7 +192,18 @@ NAMED: dict[str, dict[str, Any]] = {
     "top_1": _usual(top_k=1),
     "odd_experts": _usual(num_experts=18, num_ranks=3, top_k=5),
     "sigmoid": _usual(scoring="sigmoid", renormalise=False),
+    "sqrtsoftplus": _usual(scoring="sqrtsoftplus"),
+    "biased": _usual(scoring="sigmoid"),
+    "grouped": _usual(),
+    "biased_groups": _usual(scoring="sigmoid", renormalise=False),
     "prefill": _usual(num_tokens=1500, num_experts=64, top_k=8, num_ranks=8, num_images=5),
+}
+
+
+ROUTINGS: dict[str, dict[str, Any]] = {  # of `routing`, for those of NAMED whose router knows more than logits
+    "biased": {"biased": True},
+    "grouped": {"groups": (4, 2)},
+    "biased_groups": {"biased": True, "groups": (4, 2)},
 }
 
 
@@ -176,7 +212,9 @@ def named(name: str) -> Group:
     shape = NAMED[name]
     one = batch(generator(len(name)), **shape)
     modality = (torch.arange(shape["num_experts"]) % 3 - 1).to(torch.int8)
-    return Group([one], shape["num_experts"], shape["num_ranks"], modality, shape.get("scoring", "softmax"))
+    experts, scoring = shape["num_experts"], shape.get("scoring", "softmax")
+    router = routing(generator(len(name)), experts, scoring, **ROUTINGS.get(name, {}))
+    return Group([one], experts, shape["num_ranks"], modality, router)
 
 
 def switches() -> st.SearchStrategy[dict[str, Any]]:
@@ -198,13 +236,20 @@ def switches() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+def routings(gen: torch.Generator, num_experts: int, scoring: str) -> st.SearchStrategy[Routing]:
+    """Routers with that scoring: with and without a bias, with and without groups."""
+    parts = [(n, k) for n in (2, 3, 4) if num_experts % n == 0 and num_experts >= 2 * n for k in range(n - 1, 0, -1)]
+    kinds = [(groups, biased) for groups in ((1, 1), *parts) for biased in (True, False)]
+    return st.sampled_from(kinds).map(lambda kind: routing(gen, num_experts, scoring, groups=kind[0], biased=kind[1]))
+
+
 @st.composite
 def groups(draw: Callable[..., Any], ranks: st.SearchStrategy[int] | None = None, all_ranks: bool = True) -> Group:
     """A group of 1 to 8 ranks with any mix of sizes; with `all_ranks` every rank brings its batch."""
     num_ranks = draw(ranks if ranks is not None else st.sampled_from([1, 2, 4, 8]))
     num_experts = num_ranks * draw(st.sampled_from([4, 3, 2, 1] if num_ranks > 2 else [8, 5, 3, 1]))
     top_k = draw(st.integers(1, min(6, num_experts)))
-    scoring = draw(st.sampled_from(["softmax", "sigmoid"]))
+    scoring = draw(st.sampled_from(SCORINGS))
     heat = draw(st.sampled_from([0.6, 0.2, 1.0, 0.0])) * (most_imbalance(num_experts, num_ranks, top_k) - 1)
     common = {
         "num_experts": num_experts,
@@ -228,4 +273,4 @@ def groups(draw: Callable[..., Any], ranks: st.SearchStrategy[int] | None = None
         for _ in range(num_ranks if all_ranks else 1)
     ]
     modality = torch.randint(-1, 2, (num_experts,), generator=gen).to(torch.int8)
-    return Group(batches, num_experts, num_ranks, modality, scoring)
+    return Group(batches, num_experts, num_ranks, modality, draw(routings(gen, num_experts, scoring)))

@@ -17,7 +17,6 @@ class Family:
 
     kind: the builder's name; folder: below build/models.
     slot: what stands for a picture in a prompt; around: what is left of it around the visual tokens.
-    reroute: flags with which the family is served at a finite gamma.
     decisive: texts to which the two best logits of transformers' answer stay 0.4 apart, so that bfloat16 does not
     decide it.
     """
@@ -28,7 +27,6 @@ class Family:
     slot: str = ""
     around: str = ""
     layout: tuple[str, ...] = tuple(EP2_ARGS)
-    reroute: tuple[str, ...] = ()
 
     def build(self) -> Path:
         return tiny_models.ensure(MODELS / self.folder, self.kind)
@@ -42,7 +40,6 @@ class Family:
         return self.prompt(text, pictures).replace(self.slot, self.around) if pictures else self.prompt(text)
 
 
-CLIP_ALONE = ("--macs-reroute", "none")  # the launch is refused without
 FAMILIES = {
     "Qwen3-MoE": Family("qwen3_moe", "tiny-qwen3-moe", ("hello world", "Why is the sky blue?")),
     # InternViT sums over all ranks, so none of them may be without the picture.
@@ -61,7 +58,6 @@ FAMILIES = {
         slot="<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
         around="<|media_start|>image<|media_content|><|media_end|>",
         layout=(*EP2_ARGS, "--trust-remote-code"),
-        reroute=CLIP_ALONE,
     ),
     "GLM-4.5V": Family(
         "glm4v_moe",
@@ -70,7 +66,6 @@ FAMILIES = {
         slot="<|begin_of_image|><|image|><|end_of_image|>",
         around="<|begin_of_image|><|end_of_image|>",
         layout=(*EP2_ARGS, "--mm-enable-dp-encoder"),
-        reroute=CLIP_ALONE,
     ),
     # The tower of sounds sums over all ranks, as InternViT does.
     "Qwen3-Omni": Family(
@@ -81,7 +76,5 @@ FAMILIES = {
         around="<|vision_start|><|vision_end|>",
         layout=ATTENTION_TP,
     ),
-    "DeepSeek-V3": Family(
-        "deepseek_v3", "tiny-deepseek-v3", ("How far is the moon?", "How does a mill work?"), reroute=CLIP_ALONE
-    ),
+    "DeepSeek-V3": Family("deepseek_v3", "tiny-deepseek-v3", ("How far is the moon?", "How does a mill work?")),
 }

@@ -44,7 +44,7 @@ def _accept(order_key: np.ndarray, units: np.ndarray, limit: np.ndarray) -> np.n
 
 def clip_apply(
     ids, gates, weight, segment, logits, shift, cut, *,
-    num_ranks, buckets, scope, load, importance, reroute, protect_text, reroute_rounds, scoring,
+    num_ranks, buckets, scope, load, importance, reroute, protect_text, reroute_rounds, scoring, selection=None,
 ):  # fmt: skip
     """(new_ids, new_weights f64, counts [3, E, 2])."""
     tokens, experts = len(ids), len(shift)
@@ -71,9 +71,9 @@ def clip_apply(
     taken = np.zeros((tokens, experts), bool)
     rows, cols = np.nonzero(valid)
     taken[rows, ids[rows, cols]] = True
-    unplaced = clipped.copy()
+    unplaced, order = clipped.copy(), logits if selection is None else selection
     for _ in range(reroute_rounds):
-        wants = _proposals(ids, logits, unplaced, taken, room, unit, bound_of, local if reroute == "local" else 0)
+        wants = _proposals(ids, order, unplaced, taken, room, unit, bound_of, local if reroute == "local" else 0)
         t, k = np.nonzero(wants >= 0)
         if len(t) == 0:
             break
@@ -86,17 +86,25 @@ def clip_apply(
         new_ids[t, k] = to
         ref = np.where(valid[t], gates[t], -np.inf).argmax(1)
         here, there = logits[t, ids[t, ref]].astype(np.float64), logits[t, to].astype(np.float64)
-        scale = np.exp(there - here) if scoring == "softmax" else (1 + np.exp(-here)) / (1 + np.exp(-there))
-        new_weights[t, k] = gates[t, ref] * scale
+        new_weights[t, k] = np.where(gates[t, ref] == 0, 0, gates[t, ref] * _score_ratio(scoring, there, here))
         np.add.at(counts[2], (to, text[t].astype(np.int64)), 1)
     return new_ids, new_weights, counts
 
 
-def _proposals(ids, logits, unplaced, taken, room, unit, bound_of, local: int) -> np.ndarray:
+def _score_ratio(scoring: str, there: np.ndarray, here: np.ndarray) -> np.ndarray:
+    """Of the scores of two experts, from their logits."""
+    if scoring == "softmax":
+        return np.exp(there - here)
+    if scoring == "sigmoid":
+        return (1 + np.exp(-here)) / (1 + np.exp(-there))
+    return np.sqrt(np.logaddexp(0, there) / np.logaddexp(0, here))
+
+
+def _proposals(ids, order, unplaced, taken, room, unit, bound_of, local: int) -> np.ndarray:
     """Expert [T, K] that each unplaced slot wants, -1 for none; `local` = experts per rank, 0 for any rank."""
     wants = np.full(ids.shape, -1)
     rows = np.flatnonzero(unplaced.any(1))
-    keys = np.where(np.isfinite(logits[rows]) & ~taken[rows], logits[rows], -np.inf).astype(np.float64)
+    keys = np.where(np.isfinite(order[rows]) & ~taken[rows], order[rows], -np.inf).astype(np.float64)
     keys[room[bound_of][None, :] < unit[rows][:, None]] = -np.inf
     for k in range(ids.shape[1]):
         mine = np.flatnonzero(unplaced[rows, k])

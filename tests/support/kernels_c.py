@@ -64,10 +64,20 @@ ClipApplyParams = _struct(
         ("assignments", Assignments),
         *_fields(_p, "router_logits", "shift", "cut", "new_ids", "new_weights", "counts"),
         ("logits_dtype", _i32),
+        ("selection", _p),
+    ],
+)
+SelectionScoreParams = _struct(
+    "SelectionScoreParams",
+    [
+        *_fields(_p, "router_logits", "correction_bias", "selection"),
+        ("num_tokens", _i64),
+        *_fields(_i32, "num_experts", "num_groups", "topk_groups", "scoring", "logits_dtype"),
     ],
 )
 Places = _struct("Places", [("table", _p), *_fields(_i32, "num_experts", "num_physical", "num_ranks")])  # replicas.h
 _STRUCTS = [EntropyScoreParams, EntropyWeightParams, LoadHistogramParams, ClipThresholdParams, ClipApplyParams]
+_STRUCTS += [SelectionScoreParams]
 
 
 def _sources(flags: list[str]) -> tuple[list[Path], str]:

@@ -1,6 +1,6 @@
 """config.json of one small checkpoint a family, without weights: what the launcher decides by.
 
-`MODELS[name]`: (config, what MACS's default re-routing is refused for, "" where it is right).
+`MODELS[name]`: config.
 `REFUSED[name]`: (config, why no launch is taken).
 """
 
@@ -79,14 +79,14 @@ _LOCAL = {**TEXT, "num_local_experts": 16}
 _MINIMAX = {"architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2"}
 
 MODELS = {
-    "Qwen3-30B-A3B": (QWEN3, ""),
-    "InternVL3.5-30B-A3B": (_INTERNVL, ""),
-    "Qwen3-Omni-30B-A3B": (_QWEN3_OMNI, ""),
-    "DeepSeek-VL2": (_DEEPSEEK_VL2, ""),
-    "MiniMax-M2": ({**_LOCAL, **_MINIMAX, "scoring_func": "sigmoid", "use_routing_bias": True}, "sigmoid scores"),
-    "GLM-4.5V": (_GLM, "a correction bias in the selection"),
-    "Kimi-VL-A3B": (_KIMI, "sigmoid scores"),
-    "DeepSeek-V2": ({**DEEPSEEK, **_DEEPSEEK_V2, **_GROUPS}, "experts from 2 of 4 groups"),
+    "Qwen3-30B-A3B": QWEN3,
+    "InternVL3.5-30B-A3B": _INTERNVL,
+    "Qwen3-Omni-30B-A3B": _QWEN3_OMNI,
+    "DeepSeek-VL2": _DEEPSEEK_VL2,
+    "MiniMax-M2": {**_LOCAL, **_MINIMAX, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "GLM-4.5V": _GLM,
+    "Kimi-VL-A3B": _KIMI,
+    "DeepSeek-V2": {**DEEPSEEK, **_DEEPSEEK_V2, **_GROUPS},
 }
 REFUSED = {
     "Mixtral": ({**_LOCAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "it sums its MoE layers"),

@@ -28,4 +28,6 @@ def clip_threshold(
 
 
 def clip_apply(*inputs: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return ops.clip_apply(*inputs, policy_of(num_experts=inputs[5].numel(), **options))
+    """inputs: up to `cut`, and what orders candidates, if anything does."""
+    inputs, selection = inputs[:7], inputs[7] if len(inputs) > 7 else None
+    return ops.clip_apply(*inputs, policy_of(num_experts=inputs[5].numel(), **options), selection=selection)

@@ -43,6 +43,7 @@ class RankInput:
     weight: Sequence[float]
     segment: Sequence[int]
     router_logits: Rows | None
+    selection: Rows | None = None  # what candidates are ordered by in place of their logits
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,34 @@ def entropy_weight(entropy: Sequence[float], segment: Sequence[int], num_segment
         for t in members:
             weight[t] = sigmoid(-delta * (entropy[t] - mean) / (std + STD_EPSILON))
     return weight
+
+
+def selection_score(
+    router_logits: Rows, bias: Sequence[float] | None, scoring: str, num_groups: int = 1, topk_groups: int = 1
+) -> list[list[float]]:
+    """Score plus bias [T, E] within the best groups, -inf outside of them and where a logit is not finite."""
+    rows = []
+    for logits in router_logits:
+        added = [s if bias is None or s == -math.inf else s + bias[j] for j, s in enumerate(scores(logits, scoring))]
+        width = len(added) // num_groups
+        groups = [sorted(added[g * width : (g + 1) * width], reverse=True) for g in range(num_groups)]
+        worth = [g[0] if bias is None else sum(g[:2]) for g in groups]
+        taken = sorted(range(num_groups), key=lambda g, worth=worth: (-worth[g], g))[:topk_groups]
+        rows.append([s if topk_groups == num_groups or j // width in taken else -math.inf for j, s in enumerate(added)])
+    return rows
+
+
+def scores(logits: Sequence[float], scoring: str) -> list[float]:
+    """A token's scores [E] from its logits; -inf where one is not finite."""
+    finite = [x for x in logits if math.isfinite(x)]
+    top = max(finite, default=0.0)
+    whole = math.fsum(math.exp(x - top) for x in finite)
+    score = {
+        "softmax": lambda x: math.exp(x - top) / whole,
+        "sigmoid": sigmoid,
+        "sqrtsoftplus": lambda x: math.sqrt(softplus(x)),
+    }[scoring]
+    return [score(x) if math.isfinite(x) else -math.inf for x in logits]
 
 
 def load_histogram(
@@ -152,6 +181,7 @@ def clip_apply(
     router_logits: Rows | None,
     shift: Sequence[int],
     cut: Sequence[Sequence[int]],
+    selection: Rows | None = None,
     *,
     num_ranks: int,
     buckets: int,
@@ -182,7 +212,8 @@ def clip_apply(
     for a in unplaced:
         ids[a.token][a.slot], weights[a.token][a.slot] = -1, 0.0
     if reroute != "none" and router_logits is not None:
-        placed = find_places(unplaced, topk_ids, router_logits, cut, experts // num_ranks, reroute, reroute_rounds)
+        order = router_logits if selection is None else selection
+        placed = find_places(unplaced, topk_ids, order, cut, experts // num_ranks, reroute, reroute_rounds)
         for a, expert in placed:
             counts[2][expert][a.text] += 1
             ids[a.token][a.slot] = expert
@@ -222,7 +253,8 @@ def plan(
         )  # fmt: skip
         result = clip_apply(
             rank.topk_ids, rank.topk_weights, rank.weight, rank.segment, rank.router_logits, shift, cut,
-            importance=config.importance, reroute_rounds=config.reroute_rounds, scoring=scoring, **common, **order,
+            rank.selection, importance=config.importance, reroute_rounds=config.reroute_rounds, scoring=scoring,
+            **common, **order,
         )  # fmt: skip
         outputs.append(RankOutput(*result, shift, cut))
     return outputs
@@ -241,6 +273,11 @@ def bits(value: float) -> int:
 def sigmoid(x: float) -> float:
     """1 / (1 + exp(-x)) without overflow."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + exp(x)) without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def octave_bits(buckets: int) -> int:
@@ -346,14 +383,14 @@ def share_room(cut: list[list[int]], group_levels: Rows, own_levels: Rows, num_r
 def find_places(
     unplaced: Sequence[Assignment],
     topk_ids: Ids,
-    router_logits: Rows,
+    order: Rows,
     cut: Sequence[Sequence[int]],
     experts_per_rank: int,
     reroute: str,
     rounds: int,
 ) -> list[tuple[Assignment, int]]:
     """(clipped assignment, new expert) for all that find one, in rounds of proposals."""
-    experts = len(router_logits[0]) if router_logits else 0
+    experts = len(order[0]) if order else 0
     room = [bound[2] for bound in cut]
     taken = [set(ids) for ids in topk_ids]
     placed = []
@@ -365,12 +402,12 @@ def find_places(
             candidates = [
                 j
                 for j in range(experts)
-                if math.isfinite(router_logits[a.token][j])
+                if math.isfinite(order[a.token][j])
                 and j not in taken[a.token]
                 and room[j * len(cut) // experts] >= a.units
                 and origin in (-1, j // experts_per_rank)
             ]
-            candidates.sort(key=lambda j, logits=router_logits[a.token]: (-logits[j], j))
+            candidates.sort(key=lambda j, row=order[a.token]: (-row[j], j))
             i = turn.get((a.token, origin), 0)
             turn[a.token, origin] = i + 1
             if i < len(candidates):
@@ -394,6 +431,11 @@ def rerouted_weight(
 ) -> float:
     """The new expert's own router probability under the scaling of the token's top-k weights."""
     ref = max((k for k in range(len(ids)) if ids[k] >= 0), key=lambda k: (gates[k], -k))
+    new, old = logits[expert], logits[ids[ref]]
+    if gates[ref] == 0:
+        return 0.0
     if scoring == "softmax":
-        return gates[ref] * math.exp(logits[expert] - logits[ids[ref]])
-    return gates[ref] * sigmoid(logits[expert]) / sigmoid(logits[ids[ref]])
+        return gates[ref] * math.exp(new - old)
+    if scoring == "sigmoid":
+        return gates[ref] * sigmoid(new) / sigmoid(old)
+    return gates[ref] * math.sqrt(softplus(new) / softplus(old))

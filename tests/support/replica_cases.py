@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from sglang_macs.choices import SCORINGS
 from sglang_macs.config import MacsConfig
 
 from . import cases, oracle
@@ -26,15 +27,19 @@ class ReplicaGroup:
         return torch.tensor([*self.physical_to_logical, -1])[ids]
 
     def oracle_inputs(self, weights: list[torch.Tensor]) -> list[oracle.RankInput]:
-        return [
-            oracle.RankInput(*(t.tolist() for t in (b.topk_ids, b.topk_weights, w, b.segment, b.router_logits)))
-            for b, w in zip(self.group.batches, weights, strict=True)
-        ]
+        return [oracle_input(self.group, b, w) for b, w in zip(self.group.batches, weights, strict=True)]
 
     @property
     def placed(self) -> tuple[list[int], int, int]:
         """What a placement is made from."""
         return self.physical_to_logical, self.group.num_experts, self.group.num_ranks
+
+
+def oracle_input(group: cases.Group, b: cases.Batch, weight: torch.Tensor) -> oracle.RankInput:
+    """A batch as the oracle takes it."""
+    routed = (t.tolist() for t in (b.topk_ids, b.topk_weights, weight, b.segment, b.router_logits))
+    selection = group.selection(b)
+    return oracle.RankInput(*routed, None if selection is None else selection.tolist())
 
 
 def placement(gen: torch.Generator, num_experts: int, num_physical: int) -> list[int]:
@@ -71,7 +76,7 @@ def groups(draw: Callable[..., Any], redundant: bool = True) -> ReplicaGroup:
     common = {
         "num_experts": num_experts, "top_k": top_k, "num_ranks": parts, "imbalance": 1 + heat,
         "ties": draw(st.booleans()), "empty_share": draw(st.sampled_from([0.0, 0.1, 0.4])),
-        "scoring": draw(st.sampled_from(["softmax", "sigmoid"])), "renormalise": draw(st.booleans()),
+        "scoring": draw(st.sampled_from(SCORINGS)), "renormalise": draw(st.booleans()),
     }  # fmt: skip
     mapped = placement(gen, num_experts, num_physical)
     sizes = [draw(st.sampled_from([16, 10, 7, 1, 0])) for _ in range(num_ranks)]
@@ -82,7 +87,8 @@ def groups(draw: Callable[..., Any], redundant: bool = True) -> ReplicaGroup:
     ]
     batches = [with_copies(b, mapped, gen) for b in batches]
     modality = torch.randint(-1, 2, (num_experts,), generator=gen).to(torch.int8)
-    return ReplicaGroup(cases.Group(batches, num_experts, num_ranks, modality, common["scoring"]), mapped)
+    routing = draw(cases.routings(gen, num_experts, common["scoring"]))
+    return ReplicaGroup(cases.Group(batches, num_experts, num_ranks, modality, routing), mapped)
 
 
 def configs(**fixed: Any) -> st.SearchStrategy[MacsConfig]:

@@ -294,7 +294,8 @@ def clip(
             ids[a.token][a.slot], weights[a.token][a.slot] = -1, 0.0
     if config.reroute != "none" and one.router_logits is not None:
         logical = placement.unmap(one.topk_ids)
-        for a, expert, physical in _placed(unplaced, logical, one.router_logits, cut, config, placement):
+        order = one.router_logits if one.selection is None else one.selection
+        for a, expert, physical in _placed(unplaced, logical, order, cut, config, placement):
             counts[2][expert][a.text] += 1
             ids[a.token][a.slot] = physical
             weights[a.token][a.slot] = oracle.rerouted_weight(
@@ -303,7 +304,7 @@ def clip(
     return ids, weights, counts
 
 
-def _placed(unplaced, logical, logits, cut, config, placement) -> list[tuple[oracle.Assignment, int, int]]:
+def _placed(unplaced, logical, order, cut, config, placement) -> list[tuple[oracle.Assignment, int, int]]:
     """(clipped assignment, new expert, its physical expert): an expert's place is the one with most room."""
     room, taken = [bound[2] for bound in cut], [set(ids) for ids in logical]
     placed = []
@@ -313,7 +314,7 @@ def _placed(unplaced, logical, logits, cut, config, placement) -> list[tuple[ora
         turn: dict[int, int] = {}
         proposals = []
         for a in unplaced:
-            row = logits[a.token]
+            row = order[a.token]
             open_to = [
                 j for j, r in enumerate(rank_of) if math.isfinite(row[j]) and j not in taken[a.token] and room[r] >= 1
             ]

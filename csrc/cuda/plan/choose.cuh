@@ -1,6 +1,6 @@
 // Which expert an unplaced assignment proposes, one warp per token (docs/method.md 5).
 //
-// A lane holds the logits of experts lane, lane + 32, ...; -infinity is no candidate. What a token already has is struck
+// A lane holds the scores of experts lane, lane + 32, ... (logits, or those of selection_score); -infinity is no candidate. What a token already has is struck
 // out through a word of shared memory per 32 experts; a pick is a maximum and a minimum of integers over the warp.
 #pragma once
 #include <cuda_fp16.h>
@@ -189,11 +189,15 @@ __device__ __forceinline__ Reference reference_of(int expert, float gate, int fi
   return best;
 }
 
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
 // The gate of a re-routed expert: its own router probability under the scaling that the token's top-k weights had.
 // `to`, `from`: the new expert's logit and the reference's.
 __device__ __forceinline__ float rerouted_weight(Scoring scoring, float gate, float to, float from) {
+  if (gate == 0.0f) return gate;  // what the router has rounded to nothing
   if (scoring == Scoring::kSoftmax) return gate * expf(to - from);
-  return gate * ((1.0f + expf(-from)) / (1.0f + expf(-to)));
+  if (scoring == Scoring::kSigmoid) return gate * ((1.0f + expf(-from)) / (1.0f + expf(-to)));
+  return gate * sqrtf(softplus(to) / softplus(from));
 }
 
 }  // namespace macs::cuda

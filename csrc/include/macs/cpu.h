@@ -26,6 +26,8 @@ void replica_choose(const ReplicaChooseParams& p);
 // chosen [T, K]: with places, what replica_choose gave; counts are then [kReplicaCounts, E, 2].
 void clip_apply(const ClipApplyParams& p, const Places& places = {}, const void* chosen = nullptr);
 
+void selection_score(const SelectionScoreParams& p, const ParallelFor& parallel_for);
+
 void bounded_permute(const BoundedPermuteParams& p);
 void bounded_gather(const BoundedGatherParams& p);
 

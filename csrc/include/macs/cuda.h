@@ -1,5 +1,5 @@
 // CUDA launchers on raw pointers. They allocate nothing, never synchronise with the host, may be captured in a graph.
-// Limits, answered with cudaErrorInvalidValue: K <= 32, E <= 1024 (clip_apply).
+// Limits, answered with cudaErrorInvalidValue: K <= 32 (clip_apply), E <= 1024 (clip_apply, selection_score).
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -22,6 +22,7 @@ cudaError_t launch_entropy_score(const EntropyScoreParams& p, cudaStream_t strea
 cudaError_t launch_entropy_weight(const EntropyWeightParams& p, void* workspace, cudaStream_t stream);
 cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t stream);
 cudaError_t launch_clip_threshold(const ClipThresholdParams& p, cudaStream_t stream);
+cudaError_t launch_selection_score(const SelectionScoreParams& p, cudaStream_t stream);
 cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStream_t stream);
 
 // The plan in two calls, one on each side of the exchange; the same bits as the five operators one after the other.

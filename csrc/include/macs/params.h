@@ -66,6 +66,19 @@ struct ClipApplyParams {
   float* new_weights;         // [T, K] out
   int32_t* counts;            // [3, E, 2] out: kept, clipped, re-routed in; by (expert, text)
   DType logits_dtype;         // on a CPU: f32
+  const float* selection;     // [T, E] of selection_score, or nullptr: candidates are ordered by their logits
+};
+
+// How the router ranks a token's experts, where that is not the order of their logits.
+struct SelectionScoreParams {
+  const void* router_logits;     // [T, E]
+  const float* correction_bias;  // [E] or nullptr
+  float* selection;              // [T, E] out; -infinity: no candidate
+  int64_t num_tokens;
+  int32_t num_experts;
+  int32_t num_groups, topk_groups;  // E % num_groups == 0; topk_groups = num_groups: experts of any group
+  Scoring scoring;
+  DType logits_dtype;  // on a CPU: f32
 };
 
 }  // namespace macs

@@ -11,7 +11,7 @@ enum class Scope : int32_t { kExpert, kRank };
 enum class Load : int32_t { kRows, kEffective };
 enum class Importance : int32_t { kEntropy, kGate, kEntropyGate };
 enum class Reroute : int32_t { kNone, kLocal, kGlobal };
-enum class Scoring : int32_t { kSoftmax, kSigmoid };
+enum class Scoring : int32_t { kSoftmax, kSigmoid, kSqrtSoftplus };
 
 // An option a row: X(type, name). A new one is a row at the end and whatever reads it.
 //   num_experts, num_ranks: E and R; E % R == 0
@@ -63,7 +63,7 @@ constexpr std::string_view kNames<Importance>{"entropy,gate,entropy_gate"};
 template <>
 constexpr std::string_view kNames<Reroute>{"none,local,global"};
 template <>
-constexpr std::string_view kNames<Scoring>{"softmax,sigmoid"};
+constexpr std::string_view kNames<Scoring>{"softmax,sigmoid,sqrtsoftplus"};
 
 // How many values there are.
 template <class Enum>

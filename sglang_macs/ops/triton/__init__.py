@@ -1,4 +1,4 @@
-"""The five operators in Triton, for GPUs where the extension was built without CUDA (docs/method.md).
+"""The operators in Triton, for GPUs where the extension was built without CUDA (docs/method.md).
 
 Each takes the arguments of its schema in csrc/torch_ops.cpp and gives the bits of the CPU operator where they are
 integers. They never make the host wait, launch the same kernels whatever the values are, and use only integer atomics,
@@ -14,9 +14,10 @@ import torch
 from .apply import clip_apply
 from .entropy import entropy_score, entropy_weight
 from .histogram import load_histogram
+from .selection import selection_score
 from .threshold import clip_threshold
 
-OPERATORS = (entropy_score, entropy_weight, load_histogram, clip_threshold, clip_apply)
+OPERATORS = (entropy_score, entropy_weight, load_histogram, clip_threshold, selection_score, clip_apply)
 
 
 def _on_its_device(operator: Callable) -> Callable:

@@ -66,8 +66,14 @@ def _prefix_kernel(totals, base, left, limit, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _softplus(x):
+    z = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + tl.where(z < 1e-5, z - z * z / 2, tl.log(1.0 + z))
+
+
+@triton.jit
 def _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-                     SIGMOID: tl.constexpr):  # fmt: skip
+                     SCORING: tl.constexpr):  # fmt: skip
     """The new expert's own router probability under the scaling of the token's greatest gate, the first of equals."""
     token = index // TOP_K
     reference = tl.full(index.shape, -1, tl.int32)
@@ -81,15 +87,20 @@ def _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K: tl.cons
     row = logits + token.to(tl.int64) * NUM_EXPERTS
     to = tl.load(row + expert, mask=accepted, other=0.0).to(tl.float64)
     origin = tl.load(row + reference, mask=accepted, other=0.0).to(tl.float64)
-    ratio = (1.0 + tl.exp(-origin)) / (1.0 + tl.exp(-to)) if SIGMOID else tl.exp(to - origin)
-    return (greatest.to(tl.float64) * ratio).to(tl.float32)
+    if SCORING == 0:
+        ratio = tl.exp(to - origin)
+    elif SCORING == 1:
+        ratio = (1.0 + tl.exp(-origin)) / (1.0 + tl.exp(-to))
+    else:
+        ratio = tl.sqrt(_softplus(to) / _softplus(origin))
+    return tl.where(greatest == 0.0, greatest, (greatest.to(tl.float64) * ratio).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks", "turn"])
 def _accept_kernel(
     ids, gates, weight, logits, wanted, base, limit, left, totals, new_ids, new_weights, num_slots, num_blocks, turn,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_PER_BOUND: tl.constexpr, EFFECTIVE: tl.constexpr,
-    REROUTES: tl.constexpr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr,
+    REROUTES: tl.constexpr, SCORING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grant what is asked for while the running sum of a bound's units, itself included, stays within its limit."""
     block = tl.program_id(0)
@@ -104,7 +115,7 @@ def _accept_kernel(
         running += tl.load(base + bound * num_blocks + block, mask=asks, other=0)
         accepted = asks & (running <= tl.load(limit + bound, mask=asks, other=0))
         if REROUTES:
-            gate = _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K, NUM_EXPERTS, SIGMOID)
+            gate = _rerouted_weight(index, expert, accepted, ids, gates, logits, TOP_K, NUM_EXPERTS, SCORING)
         else:
             gate = tl.load(gates + index, mask=accepted, other=0.0)
         tl.store(new_ids + index, expert, mask=accepted)
@@ -115,7 +126,7 @@ def _accept_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "turn"])
 def _propose_kernel(
-    ids, weight, logits, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
+    ids, weight, order, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS_PER_BOUND: tl.constexpr, EXPERTS_PER_RANK: tl.constexpr,
     EFFECTIVE: tl.constexpr, LOCAL: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -134,7 +145,7 @@ def _propose_kernel(
         candidate = tl.arange(0, EXPERTS)[None, :]
         exists = here[:, None] & (candidate < NUM_EXPERTS)
         place = token.to(tl.int64)[:, None] * NUM_EXPERTS + candidate
-        score = tl.load(logits + place, mask=exists, other=float("-inf"))
+        score = tl.load(order + place, mask=exists, other=float("-inf"))
         room_there = tl.load(room + candidate // EXPERTS_PER_BOUND, mask=candidate < NUM_EXPERTS, other=0)
         open_ = (tl.abs(score) < float("inf")) & (room_there >= units[:, None])
         for k in range(TOP_K):
@@ -182,14 +193,18 @@ def clip_apply(
     shift: Tensor,
     cut: Tensor,
     policy: list[float],
+    places: None = None,
+    chosen: None = None,
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = unpack(policy)
     num_experts, effective = p.num_experts, p.load == 1
     checks.assignments(topk_ids, topk_weights, weight, segment)
-    checks.clips(topk_ids, router_logits, shift, cut, p)
+    checks.clips(topk_ids, router_logits, shift, cut, p, selection)
     ids, gates, weight, segment = (t.contiguous() for t in (topk_ids, topk_weights, weight, segment))
     shift, cut = shift.contiguous(), cut.contiguous()
     logits = None if router_logits is None else router_logits.contiguous()
+    order = logits if selection is None else selection.contiguous()
     num_tokens, top_k = ids.shape
     num_bounds, num_slots = len(cut), ids.numel()
     num_blocks = triton.cdiv(num_slots, BLOCK)
@@ -205,7 +220,7 @@ def clip_apply(
         _prefix_kernel[(num_bounds,)](totals, base, left, limit, num_blocks, PREFIX_BLOCK)
         _accept_kernel[(num_blocks,)](
             ids, gates, weight, logits, wanted, base, limit, left, totals, new_ids, new_weights, num_slots, num_blocks,
-            turn, top_k, num_experts, per_bound, effective, turn > 0, p.scoring == 1, BLOCK, num_warps=8,
+            turn, top_k, num_experts, per_bound, effective, turn > 0, p.scoring, BLOCK, num_warps=8,
         )  # fmt: skip
 
     _clip_kernel[(num_blocks,)](
@@ -217,7 +232,7 @@ def clip_apply(
     if p.reroute != 0 and logits is not None:
         for turn in range(1, p.reroute_rounds + 1):
             _propose_kernel[(triton.cdiv(num_tokens, TOKENS),)](
-                ids, weight, logits, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
+                ids, weight, order, new_ids, wanted, totals, room, num_tokens, num_blocks, turn,
                 top_k, num_experts, per_bound, num_experts // p.num_ranks, effective, p.reroute == 1,
                 TOKENS, triton.next_power_of_2(top_k), triton.next_power_of_2(num_experts), BLOCK,
             )  # fmt: skip

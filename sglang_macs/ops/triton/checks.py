@@ -55,9 +55,34 @@ def thresholds(own: Tensor, group: Tensor, modality: Tensor, policy: SimpleNames
     _like(modality, "modality", torch.int8, (policy.num_experts,), own)
 
 
-def clips(topk_ids: Tensor, router_logits: Tensor | None, shift: Tensor, cut: Tensor, policy: SimpleNamespace) -> None:
+def selects(router_logits: Tensor, correction_bias: Tensor | None, num_groups: int, topk_groups: int) -> None:
+    shape = f"shape {list(router_logits.shape)}"
+    _require(router_logits.dim() == 2 and router_logits.size(1) > 0, "router_logits", shape, "[T, E] with E > 0")
+    is_float = router_logits.dtype in HIDDEN_DTYPES
+    _require(is_float, "router_logits", f"dtype {router_logits.dtype}", "bfloat16, float16 or float32")
+    experts = router_logits.size(1)
+    whole = num_groups > 0 and experts % num_groups == 0
+    _require(whole, "num_groups", f"{num_groups} of {experts} experts", "a divisor of the number of experts")
+    _require(0 < topk_groups <= num_groups, "topk_groups", topk_groups, f"1 to {num_groups}")
+    if correction_bias is not None:
+        _like(correction_bias, "correction_bias", torch.float32, (experts,), router_logits)
+        enough = topk_groups == num_groups or experts >= 2 * num_groups
+        got = f"{num_groups} of {experts} experts"
+        _require(enough, "num_groups", got, "two experts each where they are ranked with a bias")
+
+
+def clips(
+    topk_ids: Tensor,
+    router_logits: Tensor | None,
+    shift: Tensor,
+    cut: Tensor,
+    policy: SimpleNamespace,
+    selection: Tensor | None = None,
+) -> None:
     num_experts = policy.num_experts
     _like(shift, "shift", torch.int32, (num_experts,), topk_ids)
     _like(cut, "cut", torch.int32, (policy.num_ranks if policy.scope == 1 else num_experts, 4), topk_ids)
     if router_logits is not None:
         _like(router_logits, "router_logits", torch.float32, (topk_ids.size(0), num_experts), topk_ids)
+    if selection is not None:
+        _like(selection, "selection", torch.float32, (topk_ids.size(0), num_experts), topk_ids)

@@ -422,7 +422,7 @@ def wire_table() -> str:
     first = found["rows"][0]
     for row in found["rows"]:
         clipped, assigned, dropped = (
-            sum(row["own"][f"{fate}_{m}"] for m in ("visual", "text")) for fate in ("clipped", "assignments", "dropped")
+            sum(row["own"][f"{name}_{m}"] for m in ("visual", "text")) for name in ("clipped", "assignments", "dropped")
         )
         shares = [f"{n / max(assigned, 1):.1%}" for n in (clipped, dropped)]
         bytes_of = [f"{row[f'{part}bytes'] / 1e6:.1f}" for part in ("", "row_", "exchange_", "other_")]

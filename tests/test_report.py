@@ -115,7 +115,7 @@ def test_every_rank_has_a_cell_of_its_own(ranks):
 def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
     read, _ = recorded
     (picture,) = read.pictures
-    drawn = unpng(report._fate_png(picture, slice(None), read.top_k))
+    drawn = unpng(report._outcome_png(picture, slice(None), read.top_k))
     assert drawn.shape == (ROWS, COLUMNS, 4)
     assert np.array_equal(drawn[..., 3] > 0, picture.clipped.sum(axis=0) > 0)
     lost = picture.dropped.sum(axis=0)

@@ -235,9 +235,9 @@ def run_case(rank: Rank, name: str, parts: int) -> list[dict]:
     rows = [{"case": {**case, "method": "unclipped"}, **before, "assignments": free}]
     for method in METHODS:
         for bound in BOUNDS:
-            ids, gates, fate = planned(rank, method, bound, batch)
+            ids, gates, outcome = planned(rank, method, bound, batch)
             after = rank.round(batch["hidden"], ids, gates)
-            row = {"case": {**case, "method": method, "gamma": bound}, **after, "assignments": fate}
+            row = {"case": {**case, "method": method, "gamma": bound}, **after, "assignments": outcome}
             rows.append(row | judge(before, after, bound if method == "rank" else None))
     return rows
 

@@ -15,7 +15,7 @@ from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
-# Prefill tokens a rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
+# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 # Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
 # 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (dispatch/plan_cost.py).
@@ -84,7 +84,7 @@ class MacsConfig:
     )
     protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
     min_tokens: int | None = _opt(
-        None, "act on prefill batches of so many tokens a rank, on average; None = 2048 on GPUs, 32 on a CPU"
+        None, "act on prefill batches of so many tokens per rank, on average; None = 2048 on GPUs, 32 on a CPU"
     )
     decode: bool = _opt(False, "act on decode batches too")
     act: str = _opt(

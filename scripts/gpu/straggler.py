@@ -28,7 +28,7 @@ import result_file
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
 TOKENS = 480  # of a part and rank
-PARTS = (1, 8)  # of a batch: 480 tokens a rank, 3840 tokens a rank
+PARTS = (1, 8)  # of a batch: 480 tokens per rank, 3840 tokens per rank
 CASES = {"1.27": 1.27, "1.5": 1.5, "1.95": 1.95, "layer 3": None}
 BOUNDS = (1.05, 1.2)
 METHODS = ("cai", "paper", "rank")

@@ -64,7 +64,7 @@ class MacsConfig:
     """
 
     preset: str = _opt("rank", "starting point: rank, paper, cai or off", tuple(PRESETS))
-    gamma: float = _opt(1.1, "capacity over the mean load, > 0; inf = never clip")
+    gamma: float = _opt(1.1, "capacity factor: a bound over the mean load, > 0; inf = never clip")
     scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
     importance: str = _opt(

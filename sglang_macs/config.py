@@ -69,7 +69,7 @@ class MacsConfig:
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
     importance: str = _opt(
         "gate",
-        "what is given up last: high entropy weight, gate, or both; or MODULE:FUNCTION, a Python function of one's own",
+        "what is clipped last: high entropy weight, gate, or both; or MODULE:FUNCTION, a Python function of one's own",
         IMPORTANCES,
     )
     reroute: str = _opt("global", "where overflow may go before it is dropped", REROUTES)
@@ -82,7 +82,7 @@ class MacsConfig:
     entropy_scope: str = _opt(
         "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
     )
-    protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
+    protect_text: bool = _opt(True, "clip text only after all visual assignments of the bound")
     min_tokens: int | None = _opt(
         None, "act on prefill batches of so many tokens per rank, on average; None = 2048 on GPUs, 32 on a CPU"
     )

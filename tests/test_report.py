@@ -154,7 +154,7 @@ def test_a_picture_that_was_recorded_in_part_has_figures_for_that_part(tmp_path)
     assert not re.search(r"\bnan\b", page) and "58% of them recorded" in page
     (picture,) = read.pictures
     given = picture.clipped.sum() / (14 * len(LAYERS) * read.top_k)
-    assert f"given up {given:.1%}" in page and given > 0
+    assert f"clipped {given:.1%}" in page and given > 0
 
 
 def test_the_page_says_which_run_and_which_replicas_it_shows(tmp_path):

@@ -210,7 +210,7 @@ _IMPORTANCES = {  # of a token's weakest assignment: what is shown, and its shor
     "entropy_gate": ("entropy weight times gate of each token's weakest assignment", "weight x gate"),
 }
 _OUTCOME_NOTE = (
-    "Right: the share of a token's assignments that were given up, red where they were dropped and amber where another "
+    "Right: the share of a token's assignments that were clipped, red where they were dropped and amber where another "
     "expert took them. Below, single layers."
 )
 
@@ -229,7 +229,7 @@ def _pictures_note(trace: Trace) -> str:
 
 
 def _pictures(trace: Trace) -> str:
-    title = "What was given up, and where in the picture"
+    title = "What was clipped, and where in the picture"
     if not trace.pictures:
         return _section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
     chosen = sorted(trace.pictures, key=lambda p: -int(p.clipped.sum()))[:MAX_PICTURES]
@@ -244,7 +244,7 @@ def _card(trace: Trace, picture: Picture) -> str:
     seen = int(known.sum()) * layers * trace.top_k
     importance = np.where(known, picture.importance.mean(axis=0), np.nan)
     lost, given = int(picture.dropped[:, known].sum()), int(picture.clipped[:, known].sum())
-    told = f"given up {_share(given, seen)}, dropped {_share(lost, seen)}"
+    told = f"clipped {_share(given, seen)}, dropped {_share(lost, seen)}"
     span = f"{_importance(trace)[1]} {np.nanmin(importance):.3f} to {np.nanmax(importance):.3f}"
     panels = [
         _view(picture, width, height, None, f"{columns} by {rows} tokens{_recorded(trace, picture)}"),

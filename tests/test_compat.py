@@ -193,6 +193,15 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
             compat.check(replace(launch(**flags), config=config))
 
 
+@pytest.mark.parametrize("options", [{"preset": "off"}, {"gamma": math.inf}], ids=str)
+def test_moved_experts_are_served_on_gpus_where_nothing_changes(options):
+    """By any dispatch: physical experts are experts to it."""
+    flags = {"device": "cuda", "deepep_mode": "low_latency", "init_expert_location": "/loads.json"}
+    for dispatch in ("deepep", "fused"):
+        config = MacsConfig.from_preset(dispatch=dispatch, **options)
+        compat.check(replace(launch(**flags, ep_dispatch_algorithm="static"), config=config))
+
+
 def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
     monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
     for mode in ({}, {"deepep_mode": "auto"}):

@@ -440,7 +440,7 @@ def test_smoke_run_on_cpu(tmp_path):
     assert rows["rank-1.05"]["host_us_per_layer"] > 0 and rows["stock"]["host_us_per_layer"] is None
 
 
-def test_ranks_of_all_servers_on_one_gpu_have_multiprocessors_of_their_own(monkeypatch) -> None:
+def test_ranks_of_all_servers_on_one_gpu_have_sms_of_their_own(monkeypatch) -> None:
     """Two servers of two ranks, each with half of them, stood still."""
     monkeypatch.setattr(prefill.mps, "shared_gpu", lambda processes: processes)
     asked = [

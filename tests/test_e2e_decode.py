@@ -85,7 +85,7 @@ def test_ranks_that_share_a_gpu_are_clients_of_mps(tmp_path, monkeypatch):
     launch = decode.launch_of(options, {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "48"})
     environment = launch.environment(decode.VARIANTS[1], tmp_path)
     assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "48"
-    assert environment["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
+    assert environment["SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS"] == "1"
     assert str(servers.gpu_launches.ONE_GPU_SITE) in environment["PYTHONPATH"]
 
 

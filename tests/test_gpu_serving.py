@@ -17,8 +17,10 @@ LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 
 def state(rank: int, fused: int) -> dict:
     own = {"clipped_visual": 5, "clipped_text": 5}
     counted = {
+        "dispatches": 24,
         "planned": 8,
         "fused": fused,
+        "graphs": 0,
         "bounded": 0,
         "checks": {"bound": 8},
         "misaligned": 0,
@@ -48,6 +50,19 @@ def test_prefill_of_mode_auto_is_in_normal_mode_and_decode_is_fused():
     found["inf"]["states"][1]["fused_region"]["rounds"] = 0
     assert serve_check.judge(auto, found) == ["gamma inf: rank 1: the fused kernels carried nothing"]
     assert "gamma 1.0: rank 0: 8 of 8 were fused" in serve_check.judge(auto, runs(fused=8))
+
+
+def test_a_bounded_launch_counts_nothing_and_has_graphs():
+    launch, found = LAUNCHES["2 ranks, bounded"], runs(fused=0, carrier="")
+    for of_run in found.values():
+        for one in of_run["states"]:
+            one |= {"bounded": 24, "graphs": 9}
+    assert serve_check.judge(launch, found) == []
+    found["inf"]["states"][0]["bounded"] = found["1.0"]["states"][1]["graphs"] = 0
+    assert serve_check.judge(launch, found) == [
+        "gamma inf: rank 0: 0 of 24 were bounded",
+        "gamma 1.0: rank 1: no layer was a CUDA graph",
+    ]
 
 
 def test_a_launch_with_peers_has_to_say_that_they_sum():

@@ -10,7 +10,7 @@ from test_gpu import EXPERTS, RANKS, batch, to_gpu
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult, RoutedTokens
 
 pytestmark = pytest.mark.gpu
 REDUNDANT = 32
@@ -55,11 +55,11 @@ def test_integers_equal_the_cpu_s(tokens: int, gamma: float, dtype: torch.dtype)
         for plan in (on_gpu, on_cpu):
             plan.places.refresh(mapping)
         host = routed(tokens, mapping, dtype)
-        want = on_cpu(*host, 1)
-        first = on_gpu(*to_gpu(*host), 1)
+        want = on_cpu(RoutedTokens(*host, 1))
+        first = on_gpu(RoutedTokens(*to_gpu(*host), 1))
         assert_alike(first, want)
         for _ in range(20 if tokens == 130 else 1):
-            again = on_gpu(*to_gpu(*host), 1)
+            again = on_gpu(RoutedTokens(*to_gpu(*host), 1))
             for mine, theirs in zip(again, first, strict=True):
                 assert torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
 
@@ -68,14 +68,14 @@ def test_a_captured_plan_sees_experts_move() -> None:
     config, before, after = MacsConfig.from_preset("rank", gamma=1.0), placement(1), placement(2)
     plan, host = plan_of(config, before), routed(256, before)
     given = to_gpu(*host)
-    plan(*given, 1)
+    plan(RoutedTokens(*given, 1))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = plan(*given, 1)
+        result = plan(RoutedTokens(*given, 1))
     plan.places.refresh(after)
     moved = routed(256, after)
     given[1].copy_(moved[1])
     graph.replay()
     torch.cuda.synchronize()
-    assert_alike(result, plan_of(config, after)(*moved, 1))
+    assert_alike(result, plan_of(config, after)(RoutedTokens(*moved, 1)))

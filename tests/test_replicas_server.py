@@ -19,7 +19,8 @@ def balance(server) -> list[tuple[float, float]]:
     return [tuple(one[f"max_over_mean_{s}"] / one["dispatches"] for s in ("before", "after")) for one in layers]
 
 
-def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, vl_reference):
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
+def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, vl_reference, ranks):
     """Layer by layer, every few passes; at infinite gamma answers are those without replicas and without MACS."""
     moving = [
         "--macs-act",
@@ -30,7 +31,8 @@ def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, v
         "--eplb-rebalance-layers-per-chunk",
         "1",
     ]
-    with serve(vl_model, *EP2_ARGS, *INFINITE, *REDUNDANT, *moving, log="replicas-eplb") as server:
+    groups = [str(ranks) if value == "2" else value for value in EP2_ARGS]
+    with serve(vl_model, *groups, *INFINITE, *REDUNDANT, *moving, log=f"replicas-eplb-{ranks}", timeout=600) as server:
         for _ in range(2):
             for question in QUESTIONS:
                 assert ask(server, question) == vl_reference.answer(question).ids, question

@@ -9,14 +9,16 @@ from pathlib import Path
 import check_simulation
 import numpy as np
 import pytest
+import replicas_study
 import torch
 from support import cases
 
 from sglang_macs import cli
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
+from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
-from sglang_macs.simulate import loads, study, times
+from sglang_macs.simulate import loads, replicas, study, times
 from sglang_macs.simulate.cuts import cut
 from sglang_macs.simulate.machines import MACHINES, MODELS, SOURCES, Machine
 
@@ -323,3 +325,44 @@ def test_the_simulation_is_within_a_tenth_of_the_measured_speedups():
     measured = json.loads((ROOT / "docs" / "results" / "straggler_h200.json").read_text())
     compared = check_simulation.compare(measured, "h200")
     assert len(compared) > 20 and np.mean([abs(c.speedup_error) for c in compared]) < 0.1
+
+
+# ---- Replicas: where copies lie, and what each gets ----------------------------------------------------------------
+
+
+def test_copies_go_to_what_is_asked_for_most_and_onto_different_ranks() -> None:
+    mapped = replicas.placement(np.array([12.0, 5, 4, 3]), 8, 2)
+    assert np.bincount(mapped).tolist() == [4, 2, 1, 1], "copies of 3, 2.5, 4 and 3 rows"
+    assert [sorted(of_rank) for of_rank in mapped.reshape(2, 4).tolist()] == [[0, 1, 2, 3], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_replicas_get_what_the_operator_gives_them(published, ranks) -> None:
+    """But that rows are whole there, and poured in another order: the fullest rank is the same to half a percent."""
+    rng = np.random.default_rng(1)
+    sampled = published.sample(4, 4096 * ranks, rng)[3]
+    mapped = replicas.placement(published.sample(8, 4096, rng)[3].sum((0, 1)), 128 + 32, ranks)
+    balanced = replicas.spread(sampled, mapped, ranks, balance=True)
+    even = replicas.spread(sampled, mapped, ranks, balance=False)
+    places = Places(128, 160, ranks, 0, mapped.tolist())
+    plan = Plan(MacsConfig(buckets=32), 128, ranks, places=places)
+    for rows, ours in zip(sampled.sum(1), balanced, strict=True):
+        theirs = replicas_study.balanced(rows, plan)
+        assert ours.sum(0).reshape(ranks, -1).sum(1).max() == pytest.approx(theirs.max(), rel=0.005)
+    for given in (balanced, even):
+        of_experts = np.zeros(sampled.shape)
+        np.add.at(of_experts, (slice(None), slice(None), mapped), given)
+        np.testing.assert_allclose(of_experts, sampled)
+    assert loads.max_over_mean(balanced.sum(1), ranks).max() < 1.1 < loads.max_over_mean(even.sum(1), ranks).mean()
+
+
+def test_a_study_with_redundant_experts_balances_before_it_clips(published) -> None:
+    settings = study.Settings(H200, MODEL, (8,), ("paper", "rank"), (1.05,), batches=6, redundant=32)
+    rows = study.run(settings, published)
+    off, rank = rows[0], next(row for row in rows if row.preset == "rank")
+    assert off.max_over_mean_after > 1.08 and rank.max_over_mean_before == off.max_over_mean_after
+    assert rank.max_over_mean_after < 1.01 and rank.clipped < 1e-4 and rank.speedup > 1.02
+    paper = next(row for row in rows if row.preset == "paper")
+    assert paper.clipped > 0.02, "it does not go with replicas"
+    with pytest.raises(MacsError, match="--ep: got 32, expected 2 or more ranks that divide 144"):
+        study.run(replace(settings, ep=(32,), redundant=16), published)

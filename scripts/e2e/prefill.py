@@ -336,7 +336,7 @@ def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
 
 
 def shared_gpu(options: argparse.Namespace) -> contextlib.AbstractContextManager[dict[str, str]]:
-    """The environment of servers whose ranks share a GPU. Each rank has multiprocessors of its own, idle servers' ranks
+    """The environment of servers whose ranks share a GPU. Each rank has SMs of its own, idle servers' ranks
     too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
     """
     side_by_side = max(len({variant.flags for variant in group}) for group in groups_of(options))

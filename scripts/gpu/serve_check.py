@@ -70,7 +70,10 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
     """Tokens and counters of one server; {"error": ...} if it failed."""
     log = ROOT / "build" / f"gpu-{name.replace(', ', '-').replace(' ', '_')}-{run}.log"
     traced = log.with_suffix(".trace")
-    flags = ["--enable-metrics", "--macs-trace", str(traced)] if launch.observed and run == "1.0" else []
+    observes = launch.observed and run == "1.0"
+    flags = ["--enable-metrics", "--macs-trace", str(traced)] if observes else []
+    if launch.bounded:  # passes that are recounted run no graphs
+        flags += ["--macs-verify", "false", "--macs-verify-every", "2"]
     try:
         with start(launch, [*RUNS[run], *flags], log, environment) as server, TURN:
             started, tokens, length = time.perf_counter(), [], 4 if launch.one_gpu else 8
@@ -80,7 +83,7 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
                 list(pool.map(lambda r: server.generate(r[0], r[1], max_new_tokens=length // 2), requests(launch) * 2))
             seconds = time.perf_counter() - started
             states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
-            observed = observe(server, traced, states) if flags else None
+            observed = observe(server, traced, states) if observes else None
             log_text = server.log_text()
     except Exception as error:  # the other servers go on, and this one's failure is a result
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
@@ -112,9 +115,14 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         for state in runs[run]["states"]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
-            for way, asked in (("fused", launch.plans_fused), ("bounded", launch.bounded)):
-                if state[way] != (state["planned"] if asked else 0):
-                    wrong.append(f"gamma {run}: rank {state['rank']}: {state[way]} of {state['planned']} were {way}")
+            for way, asked, of in (
+                ("fused", launch.plans_fused, "planned"),
+                ("bounded", launch.bounded, "dispatches"),
+            ):
+                if state[way] != (state[of] if asked else 0):
+                    wrong.append(f"gamma {run}: rank {state['rank']}: {state[way]} of {state[of]} were {way}")
+            if launch.bounded and not state["graphs"]:
+                wrong.append(f"gamma {run}: rank {state['rank']}: no layer was a CUDA graph")
             if launch.fused and not state["fused_region"]["rounds"]:
                 wrong.append(f"gamma {run}: rank {state['rank']}: the fused kernels carried nothing")
             if sum(state["violations"].values()):
@@ -134,7 +142,18 @@ def summary(run: dict) -> dict:
     """What goes into the results: counters without the layers."""
     if "error" in run:
         return run
-    names = ("rank", "dispatches", "planned", "fused", "bounded", "skipped", "misaligned", "checks", "violations")
+    names = (
+        "rank",
+        "dispatches",
+        "planned",
+        "fused",
+        "bounded",
+        "graphs",
+        "skipped",
+        "misaligned",
+        "checks",
+        "violations",
+    )
     names += ("own", "plan_seconds", "fused_region")
     return run | {"states": [{name: state[name] for name in names} for state in run["states"]]}
 

@@ -107,7 +107,8 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         return Step(f"bench-{n}", command, 560, n, False, models, at_go=True, after=("bytecode", "serve-one-gpu"))
 
     def tests() -> list[str]:
-        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py"]
+        files = ("tests/test_gpu.py", "tests/test_replicas_gpu.py")
+        return [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *files]
 
     def sanitizer(tool: str) -> list[str]:
         check = script("check_kernels", "--check-only", "--small", "16", "--seed", "11", "--jobs", "2")
@@ -133,6 +134,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
         Step("instructions", script("time_instructions", result="instructions.json"), 60, 1, True),
         Step("time-kernels", script("check_kernels", "--time-only", result="kernels.json"), 150, 1, True, kernels),
         Step("overhead-1", script("overhead", result="overhead_1.json"), 180, 1, True, extension),
+        Step("time-replicas", script("time_replicas", result="replicas_plan.json"), 60, 1, True, extension),
         Step("time-triton", script("time_operators", result="triton.json"), 120, 1, True, extension, triton),
         Step("bounded", script("check_bounded", result="bounded.json"), 150, 1, True, extension),
         Step("fused", script("check_fused", result="fused.json"), 240, 1, True, both),

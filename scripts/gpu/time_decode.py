@@ -5,7 +5,7 @@
     python3 scripts/gpu/check_fused.py --decode --out FILE --processes 2 --mps    two ranks on one GPU
 
 Regions and DeepEP's buffers have room for 128 tokens a rank, as a server's have. 128 experts, top-8, routed at random.
-On a shared GPU DeepEP runs in phases, since its kernels may wait there for multiprocessors (time_phases.py).
+On a shared GPU DeepEP runs in phases, since its kernels may wait there for SMs (time_phases.py).
 """
 
 from __future__ import annotations
@@ -138,13 +138,13 @@ def time_all(
             buffer.destroy()
 
 
-def one_gpu(kernels, table: Table, multiprocessors: int, options) -> None:
+def one_gpu(kernels, table: Table, num_sms: int, options) -> None:
     """One rank on the whole GPU."""
     with_deepep = has_deepep()
     if with_deepep:
         init_alone()
 
     def layer_of(*sizes) -> Layer:
-        return Layer(kernels, decode_config(1, *sizes, multiprocessors, apart=False), sets=INPUTS)
+        return Layer(kernels, decode_config(1, *sizes, num_sms, apart=False), sets=INPUTS)
 
     time_all(table, layer_of, with_deepep, options)

@@ -19,7 +19,7 @@ from time_kernels import HOT, graph_us
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.plan import Plan, RoutedTokens
 
 
 def plan_us(config: Config, redundant: int | None) -> tuple[float, float]:
@@ -34,7 +34,8 @@ def plan_us(config: Config, redundant: int | None) -> tuple[float, float]:
         ids = torch.where(ids < 0, -1, first[ids.clamp(min=0).long()]).to(ids.dtype)
     options = MacsConfig.from_preset("rank", gamma=config.gamma)
     plan = Plan(options, config.E, config.R, torch.from_numpy(raw.modality).cuda(), places=places)
-    return graph_us([lambda: plan(raw.hidden, ids, gates, logits, segment, 1)])
+    routed = RoutedTokens(raw.hidden, ids, gates, logits, segment, 1)
+    return graph_us([lambda: plan(routed)])
 
 
 def main() -> None:

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fp8", action="store_true", help="experts and dispatch in FP8")
     parser.add_argument("--low-latency", action="store_true", help="DeepEP's low-latency mode: one row an assignment")
+    parser.add_argument(
+        "--redundant", type=number(int, 0, 1024), default=0, help="copies of experts, placed as EPLB does"
+    )
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random batches")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the study, too")
@@ -88,6 +91,7 @@ def _settings(args: argparse.Namespace):
         tile_m=args.tile,
         low_latency=args.low_latency,
         seed=args.seed,
+        redundant=args.redundant,
     )
 
 

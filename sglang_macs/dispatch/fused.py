@@ -101,7 +101,7 @@ class FusedDispatch:
     Args:
         config, sizes: what `unsupported` takes.
         memory: at least `region_bytes` of every rank, zero-filled.
-        num_blocks: multiprocessors of a launch; the same on all ranks.
+        num_blocks: SMs of a launch; the same on all ranks.
     """
 
     def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:

@@ -153,7 +153,7 @@ def unfit_device() -> str:
     return "" if major == COMPUTE_CAPABILITY else f"compute capability {major}.{minor}, and the kernels are for 9.0"
 
 
-def _multiprocessors(group: dist.ProcessGroup) -> int:
+def _num_sms(group: dist.ProcessGroup) -> int:
     """Of the current device that may be filled. Blocks of all ranks have to run at once: shares of a device that ranks
     have in common (CUDA MPS) need not lie side by side, and a tenth is left. Collective.
     """
@@ -165,6 +165,6 @@ def _multiprocessors(group: dist.ProcessGroup) -> int:
 
 def make(config: MacsConfig, sizes: Sizes, group: dist.ProcessGroup) -> FusedDispatch:
     """A fused dispatch over memory of its own. Collective."""
-    num_blocks = min(peer_memory.everyone(_multiprocessors(group), group))
+    num_blocks = min(peer_memory.everyone(_num_sms(group), group))
     size = FusedDispatch.region_bytes(sizes, num_blocks)
     return FusedDispatch(config, sizes, peer_memory.share(size, group), num_blocks)

@@ -130,7 +130,8 @@ def _dispatch_algorithm(launch: Launch) -> str:
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
-    if _placed(launch) and config.dispatch != "deepep":
+    replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
+    if config.dispatch != "deepep" and (replicated or _balances(launch)):
         return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas

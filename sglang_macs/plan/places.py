@@ -53,11 +53,6 @@ class Places:
         """Numbers that the exchange sums behind the histogram."""
         return self.num_ranks * (1 + 2 * self.num_redundant)
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether experts lie as they would without all this."""
-        return not self.num_redundant and torch.equal(self.logical[:-1], torch.arange(self.num_experts))
-
     def table(self, device: torch.device) -> Tensor:
         """The tables on `device`; always the same memory."""
         if device.type == "cpu":

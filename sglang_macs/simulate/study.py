@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import MacsConfig
 from ..errors import MacsError
-from . import times
+from . import replicas, times
 from .cuts import cut
 from .loads import Loads, max_over_mean
 from .machines import Machine, Model
@@ -15,7 +15,11 @@ from .machines import Machine, Model
 
 @dataclass(frozen=True)
 class Settings:
-    """What is simulated. tokens: prefill tokens per rank and forward pass. context: tokens that attention looks at."""
+    """What is simulated. tokens: prefill tokens per rank and forward pass. context: tokens that attention looks at.
+
+    redundant: copies of experts beside the first ones. They lie as EPLB puts them, from as many other batches. Where a
+    plan chooses among replicas, it does; the other cases, and none, split an expert's rows evenly among its copies.
+    """
 
     machine: Machine
     model: Model
@@ -29,6 +33,7 @@ class Settings:
     tile_m: int = 128
     low_latency: bool = False
     seed: int = 0
+    redundant: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,18 +73,28 @@ def run(settings: Settings, loads: Loads) -> list[Row]:
         raise MacsError("--loads", found, f"{model.experts} experts, top-{model.top_k}", "Choose another --model.")
     for ranks in settings.ep:
         per_node = settings.machine.gpus_per_node
-        if ranks < 2 or model.experts % ranks or (ranks > per_node and ranks % per_node):
+        physical = model.experts + settings.redundant
+        if ranks < 2 or physical % ranks or (ranks > per_node and ranks % per_node):
             fix = f"More than {per_node} must be a multiple of {per_node}."
-            raise MacsError("--ep", ranks, f"2 or more ranks that divide {model.experts}", fix)
+            raise MacsError("--ep", ranks, f"2 or more ranks that divide {physical}", fix)
     rows = []
     for ranks in settings.ep:
         rng = np.random.default_rng([settings.seed, ranks])
-        rows += _of_size(settings, loads.sample(settings.batches, settings.tokens * ranks, rng), ranks)
+        sampled = loads.sample(settings.batches, settings.tokens * ranks, rng)
+        balanced = sampled
+        if settings.redundant:
+            others = loads.sample(settings.batches, settings.tokens * ranks, rng).sum((1, 2))
+            mapped = [replicas.placement(counts, model.experts + settings.redundant, ranks) for counts in others]
+            sampled, balanced = (
+                np.stack([replicas.spread(*of, ranks, balance=b) for of in zip(sampled, mapped, strict=True)])
+                for b in (False, True)
+            )
+        rows += _of_size(settings, sampled, balanced, ranks)
     return rows
 
 
-def _of_size(settings: Settings, sampled: np.ndarray, ranks: int) -> Iterator[Row]:
-    """All cases of one EP size on the same batches. sampled: [L, B, 2, E]."""
+def _of_size(settings: Settings, sampled: np.ndarray, balanced_rows: np.ndarray, ranks: int) -> Iterator[Row]:
+    """All cases of one EP size on the same batches. sampled: [L, B, 2, E], balanced_rows: where replicas are chosen."""
     cluster = times.Cluster(
         settings.machine, settings.model, ranks, settings.tokens, settings.fp8, settings.tile_m, settings.low_latency
     )
@@ -89,7 +104,8 @@ def _of_size(settings: Settings, sampled: np.ndarray, ranks: int) -> Iterator[Ro
     yield off.row("none", off, balanced)
     for preset in settings.presets:
         for gamma in settings.gammas:
-            case = _Case(settings, cluster, sampled, MacsConfig.from_preset(preset, gamma=gamma))
+            config = MacsConfig.from_preset(preset, gamma=gamma)
+            case = _Case(settings, cluster, sampled if config.no_replicas else balanced_rows, config)
             for exchange in times.EXCHANGES:
                 yield case.row(exchange, off, balanced)
 
@@ -133,7 +149,7 @@ class _Case:
             preset=self.config.preset,
             gamma=None if self is off else self.config.gamma,
             exchange=exchange,
-            max_over_mean_before=float(max_over_mean(self.rows, ranks).mean()),
+            max_over_mean_before=float(max_over_mean(off.rows, ranks).mean()),
             # Over the mean before: what is dropped must not make the bound look loose.
             max_over_mean_after=float((after.max(-1) * ranks / total).mean()),
             clipped=float((self.cut.clipped / total).mean()),

@@ -62,7 +62,7 @@ def groups(draw: Callable[..., Any], redundant: bool = True) -> ReplicaGroup:
     """1 to 8 ranks of unequal, also no, tokens; experts need not divide among the ranks, their copies do."""
     num_ranks = draw(st.sampled_from([2, 4, 8, 1]))
     num_physical = num_ranks * draw(st.sampled_from([3, 2, 4]))
-    num_redundant = draw(st.integers(1, num_physical // 2)) if redundant else 0
+    num_redundant = draw(st.integers(0, num_physical // 2)) if redundant else 0  # 0: moved all the same
     num_experts = num_physical - num_redundant
     top_k = draw(st.integers(1, min(4, num_experts)))
     gen = cases.generator(draw(st.integers(0, 2**16)))

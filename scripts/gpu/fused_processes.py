@@ -249,7 +249,7 @@ def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options
         dead_rank(kernels, regions, blocks, carried)
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
-        print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)
+        print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks per rank", flush=True)
 
 
 def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConfig, options) -> None:

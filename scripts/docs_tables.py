@@ -62,7 +62,7 @@ def straggler_table() -> str:
             times.append(f"{max(row[f'{when}_us']):.0f}{share}")
         gamma = case.get("gamma", "")
         rows.append([*key, case["method"], gamma, f"{max(row['rows']):,}", dropped, *times])
-    header = ["tokens a rank", "routing", "method", "gamma", "rows of the slowest rank", "dropped"]
+    header = ["tokens per rank", "routing", "method", "gamma", "rows of the slowest rank", "dropped"]
     return source(found) + "\n\n" + markdown([*header, "alone, us", "together, us"], rows)
 
 
@@ -311,7 +311,7 @@ def bounded_table() -> str:
         cases.setdefault(key, {})[row["op"]] = row
     ops = ("bounded_permute", "bounded_gather", "grouped_gemm_ends", "grouped_gemm_minus_one")
     rows = [[*key, *(f"{of[op]['median_us']:.0f} ({of[op]['ratio']:.2f})" for op in ops)] for key, of in cases.items()]
-    header = ["tokens a rank", "rows", "gamma", "rows of the buffer", "permute", "gather", "GEMM, ends", "GEMM, -1"]
+    header = ["tokens per rank", "rows", "gamma", "rows of the buffer", "permute", "gather", "GEMM, ends", "GEMM, -1"]
     return source(found) + "\n\n" + markdown(header, rows)
 
 
@@ -365,7 +365,7 @@ def with_bounds(row: dict, name: str, bounds: str, form: str) -> str:
 
 
 E2E: dict[str, Callable[[dict], str]] = {
-    "tokens a rank": lambda row: f"{row['case']['tokens']:,}",
+    "tokens per rank": lambda row: f"{row['case']['tokens']:,}",
     "max/mean": lambda row: f"{row['case']['skew']:g}",
     "variant": lambda row: row["case"]["variant"],
     "dispatch": lambda row: row["case"]["dispatch"],
@@ -374,13 +374,13 @@ E2E: dict[str, Callable[[dict], str]] = {
     "of the ideal gain": lambda row: with_bounds(row, "share_of_ideal", "share_of_ideal_ci95", ".0%"),
     "of balance's alone": lambda row: with_bounds(row, "share_of_balance", "share_of_balance_ci95", ".0%"),
     "kernels run": lambda row: measured(row["busy"], ".0%"),
-    "plan, us a layer of the host": lambda row: measured(row["host_us_per_layer"], ".0f"),
+    "plan, us of the host per layer": lambda row: measured(row["host_us_per_layer"], ".0f"),
     "rounds": lambda row: str(row["rounds"]),
 }
 
 
 E2E_DECODE: dict[str, Callable[[dict], str]] = {
-    "requests a rank": lambda row: str(row["case"]["requests"]),
+    "requests per rank": lambda row: str(row["case"]["requests"]),
     "variant": lambda row: row["case"]["variant"],
     "ITL, ms": lambda row: f"{row['itl_ms']:.2f}",
     "ITL over stock's": lambda row: with_bounds(row, "ratio", "ci95", ".3f"),
@@ -422,7 +422,7 @@ def wire_table() -> str:
     first = found["rows"][0]
     for row in found["rows"]:
         clipped, assigned, dropped = (
-            sum(row["own"][f"{fate}_{m}"] for m in ("visual", "text")) for fate in ("clipped", "assignments", "dropped")
+            sum(row["own"][f"{name}_{m}"] for m in ("visual", "text")) for name in ("clipped", "assignments", "dropped")
         )
         shares = [f"{n / max(assigned, 1):.1%}" for n in (clipped, dropped)]
         bytes_of = [f"{row[f'{part}bytes'] / 1e6:.1f}" for part in ("", "row_", "exchange_", "other_")]

@@ -24,7 +24,7 @@ BARS = {
 
 
 def times(gpus: int) -> dict[int, dict[str, tuple[float, float]]]:
-    """Microseconds of dispatch and combine for every bar, by tokens a rank."""
+    """Microseconds of dispatch and combine for every bar, by tokens per rank."""
     rows = json.loads((ROOT / "docs" / "results" / f"{FILES[gpus]}.json").read_text())["rows"]
     found: dict[int, dict[tuple, float]] = {}
     for row in rows:
@@ -51,7 +51,7 @@ def main() -> None:
                 axes.text(place, dispatch + combine, f"{dispatch + combine:.0f}", ha="center", va="bottom", fontsize=7)
         tokens = sorted({of_gpus[panel][0] for of_gpus in every.values()})
         axes.set_xticks(range(len(FILES)), [f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in FILES])
-        axes.set_title(f"{' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens a rank", fontsize=10)
+        axes.set_title(f"{' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens per rank", fontsize=10)
         axes.set_ylabel("us: dispatch, and paler combine")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)

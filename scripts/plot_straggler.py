@@ -37,7 +37,7 @@ def main() -> None:
         )
     axes.set_xticks(range(len(routings)), [r if r.startswith("layer") else f"max/mean {r}" for r in routings])
     axes.set_ylabel("expert stage of the slowest rank, ms")
-    axes.set_title(f"{TOKENS} tokens a rank, 8 ranks, gamma {GAMMA}; -n %: assignments dropped", fontsize=10)
+    axes.set_title(f"{TOKENS} tokens per rank, 8 ranks, gamma {GAMMA}; -n %: assignments dropped", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(ROOT / "docs" / "straggler.png", dpi=130)

@@ -15,7 +15,7 @@ from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
-# Prefill tokens a rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
+# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 # Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
 # 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (dispatch/plan_cost.py).
@@ -64,12 +64,12 @@ class MacsConfig:
     """
 
     preset: str = _opt("rank", "starting point: rank, paper, cai or off", tuple(PRESETS))
-    gamma: float = _opt(1.1, "capacity over the mean load, > 0; inf = never clip")
+    gamma: float = _opt(1.1, "capacity factor: a bound over the mean load, > 0; inf = never clip")
     scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
     importance: str = _opt(
         "gate",
-        "what is given up last: high entropy weight, gate, or both; or MODULE:FUNCTION, a Python function of one's own",
+        "what is clipped last: high entropy weight, gate, or both; or MODULE:FUNCTION, a Python function of one's own",
         IMPORTANCES,
     )
     reroute: str = _opt("global", "where overflow may go before it is dropped", REROUTES)
@@ -82,9 +82,9 @@ class MacsConfig:
     entropy_scope: str = _opt(
         "batch", "tokens whose entropies are compared: the rank's batch, or each image", ("batch", "image")
     )
-    protect_text: bool = _opt(True, "give up text only after all visual assignments of the bound")
+    protect_text: bool = _opt(True, "clip text only after all visual assignments of the bound")
     min_tokens: int | None = _opt(
-        None, "act on prefill batches of so many tokens a rank, on average; None = 2048 on GPUs, 32 on a CPU"
+        None, "act on prefill batches of so many tokens per rank, on average; None = 2048 on GPUs, 32 on a CPU"
     )
     decode: bool = _opt(False, "act on decode batches too")
     act: str = _opt(

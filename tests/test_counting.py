@@ -56,14 +56,14 @@ class OneByOne:
 
     def __init__(self, config: MacsConfig) -> None:
         self.config = config
-        self.share, self.fate, self.violations = 0.0, torch.zeros(3, 2, dtype=torch.long), Counter()
+        self.share, self.outcome, self.violations = 0.0, torch.zeros(3, 2, dtype=torch.long), Counter()
         self.layers: dict[str, dict] = {}
         self.expert_rows: dict[int, torch.Tensor] = {}
 
     def add(self, layer_id: int, result: PlanResult, own: torch.Tensor, group: torch.Tensor) -> None:
         visual, total = result.group[-2:].tolist()
         self.share += visual / total
-        self.fate += result.counts.sum(1)
+        self.outcome += result.counts.sum(1)
         self.expert_rows[layer_id] = self.expert_rows.get(layer_id, 0) + result.counts[:2].sum(0)
         layer = self.layers.setdefault(str(layer_id), Counter())
         layer.update(dispatches=1, cut=int((result.cut[:, 0] >= 0).any()))
@@ -109,7 +109,7 @@ def test_sums_are_those_of_dispatches_counted_one_by_one(name, dispatches):
             counters.snapshot()  # reading in between changes nothing
     for got in (counters.to_host().snapshot(), counters.snapshot()):
         assert got["planned"] == dispatches and got["visual_share_sum"] == pytest.approx(want.share, rel=1e-12)
-        kept, clipped, rerouted = want.fate.tolist()
+        kept, clipped, rerouted = want.outcome.tolist()
         for i, modality in enumerate(("visual", "text")):
             assert got["own"][f"assignments_{modality}"] == kept[i] + clipped[i]
             assert got["own"][f"rerouted_{modality}"] == rerouted[i]

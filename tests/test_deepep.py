@@ -116,7 +116,7 @@ def test_each_half_is_planned_with_its_own_mask(planned):
         outputs = [dispatcher.dispatch_b(tbo_subbatch_index=i) for i in range(2)]
     assert [output.expected_m for output in outputs] == [999, 999]  # nobody knows the halves of the other ranks
     assert all(per_rank(output.topk_ids).max() <= TOKENS // 2 for output in outputs)
-    kept_clipped_rerouted = counters.to_host().fate
+    kept_clipped_rerouted = counters.to_host().outcome
     assert kept_clipped_rerouted[1].min() > 0, "both halves clip: one visual assignments, the other text"
     assert kept_clipped_rerouted[:2].sum(dim=0).tolist() == [TOKENS // 2 * TOP_K] * 2
 

@@ -40,7 +40,7 @@ def test_a_machine_and_a_launch_that_are_fine(vl_model):
         found = {check["found"] for check in checks[f"{side} hook"]}
         assert {hook.target for hook in hooks} <= found
     assert checks["server flags"][0]["status"] == checks["extension"][0]["status"] == OK
-    assert checks["tokens a rank"][0]["found"] == "prefill chunks of 4096"  # SGLang's default without a GPU
+    assert checks["tokens per rank"][0]["found"] == "prefill chunks of 4096"  # SGLang's default without a GPU
 
 
 @pytest.mark.server

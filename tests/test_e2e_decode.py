@@ -76,6 +76,7 @@ def test_servers_decode_in_graphs_with_room_for_all(tmp_path):
     assert "fused" in fused.flags and "inf" in fused.flags and "fused" not in plain.flags
     assert [v.name for v in chosen_variants(["fused"], "cuda")] == ["stock", "fused"]
     assert {v.dispatch for v in chosen_variants(None, "cpu")} == {"gloo"}
+    assert servers.side_by_side(decode.groups_of(options)) == options.at_once == 2
     assert launch.routings == [[1.0] * options.layers]
 
 

@@ -39,7 +39,7 @@ def sample(series: str, **labels: str) -> float | None:
 def counted(factor: int = 1) -> Stats:
     stats = Stats(dispatches=5 * factor, planned=2 * factor, plan_seconds=0.5 * factor, visual_share_sum=1.5 * factor)
     stats.skipped["decode"] = 3 * factor
-    stats.fate = torch.tensor([[50, 20], [10, 4], [6, 1]]) * factor
+    stats.outcome = torch.tensor([[50, 20], [10, 4], [6, 1]]) * factor
     rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(factor):
         stats.add_recount(Recount(CONFIG, 0, 2, rows, rows, cut))

@@ -50,7 +50,7 @@ def test_the_halves_of_an_overlapped_batch_are_one_pass(tmp_path):
                 for _ in range(2):
                     one.add(layer, RANKS, plans[rank].topk_ids, plans[rank].topk_weights, plans[rank])
     once, twice = (trace.load(str(tmp_path / name)).steps[0] for name in ("whole", "halves"))
-    assert np.array_equal(twice.fates, 2 * once.fates) and np.array_equal(twice.bound, 2 * once.bound)
+    assert np.array_equal(twice.outcomes, 2 * once.outcomes) and np.array_equal(twice.bound, 2 * once.bound)
     assert twice.tokens == 2 * once.tokens and np.allclose(twice.visual_share, once.visual_share)
     assert trace.load(str(tmp_path / "halves")).pictures == []
 
@@ -167,8 +167,8 @@ def test_a_layer_left_alone_is_recorded_as_it_was_routed(tmp_path):
     ids = torch.cat([made["topk_ids"] for made in batches_made])
     routed = torch.bincount(ids.flatten(), minlength=EXPERTS).view(2, -1).sum(1).tolist()
     assert step.before.tolist() == [routed, routed] and step.after[1].tolist() == routed != step.after[0].tolist()
-    assert step.fates[1, 0].tolist() == [ROWS * COLUMNS * TOP_K, (60 - ROWS * COLUMNS) * TOP_K]
-    assert not step.fates[1, 1:].any() and step.fates[0, 1].any()
+    assert step.outcomes[1, 0].tolist() == [ROWS * COLUMNS * TOP_K, (60 - ROWS * COLUMNS) * TOP_K]
+    assert not step.outcomes[1, 1:].any() and step.outcomes[0, 1].any()
     assert shares[0] > shares[1] == 0 and step.visual_share[1] == pytest.approx(shares[0] * 40 / 60)
     page = report.page(read)
     assert "50% of the dispatches were left alone" in page and "<td>0%</td><td>2</td>" in page

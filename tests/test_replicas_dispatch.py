@@ -134,16 +134,16 @@ def test_all_ranks_expect_the_same_gain_of_replicas(served):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_trace_has_the_counters_rows_and_fates(served, folder, name):
+def test_a_trace_has_the_counters_rows_and_outcomes(served, folder, name):
     read = trace.load(f"{folder}/{name}")
     layer = served[0][name]["stats"]["layers"]["0"]
     for rows, stage in zip(read.rank_rows(), ("before", "after"), strict=True):
         assert rows[:, 0].sum(axis=0).tolist() == layer[f"rows_{stage}"]
-    fates = sum(step.fates for step in read.steps)[0]
+    outcomes = sum(step.outcomes for step in read.steps)[0]
     for i, modality in enumerate(("visual", "text")):
         own = [rank[name]["stats"]["own"] for rank in served]
-        assert fates[trace.CLIPPED, i] == sum(one[f"clipped_{modality}"] for one in own)
-        assert fates[:2, i].sum() == sum(one[f"assignments_{modality}"] for one in own)
+        assert outcomes[trace.CLIPPED, i] == sum(one[f"clipped_{modality}"] for one in own)
+        assert outcomes[:2, i].sum() == sum(one[f"assignments_{modality}"] for one in own)
     assert len(read.steps) == 6 and not read.pictures
     assert report.page(read)
 

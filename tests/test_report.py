@@ -115,7 +115,7 @@ def test_every_rank_has_a_cell_of_its_own(ranks):
 def test_the_overlay_marks_exactly_the_tokens_that_lost_something(recorded):
     read, _ = recorded
     (picture,) = read.pictures
-    drawn = unpng(report._fate_png(picture, slice(None), read.top_k))
+    drawn = unpng(report._outcome_png(picture, slice(None), read.top_k))
     assert drawn.shape == (ROWS, COLUMNS, 4)
     assert np.array_equal(drawn[..., 3] > 0, picture.clipped.sum(axis=0) > 0)
     lost = picture.dropped.sum(axis=0)
@@ -154,7 +154,7 @@ def test_a_picture_that_was_recorded_in_part_has_figures_for_that_part(tmp_path)
     assert not re.search(r"\bnan\b", page) and "58% of them recorded" in page
     (picture,) = read.pictures
     given = picture.clipped.sum() / (14 * len(LAYERS) * read.top_k)
-    assert f"given up {given:.1%}" in page and given > 0
+    assert f"clipped {given:.1%}" in page and given > 0
 
 
 def test_the_page_says_which_run_and_which_replicas_it_shows(tmp_path):

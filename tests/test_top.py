@@ -20,7 +20,7 @@ def state(rank: int) -> dict:
     """Counters of two dispatches on two ranks: 30 and 10 rows routed, 25 and 15 dispatched, in each."""
     counted = stats.Stats(dispatches=5, planned=2, plan_seconds=0.004, visual_share_sum=1.5)
     counted.skipped["decode"] = 3
-    counted.fate = torch.tensor([[50, 20], [10, 0], [6, 0]])
+    counted.outcome = torch.tensor([[50, 20], [10, 0], [6, 0]])
     rows, cut = torch.tensor([[30, 10], [25, 15]]), torch.tensor([[1, 0, 0, 25], [-1, 0, 0, 25]])
     for _ in range(2):
         counted.add_recount(stats.Recount(CONFIG, 0, 2, rows, rows, cut))

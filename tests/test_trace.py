@@ -32,7 +32,7 @@ def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):
         assert step.tokens == 70
         for i, ranks in enumerate(layers):
             counts = sum(result.counts for result in ranks).long()
-            assert np.array_equal(step.fates[i], counts.sum(dim=1).numpy())
+            assert np.array_equal(step.outcomes[i], counts.sum(dim=1).numpy())
             before, after = counts[:2].sum(dim=(0, 2)), counts[[0, 2]].sum(dim=(0, 2))
             for rows, expected in ((step.before, before), (step.after, after)):
                 assert rows[i].tolist() == expected.view(RANKS, -1).sum(dim=1).tolist()
@@ -52,7 +52,7 @@ def test_an_idle_rank_takes_part_and_little_room(tmp_path):
     assert len(lines) == 3 and json.loads(lines[1])["counts"] == ""
 
 
-def test_a_picture_has_the_fate_of_its_own_rows(tmp_path):
+def test_a_picture_has_the_outcome_of_its_own_rows(tmp_path):
     plans = record(tmp_path, reroute="none")
     (got,) = trace.load(str(tmp_path)).pictures
     rows = slice(3, 3 + ROWS * COLUMNS)
@@ -116,7 +116,7 @@ def test_stages_of_a_pipeline_are_put_together(tmp_path):
     one, two = (trace.load(str(tmp_path / name)) for name in ("one", "two"))
     assert two.layers == list(LAYERS) and len(two.steps) == 3
     for whole, parts in zip(one.steps, two.steps, strict=True):
-        for name in ("tokens", "visual_share", "bound", "before", "after", "fates"):
+        for name in ("tokens", "visual_share", "bound", "before", "after", "outcomes"):
             assert np.array_equal(getattr(parts, name), getattr(whole, name)), name
     for whole, parts in zip(one.pictures, two.pictures, strict=True):
         assert parts.jpeg == whole.jpeg is not None and parts.clipped.sum() > 0

@@ -7,7 +7,9 @@
 //              so the first source waits for nobody, of two ranks none for what crosses NVLink, and a rank waits longest for
 //              what it writes into its own memory. A block has a share of the rank's assignments and reads the rows of their
 //              tokens while counts are under way; a warp that has a part of a row waits for that row's counts alone.
-// Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a multiprocessor.
+// Grid:        (blocks of a rank, ranks of this launch); 512 threads, one block an SM. A rank's blocks wait for the first blocks
+//              of other ranks, and its last one for all: they need not all run at once. They do (cooperative) where one
+//              launch plays several ranks, and where blocks await scales, which any block may send.
 // Determinism: a row's place depends on (source, token, slot) alone.
 //
 // Tables, bytes, signals and faults are those of fused_dispatch; who has sent receives by its second phase. What may be
@@ -310,11 +312,12 @@ cudaError_t launch_fused_carry(const FusedDispatchParams& p, cudaStream_t stream
   int shared_bytes = 0;
   const FusedArgs args = make_args(p, shared_bytes);
   if (args.staged_rows < 1) return cudaErrorInvalidValue;
+  const bool awaits_scales = p.phase == Phase::kBoth && p.scales_with_rows && is_fp8(s.format);
   const Shape shape = {.grid = s.num_blocks,
                        .block = kFusedThreads,
                        .rows = p.launched,
                        .shared_bytes = static_cast<size_t>(shared_bytes),
-                       .cooperative = true};
+                       .cooperative = p.launched > 1 || awaits_scales};
   if (s.hidden_size == 2048) return enqueue<2, true>(args, shape, stream);
   if (s.hidden_size == 7168) return enqueue<7, true>(args, shape, stream);
   return enqueue<8, false>(args, shape, stream);

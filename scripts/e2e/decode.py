@@ -241,12 +241,17 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
             measuring.measure(cell, time.monotonic() + left / (len(cells) - place), until)
 
 
+def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
+    """What runs side by side."""
+    return servers.grouped(chosen_variants(options.variants, options.device), options.at_once)
+
+
 def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
     """All groups. client: environment of the servers, where ranks share a GPU."""
     end = time.monotonic() + 60 * options.minutes
     launch, report = launch_of(options, client), Report(options)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    groups = servers.grouped(chosen_variants(options.variants, options.device), options.at_once)
+    groups = groups_of(options)
     for place, group in enumerate(groups):
         share = (end - time.monotonic()) / (len(groups) - place)
         if place and share < prefill.WORTH_STARTING:
@@ -262,7 +267,8 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with mps.shared_gpu(options.ranks) if options.share_gpu else contextlib.nullcontext({}) as client:
+    clients = options.ranks * servers.side_by_side(groups_of(options))  # each has SMs of its own, idle servers' too
+    with mps.shared_gpu(clients) if options.share_gpu else contextlib.nullcontext({}) as client:
         report = measure(options, client)
     print(f"decode: {len(report.rows)} rows, {len(report.outliers)} rounds left out, in {options.out}")
     return 0 if report.rows else 1

@@ -339,8 +339,7 @@ def shared_gpu(options: argparse.Namespace) -> contextlib.AbstractContextManager
     """The environment of servers whose ranks share a GPU. Each rank has SMs of its own, idle servers' ranks
     too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
     """
-    side_by_side = max(len({variant.flags for variant in group}) for group in groups_of(options))
-    return mps.shared_gpu(options.ranks * side_by_side)
+    return mps.shared_gpu(options.ranks * servers.side_by_side(groups_of(options)))
 
 
 def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:

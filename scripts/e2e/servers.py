@@ -92,6 +92,11 @@ def grouped(variants: list[Variant], at_once: int) -> list[list[Variant]]:
     return [[*stock, *(v for v in variants if v.flags in part)] for part in parts]
 
 
+def side_by_side(groups: list[list[Variant]]) -> int:
+    """Servers of a group, at most."""
+    return max(len({variant.flags for variant in group}) for group in groups)
+
+
 # ---- Routings ------------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from low_latency import most_tokens
 from mps import shared_gpu
 from support import fused_c as fc
+from support.comparison import Mismatch
 from support.fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
-from support.fused_checks import check_combine, check_dispatch, fresh_outputs, output, routed
+from support.fused_checks import check_combine, check_dispatch, describe, fresh_outputs, output, routed
 from support.kernel_case import POISON, Config
 from time_fused import Layer, Table, has_deepep, time_layer, timed_config
 from time_kernels import graph_us
@@ -97,14 +98,30 @@ def in_two_phases(group: Group) -> None:
     group.dispatch(fc.RECEIVE)
 
 
+def expect_no_fault(group: Group, times: tuple[float, float, float]) -> None:
+    """Raises on every rank where one has a fault on record, with what all of them say.
+
+    times: s of the host's clock, when all were at rest, when the launch had returned, and when it was done.
+    """
+    status = group.status(group.ranks[0])
+    at_rest_since, launched, done = times
+    words = f"{describe(status)}, launched {launched - at_rest_since:.3f} s behind the others' meeting"
+    said = everyone((status.fault, f"{words}, done {done - launched:.3f} s later"))
+    if any(fault for fault, _ in said):
+        raise Mismatch("; ".join(f"rank {rank}: {words}" for rank, (_, words) in enumerate(said)) + f"; {group.config}")
+
+
 def play(group: Group, seed: int, dispatch: Callable[[Group], None]) -> None:
     """One round of all ranks, this one's part checked."""
     ranks, me = make_group(group.config, seed, "cuda"), group.ranks[0]
     group.load(ranks)
     group.poison()
     at_rest()  # else a peer's rows are poisoned
+    times = [time.monotonic()]
     dispatch(group)
+    times.append(time.monotonic())
     torch.cuda.synchronize()
+    expect_no_fault(group, (*times, time.monotonic()))
     weights = None if group.config.carried else everyone(output(group, me, "weight"))
     placement = check_dispatch(group, ranks, weights)
     outputs = fresh_outputs(group, seed)
@@ -232,7 +249,7 @@ def check_all(kernels, regions: SharedRegions, every: list[FusedConfig], options
         dead_rank(kernels, regions, blocks, carried)
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
-        print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks a rank", flush=True)
+        print(f"{ranks} processes: {checked} rounds agree, a dead rank is named; {blocks} blocks per rank", flush=True)
 
 
 def time_config(kernels, regions: SharedRegions, table: Table, config: FusedConfig, options) -> None:

@@ -25,5 +25,5 @@ def make_buffer(tokens: int, hidden_size: int, num_experts: int) -> deep_ep.Buff
 
 
 def most_tokens(ranks: int) -> int:
-    """The most tokens a rank that DeepEP allows: 511 by its default queue depth, ranks * tokens a multiple of 4."""
+    """The most tokens per rank that DeepEP allows: 511 by its default queue depth, ranks * tokens a multiple of 4."""
     return next(tokens for tokens in range(511, 0, -1) if ranks * tokens % 4 == 0)

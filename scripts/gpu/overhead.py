@@ -6,7 +6,7 @@ Low latency: each row is a CUDA graph of several rounds: DeepEP's dispatch and c
 and the plan alone. With one rank the plan bounds eight (E = 128, top-8), as on a cluster, and there is no exchange;
 with more, it bounds those and its all-reduce is part of it: once NCCL's, once the kernel over peers' memory. `10 %
 clipped`: gamma where a tenth of the assignments is over a bound, nothing re-routed, so rows get fewer. Normal mode (N >
-1): 4096 tokens a rank, with the experts' grouped GEMMs, launched from the host, onto a device that is busy before (as
+1): 4096 tokens per rank, with the experts' grouped GEMMs, launched from the host, onto a device that is busy before (as
 behind attention) and an idle one. Times are the slowest rank's medians.
 """
 
@@ -274,7 +274,7 @@ def host_us(one_round, batches: list[dict], busy: bool, repeats: int = 15) -> fl
 
 
 def measure_normal(hidden_size: int, clipped: float, busy: bool) -> dict:
-    """One row at 4096 tokens a rank: DeepEP alone and behind the plan, and the plan's share of the MoE layer."""
+    """One row at 4096 tokens per rank: DeepEP alone and behind the plan, and the plan's share of the MoE layer."""
     layer = Normal(hidden_size)
     gamma = layer.gamma_for(clipped) if clipped else 3.0
     plan = layer.make_plan(gamma, **({"reroute": "none"} if clipped else {}))

@@ -28,7 +28,7 @@ import result_file
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
 TOKENS = 480  # of a part and rank
-PARTS = (1, 8)  # of a batch: 480 tokens a rank, 3840 tokens a rank
+PARTS = (1, 8)  # of a batch: 480 tokens per rank, 3840 tokens per rank
 CASES = {"1.27": 1.27, "1.5": 1.5, "1.95": 1.95, "layer 3": None}
 BOUNDS = (1.05, 1.2)
 METHODS = ("cai", "paper", "rank")
@@ -235,9 +235,9 @@ def run_case(rank: Rank, name: str, parts: int) -> list[dict]:
     rows = [{"case": {**case, "method": "unclipped"}, **before, "assignments": free}]
     for method in METHODS:
         for bound in BOUNDS:
-            ids, gates, fate = planned(rank, method, bound, batch)
+            ids, gates, outcome = planned(rank, method, bound, batch)
             after = rank.round(batch["hidden"], ids, gates)
-            row = {"case": {**case, "method": method, "gamma": bound}, **after, "assignments": fate}
+            row = {"case": {**case, "method": method, "gamma": bound}, **after, "assignments": outcome}
             rows.append(row | judge(before, after, bound if method == "rank" else None))
     return rows
 

@@ -19,7 +19,8 @@ from time_kernels import HOT, graph_us
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, RoutedTokens
+from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 
 def plan_us(config: Config, redundant: int | None) -> tuple[float, float]:

@@ -279,7 +279,7 @@ def _chunk_size(flags: dict[str, Any]) -> Check:
     """Whether a rank's prefill chunk pays: under dp-attention SGLang divides --chunked-prefill-size by dp (in
     arg_groups/parallel_hook.py). flags: SGLang's, resolved.
     """
-    name, tokens = "tokens a rank", flags["chunked_prefill_size"]
+    name, tokens = "tokens per rank", flags["chunked_prefill_size"]
     pays = TOKENS_THAT_PAY["cpu" if flags["device"] == "cpu" else "cuda"]
     if not 0 < tokens < pays:
         return Check(name, OK, f"prefill chunks of {tokens}" if tokens > 0 else "prefill is not chunked")

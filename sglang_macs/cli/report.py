@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replica", type=number(int, 0, 1 << 20), help=help)
     parser.add_argument("-o", "--output", default="report.html", help="where to write the page (default: %(default)s)")
     microseconds = number(float, 0, 1e9)
-    parser.add_argument("--row-us", type=microseconds, help="microseconds a row costs its rank, to show the time saved")
+    parser.add_argument("--row-us", type=microseconds, help="microseconds that a row costs, to show the time saved")
 
 
 def run(args: argparse.Namespace) -> int:

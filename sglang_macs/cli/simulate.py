@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> int:
     loads = _loads(args)
     rows = study.run(settings, loads)
     if args.plot:
-        title = (
-            f"{args.model} on {args.machine}, {args.tokens} tokens a rank ({'FP8' if args.fp8 else 'bf16'}); simulated"
-        )
+        kind = "FP8" if args.fp8 else "bf16"
+        title = f"{args.model} on {args.machine}, {args.tokens} tokens per rank ({kind}); simulated"
         picture.draw(rows, title, args.plot)
     if args.json:
         print(json.dumps(study.to_json(settings, loads, rows), indent=1))

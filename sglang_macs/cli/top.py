@@ -56,7 +56,7 @@ def frame(states: Sequence[State], period: str) -> str:
     config = _mapping(states[0].get("config"))
     preset, scope, gamma = (printable(config.get(name, "?"), 16) for name in ("preset", "scope", "gamma"))
     head = f"MACS {preset}, scope {scope}, gamma {gamma}"
-    sections = (_notes(states), _dispatches(states), _ranks(layers), _fates(states), _proof(states))
+    sections = (_notes(states), _dispatches(states), _ranks(layers), _outcomes(states), _proof(states))
     shown = ["\n".join(section) for section in sections if section]
     return "\n\n".join([f"{head}, {f'{count} layers, ' if count else ''}{period}", *shown])
 
@@ -125,7 +125,7 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _fates(states: Sequence[State]) -> list[str]:
+def _outcomes(states: Sequence[State]) -> list[str]:
     own = _sum([_mapping(state.get("own")) for state in states])
     if not own:
         return []
@@ -135,7 +135,7 @@ def _fates(states: Sequence[State]) -> list[str]:
     lines = [head + f"{'clipped':>20}{'re-routed':>12}{'dropped':>12}"]
     for modality in MODALITIES:
         planned, clipped, rerouted, dropped = (
-            int(_number(own.get(f"{fate}_{modality}"))) for fate in ("assignments", "clipped", "rerouted", "dropped")
+            int(_number(own.get(f"{name}_{modality}"))) for name in ("assignments", "clipped", "rerouted", "dropped")
         )
         share = f"({clipped / planned:.1%})" if planned else ""
         head = f"{modality:<12}{planned:>12}" + f"{moved[modality]:>12}" * replicas

@@ -44,7 +44,7 @@ def everyone(value: object, group: dist.ProcessGroup) -> list:
 
 
 def share(size: int, group: dist.ProcessGroup) -> PeerMemory:
-    """`size` zero-filled bytes a rank on the current device, mapped by all. Collective; group: on the host (gloo).
+    """`size` zero-filled bytes per rank on the current device, mapped by all. Collective; group: on the host (gloo).
 
     Raises MacsNotActive on every rank where one of them cannot allocate or map.
     """

@@ -51,8 +51,8 @@ def _is_on(state: Mapping[str, Any]) -> float:
     return float(state["config"]["preset"] != "off")
 
 
-def _own(fate: str) -> Callable[[Mapping[str, Any]], Values]:
-    return lambda state: {(m,): state["own"][f"{fate}_{m}"] for m in MODALITIES}
+def _own(outcome: str) -> Callable[[Mapping[str, Any]], Values]:
+    return lambda state: {(m,): state["own"][f"{outcome}_{m}"] for m in MODALITIES}
 
 
 def _each(key: str, names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Values]:

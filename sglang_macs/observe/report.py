@@ -71,9 +71,9 @@ def _imbalance(rows: np.ndarray) -> np.ndarray:
     return np.where(mean > 0, rows.max(axis=-1) / np.maximum(mean, 1e-9), 1.0)
 
 
-def _fates(trace: Trace) -> np.ndarray:
+def _outcomes(trace: Trace) -> np.ndarray:
     """[L, 3, 2] kept, clipped, re-routed by (visual | text), over all passes."""
-    return sum(step.fates for step in trace.steps)
+    return sum(step.outcomes for step in trace.steps)
 
 
 def _share(part: float, whole: float) -> str:
@@ -84,8 +84,8 @@ def _tiles(trace: Trace, row_us: float | None) -> str:
     before, after = trace.rank_rows()
     slow_before, slow_after = before.max(axis=-1).sum(), after.max(axis=-1).sum()
     saved = slow_before - slow_after
-    fates = _fates(trace).sum(axis=0)
-    planned, lost = fates[KEPT] + fates[CLIPPED], fates[CLIPPED] - fates[REROUTED]
+    outcomes = _outcomes(trace).sum(axis=0)
+    planned, lost = outcomes[KEPT] + outcomes[CLIPPED], outcomes[CLIPPED] - outcomes[REROUTED]
     tiles = [
         (
             f"{_imbalance(before).mean():.2f} → {_imbalance(after).mean():.2f}",
@@ -96,8 +96,8 @@ def _tiles(trace: Trace, row_us: float | None) -> str:
     if row_us is not None:
         tiles.append((f"{saved * row_us / 1e3:,.1f} ms", f"straggler time saved, at {row_us:g} µs a row"))
     for i, modality in enumerate(MODALITIES):
-        dropped = _share(lost[i], planned[i])
-        tiles.append((_share(fates[CLIPPED, i], planned[i]), f"of {modality} assignments clipped, {dropped} dropped"))
+        clipped, dropped = _share(outcomes[CLIPPED, i], planned[i]), _share(lost[i], planned[i])
+        tiles.append((clipped, f"of {modality} assignments clipped, {dropped} dropped"))
     tiles.append((f"{np.mean([step.visual_share for step in trace.steps]):.2f}", "mean visual share R_v"))
     boxes = (f"<div class='tile'><b>{figure}</b><span>{_text(meaning)}</span></div>" for figure, meaning in tiles)
     return f"<div class='tiles'>{''.join(boxes)}</div>"
@@ -209,8 +209,8 @@ _IMPORTANCES = {  # of a token's weakest assignment: what is shown, and its shor
     "entropy": ("the entropy weight of each token", "entropy weight"),
     "entropy_gate": ("entropy weight times gate of each token's weakest assignment", "weight x gate"),
 }
-_FATE_NOTE = (
-    "Right: the share of a token's assignments that were given up, red where they were dropped and amber where another "
+_OUTCOME_NOTE = (
+    "Right: the share of a token's assignments that were clipped, red where they were dropped and amber where another "
     "expert took them. Below, single layers."
 )
 
@@ -225,11 +225,11 @@ def _importance(trace: Trace) -> tuple[str, str]:
 def _pictures_note(trace: Trace) -> str:
     note = f"Middle: {_importance(trace)[0]}, averaged over the layers; dark tokens are worth little and go first"
     pressed = trace.config.get("scope") == "rank" and trace.config.get("alpha") != 0
-    return f"{note}{' (an overloaded expert counts for less than shown)' if pressed else ''}. {_FATE_NOTE}"
+    return f"{note}{' (an overloaded expert counts for less than shown)' if pressed else ''}. {_OUTCOME_NOTE}"
 
 
 def _pictures(trace: Trace) -> str:
-    title = "What was given up, and where in the picture"
+    title = "What was clipped, and where in the picture"
     if not trace.pictures:
         return _section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
     chosen = sorted(trace.pictures, key=lambda p: -int(p.clipped.sum()))[:MAX_PICTURES]
@@ -244,16 +244,16 @@ def _card(trace: Trace, picture: Picture) -> str:
     seen = int(known.sum()) * layers * trace.top_k
     importance = np.where(known, picture.importance.mean(axis=0), np.nan)
     lost, given = int(picture.dropped[:, known].sum()), int(picture.clipped[:, known].sum())
-    told = f"given up {_share(given, seen)}, dropped {_share(lost, seen)}"
+    told = f"clipped {_share(given, seen)}, dropped {_share(lost, seen)}"
     span = f"{_importance(trace)[1]} {np.nanmin(importance):.3f} to {np.nanmax(importance):.3f}"
     panels = [
         _view(picture, width, height, None, f"{columns} by {rows} tokens{_recorded(trace, picture)}"),
         _view(picture, width, height, _importance_png(importance), span),
-        _view(picture, width, height, _fate_png(picture, slice(None), trace.top_k), told),
+        _view(picture, width, height, _outcome_png(picture, slice(None), trace.top_k), told),
     ]
     small = []
     for i in np.unique(np.linspace(0, layers - 1, min(layers, MAX_LAYER_VIEWS)).round().astype(int)):
-        overlay = _fate_png(picture, slice(i, i + 1), trace.top_k)
+        overlay = _outcome_png(picture, slice(i, i + 1), trace.top_k)
         small.append(_view(picture, width * 0.4, height * 0.4, overlay, f"layer {trace.layers[i]}"))
     rows_of_views = (
         f"<div class='panels{kind}'>{''.join(views)}</div>" for kind, views in (("", panels), (" small", small))
@@ -294,8 +294,8 @@ def _importance_png(importance: np.ndarray) -> bytes:
     return _png(np.concatenate([colour, alpha], axis=-1).round().astype(np.uint8))
 
 
-def _fate_png(picture: Picture, layers: slice, top_k: int) -> bytes:
-    given, lost = (fate[layers].mean(axis=0) / top_k for fate in (picture.clipped, picture.dropped))
+def _outcome_png(picture: Picture, layers: slice, top_k: int) -> bytes:
+    given, lost = (outcome[layers].mean(axis=0) / top_k for outcome in (picture.clipped, picture.dropped))
     red = np.where(given > 0, lost / np.maximum(given, 1e-9), 0)[..., None]
     colour = np.array(DROPPED) * red + np.array(REROUTED_COLOUR) * (1 - red)
     alpha = np.where(given > 0, 30 + 210 * given, 0)[..., None]
@@ -319,16 +319,16 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _table(trace: Trace) -> str:
     before, after = trace.rank_rows()
-    fates = _fates(trace)
+    outcomes = _outcomes(trace)
     decided = np.stack([step.planned for step in trace.steps]).mean(axis=0)
     gain = np.stack([step.gain for step in trace.steps]).mean(axis=0)
     names = ("layer", "rows", "planned", "expected gain", "max / mean routed", "dispatched")
     names += ("clipped visual", "text", "dropped visual", "text")
     lines = []
     for i, layer in enumerate(trace.layers):
-        planned, lost = fates[i, KEPT] + fates[i, CLIPPED], fates[i, CLIPPED] - fates[i, REROUTED]
+        planned, lost = outcomes[i, KEPT] + outcomes[i, CLIPPED], outcomes[i, CLIPPED] - outcomes[i, REROUTED]
         worst = [f"{_imbalance(rows[:, i]).mean():.3f}" for rows in (before, after)]
-        shares = [_share(part[m], planned[m]) for part in (fates[i, CLIPPED], lost) for m in (0, 1)]
+        shares = [_share(part[m], planned[m]) for part in (outcomes[i, CLIPPED], lost) for m in (0, 1)]
         decisions = [f"{decided[i]:.0%}", f"{gain[i]:,.0f}"]
         lines.append([str(layer), f"{before[:, i].sum():,}", *decisions, *worst, *shares])
     head = "".join(f"<th>{name}</th>" for name in names)

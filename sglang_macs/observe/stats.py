@@ -105,8 +105,8 @@ class Recount(NamedTuple):
 
 @dataclass
 class Stats:
-    """Everything one process counts. `fate` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality; with
-    replicas [4, 2], those that stayed at another replica, too.
+    """Everything one process counts. `outcome` [3, 2]: this rank's assignments kept, clipped, re-routed, by modality;
+    with replicas [4, 2], those that stayed at another replica, too.
 
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
@@ -134,7 +134,7 @@ class Stats:
     runner_calls: int = 0
     plan_seconds: float = 0.0
     visual_share_sum: Tensor | float = 0.0
-    fate: Tensor | int = 0
+    outcome: Tensor | int = 0
     checks: Counter = field(default_factory=Counter)
     violations: Counter = field(default_factory=Counter)  # of tensors
     measured: Counter = field(default_factory=Counter)
@@ -161,7 +161,7 @@ class Stats:
         sums = torch.stack([plan.group for plan in plans])[:, -NUM_SUMS:]
         visual, total = sums[:, 2:].double().unbind(dim=1)
         self.visual_share_sum += torch.where(total > 0, visual / total.clamp(min=1), 0.5).sum()
-        self.fate += counts.sum(dim=(0, 2), dtype=torch.int64)
+        self.outcome += counts.sum(dim=(0, 2), dtype=torch.int64)
         if plans[0].by_expert:  # this rank's own assignments, before clipping
             rows = self.expert_rows.setdefault(counts.shape[2], SumsByLayer())
             rows.add([plan.layer_id for plan in plans], counts[:, :2].sum(dim=1, dtype=torch.int64))
@@ -219,11 +219,11 @@ class Stats:
             return Stats(**{name: _to_host(value) for name, value in self._values().items()})
 
     def snapshot(self) -> dict[str, object]:
-        """Every counter as JSON values; `fate` becomes `own`, and what is by layer `layers`, whose ids are strings."""
+        """Every counter as JSON values; `outcome` becomes `own`; what is by layer, `layers`, whose ids are strings."""
         by_layer = ("measured", "cut", "rows", "max_over_mean")
         with self._settled():
             raw = {name: _plain(value) for name, value in self._values().items()}
-        raw["own"] = _fates(raw.pop("fate"))
+        raw["own"] = _outcomes(raw.pop("outcome"))
         measured, cut, rows, max_over_mean = (raw.pop(name) for name in by_layer)
         raw["layers"] = {str(i): _layer(measured[i], cut[i], rows[i], max_over_mean[i]) for i in measured}
         raw["expert_rows"] = {i: rows for of_size in raw["expert_rows"].values() for i, rows in of_size.items()}
@@ -269,11 +269,11 @@ def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list
     }
 
 
-def _fates(fate: list[list[int]] | int) -> dict[str, int]:
+def _outcomes(outcome: list[list[int]] | int) -> dict[str, int]:
     """{"clipped_visual": n, ...} from [3, 2] or, with replicas, [4, 2] kept, clipped, re-routed, moved by (visual,
     text).
     """
-    kept, clipped, rerouted, moved = [*(fate or []), *[[0, 0]] * (4 - len(fate or []))]
+    kept, clipped, rerouted, moved = [*(outcome or []), *[[0, 0]] * (4 - len(outcome or []))]
     named = {}
     for i, modality in enumerate(MODALITIES):
         named[f"assignments_{modality}"] = kept[i] + clipped[i]

@@ -48,7 +48,7 @@ class Step:
     time in seconds; tokens: over all ranks. planned [L] bool: False where a layer was left alone, since a plan costs
     more than it would have gained; gain [L]: rows off the most loaded rank that were expected of a plan, 0 where
     nothing was known. visual_share, bound [L]; of a layer left alone an average over the ranks, and no bound. before,
-    after [L, R] i64: rows of each rank, experts placed linearly; fates [L, 3, 2] i64 kept, clipped, re-routed in, by
+    after [L, R] i64: rows of each rank, experts placed linearly; outcomes [L, 3, 2] i64 kept, clipped, re-routed in, by
     (visual | text).
     """
 
@@ -60,12 +60,12 @@ class Step:
     bound: np.ndarray
     before: np.ndarray
     after: np.ndarray
-    fates: np.ndarray
+    outcomes: np.ndarray
 
 
 @dataclass
 class Picture:
-    """One image's fate where it was first recorded most completely: by the ranks of an EP group that share a batch.
+    """One image's outcome where it was first recorded most completely: by the ranks of an EP group that share a batch.
 
     importance [L, rows, columns] f32: what the plan went by for a token's weakest assignment, NaN where not recorded;
     clipped, dropped [L, rows, columns] u8 of its tokens' top-k assignments. replica, rank: who recorded it (the first
@@ -283,14 +283,14 @@ def _layer_ids(value: object) -> list[int]:
 def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: _Budget) -> Step:
     """One pass; its lines by stage and rank."""
     stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
-    planned, gain, share, bound, rows, fates = (np.concatenate(of) for of in zip(*stages, strict=True))
-    if fates[:, REROUTED].sum() > fates[:, CLIPPED].sum():
+    planned, gain, share, bound, rows, outcomes = (np.concatenate(of) for of in zip(*stages, strict=True))
+    if outcomes[:, REROUTED].sum() > outcomes[:, CLIPPED].sum():
         raise ValueError("counts that no plan makes")
     before, after = rows[:, 0], rows[:, 1]
     first = by_stage[0]
     tokens = sum(int(_numbers(line["tokens"], (), 2**31)) for line in first)
     time = float(_numbers(first[0]["time"], (), 1e12))
-    return Step(time, tokens, planned, gain, share, bound, before, after, fates)
+    return Step(time, tokens, planned, gain, share, bound, before, after, outcomes)
 
 
 def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
@@ -298,14 +298,14 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budge
     sources.
     """
     rows = np.zeros((layers, 2, sizes["ranks"]), dtype=np.int64)
-    fates = np.zeros((layers, 3, 2), dtype=np.int64)
+    outcomes = np.zeros((layers, 3, 2), dtype=np.int64)
     for line in lines:
         if line["counts"] == "":  # a rank without tokens
             continue
         own = _unpack(line["counts"], np.int32, (layers, 3, sizes["experts"], 2), budget)
         if own.min() < 0:
             raise ValueError("counts below 0")
-        fates += own.sum(axis=2, dtype=np.int64)
+        outcomes += own.sum(axis=2, dtype=np.int64)
         rows += _rows_of_ranks(line, own, sizes["ranks"], budget)
     of_line = lines[0]
     planned = _numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
@@ -315,7 +315,7 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budge
         tokens = [float(_numbers(line["tokens"], (), 2**31)) for line in lines]
         shares = np.stack([_numbers(line["visual_share"], (layers,), 1) for line in lines])
         share = np.where(planned, share, np.average(shares, axis=0, weights=tokens) if sum(tokens) else share)
-    return planned, gain, share, bound, rows, fates
+    return planned, gain, share, bound, rows, outcomes
 
 
 def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: _Budget) -> np.ndarray:

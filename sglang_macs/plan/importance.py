@@ -1,4 +1,4 @@
-"""An importance of one's own, `--macs-importance MODULE:FUNCTION`: what is given up last is what a Python function
+"""An importance of one's own, `--macs-importance MODULE:FUNCTION`: what is clipped last is what a Python function
 scores highest (docs/importance.md).
 
 The function's numbers become buckets, and from there on everything is the operators', in integers. So bounds hold and

@@ -1,4 +1,4 @@
-"""The study as a picture: speed-up over what is given up, one panel an EP size."""
+"""The study as a picture: speed-up over what is clipped, one panel per EP size."""
 
 from ..errors import MacsError
 from .study import Row

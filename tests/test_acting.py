@@ -21,6 +21,7 @@ from sglang_macs.errors import MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.routing import Routing
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 512
 CONFIG = MacsConfig.from_preset("rank", gamma=1.1, verify=True)
@@ -308,6 +309,14 @@ def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_i
     process.transports.plans = fuses
     assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
     assert (f"from {rows} rows on" in capsys.readouterr().err) == (rows > 0)
+
+
+def test_a_plan_that_stands_before_the_fused_dispatch_has_to_pay():
+    process = Worker(MacsConfig.from_preset().on("cpu"))
+    process.transports.plans = True
+    routing = Routing("sigmoid", torch.zeros(4))
+    process.planners = {i: SimpleNamespace(plan=Plan(process.config, 4, 2, routing=routing)) for i in range(2)}
+    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == 8
 
 
 def test_batches_that_are_not_planned_do_not_count_as_passes():

@@ -3,6 +3,7 @@ that runs what was captured again, on the same memory; tests/test_gpu.py has rea
 """
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -227,6 +228,31 @@ def test_what_cannot_be_captured_is_said_once_and_served() -> None:
         assert torch.equal(graphs.run(now, 300, seed), launches.run(now, 300, seed))
     assert graphs.said == ["MoE layers of 512 rows are no CUDA graphs: out of memory"]
     assert graphs.counted() == launches.counted() and graphs.planner.counters.graphs == 0
+
+
+def test_a_pool_that_all_graphs_have_left_is_not_taken_again(monkeypatch) -> None:
+    """torch fails on an assertion then: behind inputs that have moved, or where the first capture failed."""
+    taken, handles = [], iter(range(9))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(capture_begin=lambda pool, **kwargs: taken.append(pool), capture_end=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    graphs, output = LayerGraphs(print), torch.ones(4, HIDDEN)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    graphs.capture(lambda: output, [])
+    graphs.capture(lambda: output, [])
+    graphs._of(300, routed(300, 0))
+    graphs.capture(lambda: output, [])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graphs.capture(fails, [])
+    graphs.capture(lambda: output, [])
+    assert taken == [0, 0, 1, 1, 2]
 
 
 def test_there_is_an_end_to_the_sizes(monkeypatch) -> None:

@@ -102,21 +102,27 @@ class LayerGraphs:
         if made is None or made.hidden.shape[0] < rows:
             made = self._inputs[kind] = Inputs.like(1 << (rows - 1).bit_length(), given)
             self.epoch += 1
+            self._pool = None
         return made.first(rows)
 
     def capture(self, forward: Callable[[], Tensor], results: list[PlanResult]) -> _Replay:
         """`forward` is captured, not run. results: where its plan is found."""
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
+        # torch takes no pool again that all graphs have left: so may those of inputs that have moved, or of a failure.
+        self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            # Of this thread alone: NCCL's watchdog asks for events meanwhile.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                output = forward()
-            finally:
-                graph.capture_end()
+        try:
+            with torch.cuda.stream(self._stream):
+                # Of this thread alone: NCCL's watchdog asks for events meanwhile.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    output = forward()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            self._pool = None
+            raise
         return _Replay(graph, alias(output), _aliases(results[0]) if results else None)
 
 

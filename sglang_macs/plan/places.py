@@ -55,19 +55,11 @@ class Places:
 
     def table(self, device: torch.device) -> Tensor:
         """The tables on `device`; always the same memory."""
-        if device.type == "cpu":
-            return self._table
-        if device not in self._elsewhere:
-            self._elsewhere[device] = self._table.to(device)
-        return self._elsewhere[device]
+        return _on(device, self._table, self._elsewhere)
 
     def logical_on(self, device: torch.device) -> Tensor:
         """`logical` on `device`."""
-        if device.type == "cpu":
-            return self.logical
-        if device not in self._logical_elsewhere:
-            self._logical_elsewhere[device] = self.logical.to(device)
-        return self._logical_elsewhere[device]
+        return _on(device, self.logical, self._logical_elsewhere)
 
     def refresh(self, physical_to_logical: Sequence[int] | Tensor) -> None:
         """From [P], the logical expert of each physical one. Raises MacsError where an expert is nowhere."""
@@ -120,6 +112,15 @@ class Places:
         numbers = [self.rank, len(replicated), len(steps), *self.logical[:-1].tolist(), *ends]
         numbers += [*ranks, *unused, *physical, *unused, *row]
         return numbers + [n for part in (step_ends, order) for n in (*part, *[0] * (self.num_redundant - len(part)))]
+
+
+def _on(device: torch.device, on_host: Tensor, elsewhere: dict[torch.device, Tensor]) -> Tensor:
+    """The tensor itself on the host, else its copy on `device`, made once."""
+    if device.type == "cpu":
+        return on_host
+    if device not in elsewhere:
+        elsewhere[device] = on_host.to(device)
+    return elsewhere[device]
 
 
 def _steps(ranks: list[list[int]]) -> list[list[int]]:

@@ -875,15 +875,26 @@ void check_topk(const Tensor& ids, const Tensor& weights, const FusedShape& shap
   check_like(weights, "topk_weights", at::kFloat, ids.sizes(), ids);
 }
 
+// What every launch of a dispatch is told; the caller adds the phase and the batch.
+FusedDispatchParams dispatch_params(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
+                                    int64_t timeout_ns, int64_t layer) {
+  FusedDispatchParams p = {};
+  p.shape = checked_shape(shape);
+  p.layout = fused_layout(p.shape);
+  p.one = fused_rank(region, peers, rank, p.shape);
+  p.scales_with_rows = ranks_are_apart(p.shape);
+  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
+  p.layer = static_cast<int32_t>(layer);
+  p.launched = 1;
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
     const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape, const Tensor& hidden_states,
     const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& segment, const OptionalTensor& router_logits,
     const Tensor& modality, at::ArrayRef<double> policy, int64_t num_segments, int64_t phase, int64_t timeout_ns,
     int64_t layer) {
-  FusedDispatchParams p = {};
-  p.shape = checked_shape(shape);
-  p.layout = fused_layout(p.shape);
-  p.one = fused_rank(region, peers, rank, p.shape);
+  FusedDispatchParams p = dispatch_params(region, peers, rank, shape, timeout_ns, layer);
   const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous(), gates = topk_weights.contiguous(),
                seg = segment.contiguous(), m = modality.contiguous();
   check_topk(ids, gates, p.shape);
@@ -902,10 +913,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
   p.num_segments = static_cast<int32_t>(num_segments);
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
   p.same_device = !ranks_are_apart(p.shape);
-  p.scales_with_rows = ranks_are_apart(p.shape);
-  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
-  p.layer = static_cast<int32_t>(layer);
-  p.launched = 1;
   const auto i32 = region.options().dtype(at::kInt);
   Tensor new_ids = at::empty_like(ids), new_weights = at::empty_like(gates);
   Tensor weight = at::empty({ids.size(0)}, gates.options());
@@ -931,10 +938,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_dispatch(
 // Every row as it is routed.
 void fused_carry(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
                  const Tensor& hidden_states, const Tensor& topk_ids, int64_t phase, int64_t timeout_ns, int64_t layer) {
-  FusedDispatchParams p = {};
-  p.shape = checked_shape(shape);
-  p.layout = fused_layout(p.shape);
-  p.one = fused_rank(region, peers, rank, p.shape);
+  FusedDispatchParams p = dispatch_params(region, peers, rank, shape, timeout_ns, layer);
   const Tensor x = hidden_states.contiguous(), ids = topk_ids.contiguous();
   check_ids(ids, p.shape);
   check_like(x, "hidden_states", at::kBFloat16, {ids.size(0), p.shape.hidden_size}, region);
@@ -942,10 +946,6 @@ void fused_carry(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::
   p.phase = checked_enum<Phase>(phase, "phase");
   p.ids_are_i64 = ids.scalar_type() == at::kLong;
   p.same_device = !ranks_are_apart(p.shape);
-  p.scales_with_rows = ranks_are_apart(p.shape);
-  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
-  p.layer = static_cast<int32_t>(layer);
-  p.launched = 1;
   p.one.hidden_states = x.const_data_ptr();
   p.one.topk_ids = ids.const_data_ptr();
   p.one.num_tokens = static_cast<int32_t>(ids.size(0));
@@ -956,16 +956,9 @@ void fused_carry(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::
 // The rest of a dispatch that was only sent: behind it every rank's rows are there.
 void fused_receive(const Tensor& region, at::IntArrayRef peers, int64_t rank, at::IntArrayRef shape,
                    int64_t timeout_ns, int64_t layer) {
-  FusedDispatchParams p = {};
-  p.shape = checked_shape(shape);
-  p.layout = fused_layout(p.shape);
-  p.one = fused_rank(region, peers, rank, p.shape);
+  FusedDispatchParams p = dispatch_params(region, peers, rank, shape, timeout_ns, layer);
   p.phase = Phase::kReceive;
-  p.scales_with_rows = ranks_are_apart(p.shape);
   p.policy.bucket_bits = kMaxBucketBits;  // of no meaning here
-  p.timeout_ns = static_cast<uint64_t>(timeout_ns);
-  p.layer = static_cast<int32_t>(layer);
-  p.launched = 1;
   const c10::cuda::CUDAGuard guard(region.device());
   check_launch(cuda::launch_fused_dispatch(p, stream_of(region)), "fused_receive");
 }

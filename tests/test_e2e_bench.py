@@ -443,8 +443,8 @@ def test_smoke_run_on_cpu(tmp_path):
 def test_ranks_of_all_servers_on_one_gpu_have_sms_of_their_own(monkeypatch) -> None:
     """Two servers of two ranks, each with half of them, stood still."""
     monkeypatch.setattr(prefill.mps, "shared_gpu", lambda processes: processes)
-    asked = [
-        prefill.shared_gpu(prefill.parse(["--out", "x", "--commit", "x", "--share-gpu", "--ranks", "2", *more]))
-        for more in (["--variants", "off", "--dispatch", "bounded"], [], ["--at-once", "2"])
-    ]
+    asked = []
+    for more in (["--variants", "off", "--dispatch", "bounded"], [], ["--at-once", "2"]):
+        options = prefill.parse(["--out", "x", "--commit", "x", "--share-gpu", "--ranks", "2", *more])
+        asked.append(prefill.sharing(options, prefill.groups_of(options)))
     assert asked == [4, 8, 4]

@@ -12,7 +12,6 @@ pass. FILE is written after every size, the most telling first. On one GPU: --sh
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import signal
 import statistics
@@ -25,16 +24,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "gpu"), str(HERE)]
 
-import mps  # noqa: E402
 import prefill  # noqa: E402
-import requests  # noqa: E402
 import result_file  # noqa: E402
 import servers  # noqa: E402
 import summary  # noqa: E402
 from check_serving import interval  # noqa: E402
 from rounds import FIRST_ID, LAST_ID, Client, Run  # noqa: E402
 from servers import INFINITE, MACS, STOCK, Launch, Variant  # noqa: E402
-from serving import ServerError  # noqa: E402
 from summary import Samples  # noqa: E402
 
 REQUESTS = [32, 128, 64, 8, 1]  # running of each rank, the most telling first
@@ -233,12 +229,8 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
     with prefill.running(group, launch, model, report.options.stagger) as clients:
         print(f"decode: {len(clients)} servers up", flush=True)
         measuring, cells = Group(group, clients, launch, report), [Cell(n) for n in report.options.requests]
-        for place, cell in enumerate(cells):
-            left = until - time.monotonic()
-            if place and left < 0:
-                print(f"decode: no time for {cell}", flush=True)
-                continue
-            measuring.measure(cell, time.monotonic() + left / (len(cells) - place), until)
+        for cell, its_end in prefill.in_shares("decode", cells, until):
+            measuring.measure(cell, its_end, until)
 
 
 def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
@@ -251,24 +243,16 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
     end = time.monotonic() + 60 * options.minutes
     launch, report = launch_of(options, client), Report(options)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    groups = groups_of(options)
-    for place, group in enumerate(groups):
-        share = (end - time.monotonic()) / (len(groups) - place)
-        if place and share < prefill.WORTH_STARTING:
-            print(f"decode: no time for {[v.name for v in group]}", flush=True)
-            continue
-        try:
-            measure_group(group, launch, model, report, time.monotonic() + share)
-        except (ServerError, requests.RequestException) as error:  # what other groups measure stays
-            print(f"decode: a group failed, {error}", flush=True)
+    prefill.measure_groups(
+        "decode", groups_of(options), end, lambda group, until: measure_group(group, launch, model, report, until)
+    )
     return report
 
 
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    clients = options.ranks * servers.side_by_side(groups_of(options))  # each has SMs of its own, idle servers' too
-    with mps.shared_gpu(clients) if options.share_gpu else contextlib.nullcontext({}) as client:
+    with prefill.sharing(options, groups_of(options)) as client:
         report = measure(options, client)
     print(f"decode: {len(report.rows)} rows, {len(report.outliers)} rounds left out, in {options.out}")
     return 0 if report.rows else 1

@@ -18,11 +18,13 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -253,6 +255,37 @@ def workload(options: argparse.Namespace, tokens: int) -> Workload:
     return Workload.of(tokens, options.prompt_tokens, options.ranks, options.prompts == "images", options.passes)
 
 
+def in_shares(
+    program: str, things: list, end: float, least: float = 0.0, words: Callable = str
+) -> Iterator[tuple[Any, float]]:
+    """Each of them with the moment until which it may take: equal shares, for those left, of the time until `end`. What
+    would get less than `least` seconds is left out, and said so in `words`, but for the first.
+    """
+    for place, thing in enumerate(things):
+        share = (end - time.monotonic()) / (len(things) - place)
+        if place and share < least:
+            print(f"{program}: no time for {words(thing)}", flush=True)
+        else:
+            yield thing, time.monotonic() + share
+
+
+def measure_groups(program: str, groups: list[list[Variant]], end: float, measure_one: Callable) -> None:
+    """measure_one: of a group, and the moment until which it may take."""
+    for group, until in in_shares(program, groups, end, WORTH_STARTING, lambda group: [v.name for v in group]):
+        try:
+            measure_one(group, until)
+        except (ServerError, requests.RequestException) as error:  # what other groups measure stays
+            print(f"{program}: a group failed, {error}", flush=True)
+
+
+def sharing(options: argparse.Namespace, groups: list[list[Variant]]) -> AbstractContextManager[dict[str, str]]:
+    """The environment of servers whose ranks share a GPU, or nothing. Each rank has SMs of its own, idle servers' ranks
+    too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
+    """
+    clients = options.ranks * servers.side_by_side(groups)
+    return mps.shared_gpu(clients) if options.share_gpu else nullcontext({})
+
+
 def measure_group(group: list[Variant], launch: Launch, model: Path, report: Report, until: float) -> None:
     """All cells of a group, in time shares that are equal for those left."""
     options = report.options
@@ -262,12 +295,8 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
         print(f"prefill: {len(clients)} servers up", flush=True)
         measuring = Group(group, clients, launch, report)
         end = until - (PROFILE_SECONDS * len(measuring.to_profile(profiled)) if profiled else 0)
-        for place, cell in enumerate(cells):
-            left = end - time.monotonic()
-            if place and left < 0:
-                print(f"prefill: no time for {cell}", flush=True)
-                continue
-            measuring.measure(cell, time.monotonic() + left / (len(cells) - place), end)
+        for cell, its_end in in_shares("prefill", cells, end):
+            measuring.measure(cell, its_end, end)
         if profiled:
             measuring.profile(profiled)
 
@@ -335,35 +364,21 @@ def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
     return servers.grouped(servers.chosen_variants(options.variants, options.dispatch, options.device), options.at_once)
 
 
-def shared_gpu(options: argparse.Namespace) -> contextlib.AbstractContextManager[dict[str, str]]:
-    """The environment of servers whose ranks share a GPU. Each rank has SMs of its own, idle servers' ranks
-    too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
-    """
-    return mps.shared_gpu(options.ranks * servers.side_by_side(groups_of(options)))
-
-
 def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
     """All groups. client: environment of the servers, where ranks share a GPU."""
     end = time.monotonic() + 60 * options.minutes
     launch, report = launch_of(options, client), Report(options)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    groups = groups_of(options)
-    for place, group in enumerate(groups):
-        share = (end - time.monotonic()) / (len(groups) - place)
-        if place and share < WORTH_STARTING:
-            print(f"prefill: no time for {[v.name for v in group]}", flush=True)
-            continue
-        try:
-            measure_group(group, launch, model, report, time.monotonic() + share)
-        except (ServerError, requests.RequestException) as error:  # what other groups measure stays
-            print(f"prefill: a group failed, {error}", flush=True)
+    measure_groups(
+        "prefill", groups_of(options), end, lambda group, until: measure_group(group, launch, model, report, until)
+    )
     return report
 
 
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with shared_gpu(options) if options.share_gpu else contextlib.nullcontext({}) as client:
+    with sharing(options, groups_of(options)) as client:
         report = measure(options, client)
     print(f"prefill: {len(report.rows)} rows, {len(report.outliers)} outlying runs, in {options.out}")
     return 0 if report.rows else 1

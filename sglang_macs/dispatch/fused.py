@@ -25,7 +25,7 @@ from ..ops.definitions import limit
 from ..plan.plan import Plan, PlanResult
 from ..plan.tokens import RoutedTokens
 
-# Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
+# Of a wait for a peer: longer than a rank is late, shorter than an operator waits. In the first rounds a rank may
 # compile kernels that the others, who wait for it here, do not need: a minute with empty caches. In a CUDA graph nobody
 # compiles, and SGLang's schedulers have met before they replay one.
 TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
@@ -149,7 +149,7 @@ class FusedDispatch:
             logits,
             num_segments=tokens.num_segments,
             phase="both" if awaits else "send",
-            **(self._patience() | plan.fused_options(tokens.hidden_states.device)),
+            **(self._wait_options() | plan.fused_options(tokens.hidden_states.device)),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
 
@@ -165,14 +165,14 @@ class FusedDispatch:
         """Sends every row to where it was routed, unplanned; the rest as of `send`. Collective."""
         self._begin(layer_id, format, awaits)
         phase = "both" if awaits else "send"
-        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._patience())
+        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._wait_options())
 
     def receive(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """What all ranks sent: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for bf16), and rows
         of each expert [E_l] i32.
         """
         if self._to_receive:
-            ops.fused_receive(*self._where(), **self._patience())
+            ops.fused_receive(*self._where(), **self._wait_options())
         self._to_receive = False
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
 
@@ -272,7 +272,7 @@ class FusedDispatch:
         self._layer, self._to_receive = layer_id, not awaits
         self._rounds += 1
 
-    def _patience(self) -> dict[str, Any]:
+    def _wait_options(self) -> dict[str, Any]:
         return {"timeout_ns": timeout_ns(self._rounds), "layer": self._layer}
 
     def _where(self) -> tuple[Tensor, list[int], int, ops.RegionShape]:
@@ -281,7 +281,7 @@ class FusedDispatch:
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
         if outputs is not None and outputs.data_ptr() == self._outputs().data_ptr():
             outputs = None  # they lie where they are read
-        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._patience())
+        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._wait_options())
 
     def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         start = getattr(self._layout, name)

@@ -25,7 +25,7 @@ constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds that a block cuts in one pass over the group
 constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which it counts a bound's slots
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
+constexpr int kStepsPerEpoch = 64;        // of the rank's own barrier: one per proposal round
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kUnplaced = -1, kEmptySlot = -2;
@@ -100,7 +100,7 @@ struct FusedArgs {
 };
 
 __device__ __forceinline__ bool has_step(uint32_t seen, uint32_t expected) {
-  return seen / kStepsPerRound == expected / kStepsPerRound && seen >= expected;
+  return seen / kStepsPerEpoch == expected / kStepsPerEpoch && seen >= expected;
 }
 
 struct FusedBlock {
@@ -147,9 +147,9 @@ struct FusedBlock {
   __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
-  // Of what a source tells of its rows per expert in this round.
+  // Of what a source tells of its rows per expert in this epoch.
   __device__ __forceinline__ int64_t counts_of(int source) const {
-    const int row = (wait.round & 1) * p.shape.num_ranks + source;
+    const int row = (wait.epoch & 1) * p.shape.num_ranks + source;
     return p.layout.counts + 8LL * row * p.shape.num_experts;
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
@@ -189,10 +189,10 @@ struct FusedBlock {
   __device__ __forceinline__ bool await_all(Flags kind, Fault fault) const {
     return await_flags(own<char>(0), p.shape, p.layout, kind, wait, fault);
   }
-  // A barrier of the rank's own blocks. Most rounds have none, so that a flag may be of a round long ago: only one of this
-  // very round counts (of its lower 26 bits, so that one in 2^26 old flags would, too).
+  // A barrier of the rank's own blocks. Most epochs have none, so that a flag may be of an epoch long ago: only one of this
+  // very epoch counts (of its lower 26 bits, so that one in 2^26 old flags would, too).
   __device__ __forceinline__ bool barrier(int step, Fault fault) const {
-    const uint32_t now = wait.round * kStepsPerRound + step;
+    const uint32_t now = wait.epoch * kStepsPerEpoch + step;
     uint32_t* const flags = own<uint32_t>(p.layout.barrier);
     __syncthreads();
     if (threadIdx.x == 0) store_release_gpu(flags + block, now);

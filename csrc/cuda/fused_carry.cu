@@ -80,7 +80,7 @@ __device__ __forceinline__ void tell_counts(const FusedBlock& b, bool wrong) {
     const int64_t row = b.counts_of(b.rank);
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_ll_word(wrong ? kNoCount : own_rows(b)[j] & 0xffffu, b.wait.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(wrong ? kNoCount : own_rows(b)[j] & 0xffffu, b.wait.epoch));
     }
   }
 }
@@ -207,7 +207,7 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
   write_received(b, ok);
   if (b.p.phase == Phase::kSend || !ok) return;
   if (!b.await_all(Flags::kRows, Fault::kRows)) return write_received(b, false);
-  if (threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.round) = b.wait.round;
+  if (threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.epoch) = b.wait.epoch;
 }
 
 // The scales that come with rows, by the blocks that do not wait for the rows' signals; by the last one, if it is alone.
@@ -222,7 +222,7 @@ template <int kVectors, bool kExact>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_carry_kernel(const __grid_constant__ FusedArgs args) {
   unsigned char* const shared = dynamic_shared();
   FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.tables.rank)), shared);
-  b.wait.round = *b.own<uint32_t>(args.p.layout.round) + 1;
+  b.wait.epoch = *b.own<uint32_t>(args.p.layout.epoch) + 1;
   b.stamp(0);
   const CarryShare share(b);
   int begin = share.first_token, end = min(begin + args.staged_rows, share.end_token);

@@ -42,7 +42,7 @@ struct CombineBlock {
 
   __device__ __forceinline__ CombineBlock(const CombineArgs& a, const FusedRank& described)
       : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region, nullptr), vectors(p.shape.hidden_size / 8) {
-    wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.round), p.same_device,
+    wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.epoch), p.same_device,
                 p.layer};
   }
   template <class T>

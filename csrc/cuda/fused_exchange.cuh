@@ -51,7 +51,7 @@ class OwnSlots {
 
   static __device__ __forceinline__ void send(const FusedBlock& b, int64_t words, int slot, const Entry& entry) {
     const int64_t offset = words + 8LL * (b.rank * b.most_slots() + slot);
-    const uint64_t word = make_ll_word(entry.bits, b.wait.round);
+    const uint64_t word = make_ll_word(entry.bits, b.wait.epoch);
 #pragma unroll 1  // a row waits in registers
     for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, word);
   }
@@ -94,7 +94,7 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
 #pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
-    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_ll_word(b.me.num_tokens, b.wait.round));
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_ll_word(b.me.num_tokens, b.wait.epoch));
   }
 }
 
@@ -134,23 +134,23 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-// One lane: LL words at `address`, `apart` from each other. Those that it does not wait for are of this round already.
+// One lane: LL words at `address`, `apart` from each other. Those that it does not wait for are of this epoch already.
 __device__ __forceinline__ bool await_words(const FusedBlock& b, const uint64_t* address, int apart,
                                             uint64_t (&words)[kClaim], Fault fault, int source) {
   for (Poll poll;;) {
     uint32_t wrong = 0;
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) wrong |= epoch_of(words[i]) ^ b.wait.round;
+    for (int i = 0; i < kClaim; ++i) wrong |= epoch_of(words[i]) ^ b.wait.epoch;
     if (wrong == 0) return true;
     uint32_t seen = 0;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(words[i], b.wait.round)) seen = epoch_of(words[i]);
+      if (!is_of(words[i], b.wait.epoch)) seen = epoch_of(words[i]);
     }
-    if (!poll.go_on(b.wait, fault, source, -1, seen, b.wait.round)) return false;
+    if (!poll.go_on(b.wait, fault, source, -1, seen, b.wait.epoch)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(words[i], b.wait.round)) words[i] = load_relaxed_sys(address + i * apart);
+      if (!is_of(words[i], b.wait.epoch)) words[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
@@ -176,10 +176,10 @@ struct Claimed {
   }
 
   // Of `slots` that the source has: what lies behind them names nobody, and has come.
-  __device__ __forceinline__ void end_at(int slots, uint32_t round) {
+  __device__ __forceinline__ void end_at(int slots, uint32_t epoch) {
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (first + i * kWarp >= slots) words[i] = make_ll_word(Entry::nobody().bits, round);
+      if (first + i * kWarp >= slots) words[i] = make_ll_word(Entry::nobody().bits, epoch);
     }
   }
 };
@@ -248,7 +248,7 @@ __device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Ta
     if (c.begin >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
     const bool own = c.source == b.rank, wanted = c.begin < slots && (exchange == 0 || !own);
-    if (wanted) c.end_at(slots, b.wait.round);
+    if (wanted) c.end_at(slots, b.wait.epoch);
     const bool ok = !wanted || await_words(b, c.address, kWarp, c.words, Fault::kAssignments, c.source);
     if (more) next = Claimed(b, exchange);
     if (!__all_sync(kFullMask, ok)) return false;

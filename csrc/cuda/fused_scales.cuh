@@ -5,7 +5,7 @@
 // their places as they come, while the rows behind them are still on their way.
 //
 // No scale is 0 (Fp8Scale, and so no word of four exponents), so that a word says by itself that it has come. Whoever has
-// seen it writes 0 in its place, for the round after the next: every word that is sent has to be taken. The host clears what a
+// seen it writes 0 in its place, for the epoch after the next: every word that is sent has to be taken. The host clears what a
 // fault has left.
 #pragma once
 #include <cuda_runtime.h>
@@ -20,9 +20,9 @@ __device__ __forceinline__ bool scales_with_rows(const FusedBlock& b) {
   return b.p.scales_with_rows && is_fp8(b.p.shape.format);
 }
 
-// Where the words of a row's scales arrive in this round, in a region.
+// Where the words of a row's scales arrive in this epoch, in a region.
 __device__ __forceinline__ int64_t arriving_scales(const FusedBlock& b, int row) {
-  const int64_t place = (b.wait.round & 1) * static_cast<int64_t>(b.p.shape.max_rows) + row;
+  const int64_t place = (b.wait.epoch & 1) * static_cast<int64_t>(b.p.shape.max_rows) + row;
   return b.p.layout.row_scales + 4 * place * row_scale_stride(b.p.shape);
 }
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool await_scales(const uint32_t* address, int count,
     }
     if (all) return true;
     do {
-      if (!poll.go_on(wait, Fault::kRows, -1, -1, 0, wait.round)) return false;
+      if (!poll.go_on(wait, Fault::kRows, -1, -1, 0, wait.epoch)) return false;
       nanosleep(kPauseNs);
     } while (load_relaxed_sys(address + count - 1) == 0);
   }

@@ -54,7 +54,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
     const int64_t row = b.counts_of(b.rank);
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.wait.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.wait.epoch));
     }
   }
   bool ok = true;

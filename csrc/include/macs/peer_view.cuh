@@ -5,10 +5,10 @@
 // address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
 // parameter: `DirectNetwork` is all that the kernels have been run with.
 //
-// What is short travels as LL words (ll_word.cuh), whose epoch is the round. Rows are too long for that: they are signalled.
+// What is short travels as LL words (ll_word.cuh), whose epoch is the dispatch's. Rows are too long for that: they are signalled.
 //
-// Signals are round numbers, never counters: a rank that missed a round cannot leave a peer one short for ever, and the
-// next round needs no cleaning up. Rounds are compared by their signed difference, so that they may wrap.
+// Signals are epochs, the numbers of dispatches, never counters: a rank that missed one cannot leave a peer one short for ever, and the
+// next epoch needs no cleaning up. Epochs are compared by their signed difference, so that they may wrap.
 #pragma once
 #include <cstdint>
 
@@ -32,17 +32,17 @@ struct DirectNetwork {
 struct WaitContext {
   FusedStatus* status;  // of this rank
   uint64_t timeout_ns;
-  uint32_t round;
+  uint32_t epoch;
   bool same_device;
   int32_t layer = -1;  // for the record
 };
 
 // Not inlined: code that does not run is fetched all the same.
-static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, int layer, uint64_t timeout_ns,
+static __device__ __noinline__ void record(FusedStatus* status, uint32_t epoch, int layer, uint64_t timeout_ns,
                                            Fault fault, int peer, int block, int64_t seen, int64_t expected) {
   constexpr int kClaimed = -1;
   if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
-  status->peer = peer, status->block = block, status->layer = layer, status->round = round;
+  status->peer = peer, status->block = block, status->layer = layer, status->epoch = epoch;
   status->limit_ms = static_cast<uint32_t>(timeout_ns / 1000000);
   status->seen = seen, status->expected = expected;
   __threadfence_system();
@@ -52,7 +52,7 @@ static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, 
 // The first fault of a rank stands; later ones follow from it.
 __device__ __forceinline__ void report(const WaitContext& wait, Fault fault, int peer, int block, int64_t seen,
                                        int64_t expected) {
-  record(wait.status, wait.round, wait.layer, wait.timeout_ns, fault, peer, block, seen, expected);
+  record(wait.status, wait.epoch, wait.layer, wait.timeout_ns, fault, peer, block, seen, expected);
 }
 
 // Whether this rank has one on record.
@@ -118,16 +118,16 @@ __device__ inline bool await_flags(const char* region, const FusedShape& s, cons
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     if (i >= skip_from && i < skip_to) continue;
     const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);
-    ok = wait_until(flag, wait.round, is_as_late, wait, fault, i / s.num_blocks, i % s.num_blocks);
+    ok = wait_until(flag, wait.epoch, is_as_late, wait, fault, i / s.num_blocks, i % s.num_blocks);
   }
   return __syncthreads_and(ok) != 0;
 }
 
-// One thread: looks at `address` until `word`, what it saw there last, is of this round.
+// One thread: looks at `address` until `word`, what it saw there last, is of this epoch.
 __device__ inline bool await_word(const uint64_t* address, uint64_t& word, const WaitContext& wait, Fault fault,
                                   int peer) {
-  for (Poll poll; !is_of(word, wait.round); word = load_relaxed_sys(address)) {
-    if (!poll.go_on(wait, fault, peer, -1, epoch_of(word), wait.round)) return false;
+  for (Poll poll; !is_of(word, wait.epoch); word = load_relaxed_sys(address)) {
+    if (!poll.go_on(wait, fault, peer, -1, epoch_of(word), wait.epoch)) return false;
   }
   return true;
 }
@@ -169,12 +169,12 @@ class PeerView {
   }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
   __device__ __forceinline__ void signal(int peer, int64_t offset, const WaitContext& wait) const {
-    if (!network_.is_direct(peer)) return network_.signal(peer, offset, wait.round);
+    if (!network_.is_direct(peer)) return network_.signal(peer, offset, wait.epoch);
     uint32_t* const flag = at<uint32_t>(peer, offset);
     if (wait.same_device) {
-      store_release_gpu(flag, wait.round);
+      store_release_gpu(flag, wait.epoch);
     } else {
-      store_release_sys(flag, wait.round);
+      store_release_sys(flag, wait.epoch);
     }
   }
 

@@ -68,12 +68,13 @@ def test_servers_decode_in_graphs_with_room_for_all(tmp_path):
     assert "--disable-cuda-graph" not in launch.arguments()
     assert given["--max-running-requests"] == "256"
     assert int(given["--max-total-tokens"]) >= 128 * (options.prompt_tokens + options.output_tokens)
-    stock, fused, plain = chosen_variants(None, "cuda")
+    stock, auto, fused, plain = chosen_variants(None, "cuda")
     environment = launch.environment(stock, tmp_path)
     assert environment["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "128"
     assert environment["SGLANG_PLUGINS"] == "e2e_routing" and stock.stock
     assert launch.environment(fused, tmp_path)["SGLANG_PLUGINS"] == "macs,e2e_routing"
-    assert "fused" in fused.flags and "inf" in fused.flags and "fused" not in plain.flags
+    assert "fused" in fused.flags and "inf" in fused.flags and "deepep" in plain.flags
+    assert "--macs-dispatch" not in auto.flags, "as by default"
     assert [v.name for v in chosen_variants(["fused"], "cuda")] == ["stock", "fused"]
     assert {v.dispatch for v in chosen_variants(None, "cpu")} == {"gloo"}
     assert servers.side_by_side(decode.groups_of(options)) == options.at_once == 2

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,10 +102,17 @@ class FakeClient:
 
     def __init__(self, itl: float | None, slow: int = 0, spoilt: int = 0) -> None:
         self.itl, self.slow, self.spoilt, self.rounds, self.stopped = itl, slow, spoilt, 0, False
-        self.server = type("Server", (), {"stop": self.stop, "process": None})()
+        self.paused = False
+        self.server = SimpleNamespace(stop=self.stop, pause=self.pause, resume=self.resume, process=None)
 
-    def stop(self, *_) -> None:
+    def stop(self) -> None:
         self.stopped = True
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def choose(self, routing: int, tokens: int) -> None:
         assert routing == 0
@@ -113,6 +121,7 @@ class FakeClient:
         return 0.0, 0
 
     def run(self, body: dict, patience_s: float) -> Run:
+        assert not self.paused
         if self.itl is None:
             raise ServerError("died")
         self.rounds += 1

@@ -134,7 +134,7 @@ class Group(prefill.Group):
         return workload(self.options, cell.requests)
 
     def ready(self, variant: Variant, cell: Cell) -> Client:
-        client = self.clients[variant.flags]
+        client = self.turn_of(variant)
         client.choose(0, self.launch.tokens)
         return client
 

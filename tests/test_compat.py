@@ -187,10 +187,9 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
         compat.check(launch(**flags))
     monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded,replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
-    for dispatch in ("fused", "bounded", "auto"):
+    for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):
         config = MacsConfig.from_preset(dispatch=dispatch)
-        with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
-            compat.check(replace(launch(**flags), config=config))
+        compat.check(replace(launch(**{**flags, "deepep_mode": mode}), config=config))
 
 
 @pytest.mark.parametrize("options", [{"preset": "off"}, {"gamma": math.inf}], ids=str)
@@ -352,7 +351,8 @@ def bounded_launch(flags: dict[str, object]) -> compat.Launch:
         {"quantization": "w4afp8"},
         {"enable_two_batch_overlap": True},
         {"enable_single_batch_overlap": True},
-        {"expert_distribution_recorder_mode": "stat"},
+        {"expert_distribution_recorder_mode": "stat_approx"},
+        {"expert_distribution_recorder_mode": "per_token"},
         {"speculative_algorithm": "EAGLE"},
         {"enable_deterministic_inference": True},
     ],
@@ -363,7 +363,17 @@ def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(experimental, fla
         compat.check(bounded_launch(flags))
 
 
-@pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"deepep_mode": "auto"},
+        {"quantization": "fp8"},
+        {"expert_distribution_recorder_mode": "stat"},  # of what was routed: before the dispatch, and so before graphs
+        {"expert_distribution_recorder_mode": "per_pass"},
+    ],
+    ids=str,
+)
 def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
     compat.check(bounded_launch(flags))
 

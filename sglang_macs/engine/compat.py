@@ -136,9 +136,6 @@ def _dispatch_algorithm(launch: Launch) -> str:
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
-    replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
-    if config.dispatch != "deepep" and (replicated or _balances(launch)):
-        return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas
     if not _placed(launch) or config.is_off:
@@ -243,6 +240,7 @@ def _unfinished(launch: Launch) -> str:
 def _bounded(launch: Launch) -> str:
     if launch.config.dispatch != "bounded":
         return ""
+    recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
@@ -250,7 +248,7 @@ def _bounded(launch: Launch) -> str:
         (launch.flag("quantization") not in (None, "fp8"), f"with --quantization {launch.flag('quantization')}"),
         (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
         (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
-        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
         (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )

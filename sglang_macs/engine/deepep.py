@@ -29,7 +29,7 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
     impl = getattr(inners[0], "_low_latency_dispatcher", None)
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
-    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    sizes = Sizes(plan.num_ranks, plan.num_physical, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
 
     def note(received):

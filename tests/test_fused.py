@@ -142,16 +142,17 @@ def test_auto_takes_the_fused_dispatch_and_says_so_once(alone, capsys):
     ],
 )
 def test_auto_falls_back_and_says_why(alone, capsys, sizes, mode, overlaps, words):
-    assert chosen("auto", sizes, mode, overlaps) == 0
+    assert chosen("auto", sizes, mode, overlaps) == chosen("auto_fused", sizes, mode, overlaps) == 0
     said = capsys.readouterr().err
     assert said.startswith("sglang-macs: DeepEP carries every batch") and words in said
     with pytest.raises(MacsNotActive, match=words):
         chosen("fused", sizes, mode, overlaps)
 
 
-def test_deepep_is_the_default_and_asks_nobody():
-    assert chosen(MacsConfig().dispatch) == 0 and MacsConfig().dispatch == "deepep"
-    assert transport.Transports(MacsConfig()).state() == {"bytes": 0, "rounds": 0}
+@pytest.mark.parametrize("dispatch", ["deepep", "bounded"])
+def test_without_it_nobody_is_asked(dispatch):
+    assert chosen(dispatch) == 0
+    assert transport.Transports(MacsConfig(dispatch=dispatch)).state() == {"bytes": 0, "rounds": 0}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Transports:
         group: on the host, in the order of the EP ranks.
         Raises MacsNotActive where --macs-dispatch fused cannot be had.
         """
-        if self.config.dispatch == "deepep":
+        if not self.config.may_fuse:
             return []
         if self._sizes is None:
             self._sizes = sizes

@@ -7,6 +7,7 @@ with --deepep-mode auto a pass in which any rank prefills is in normal mode on a
 from functools import partial
 from itertools import zip_longest
 
+from ..console import say_once
 from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
@@ -22,7 +23,7 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
 
-    if planner.plan.config.dispatch in ("deepep", "bounded"):
+    if not planner.plan.config.may_fuse:
         return []
     inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
     mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
@@ -31,6 +32,8 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
     sizes = Sizes(plan.num_ranks, plan.num_physical, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    if transports and plan.places is not None:
+        say_once("the fused dispatch knows no replicas: the plan stands before it")
 
     def note(received):
         get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(received)

@@ -188,7 +188,7 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
     monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
     for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):
-        config = MacsConfig.from_preset(dispatch=dispatch)
+        config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)
         compat.check(replace(launch(**{**flags, "deepep_mode": mode}), config=config))
 
 
@@ -206,6 +206,17 @@ def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
     for mode in ({}, {"deepep_mode": "auto"}):
         with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
             compat.check(launch(device="cuda", enable_eplb=True, **mode))
+
+
+def test_eplb_counts_what_was_asked_for(monkeypatch):
+    """Low-latency mode counts what arrives: as long as nothing is clipped, that is the same."""
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    flags = {"device": "cuda", "enable_eplb": True, "expert_distribution_recorder_mode": "stat"}
+    compat.check(launch(**flags, deepep_mode="normal"))
+    with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode low_latency, where loads are counted behind"):
+        compat.check(launch(**flags, deepep_mode="low_latency"))
+    lossless = MacsConfig.from_preset(gamma=math.inf)
+    compat.check(replace(launch(**flags, deepep_mode="low_latency"), config=lossless))
 
 
 def test_copies_are_divided_among_the_ranks():

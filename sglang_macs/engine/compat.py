@@ -205,6 +205,17 @@ def _decode_only(launch: Launch) -> bool:
     return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
 
 
+def _eplb_counts(launch: Launch) -> str:
+    """EPLB places experts by the loads that were asked for."""
+    mode = launch.flag("deepep_mode", "auto")
+    if not launch.flag("enable_eplb") or launch.flag("device") != "cuda" or mode == "normal":
+        return ""
+    if mode == "auto":
+        return "--deepep-mode auto, for which SGLang has no recorder of loads"
+    cut = not launch.config.changes_nothing
+    return f"--deepep-mode {mode}, where loads are counted behind the dispatch, which MACS has cut" if cut else ""
+
+
 def _replicas(launch: Launch) -> str:
     alone = not launch.flag("enable_dp_attention") and (launch.flag("attn_dp_size") or 1) == 1
     replicas = launch.flag("dp_size") or 1
@@ -350,12 +361,7 @@ RULES = (
     ),
     Rule(
         "--enable-eplb",
-        _if(
-            lambda x: (
-                bool(x.flag("enable_eplb")) and x.flag("device") == "cuda" and x.flag("deepep_mode", "auto") == "auto"
-            ),
-            "--deepep-mode auto, for which SGLang has no recorder of loads",
-        ),
+        _eplb_counts,
         "normal",
         "Pass --deepep-mode normal.",
     ),

@@ -32,19 +32,17 @@ def rows(result: dict) -> list[dict]:
     relative_accuracy and ci95 are over the unclipped model's accuracy; clipped is a share of all assignments.
     """
     found = []
-    for part in ("main", "stress"):
+    for part in ("main", "stress", "replicas"):
         if part not in result:
             continue
-        measured = result[part]["rows"]
+        measured, counts = result[part]["rows"], result.get("main", result[part])["mastered"]
         unclipped = next(row for row in measured if row["bound"] is None)["accuracy"]
         for row in measured:
             if row["bound"] is None:
                 continue
             common = {"policy": row["method"], "bound": row["bound"]}
             rest = {"clipped": row["share"]["clipped"], "seeds": len(result["seeds"])}
-            scores = {
-                task: [x / unclipped[task][0] for x in row["accuracy"][task]] for task in result["main"]["mastered"]
-            }
+            scores = {task: [x / unclipped[task][0] for x in row["accuracy"][task]] for task in counts}
             for task, (middle, *interval) in {"mean": row["kept"], **scores}.items():
                 relative = {"relative_accuracy": round(middle, 5), "ci95": [round(x, 5) for x in interval]}
                 found.append({**common, "task": task, **relative, **rest})

@@ -810,7 +810,7 @@ void check_peers(int64_t num_ranks) {
 std::vector<int64_t> peer_reduce_layout_of(int64_t num_ranks, int64_t size) {
   check_peers(num_ranks);
   const PeerReduceLayout layout = peer_reduce_layout(num_ranks, size);
-  return {layout.status, layout.rounds, layout.inbox, layout.bytes};
+  return {layout.status, layout.epochs, layout.inbox, layout.bytes};
 }
 
 #ifdef MACS_WITH_CUDA

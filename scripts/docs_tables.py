@@ -254,6 +254,20 @@ def timeline_table() -> str:
     return source(found) + "\n\n" + markdown(header, rows)
 
 
+def decode_table() -> str:
+    """Dispatch, combine and both of batches that are carried as they are routed, and DeepEP's of the same run."""
+    found, cases = results("decode_h200x2"), {}
+    for row in found["rows"]:
+        case = row["case"]
+        cases.setdefault((case["dtype"], case["H"], case["T"]), {})[row["op"]] = row
+    ops = ("fused_carry", "fused_combine", "fused_carry_combine", "deepep_dispatch_combine")
+    rows = [
+        [*key, *(f"{of[op]['median_us']:.1f}" for op in ops), f"{of['fused_carry_combine']['ratio']:.2f}"]
+        for key, of in sorted(cases.items())
+    ]
+    return source(found) + "\n\n" + markdown(["rows", "H", "T", "dispatch", "combine", "both", "DeepEP", "ratio"], rows)
+
+
 def instructions_table() -> str:
     """Cycles for each instruction of straight-line code, first and later passes; and for each jump through it."""
     found = results("instructions_h200")
@@ -476,6 +490,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve_table,
     "bounded": bounded_table,
     "bench": bench_table,
+    "decode": decode_table,
     "e2e": e2e_table,
     "e2e_decode": e2e_decode_table,
     "newcomer": newcomer_table,

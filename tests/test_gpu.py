@@ -363,7 +363,7 @@ def test_carried_rows_come_back_in_every_replay_of_a_graph(format):
         torch.cuda.synchronize()
         tolerance = {"rtol": 0.1 if format == "fp8" else 0.02, "atol": 0.02}
         torch.testing.assert_close(combined.float(), hidden.float() * kept, **tolerance)
-    assert fused.rounds() == 1 + replays, "rounds are counted on the device"
+    assert fused.epoch() == 1 + replays, "epochs are counted on the device"
     fused.check()
     torch.cuda.synchronize()
     fused.check()

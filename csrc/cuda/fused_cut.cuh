@@ -194,7 +194,7 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
   if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
   if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
-  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.patience.round));
+  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.wait.epoch));
 }
 
 // An own assignment of a bound that this block cuts while others cut others: few are.

@@ -58,7 +58,7 @@ def main() -> None:
     for axes, skew in zip(panels[0], skews, strict=True):
         draw(axes, found["rows"], skew)
     panels[0][0].set_ylabel("time of a pass, stock SGLang = 1")
-    panels[0][0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     case = found["rows"][0]["case"]
     figure.suptitle(f"{found['gpu']}, {case['layers']} layers, {case['dtype']}, {case['prompts']} prompts", fontsize=9)
     figure.savefig(target, dpi=130)

@@ -71,7 +71,7 @@ class Transports:
         """For `GET /server_info`: the memory of a rank, and the dispatches that the fused kernels have carried, those
         of replayed graphs too. Waits for the current stream.
         """
-        return {"bytes": self.region_bytes, "rounds": sum(made.rounds() for made in self._made)}
+        return {"bytes": self.region_bytes, "rounds": sum(made.epoch() for made in self._made)}
 
     def place_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
         """Before each grouped GEMM of experts: the last of a layer that the fused dispatch has fed writes its result

@@ -382,7 +382,7 @@ class RegionLayout(NamedTuple):
     positions: int
     received: int
     starts: int
-    round: int
+    epoch: int
     stamps: int
     status: int
     bytes: int
@@ -505,7 +505,7 @@ class PeerReduceLayout(NamedTuple):
     """Byte offsets into a rank's region of `peer_all_reduce` (csrc/include/macs/peer_all_reduce.h)."""
 
     status: int
-    rounds: int
+    epochs: int
     inbox: int
     bytes: int
 

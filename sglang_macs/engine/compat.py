@@ -138,9 +138,6 @@ def _dispatch_algorithm(launch: Launch) -> str:
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
-    replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
-    if config.dispatch in ("fused", "bounded") and (replicated or _balances(launch)):
-        return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas
     if not _placed(launch) or config.is_off:
@@ -208,6 +205,17 @@ def _decode_only(launch: Launch) -> bool:
     return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
 
 
+def _eplb_counts(launch: Launch) -> str:
+    """EPLB places experts by the loads that were asked for."""
+    mode = launch.flag("deepep_mode", "auto")
+    if not launch.flag("enable_eplb") or launch.flag("device") != "cuda" or mode == "normal":
+        return ""
+    if mode == "auto":
+        return "--deepep-mode auto, for which SGLang has no recorder of loads"
+    cut = not launch.config.changes_nothing
+    return f"--deepep-mode {mode}, where loads are counted behind the dispatch, which MACS has cut" if cut else ""
+
+
 def _replicas(launch: Launch) -> str:
     alone = not launch.flag("enable_dp_attention") and (launch.flag("attn_dp_size") or 1) == 1
     replicas = launch.flag("dp_size") or 1
@@ -243,6 +251,7 @@ def _bounded(launch: Launch) -> str:
 
 def _unbounded(launch: Launch) -> str:
     """Why normal mode counts on the host, or ""."""
+    recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
@@ -250,7 +259,7 @@ def _unbounded(launch: Launch) -> str:
         (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
         (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
         (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
-        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
         (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )
@@ -260,8 +269,6 @@ def _unbounded(launch: Launch) -> str:
 def resolved(launch: Launch) -> tuple[MacsConfig, str]:
     """The configuration with what `auto` cannot have here left out, and why, or ""."""
     config = launch.config
-    if config.dispatch.startswith("auto") and _placed(launch):
-        return replace(config, dispatch="deepep"), "experts that do not lie linearly and once each"
     if config.dispatch == "auto" and (why := _unbounded(launch)):
         return replace(config, dispatch="auto_fused"), why
     return config, ""
@@ -354,12 +361,7 @@ RULES = (
     ),
     Rule(
         "--enable-eplb",
-        _if(
-            lambda x: (
-                bool(x.flag("enable_eplb")) and x.flag("device") == "cuda" and x.flag("deepep_mode", "auto") == "auto"
-            ),
-            "--deepep-mode auto, for which SGLang has no recorder of loads",
-        ),
+        _eplb_counts,
         "normal",
         "Pass --deepep-mode normal.",
     ),

@@ -22,6 +22,7 @@ from .weights import VISUAL_PULL
 __all__ = [
     "BUILDERS",
     "CHAT_TEMPLATE",
+    "PICTURE_SLOTS",
     "PIXELS_PER_TOKEN",
     "SEED",
     "VISUAL_PULL",
@@ -44,6 +45,15 @@ BUILDERS = {
     "glm4v_moe": build_glm4v_moe,
     "qwen3_omni": build_qwen3_omni,
     "deepseek_v3": build_deepseek_v3,
+}
+
+_QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
+PICTURE_SLOTS = {  # what stands for a picture in a prompt, by kind; the others take none
+    "qwen3_vl_moe": _QWEN_SLOT,
+    "internvl": "<image>",
+    "kimi_vl": "<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
+    "glm4v_moe": "<|begin_of_image|><|image|><|end_of_image|>",
+    "qwen3_omni": _QWEN_SLOT,
 }
 
 

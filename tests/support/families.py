@@ -16,7 +16,7 @@ class Family:
     """One kind of `tiny_models.BUILDERS`.
 
     kind: the builder's name; folder: below build/models.
-    slot: what stands for a picture in a prompt; around: what is left of it around the visual tokens.
+    around: what a picture leaves in a prompt beside its visual tokens.
     decisive: texts to which the two best logits of transformers' answer stay 0.4 apart, so that bfloat16 does not
     decide it.
     """
@@ -24,9 +24,13 @@ class Family:
     kind: str
     folder: str
     decisive: tuple[str, ...]
-    slot: str = ""
     around: str = ""
     layout: tuple[str, ...] = tuple(EP2_ARGS)
+
+    @property
+    def slot(self) -> str:
+        """What stands for a picture in a prompt."""
+        return tiny_models.PICTURE_SLOTS.get(self.kind, "")
 
     def build(self) -> Path:
         return tiny_models.ensure(MODELS / self.folder, self.kind)
@@ -47,7 +51,6 @@ FAMILIES = {
         "internvl",
         "tiny-InternVL3_5",
         ("Why is the sky blue?", "Once upon a time"),
-        slot="<image>",
         around="<img></img>",
         layout=ATTENTION_TP,
     ),
@@ -55,7 +58,6 @@ FAMILIES = {
         "kimi_vl",
         "tiny-kimi-vl",
         ("Why do birds sing?", "Write a poem."),
-        slot="<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
         around="<|media_start|>image<|media_content|><|media_end|>",
         layout=(*EP2_ARGS, "--trust-remote-code"),
     ),
@@ -63,7 +65,6 @@ FAMILIES = {
         "glm4v_moe",
         "tiny-glm4v-moe",
         ("Who waits for whom?", "List the planets."),
-        slot="<|begin_of_image|><|image|><|end_of_image|>",
         around="<|begin_of_image|><|end_of_image|>",
         layout=(*EP2_ARGS, "--mm-enable-dp-encoder"),
     ),
@@ -72,7 +73,6 @@ FAMILIES = {
         "qwen3_omni",
         "tiny-qwen3-omni",
         ("Why is the sky blue?", "hello world"),
-        slot="<|vision_start|><|image_pad|><|vision_end|>",
         around="<|vision_start|><|vision_end|>",
         layout=ATTENTION_TP,
     ),

@@ -378,7 +378,8 @@ def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
         ("Qwen3ForCausalLM", 0),
     ],
 )
-def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
+def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, experts):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "models")
     with pytest.raises(MacsError, match=architecture):
         compat.check(launch(architecture, experts))
 

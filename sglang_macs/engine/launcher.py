@@ -152,6 +152,7 @@ def _check_launch(record, config: MacsConfig) -> None:
         moe_config.top_k(text),
         moe_config.special_routing(text),
         model.context_len,
+        inner=(getattr(text, "architectures", None) or [""])[0],
     )
     compat.check(launch)
     if config.has_own_importance:

@@ -16,10 +16,11 @@ from sglang_macs.engine import launcher, scheduler_process
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md")
+    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md", "tools/*/README.md")
     for page in ROOT.glob(pattern)
 }
-FOLDERS = ("csrc", "deploy", "docs", "models", "requirements", "scripts", "sglang_macs", "tests")  # of this repository
+# Of this repository.
+FOLDERS = ("csrc", "deploy", "docs", "models", "requirements", "scripts", "sglang_macs", "tests", "tools")
 
 
 def links(text: str) -> set[str]:

@@ -1,5 +1,5 @@
 // The operators as torch sees them: checks, schemas, and the CPU, CUDA and Meta implementations under one name each.
-// The only C++ file that includes torch. docs/method.md defines the operators.
+// The only C++ file that includes torch. docs/design/method.md defines the operators.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

@@ -181,20 +181,6 @@ def triton_table() -> str:
     return source(found) + "\n\n" + markdown(["T", *ops], [[t, *times] for t, times in by_tokens.items()])
 
 
-def variants_table() -> str:
-    """The plan's kernels as they are kept, and versions 13 and 14 of the log beside them."""
-    found = results("kernels_variants_h100")
-    by_case: dict[tuple, dict[str, float]] = {}
-    for row in found["rows"]:
-        case = row["case"]
-        key = (case["T"], case["H"], case["scope"], case["hot"])
-        by_case.setdefault(key, {})[case["variant"]] = row["median_us"]
-    order = ("cells cleared first", "sums behind a barrier", "as is")
-    rows = [[*key, *(f"{of[name]:.2f}" for name in order)] for key, of in by_case.items()]
-    header = ["T", "H", "bounds", "skew", "as kept, us", "without version 13, with 14", "with both"]
-    return source(found) + "\n\n" + markdown(header, rows)
-
-
 def scores_table() -> str:
     """entropy_score beside a copy of the same run."""
     found = results("kernels")
@@ -495,7 +481,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "e2e_decode": e2e_decode_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
-    "variants": variants_table,
     "scores": scores_table,
     "plan": plan_table,
     "timeline": timeline_table,
@@ -515,7 +500,7 @@ def with_tables(text: str) -> str:
 
 def main() -> int:
     stale = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
         text = page.read_text(encoding="utf-8")
         if (current := with_tables(text)) == text:
             continue

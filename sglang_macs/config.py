@@ -15,7 +15,7 @@ from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
-# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
+# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/guide/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 # Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
 # 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (dispatch/plan_cost.py).
@@ -57,7 +57,7 @@ def _opt(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any
 
 @dataclass(frozen=True)
 class MacsConfig:
-    """Every option of the method; docs/method.md gives the formulas.
+    """Every option of the method; docs/design/method.md gives the formulas.
 
     Build one with `MacsConfig.from_preset`: what is given wins over the preset (`PRESETS`), and that over the defaults
     here. Raises MacsError for a value out of range.

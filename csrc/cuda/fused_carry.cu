@@ -13,7 +13,7 @@
 // Determinism: a row's place depends on (source, token, slot) alone.
 //
 // Tables, bytes, signals and faults are those of fused_dispatch; who has sent receives by its second phase. What may be
-// overwritten when: docs/fused_dispatch.md, "Memory ordering".
+// overwritten when: docs/design/fused_dispatch.md, "Memory ordering".
 #include <algorithm>
 
 #include "fused_block.cuh"

@@ -1,4 +1,4 @@
-// Where the exceeded bounds of the fused dispatch cut (docs/method.md 4 and 5).
+// Where the exceeded bounds of the fused dispatch cut (docs/design/method.md 4 and 5).
 //
 // The group's units on a bound are counted by level, and a warp finds the level that is cut and the own quota at it. The own
 // units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What

@@ -7,7 +7,7 @@
 //              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are told
 //              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
-//              prefix sum, so that rows are written once, to where the experts read them. docs/fused_dispatch.md draws it.
+//              prefix sum, so that rows are written once, to where the experts read them. docs/design/fused_dispatch.md draws it.
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a
 //              multiprocessor.
 // Determinism: all decisions are integers; a row's place depends on (source, token, slot) alone.

@@ -1,4 +1,4 @@
-// The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
+// The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/design/method.md 2).
 //
 // The moments of a segment are those of segment_sums.cuh to the bit: integers, however they are added up. Here they are
 // added in limbs that a warp sums with one instruction each, and adds in two halves: shared memory adds 32 bits at once, 64

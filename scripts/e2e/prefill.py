@@ -98,7 +98,7 @@ class Report:
             "lost": self.lost,
         }
         partial = self.options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(result_file.text(result))
         partial.replace(self.options.out)
 
 

@@ -184,7 +184,7 @@ def run_all(names: list[str], at_once: int) -> Iterator[tuple[str, dict[str, dic
     """(launch, results by run) as they come, in order; at most `at_once` servers live at a time."""
     sharing = [name for name in names if LAUNCHES[name].one_gpu]
     # Of one server: they answer in turn, so that all of them may have the same SMs. With 16 % a rank
-    # instead of 48 % two ranks answered NaN, MACS off or on (docs/gpu.md).
+    # instead of 48 % two ranks answered NaN, MACS off or on (docs/results/gpu.md).
     clients = max((LAUNCHES[name].ranks for name in sharing), default=0)
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(mps.shared_gpu(clients)) if sharing else {}

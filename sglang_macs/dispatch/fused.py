@@ -1,5 +1,5 @@
-"""The fused dispatch and combine (docs/fused_dispatch.md) of one expert-parallel group: its region, and the launches
-over it. One dispatch is under way at a time, from `send` or `carry` to `combine`; all layers share it.
+"""The fused dispatch and combine (docs/design/fused_dispatch.md) of one expert-parallel group: its region, and the
+launches over it. One dispatch is under way at a time, from `send` or `carry` to `combine`; all layers share it.
 
 Everything that changes from dispatch to dispatch lies in the region, the epoch too: what is captured in a CUDA graph
 may be replayed.

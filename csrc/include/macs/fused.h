@@ -2,7 +2,7 @@
 //
 // One dispatch reads every hidden vector once, scores it, casts it, exchanges the group's assignments, derives the cuts,
 // clips and re-routes, and writes the kept rows straight into the buffers of the ranks that hold their experts.
-// docs/fused_dispatch.md has the protocol; docs/method.md what is computed. No torch.
+// docs/design/fused_dispatch.md has the protocol; docs/design/method.md what is computed. No torch.
 #pragma once
 #include <cstddef>
 #include <cstdint>

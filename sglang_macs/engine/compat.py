@@ -110,7 +110,7 @@ def experimental(name: str) -> bool:
 
 
 def replicas_on(device: object) -> bool:
-    """Whether plans know replicas there: on GPUs, their kernels have run on the emulated machine alone."""
+    """Whether plans know replicas there: on GPUs, no server with them has been measured."""
     return device == "cpu" or experimental("replicas")
 
 

@@ -17,7 +17,8 @@ class Places:
     holds its address, such as a CUDA graph, sees the new ones. Refresh between two passes, on all ranks alike.
 
     logical [P + 1] i64, of each physical expert, and -1 behind it for the id -1; on_ranks [E, R] bool, which ranks have
-    it: of this moment, new with every refresh, so that what counts late may keep them. On the host.
+    it; first [E] i64, its physical expert on the lowest of them: of this moment, new with every refresh, so that what
+    counts late may keep them. On the host.
 
     Args:
         num_experts, num_physical, num_ranks: E, P and R; E <= P, P % R == 0.
@@ -70,6 +71,7 @@ class Places:
             )
         first = self._first_copies(logical.tolist())
         self.logical = torch.cat([logical, logical.new_tensor([-1])])
+        self.first = torch.tensor([next(iter(of_expert.values())) for of_expert in first])
         self.on_ranks = torch.zeros((self.num_experts, self.num_ranks), dtype=torch.bool)
         for expert, of_expert in enumerate(first):
             self.on_ranks[expert, list(of_expert)] = True

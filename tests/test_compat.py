@@ -424,7 +424,8 @@ def test_auto_is_for_gpus_with_macs_on(device, options, expected):
         ("Qwen3ForCausalLM", 0),
     ],
 )
-def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
+def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, experts):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "models")
     with pytest.raises(MacsError, match=architecture):
         compat.check(launch(architecture, experts))
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from gpu import gpu_launches
+from gpu import gpu_launches, serve_check
 from gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE, RUNS
 
 from sglang_macs.cpu_compat import environment
@@ -42,7 +42,29 @@ def test_arguments_say_what_the_name_says(name):
     assert given["--tp"] == given["--ep-size"] == name[0]
     assert given["--deepep-mode"] == launch.mode
     assert ("--disable-cuda-graph" in launch.arguments) != launch.graphs
-    assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == (launch.ranks > 1)
+    has_own_requests = launch.ranks > 1 and not launch.attention_tp
+    assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == has_own_requests
+
+
+# What SGLang's vision towers and processors need; tests/test_families.py serves the same on CPUs.
+ASKED_OF = {"glm4v_moe": "--mm-enable-dp-encoder", "kimi_vl": "--trust-remote-code"}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_family_gets_the_layout_and_flags_without_which_it_is_not_served(name):
+    launch = LAUNCHES[name]
+    assert ASKED_OF.get(launch.kind, "--tp") in launch.arguments
+    assert launch.attention_tp == (launch.kind in ("internvl", "qwen3_omni"))
+    assert ("InternVL3_5" in launch.model_path().name) == (launch.kind == "internvl")
+    assert launch.experts % launch.ranks == 0 and launch.hidden in (2048, 4096)
+
+
+def test_pictures_are_marked_as_the_family_marks_them():
+    asked = serve_check.requests(LAUNCHES["2 ranks, auto, Kimi-VL"])
+    with_pictures = [text for text, image in asked if image]
+    assert len(with_pictures) == 6 and all("<|media_pad|>" in text for text in with_pictures)
+    assert not any("<|media_pad|>" in text for text, image in asked if not image)
+    assert not any(image for _, image in serve_check.requests(LAUNCHES["2 ranks, auto, DeepSeek-V3"]))
 
 
 @pytest.mark.parametrize(("experts", "redundant", "ranks"), [(128, 32, 2), (128, 32, 8), (32, 4, 4)])

@@ -15,7 +15,7 @@ LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 
 
 
 def state(rank: int, fused: int) -> dict:
-    own = {"clipped_visual": 5, "clipped_text": 5}
+    own = {"clipped_visual": 5, "clipped_text": 5, "rerouted_visual": 4, "rerouted_text": 4}
     counted = {
         "dispatches": 30,
         "skipped": {"outside": 6},
@@ -43,6 +43,16 @@ def test_a_fused_launch_has_to_say_and_count_that_it_is():
     assert "gamma 1.0: rank 0: 1 of 8 were fused" in serve_check.judge(plain, runs(fused=1))
     silent = serve_check.judge(fused, runs(carrier="DeepEP carries every batch, behind the plan: MACS is off"))
     assert silent == [f"gamma {run}: the log does not say that the fused dispatch carries" for run in ("inf", "1.0")]
+
+
+def test_what_a_launch_was_to_clip_has_to_be_clipped_and_re_routed():
+    found = runs(fused=0, carrier="")
+    for one in found["1.0"]["states"]:
+        one["own"] |= {"rerouted_visual": 0, "clipped_text": 0}
+    launch = LAUNCHES["2 ranks, auto, Kimi-VL"]
+    assert serve_check.judge(launch, found) == ["gamma 1.0: no visual assignment was rerouted"]
+    text = LAUNCHES["2 ranks, auto, DeepSeek-V3"]
+    assert serve_check.judge(text, found) == ["gamma 1.0: no text assignment was clipped"]
 
 
 def test_prefill_of_mode_auto_is_in_normal_mode_and_decode_is_fused():

@@ -40,12 +40,14 @@ def requests(launch: Launch) -> list[tuple[str, str | None]]:
     meet on the host twice a layer.
     """
     text = [(prompt(f"{i} How many experts answer, and which of them waits? " * 6), None) for i in range(4)]
-    if launch.kind != "qwen3_vl_moe":
+    if not launch.slot:
         return text + [
             (prompt(f"{i} the slowest rank sets the pace of the whole batch. " * 12), None) for i in range(4)
         ]
     pictures = [data_uri(content) for content in photograph_files().values()]
-    asked = text + [(prompt(f"{i} What is in this picture?", images=1), pictures[i % 2]) for i in range(6)]
+    asked = text + [
+        (prompt(f"{i} What is in this picture?", images=1, slot=launch.slot), pictures[i % 2]) for i in range(6)
+    ]
     return asked[3:5] if launch.one_gpu else asked
 
 
@@ -135,9 +137,10 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
         if launch.fused and not runs[run].get("carrier", "").startswith("the fused dispatch"):
             wrong.append(f"gamma {run}: the log does not say that the fused dispatch carries")
     wrong += [f"gamma 1.0: {what}" for what in runs["1.0"].get("observed", [])]
-    clipped = "clipped_visual" if launch.kind == "qwen3_vl_moe" else "clipped_text"
-    if not launch.redundant and not sum(state["own"][clipped] for state in runs["1.0"]["states"]):
-        wrong.append("gamma 1.0 clipped nothing")
+    modality = "visual" if launch.slot else "text"
+    for what in () if launch.redundant else ("clipped", "rerouted"):
+        if not sum(state["own"][f"{what}_{modality}"] for state in runs["1.0"]["states"]):
+            wrong.append(f"gamma 1.0: no {modality} assignment was {what}")
     return wrong
 
 

@@ -211,6 +211,16 @@ LAUNCHES |= {
     "2 ranks, auto, Qwen3-Omni": Launch(
         **DECODE_IN_GRAPHS, kind="qwen3_omni", experts=64, top_k=8, options=HEADS, attention_tp=True
     ),
+    # As many experts as Qwen3.5-397B-A17B has: more than the kernels for small batches take.
+    "2 ranks, auto, Qwen3.5-MoE": Launch(
+        **DECODE_IN_GRAPHS,
+        kind="qwen3_5_moe",
+        experts=512,
+        top_k=10,
+        layers=4,
+        intermediate=128,
+        options={"head_dim": 256},
+    ),
     "2 ranks, auto, DeepSeek-V3": Launch(**DECODE_IN_GRAPHS, kind="deepseek_v3", experts=64, top_k=8, options=LATENT),
 }
 # On more GPUs, what differs with their number.

@@ -31,6 +31,7 @@ SERVED = {
     "KimiVLForConditionalGeneration": Served("Kimi-VL", _BY_FAMILY),
     "Glm4vMoeForConditionalGeneration": Served("GLM-4.5V, GLM-4.6V", _BY_FAMILY),
     "Qwen3OmniMoeForConditionalGeneration": Served("Qwen3-Omni, its thinker", _BY_FAMILY),
+    "Qwen3_5MoeForConditionalGeneration": Served("Qwen3.5-MoE", ""),
     "DeepseekV3ForCausalLM": Served("DeepSeek-V3 (text)", _BY_FAMILY),
 }
 
@@ -83,4 +84,13 @@ def served_table() -> str:
         gpu = ", ".join(f"`{launch}`" for launch in served.gpu)
         gpu = f"tested: {gpu}" if gpu else "refused: not measured"
         lines.append(f"| {served.family} | `{architecture}` | {cpu} | {gpu} |")
+    return "\n".join(lines)
+
+
+def refused_table() -> str:
+    """Prefixes of architectures that are refused, by reason, in Markdown."""
+    lines = ["| refused, whatever is asked for | why |", "| --- | --- |"]
+    for reason in dict.fromkeys(REFUSED.values()):
+        names = ", ".join(f"`{prefix}*`" for prefix, why in REFUSED.items() if why == reason)
+        lines.append(f"| {names} | {reason} |")
     return "\n".join(lines)

@@ -22,6 +22,13 @@ def test_a_lost_hook_and_a_crash_are_failures(tmp_path, monkeypatch):
     assert check_compat.check_hooks("1", tmp_path) == {"passed": False, "detail": "no such module"}
 
 
+def test_every_stage_names_tests_that_are_there():
+    """Words for `pytest -k` went on to pass where the tests that they meant had moved to another file."""
+    for name in (name for stage in check_compat.STAGES.values() for name in stage):
+        file, _, test = name.partition("::")
+        assert f"def {test}" in (check_compat.ROOT / file).read_text(), name
+
+
 def test_the_release_comes_before_the_installed_one(tmp_path):
     first, second, *_ = check_compat.environment_of(tmp_path)["PYTHONPATH"].split(":")
     assert Path(first).name == "site" and second == str(tmp_path)

@@ -67,7 +67,7 @@ def test_a_language_model_inside_counts_where_the_class_goes_by_it():
 
 def test_a_device_on_which_nobody_served_a_family_is_named(monkeypatch):
     monkeypatch.setitem(SERVED, "A", families.Served("a", "tests/test_a.py"))
-    monkeypatch.setitem(SERVED, "B", families.Served("b", "", ("a launch",)))
+    monkeypatch.setitem(SERVED, "B", families.Served("b", "", gpu=("a launch",)))
     assert [untested(name, "", device) for name in "AB" for device in ("cpu", "cuda")] == [
         "",
         "A on a GPU",

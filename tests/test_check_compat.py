@@ -1,12 +1,21 @@
 """The check against other releases, on the one that is installed; others take a download."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import check_compat
 
+from sglang_macs.engine.compat import SGLANG
+
+PINNED = (check_compat.ROOT / "requirements" / "sglang.txt").read_text().split("sglang==")[1].strip()
+
+
+def test_the_pinned_release_is_one_that_hooks_are_made_for():
+    assert PINNED in SGLANG
+
 
 def test_every_hook_takes_in_the_installed_release(tmp_path):
-    assert check_compat.check_hooks("0.5.21", tmp_path) == {"passed": True, "detail": "all took"}
+    assert check_compat.check_hooks(version("sglang"), tmp_path) == {"passed": True, "detail": "all took"}
 
 
 def test_another_release_than_asked_for_is_not_called_tested(tmp_path, monkeypatch):

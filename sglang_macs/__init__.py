@@ -1,4 +1,4 @@
-"""MACS for SGLang: bounded expert-parallel load for multimodal mixture-of-experts models. See docs/method.md.
+"""MACS for SGLang: bounded expert-parallel load for multimodal mixture-of-experts models. See docs/design/method.md.
 
 What `__all__` names is the public interface. A name is imported when it is first used: SGLang's launcher imports this
 package, and a fault in it must not pass for a plugin that nobody asked for (entry_point.py).
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .plan.routing import Routing
     from .plan.tokens import RoutedTokens
 
-__version__ = "0.1.0"
+try:
+    from ._version import __version__  # with the commit; written by a build
+except ImportError:
+    __version__ = "0+unknown"
 
 __all__ = [
     "PRESETS",

@@ -6,6 +6,8 @@ the experts, which are rank 0's: image batches are skewed.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -40,11 +42,11 @@ LARGE = (
 )
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
-    "inf": ["--macs-gamma", "inf", "--macs-verify", "true"],
+    "inf": ["--macs-gamma", "inf", "--macs-act", "always", "--macs-verify", "true"],
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
-    "MACS_EXPERIMENTAL": "bounded,models",  # what is refused in service is tried here
+    "MACS_EXPERIMENTAL": "replicas,models",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
@@ -56,6 +58,8 @@ ENVIRONMENT = {
 # A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
 # side, with empty caches, took 180.
 START_SECONDS = 240
+# Every few passes, a layer after the other.
+MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1")
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ class Launch:
     """One way to serve.
 
     kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options: others of its builder;
-    flags: beside the common ones; attention_tp: all ranks share every request; fused, bounded, peers: with
-    --macs-dispatch fused or bounded, with --macs-all-reduce peer where MACS is on; graphs: decode replays CUDA graphs;
-    one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace.
+    flags: beside the common ones; attention_tp: all ranks share every request; fused, bounded: what --macs-dispatch
+    asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else group; graphs: decode replays
+    CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace; redundant: copies
+    of experts; moves: EPLB moves experts meanwhile.
     """
 
     ranks: int
@@ -87,6 +92,17 @@ class Launch:
     graphs: bool = False
     one_gpu: bool = False
     observed: bool = False
+    redundant: int = 0
+    moves: bool = False
+
+    @property
+    def runs(self) -> dict[str, list[str]]:
+        """RUNS; where experts have copies, beside one without them."""
+        return RUNS | ({"plain": RUNS["off"]} if self.redundant else {})
+
+    @property
+    def without_copies(self) -> Launch:
+        return dataclasses.replace(self, redundant=0, moves=False)
 
     @property
     def gpus(self) -> int:
@@ -103,7 +119,19 @@ class Launch:
         if self.one_gpu:  # pictures would go through memory of a process that is no rank
             parallel += ["--mm-feature-transport", "cpu"]
         graphs = ["--cuda-graph-max-bs-decode", "8"] if self.graphs else ["--disable-cuda-graph"]
-        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags]
+        placed = []
+        if self.redundant:
+            location = expert_location(self.layers + self.copies, self.experts, self.redundant, self.ranks)
+            placed = ["--ep-num-redundant-experts", str(self.redundant), "--init-expert-location", location]
+        moving = MOVING if self.moves else ()
+        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags, *placed, *moving]
+
+    @property
+    def dispatch(self) -> str:
+        """Of --macs-dispatch."""
+        if self.fused:
+            return "auto" if self.bounded else "fused"
+        return "bounded" if self.bounded else "deepep"
 
     @property
     def slot(self) -> str:
@@ -112,8 +140,10 @@ class Launch:
 
     @property
     def plans_fused(self) -> bool:
-        """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode."""
-        return self.fused and self.mode == "low_latency"
+        """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode, nor with
+        replicas, which are planned in front.
+        """
+        return self.fused and self.mode == "low_latency" and not self.redundant
 
     def environment(self) -> dict[str, str]:
         if self.gpus > 1:
@@ -136,6 +166,13 @@ class Launch:
         if self.kind == "qwen3_moe":
             size |= {"fp8": self.fp8, "head_dim": 64}
         return tiny_models.ensure(self.model_path(), self.kind, **size)
+
+
+def expert_location(layers: int, experts: int, redundant: int, ranks: int) -> str:
+    """For --init-expert-location: each rank has its own experts, linearly, and the first ones of the next rank."""
+    own, copies = experts // ranks, redundant // ranks
+    of_layer = [(rank * own + i) % experts for rank in range(ranks) for i in range(own + copies)]
+    return json.dumps({"physical_to_logical_map": [of_layer] * layers}, separators=(",", ":"))
 
 
 def _one_gpu_environment() -> dict[str, str]:
@@ -164,12 +201,19 @@ LAUNCHES = {
     "2 ranks, bounded, FP8 blocks": Launch(2, "normal", bounded=True, **FP8),
     "2 ranks, bounded, one GPU": Launch(2, "normal", bounded=True, one_gpu=True),
     "2 ranks, bounded, FP8 blocks, one GPU": Launch(2, "normal", bounded=True, one_gpu=True, **FP8),
+    "2 ranks, replicas": Launch(2, "normal", redundant=32, **REAL),
+    "2 ranks, replicas, bounded": Launch(2, "normal", redundant=32, bounded=True, **REAL),
+    "2 ranks, replicas, EPLB": Launch(2, "normal", redundant=32, moves=True, **REAL),
+    "2 ranks, replicas, bounded, EPLB": Launch(2, "normal", redundant=32, moves=True, bounded=True, **REAL),
+    "2 ranks, replicas, fused": Launch(2, "low_latency", redundant=32, fused=True, **REAL),
+    "2 ranks, replicas, fused, EPLB": Launch(2, "low_latency", redundant=32, moves=True, fused=True, **REAL),
     "2 ranks, fused": Launch(2, "low_latency", fused=True),
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
     # As users run it: prefill in normal mode, decode in low latency. Decoding and prefills meet in the mixed requests.
     "2 ranks, auto": Launch(2, "auto", graphs=True),
     "2 ranks, auto, fused": Launch(2, "auto", fused=True, graphs=True),
+    "2 ranks, auto, all": Launch(2, "auto", fused=True, bounded=True, peers=True, graphs=True, **REAL),
     "2 ranks, auto, fused, FP8 blocks": Launch(2, "auto", fused=True, graphs=True, **FP8),
     "2 ranks, auto, fused, mixed chunks": Launch(
         2, "auto", fused=True, graphs=True, flags=(*SMALL, "--enable-mixed-chunk")
@@ -238,10 +282,6 @@ def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str]
     """A server of `launch` with the flags of a run; a context manager."""
     env = launch.environment() | (environment or {})
     own = []
-    if launch.fused and "off" not in run:
-        own += ["--macs-dispatch", "fused"]
-    if launch.bounded and "off" not in run:
-        own += ["--macs-dispatch", "bounded"]
-    if launch.peers and "off" not in run:
-        own += ["--macs-all-reduce", "peer"]
+    if "off" not in run:
+        own += ["--macs-dispatch", launch.dispatch, "--macs-all-reduce", "peer" if launch.peers else "group"]
     return Server(launch.model(), [*launch.arguments, *run, *own], env=env, log=log, timeout=START_SECONDS)

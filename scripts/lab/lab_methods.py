@@ -65,11 +65,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """ids, weights [P, K] to dispatch, and the seconds that the decision took (0 where it is not timed)."""
+    """ids, weights [P, K] to dispatch, and the seconds that the decision took (0 where it is not timed); rows [R] of
+    each rank, where experts do not lie linearly.
+    """
 
     ids: Tensor
     weights: Tensor
     seconds: float = 0.0
+    rows: Tensor | None = None
 
 
 Decide = Callable[[Inputs, float], Outcome]
@@ -192,7 +195,7 @@ class ByLayer:
 
 
 def _true_weights(given: Inputs, ids: Tensor, scoring: str) -> Tensor:
-    """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (docs/method.md 5.3)."""
+    """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (method.md 5.3)."""
     reference = given.logits.gather(1, given.ids[:, :1])  # slots come sorted: the first has the greatest gate
     chosen = given.logits.gather(1, ids.clamp(min=0))
     ratio = chosen.sigmoid() / reference.sigmoid() if scoring == "sigmoid" else (chosen - reference).exp()

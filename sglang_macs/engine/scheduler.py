@@ -49,14 +49,15 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
     config = process.config
     balances = process.has_replicas and config.act == "auto"  # worth its cost or not at infinite gamma, too
-    while_it_dispatches = process.transports.plans and not process.has_selections
+    while_it_dispatches = process.transports.plans and not process.plans_in_front
     if not (config.may_leave_layers or balances) or while_it_dispatches:
         return 0
     rows = process.config.act_rows
     if rows is None:
         planner, group = next(iter(process.planners.values())), parallel.tp_group
         sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
-        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
+        launched = "waiting" if process.bounded is None else "ahead" if process.layer_graphs is None else "graph"
+        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group, launched)
     if parallel.moe_ep_rank == 0:
         say(
             f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "

@@ -89,6 +89,17 @@ def test_paths_exist(page):
     assert not {path for path in paths(PAGES[page]) if not any(ROOT.glob(path))}
 
 
+def test_pages_that_code_names_exist():
+    named = {}
+    for folder in sorted({*FOLDERS} - {"docs", "models"}):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".yaml", ".sbatch", ".h", ".cpp", ".cu", ".cuh"):
+                found = re.findall(r"(?<![\w/.-])docs/[\w/]+\.(?:md|png)", path.read_text(encoding="utf-8"))
+                named |= dict.fromkeys(found, path)
+    lost = {page: path for page, path in named.items() if not (ROOT / page).exists()}
+    assert len(named) > 10 and not lost
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_of_macs_exist(page):
     known = {config.flag(n) for n in config.MacsConfig.__dataclass_fields__} | {"--macs-*", "--macs-"}

@@ -60,19 +60,19 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 	@$(PYTEST) -m gpu
 
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
-	@bash scripts/sanitize.sh $(PY)
+	@bash tools/sanitize.sh $(PY)
 
 lint: build  ## ruff, mypy, hadolint, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/hadolint deploy/kubernetes/Dockerfile
-	@$(PY) scripts/docs_tables.py --check
+	@$(PY) tools/docs_tables.py --check
 
 format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(PY) scripts/docs_tables.py
+	@$(PY) tools/docs_tables.py
 
 sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
 	@rm -rf dist

@@ -121,7 +121,7 @@ def test_subcommands_and_their_flags_exist(page):
 def test_flags_of_scripts_exist(page):
     """A script's flags are looked for in its source: importing all of them would take their dependencies."""
     for line in commands(PAGES[page]):
-        if script := re.search(r"python3? ((?:scripts|lab)/\S+\.py)(.*)", line):
+        if script := re.search(r"python3? ((?:scripts|tools|lab)/\S+\.py)(.*)", line):
             source = (ROOT / script[1]).read_text(encoding="utf-8")
             if "result_file.add_options" in source:
                 source += (ROOT / "scripts" / "gpu" / "result_file.py").read_text(encoding="utf-8")

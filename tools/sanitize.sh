@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # compute-sanitizer over the CUDA kernels: memcheck over the plan and the fused dispatch, racecheck over the plan.
 #
-#   scripts/sanitize.sh [PYTHON]
+#   tools/sanitize.sh [PYTHON]
 #
 # Racecheck's errors count here, its warnings do not. Races between blocks and ranks, which it cannot see, are
 # tests/test_races_emulated.py's.

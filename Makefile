@@ -50,7 +50,7 @@ test-server: build  ## of `make test-all` what starts a real server
 	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
-	@$(PY) scripts/load_test.py
+	@$(PY) benchmarks/run.py load_test
 
 test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium: apt-get install chromium"; exit 1; }
@@ -79,7 +79,7 @@ sdist: build  ## dist/: the source archive, from which `pip wheel` and the Docke
 	@$(PY) setup.py -q sdist
 
 bench: build  ## the plan on this CPU against a vectorised torch version
-	@$(PY) scripts/bench_plan.py
+	@$(PY) benchmarks/run.py bench_plan
 
 clean:  ## build products
 	@rm -rf build dist *.egg-info sglang_macs/_C*.so $(VENV)/.built
@@ -88,7 +88,7 @@ distclean: clean  ## and the environment
 	@rm -rf $(VENV)
 
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
-	@$(PY) scripts/check_latency.py
+	@$(PY) benchmarks/run.py check_latency
 
 check-network: build  ## the fused dispatch compiles over NCCL's GIN (needs nvcc; fetches NCCL's headers)
 	@PY=$(PY) bash scripts/check_network.sh

@@ -20,7 +20,7 @@ from PIL import Image
 from sglang_macs.cpu_compat import allow_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "scripts" / "e2e"
+E2E = ROOT / "benchmarks" / "e2e"
 sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
 
 import e2e_routing  # noqa: E402
@@ -452,7 +452,7 @@ def test_smoke_run_on_cpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert result["command"].startswith("python3 scripts/e2e/prefill.py --device cpu")
+    assert result["command"].startswith("python3 benchmarks/e2e/prefill.py --device cpu")
     rows = {row["case"]["variant"]: row for row in result["rows"]}
     assert set(rows) == {"stock", "balanced", "rank-1.05"}
     expected = {"tokens": 64, "skew": 1.27, "variant": "rank-1.05", "dispatch": "gloo", "layers": 3, "dtype": "bf16"}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "scripts" / "e2e"
+E2E = ROOT / "benchmarks" / "e2e"
 sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
 
 import decode  # noqa: E402

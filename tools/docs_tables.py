@@ -69,7 +69,7 @@ def wire_table() -> str:
 
 
 def replicas_table() -> str:
-    """What each choice of replicas leaves, from scripts/replicas_study.py."""
+    """What each choice of replicas leaves, from benchmarks/replicas_study.py."""
     found = results("replicas")
     by_case = {tuple(row["case"].values()): row for row in found["rows"]}
     choices, gammas = ("linear", "static", "balance"), sorted({row["case"]["gamma"] for row in found["rows"]})

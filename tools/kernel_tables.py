@@ -113,7 +113,7 @@ FUSED_COLUMNS = {
     "both": ("fused_dispatch_combine", 0.0),
     "20 % clipped  ": ("fused_dispatch_combine", 0.2),
     "DeepEP  ": ("deepep_dispatch_combine", 0.0),
-    # Ranks that share a GPU: sending and receiving added up (scripts/gpu/time_phases.py).
+    # Ranks that share a GPU: sending and receiving added up (benchmarks/gpu/time_phases.py).
     "DeepEP in phases": ("phased_deepep_dispatch", 0.0),
     "plan + DeepEP in phases": ("phased_plan_deepep_dispatch", 0.0),
     "DeepEP's combine in phases": ("phased_deepep_combine", 0.0),

@@ -9,9 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
 command -v compute-sanitizer >/dev/null || { echo "sanitize: no compute-sanitizer. It comes with the CUDA toolkit."; exit 1; }
-kernels=(scripts/gpu/check_kernels.py --check-only --small 16)
+kernels=(benchmarks/gpu/check_kernels.py --check-only --small 16)
 mkdir -p build
-for program in "${kernels[*]}" "scripts/gpu/check_fused.py --sanitize --small 8"; do
+for program in "${kernels[*]}" "benchmarks/gpu/check_fused.py --sanitize --small 8"; do
     echo "memcheck: $program"
     # shellcheck disable=SC2086
     compute-sanitizer --tool memcheck --error-exitcode 1 "$python" $program

@@ -299,6 +299,8 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
     kind = "visual" if any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"]) else "text"
     own = [sum(s["own"][f"{name}_{kind}"] for s in by_gamma["1.0"]["states"]) for name in ("clipped", "rerouted")]
     equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
+    if of_copies := by_gamma["inf"].get("equal_to_plain"):
+        equal = f"{of_copies} as without copies"
     counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "bounded", "checks", "violations")]
     return [launch, equal, *counts, *own, f"{max(run['start_s'] for run in by_gamma.values()):.0f}"]
 
@@ -452,6 +454,22 @@ def replicas_table() -> str:
     )
 
 
+def quality_replicas_table() -> str:
+    """Copies of experts before the clip, from scripts/lab/evaluate.py."""
+    found = results("quality_replicas")
+    part = found["replicas"]
+    (unclipped,) = (row for row in part["rows"] if row["bound"] is None)
+    by_case = {(row["method"], row["bound"]): row for row in part["rows"] if row["bound"] is not None}
+    methods, bounds = (sorted({case[i] for case in by_case}, key=key) for i, key in ((0, len), (1, float)))
+    rows = []
+    for method in methods:
+        cells = [(100 * row["share"]["clipped"], row["kl"]) for row in (by_case[method, bound] for bound in bounds)]
+        rows.append([f"`{method}`", *(f"{clipped:.1f} / {f'{kl:.1e}' if kl else 0}" for clipped, kl in cells)])
+    about = f"{source(found)} {part['batches']} batches, {part['requests']} requests; unclipped, linear, the fullest "
+    about += f"rank has {unclipped['max_rank_rows_after']['mean']:.2f} times the mean."
+    return f"{about}\n\n" + markdown(["clipped, % / KL at bound", *bounds], rows)
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -491,6 +509,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refused": families.refused_table,
     "cost": cost_table,
     "replicas": replicas_table,
+    "quality_replicas": quality_replicas_table,
     "wire": wire_table,
     "fused": fused_table,
 }

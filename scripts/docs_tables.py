@@ -454,7 +454,7 @@ def replicas_table() -> str:
 
 
 def quality_replicas_table() -> str:
-    """Copies of experts before the clip, from scripts/lab/evaluate.py."""
+    """Copies of experts before the clip, from lab/evaluate.py."""
     found = results("quality_replicas")
     part = found["replicas"]
     (unclipped,) = (row for row in part["rows"] if row["bound"] is None)
@@ -464,8 +464,9 @@ def quality_replicas_table() -> str:
     for method in methods:
         cells = [(100 * row["share"]["clipped"], row["kl"]) for row in (by_case[method, bound] for bound in bounds)]
         rows.append([f"`{method}`", *(f"{clipped:.1f} / {f'{kl:.1e}' if kl else 0}" for clipped, kl in cells)])
-    about = f"{source(found)} {part['batches']} batches, {part['requests']} requests; unclipped, linear, the fullest "
-    about += f"rank has {unclipped['max_rank_rows_after']['mean']:.2f} times the mean."
+    about = f"{found['gpu'].upper()}, {found['date']}, commit {found['commit'][:9]}, {part['batches']} batches, "
+    about += f"{part['requests']} requests; unclipped and linear, the fullest rank has "
+    about += f"{unclipped['max_rank_rows_after']['mean']:.2f} times the mean."
     return f"{about}\n\n" + markdown(["clipped, % / KL at bound", *bounds], rows)
 
 

@@ -25,6 +25,18 @@ def test_the_reduced_study_takes_less_than_20_minutes_and_agrees():
         assert kl[MacsConfig.from_preset("rank").importance] < kl[other]
 
 
+def test_copies_of_experts_lose_less_at_equal_rows_of_the_fullest_rank():
+    """From the mean up, in what is clipped and in the divergence of the answers."""
+    result = json.loads((ROOT / "docs" / "results" / "quality_replicas.json").read_text())
+    rows = result["replicas"]["rows"]
+    for bound in (1.0, 1.05):
+        of = {row["method"]: row for row in rows if row["bound"] == bound}
+        assert all(row["max_rank_rows_after"]["worst"] <= bound + 1e-3 for row in of.values())
+        for figure in (lambda row: row["share"]["clipped"], lambda row: row["kl"]):
+            linear, placed, copies = (figure(of[name]) for name in ("gate", "gate, placed", "gate, 16 copies"))
+            assert copies < placed < linear
+
+
 def test_the_committed_study_bears_the_default_out():
     result = json.loads((ROOT / "docs" / "results" / "quality.json").read_text())
     assert {"gpu", "commit", "command", "date"} <= result.keys()

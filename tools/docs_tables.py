@@ -86,6 +86,23 @@ def replicas_table() -> str:
     )
 
 
+def quality_replicas_table() -> str:
+    """Copies of experts before the clip, from lab/evaluate.py."""
+    found = results("quality_replicas")
+    part = found["replicas"]
+    (unclipped,) = (row for row in part["rows"] if row["bound"] is None)
+    by_case = {(row["method"], row["bound"]): row for row in part["rows"] if row["bound"] is not None}
+    methods, bounds = (sorted({case[i] for case in by_case}, key=key) for i, key in ((0, len), (1, float)))
+    rows = []
+    for method in methods:
+        cells = [(100 * row["share"]["clipped"], row["kl"]) for row in (by_case[method, bound] for bound in bounds)]
+        rows.append([f"`{method}`", *(f"{clipped:.1f} / {f'{kl:.1e}' if kl else 0}" for clipped, kl in cells)])
+    about = f"{found['gpu'].upper()}, {found['date']}, commit {found['commit'][:9]}, {part['batches']} batches, "
+    about += f"{part['requests']} requests; unclipped and linear, the fullest rank has "
+    about += f"{unclipped['max_rank_rows_after']['mean']:.2f} times the mean."
+    return f"{about}\n\n" + markdown(["clipped, % / KL at bound", *bounds], rows)
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -128,6 +145,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refused": families.refused_table,
     "cost": cost_table,
     "replicas": replicas_table,
+    "quality_replicas": quality_replicas_table,
     "wire": wire_table,
     "fused": fused_table,
 }

@@ -32,6 +32,8 @@ def serve_row(launch: str, by_gamma: dict[str, dict]) -> list[object]:
     kind = "visual" if any(s["own"]["clipped_visual"] for s in by_gamma["1.0"]["states"]) else "text"
     own = [sum(s["own"][f"{name}_{kind}"] for s in by_gamma["1.0"]["states"]) for name in ("clipped", "rerouted")]
     equal = "equal" if by_gamma["off"]["tokens"] == by_gamma["inf"]["tokens"] else "DIFFERENT"
+    if of_copies := by_gamma["inf"].get("equal_to_plain"):
+        equal = f"{of_copies} as without copies"
     counts = [total(name, "inf", "1.0") for name in ("planned", "fused", "bounded", "checks", "violations")]
     return [launch, equal, *counts, *own, f"{max(run['start_s'] for run in by_gamma.values()):.0f}"]
 

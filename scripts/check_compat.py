@@ -3,10 +3,10 @@
     python scripts/check_compat.py [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
     python scripts/check_compat.py 0.5.20 --stages refused
 
-Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION without its
-dependencies (pip --target), before the installed one; everything else is shared. The stage `refused` is for a release
-that lacks a hook's target: a launch with MACS must end and say so. Exit 0 if every stage of every release passes.
-docs/guide/compatibility.md has the table.
+Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION without
+its dependencies (pip --target), before the installed one; everything else is shared. The stage `refused` is for a
+release that lacks a hook's target: a launch with MACS must end and say so. Exit 0 if every stage of every release
+passes. docs/guide/compatibility.md has the table.
 """
 
 import argparse

@@ -198,6 +198,11 @@ class MacsConfig:
         return "--macs-reroute local" if self.reroute == "local" else ""
 
     @property
+    def reroutes(self) -> bool:
+        """Whether plans look for other experts."""
+        return self.reroute != "none" and not self.changes_nothing
+
+    @property
     def changes_nothing(self) -> bool:
         """Whether every assignment goes where it was routed: MACS is off, or gamma infinite."""
         return math.isinf(self.gamma)

@@ -307,7 +307,8 @@ def test_what_pays_is_known_on_a_cpu_and_measured_on_a_gpu_unless_given():
 def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_itself(options, fuses, rows, capsys):
     process = Worker(MacsConfig.from_preset(**options).on("cpu"))
     process.transports.plans = fuses
-    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
+    process.rows_that_pay = scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None)
+    assert process.rows_to_act_on == rows
     assert (f"from {rows} rows on" in capsys.readouterr().err) == (rows > 0)
 
 

@@ -105,7 +105,9 @@ def test_softmax_with_a_bias_is_not_followed_on_gpus():
 @pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("deepep", False)])
 def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, dispatch, told):
     followed = []
-    plan = SimpleNamespace(num_experts=2, config=SimpleNamespace(dispatch=dispatch), follow=followed.append)
+    plan = SimpleNamespace(
+        num_experts=2, config=SimpleNamespace(dispatch=dispatch, reroutes=True), follow=followed.append
+    )
     monkeypatch.setattr(topk, "_on_cpu", lambda: False)
     topk.say_once.cache_clear()
     topk._follow(plan, router())
@@ -120,7 +122,7 @@ def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, d
 def test_the_fused_kernels_plan_only_where_logits_order_candidates(monkeypatch, groups):
     """Else the layer's own plan goes before them, and they carry what it has planned."""
     fused = object.__new__(low_latency.FusedLowLatency)
-    fused.planner = SimpleNamespace(plan=SimpleNamespace(routing=Routing(**groups)))
+    fused.planner = SimpleNamespace(plan=SimpleNamespace(needs_selection=Routing(**groups).needs_selection))
     monkeypatch.setattr(fused, "takes", lambda: True, raising=False)
     with batch.forward(batch.Batch(skip="")):
         assert fused.plans() == (not groups)

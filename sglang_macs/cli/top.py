@@ -21,7 +21,7 @@ HELP = "a live view of what MACS does in a running server"
 HOME_AND_CLEAR = "\033[H\033[J"
 BAR_WIDTH = 28
 MOST_RANKS = 256  # that are drawn
-NOT_COUNTERS = ("version", "rank", "ranks", "config", "acting")
+NOT_COUNTERS = ("version", "rank", "ranks", "config", "acting", "control")
 SINCE_START = "since the server's start"
 
 
@@ -63,7 +63,7 @@ def frame(states: Sequence[State], period: str) -> str:
 
 def _notes(states: Sequence[State]) -> list[str]:
     """What a reader must know about the figures: another version, counters that are not there."""
-    versions = sorted({printable(state.get("version", "unknown"), 24) for state in states})
+    versions = sorted({printable(state.get("version", "unknown"), 64) for state in states})
     notes = []
     if versions != [__version__]:
         notes.append(f"the server has sglang-macs {', '.join(versions[:4])}, this is {__version__}")

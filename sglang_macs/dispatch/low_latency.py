@@ -69,7 +69,7 @@ class FusedLowLatency:
         candidates are ordered by something else than their logits: those are planned in front.
         """
         now = batch.current()
-        by_logits = not self.planner.plan.routing.needs_selection
+        by_logits = not self.planner.plan.needs_selection
         return self.takes() and by_logits and not now.skip and not now.leaves_alone
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:

@@ -143,23 +143,14 @@ def _check_launch(record, config: MacsConfig) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     model = model_config_of(record)
-    architecture, text = (model.hf_config.architectures or ["unknown"])[0], model.hf_text_config
-    launch = compat.Launch(
-        resolved_view(record),
-        config,
-        architecture,
-        moe_config.num_experts(text),
-        moe_config.top_k(text),
-        moe_config.special_routing(text),
-        model.context_len,
-    )
+    launch = moe_config.launch_of(resolved_view(record), config, model)
     compat.check(launch)
     if config.has_own_importance:
         importance.check(config.importance)
     if config.profile:
         of_model = profile.load(config.profile)
-        of_model.check_model(architecture, launch.num_experts)
-        for layer in moe_config.layers(text) or ():
+        of_model.check_model(launch.architecture, launch.num_experts)
+        for layer in moe_config.layers(model.hf_text_config) or ():
             of_model.of_layer(layer)
 
 

@@ -4,17 +4,20 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .. import __version__
 from ..config import MacsConfig, configured
 from ..console import say
+from ..control import Settings
 from ..dispatch.acting import Acting
 from ..dispatch.bounded import BoundedDispatch
 from ..dispatch.layer_graph import LayerGraphs
 from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
+from ..errors import MacsError
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run
 from ..observe.shared_state import SharedState
@@ -22,6 +25,9 @@ from ..observe.stats import Stats
 from ..plan import profile
 from ..plan.batch import Batch
 from .agreement import Agreement
+from .compat import Launch
+from .control import Control
+from .limits import check_change
 
 IDLE_LOOK_SECONDS = 1.0  # between two looks of an idle process: each of them is work for the GPU
 
@@ -41,12 +47,18 @@ class Worker:
         self.top_k = 1  # the largest of the model's MoE layers
         self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
         self.agreement: Agreement | None = None
+        self.launch: Launch | None = None  # what SGLang and the model said when the scheduler had started
+        self.cannot_reroute = ""  # why re-routing cannot follow the model's router
+        self.rows_that_pay = 0  # of a plan, measured or given at the launch; 0 = every layer is planned
+        self.control = Control(Settings.at_launch(config), partial(check_change, self), self.change)
         self._rank, self._num_ranks = 0, 1
         self._shared_state: SharedState | None = None
         self._passes = 0  # that were planned or, with MACS off, would have been
         self._looked = 0.0  # s of the monotonic clock
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
+        self._place: Place | None = None  # of a recorder
+        self._recorded = 0  # bytes of recorders that have ended
 
     @property
     def has_replicas(self) -> bool:
@@ -56,7 +68,7 @@ class Worker:
     @property
     def has_selections(self) -> bool:
         """Whether plans order candidates by something else than their logits: no dispatch does that by itself."""
-        return any(planner.plan.routing.needs_selection for planner in self.planners.values())
+        return any(planner.plan.needs_selection for planner in self.planners.values())
 
     def options_of_the_group(self) -> str:
         """What must be the same on every node, where experts lie included; where files lie may differ."""
@@ -64,6 +76,52 @@ class Worker:
         del options["trace"], options["trace_limit_mb"], options["profile"]
         places = {i: p.plan.places.logical.tolist() for i, p in self.planners.items() if p.plan.places is not None}
         return f"{options} {self.profile.modality if self.profile else None} {places}"
+
+    def change(self, number: int, settings: Settings) -> None:
+        """Puts other options in force, on all ranks before the same pass. number: of the request."""
+        config = self.config = settings.now
+        for planner in self.planners.values():
+            planner.plan.configure(config)
+        self.transports.configure(config)
+        if self.bounded is not None:
+            self.bounded.config = config
+        if self.layer_graphs is not None:
+            self.layer_graphs.forget()
+        self.acting.forget(self.rows_to_act_on)
+        self._record_anew(f"{number:04d}" if settings.traced else None)
+        self.stats.changes += 1
+        if self._exporter is not None:
+            self._exporter.configure(config)
+        if self.agreement is not None:
+            self.agreement.again(self.options_of_the_group())
+
+    @property
+    def may_leave_layers(self) -> bool:
+        """Whether layers may be left alone for want of gain; with replicas worth its cost at infinite gamma, too."""
+        balances = self.has_replicas and self.config.act == "auto" and not self.config.is_off
+        while_it_dispatches = self.transports.plans and not self.has_selections
+        return (self.config.may_leave_layers or balances) and not while_it_dispatches
+
+    @property
+    def rows_to_act_on(self) -> int:
+        """What a plan must be expected to take off the most loaded rank; 0: every layer is planned."""
+        return self.rows_that_pay if self.may_leave_layers else 0
+
+    def _record_anew(self, change: str | None) -> None:
+        """A trace has one set of options: each change begins another run of it, within what is left of its limit."""
+        if self._recorder is not None:
+            self._recorder.end()
+            self._recorded += self._recorder.bytes
+        self._recorder = None
+        left = self.config.trace_limit_mb - self._recorded / 1e6
+        if change is not None and self._place is not None and left > 0:
+            try:
+                config = replace(self.config, trace_limit_mb=left)
+                self._recorder = Recorder(config, self._place, f"{agreed_run()}-{change}")
+            except MacsError as error:
+                say(f"no trace: {error}. The server serves on.")
+        for planner in self.planners.values():
+            planner.recorder = self._recorder
 
     def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
         """Takes its place among the expert-parallel ranks, once the process groups are there."""
@@ -87,6 +145,7 @@ class Worker:
     def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
         if self.config.trace and self._recorder is None:
+            self._place = place
             self._recorder = Recorder(self.config, place, agreed_run())
         return self._recorder
 
@@ -128,6 +187,7 @@ class Worker:
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        about["control"] = self.control.state()
         about["fused_region"] = self.transports.state()
         if self._recorder is not None:
             about["trace"] = self._recorder.state()

@@ -110,6 +110,7 @@ class Stats:
 
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
+    changes: of options, at run time.
     bounded: of `dispatches`, those whose received rows were never counted on the host.
     graphs: of `bounded`, those whose layer was one launch, a CUDA graph.
     expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
@@ -132,6 +133,7 @@ class Stats:
     received_rows: int = 0
     remote_rows: int = 0
     runner_calls: int = 0
+    changes: int = 0
     plan_seconds: float = 0.0
     visual_share_sum: Tensor | float = 0.0
     outcome: Tensor | int = 0

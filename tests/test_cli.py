@@ -163,6 +163,7 @@ OTHERS = {
     ("set", "--verify"): ("", "yes"),
     ("set", "--trace"): ("", "/tmp"),
     ("set", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("set", "--admin-api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("set", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
@@ -332,6 +333,18 @@ def test_set_asks_and_tells_what_became_of_it(capsys, monkeypatch, updated, stat
     assert asked == [{"macs_on=True": 1, "macs_gamma=1.05": 1}]
     out, err = capsys.readouterr()
     assert says in (err if status else out)
+
+
+@pytest.mark.parametrize(("given", "asks_with"), [([], "all"), (["--admin-api-key", "admin"], "admin")])
+def test_set_changes_with_the_admin_key_and_reads_with_the_other(monkeypatch, given, asks_with):
+    """SGLang takes the one alone for the first where both are set, and the other alone for the second."""
+    from sglang_macs.observe.server_info import Server
+
+    keys = []
+    monkeypatch.setattr(Server, "states", lambda self: keys.append(self.api_key) or [_served(0, 0, 1.1)])
+    monkeypatch.setattr(Server, "change", lambda self, options: keys.append(self.api_key) or True)
+    assert cli.main(["set", "http://127.0.0.1:9", "--off", "--api-key", "all", *given]) == 0
+    assert keys == ["all", asks_with, "all"]
 
 
 def test_set_without_an_option_says_what_it_takes(capsys):

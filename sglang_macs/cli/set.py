@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import control
@@ -16,6 +18,7 @@ from .arguments import add_server, number, server_of
 
 HELP = "change options of a running server, off and on among them, without a restart"
 SECONDS_BETWEEN = 0.2
+ADMIN_KEY_ENV = "SGLANG_ADMIN_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wait = number(float, 0, 3600)
     parser.add_argument("--wait", type=wait, default=5.0, help="seconds for the next pass (default: %(default)s)")
     add_server(parser)
+    help = f"of a server that has one beside --api-key; default: the environment's {ADMIN_KEY_ENV}"
+    parser.add_argument("--admin-api-key", metavar="KEY", help=help)
 
 
 def _gamma(text: str) -> float:
@@ -47,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if not options:
         raise MacsError("set", "no option", "one to change, such as --gamma 1.05 or --off")
     server = server_of(args.url, args)
+    key = args.admin_api_key if args.admin_api_key is not None else os.environ.get(ADMIN_KEY_ENV, "")
+    admin = replace(server, api_key=key.strip() or server.api_key)
     before = server.states()
-    if not server.change(control.encode(options)):
+    if not admin.change(control.encode(options)):
         print(f"sglang-macs set: refused, {_refusal(server.states())}", file=sys.stderr)
         return 2
     print(outcome(before, _settled(server, args.wait)))

@@ -49,7 +49,7 @@ class Server:
             shown = "one with a user name" if "@" in self.url else repr(self.url)
             raise MacsError("server", shown, "an address such as http://127.0.0.1:30000")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise MacsError("--api-key", "characters that no HTTP header takes", "printable ASCII")
+            raise MacsError("--api-key or --admin-api-key", "characters that no HTTP header takes", "printable ASCII")
 
     def states(self) -> list[State]:
         """The `macs` state of every scheduler that answers. Raises MacsError where there is none."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .choices import IMPORTANCES
-from .config import PRESETS, MacsConfig, from_options
+from .config import OFF, PRESETS, MacsConfig, from_options
 from .errors import MacsError
 
 PREFIX = "macs_"
@@ -87,10 +87,10 @@ class Settings:
             raise MacsError("trace", "on", "a server that was launched with --macs-trace FOLDER")
         traced = bool(options.get("trace", self.traced))
         preset = options.get("preset")
-        if preset == "off":
+        if preset in OFF:
             if "on" in options:
-                raise MacsError("on", "it beside preset=off", "one of them")
-            off = replace(of_preset(self.now, "off"), **rest)
+                raise MacsError("on", f"it beside preset={preset}", "one of them")
+            off = replace(of_preset(self.now, preset), **rest)
             return replace(self, now=off, on=replace(self.on, **_but_gamma(rest)), traced=traced)
         if preset is None and self.now.is_off and "on" not in options:
             return replace(self, now=replace(self.now, **rest), on=replace(self.on, **rest), traced=traced)

@@ -252,14 +252,14 @@ def test_ranks_that_would_plan_other_layers_are_found():
 
 
 def _agree_on_rows(rank: int, world: int) -> list[int]:
-    plan_seconds, row_seconds = plan_cost._plan_seconds, plan_cost._row_seconds
+    plan_seconds, row_seconds = plan_cost._plan_seconds, plan_cost.row_seconds
     sizes = plan_cost.ExpertSizes(64, 32, 3)
     planner = LayerPlanner(0, Plan(CONFIG, 12, world), dist.group.WORLD, Stats())
     timed = plan_cost.rows_that_pay(planner, sizes, torch.device("cpu"), dist.group.WORLD)
     plan_cost._plan_seconds = lambda *_: [30e-6, 500e-6][rank]
-    plan_cost._row_seconds = lambda *_: 1e-6
+    plan_cost.row_seconds = lambda *_: 1e-6
     made_up = plan_cost.rows_that_pay(planner, sizes, torch.device("cpu"), dist.group.WORLD)
-    plan_cost._plan_seconds, plan_cost._row_seconds = plan_seconds, row_seconds
+    plan_cost._plan_seconds, plan_cost.row_seconds = plan_seconds, row_seconds
     return [timed, made_up]
 
 

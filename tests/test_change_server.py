@@ -97,3 +97,20 @@ def test_options_change_under_load(vl_model, vl_reference, changes, flags):
         assert cli.main(["set", server.url, "--preset", "rank", "--trace", "on"]) == 2  # launched without a folder
         assert all("--macs-trace FOLDER" in state["control"]["refused"] for state in states(server))
         assert "options changed by request 3 before pass" in server.log_text()
+
+
+def test_observe_answers_as_without_macs_and_says_what_a_bound_would_gain(vl_model, vl_reference, capsys):
+    flags = ["--macs-preset", "observe", "--macs-verify-every", "2", "--macs-min-tokens", "0"]
+    with serve(vl_model, *EP2_ARGS, "--moe-a2a-backend", "macs", *flags, log="observe") as server:
+        for question in QUESTIONS[2:6]:
+            assert ask(server, question) == vl_reference.answer(question).ids, question
+        for state in states(server):
+            assert state["planned"] == 0 and state["skipped"]["off"] > 0 and not state["checks"]
+            assert state["observed_passes"] > 0 and state["observed_seconds"] > 0 and state["observe"]["row_us"] > 0
+            assert 0 < state["observed_share"] <= state["observed_passes"]
+            assert all(sum(layer["excess"]) > 0 for layer in state["layers"].values())
+        assert cli.main(["doctor", server.url]) == 0
+        assert "of a prefill pass" in capsys.readouterr().out
+        assert cli.main(["set", server.url, "--preset", "rank", "--gamma", "1", "--wait", "0"]) == 0
+        ask(server, QUESTIONS[5])
+        assert all(state["planned"] > 0 for state in states(server))

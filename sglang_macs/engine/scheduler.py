@@ -43,6 +43,9 @@ def _scheduler_init(result, self, *args, **kwargs):
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
     process.rows_that_pay = _rows_that_pay(process, parallel, self.model_config.quantization)
     process.acting.rows_that_pay = process.rows_to_act_on
+    if process.config.observes:
+        sizes, device = _expert_sizes(process, self.model_config.quantization), parallel.tp_group.device
+        process.row_seconds = plan_cost.row_seconds(sizes, torch.device(device))
     resolved = SimpleNamespace(**get_context().resolved_server_args_dict())
     process.launch = moe_config.launch_of(resolved, process.config, self.model_config)
     if get_observability().enable_metrics:
@@ -53,19 +56,24 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     """What a plan must be expected to take off the most loaded rank, where layers may be left alone; 0: nobody has
     measured it. Alike on all ranks.
     """
-    if not process.may_leave_layers:
+    if not (process.may_leave_layers or process.config.observes):
         return process.config.act_rows or 0
     rows = process.config.act_rows
     if rows is None:
         planner, group = next(iter(process.planners.values())), parallel.tp_group
-        sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
-        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
-    if parallel.moe_ep_rank == 0:
+        rows = plan_cost.rows_that_pay(
+            planner, _expert_sizes(process, quantization), torch.device(group.device), group.cpu_group
+        )
+    if parallel.moe_ep_rank == 0 and process.may_leave_layers:
         say(
             f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "
             f"others once in {LOOK_EVERY} passes"
         )
     return rows
+
+
+def _expert_sizes(process, quantization: str | None) -> plan_cost.ExpertSizes:
+    return process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
 
 
 def _check_exchange_of_schedulers(parallel) -> None:

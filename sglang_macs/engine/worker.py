@@ -18,6 +18,7 @@ from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
 from ..errors import MacsError
+from ..observe.beside import Observed
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run
 from ..observe.shared_state import SharedState
@@ -41,6 +42,8 @@ class Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
         self.acting = Acting()
+        self.observed = Observed(self.stats)
+        self.row_seconds = 0.0  # of a row at its rank; 0: not measured
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.layer_graphs: LayerGraphs | None = None
@@ -137,6 +140,8 @@ class Worker:
         every = self.config.verify_every
         chosen = self.config.verify or (every > 0 and self._passes % every == 0)
         self._passes += 1
+        if chosen and self.config.observes:
+            self.observed.begin_pass()
         if not batch.skip:
             needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
             batch = self.acting.decide(batch, every_layer=needed)
@@ -160,6 +165,10 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
         self.acting.end_pass()
+        if idle:
+            self.observed.collect()
+        else:
+            self.observed.end_pass()
         now = time.monotonic()
         if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
             self._looked = now
@@ -187,6 +196,8 @@ class Worker:
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        if self.config.observes:
+            about["observe"] = {"row_us": self.row_seconds * 1e6, "plan_rows": self.rows_that_pay}
         about["control"] = self.control.state()
         about["fused_region"] = self.transports.state()
         if self._recorder is not None:

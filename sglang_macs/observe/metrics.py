@@ -17,7 +17,7 @@ import torch
 
 from .. import __version__
 from ..choices import CLAIMS, MODALITIES
-from ..config import MacsConfig
+from ..config import OFF, MacsConfig
 from ..plan.batch import NO_GAIN, SKIP_REASONS
 from .stats import Stats
 
@@ -50,7 +50,7 @@ def _one(read: Callable[[Mapping[str, Any]], float]) -> Callable[[Mapping[str, A
 
 
 def _is_on(state: Mapping[str, Any]) -> float:
-    return float(state["config"]["preset"] != "off")
+    return float(state["config"]["preset"] not in OFF)
 
 
 def _own(outcome: str) -> Callable[[Mapping[str, Any]], Values]:
@@ -86,7 +86,7 @@ def _info(state: Mapping[str, Any]) -> Values:
 
 METRICS = (
     Metric("info", "1; its labels say what serves, and the options in force", _info, ("version", *SERVED), "gauge"),
-    Metric("active", "1 where MACS plans, 0 with preset off", _one(_is_on), (), "gauge"),
+    Metric("active", "1 where MACS plans, 0 with preset off or observe", _one(_is_on), (), "gauge"),
     Metric("gamma", "the bound over the mean load", _one(lambda s: float(s["config"]["gamma"])), (), "gauge"),
     Metric("changes", "times that options have changed at run time", _one(lambda s: s["changes"])),
     Metric("dispatches", "MoE dispatches of this rank", _one(lambda s: s["dispatches"])),

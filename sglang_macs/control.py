@@ -39,6 +39,8 @@ def decode(server_args: Mapping[str, float]) -> dict[str, Any]:
         if not is_ours(key) or name not in (*CHANGEABLE, *SWITCHES):
             raise MacsError("option", key, f"one that can change at run time: {', '.join((*CHANGEABLE, *SWITCHES))}")
         given[name] = word if says else number
+        if given[name] in ("", "None"):  # which the launch's reader takes for not given
+            raise MacsError(name, repr(given[name]), "a value")
     switches = {name: _switch(name, given.pop(name)) for name in SWITCHES if name in given}
     if switches.get("on") is False:
         raise MacsError("on", "false", "true", "To turn MACS off: preset=off.")

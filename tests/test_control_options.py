@@ -34,7 +34,8 @@ def test_a_request_is_numbers_alone_and_reads_back():
 
 @pytest.mark.parametrize(
     "request_", [{"macs_buckets": 64}, {"macs_profile=/x": 1}, {"gamma": 1.1}, {"macs_gamma": -1}, {"macs_trace=x": 1},
-                 {"macs_verify_every": 1.5}, {"macs_on": 0}, {"macs_preset=best": 1}, {"macs_min_tokens=x": 1}]
+                 {"macs_verify_every": 1.5}, {"macs_on": 0}, {"macs_preset=best": 1}, {"macs_min_tokens=x": 1},
+                 {"macs_min_tokens=None": 1}, {"macs_importance=": 1}]
 )  # fmt: skip
 def test_what_cannot_change_or_be_read_is_refused_in_one_line(request_):
     with pytest.raises(MacsError) as caught:

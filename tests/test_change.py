@@ -175,6 +175,7 @@ def test_rerouting_that_cannot_follow_is_refused():
 
 def test_a_larger_gamma_than_bounded_buffers_were_made_for_is_refused():
     process = a_worker(MacsConfig.from_preset("rank", gamma=1.2, dispatch="bounded"))
+    process.bounded = SimpleNamespace(config=process.config)
     assert "at most the launch's 1.2" in refused(process, gamma=1.3)
     go(process, gamma=1.1)
     go(process, preset="off")

@@ -107,7 +107,6 @@ PROMISES = [
     {"ep_dispatch_algorithm": "dynamic"},
     {"ep_dispatch_algorithm": "fake"},
     {"expert_distribution_recorder_mode": "stat_approx"},
-    {"expert_distribution_recorder_mode": "stat", "deepep_mode": "low_latency"},
     {"enable_pdmux": True},
     {"dllm_algorithm": "LowConfidence"},
     {"kt_weight_path": "/weights"},
@@ -130,6 +129,7 @@ def test_promises_of_other_flags_are_kept_or_the_launch_is_refused(flags):
     [
         {"init_expert_location": "trivial", "ep_dispatch_algorithm": None},
         {"expert_distribution_recorder_mode": "stat", "deepep_mode": "normal"},
+        {"expert_distribution_recorder_mode": "stat", "deepep_mode": "low_latency"},
         {"disaggregation_mode": "prefill"},
         {"enable_two_batch_overlap": True, "device": "cuda"},
         {"pp_size": 2, "dp_size": 2, "enable_dp_attention": True},
@@ -185,12 +185,11 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
     flags = {"device": "cuda", "deepep_mode": "normal", **flags}
     with pytest.raises(MacsError, match="on a GPU"):
         compat.check(launch(**flags))
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded,replicas")
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
-    for dispatch in ("fused", "bounded", "auto"):
-        config = MacsConfig.from_preset(dispatch=dispatch)
-        with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
-            compat.check(replace(launch(**flags), config=config))
+    for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):
+        config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)
+        compat.check(replace(launch(**{**flags, "deepep_mode": mode}), config=config))
 
 
 @pytest.mark.parametrize("options", [{"preset": "off"}, {"gamma": math.inf}], ids=str)
@@ -207,6 +206,14 @@ def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
     for mode in ({}, {"deepep_mode": "auto"}):
         with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
             compat.check(launch(device="cuda", enable_eplb=True, **mode))
+
+
+@pytest.mark.parametrize("mode", ["normal", "low_latency"])
+def test_eplb_counts_what_was_asked_for(monkeypatch, mode):
+    """What arrives in low-latency mode, and what was given up before (engine/replicas.py)."""
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    flags = {"device": "cuda", "enable_eplb": True, "expert_distribution_recorder_mode": "stat"}
+    compat.check(launch(**flags, deepep_mode=mode))
 
 
 def test_copies_are_divided_among_the_ranks():
@@ -323,27 +330,17 @@ def test_decode_is_planned_only_without_cuda_graphs(backend):
         compat.check(fused_launch({"decode": True}, graphs))
 
 
-@pytest.fixture
-def experimental(monkeypatch):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded")
-
-
-def test_what_is_not_fit_for_service_is_refused_unless_it_is_asked_for_twice(monkeypatch):
-    monkeypatch.delenv(compat.EXPERIMENTAL_ENV, raising=False)
-    with pytest.raises(MacsError, match=r"standstill.*MACS_EXPERIMENTAL=bounded"):
-        compat.check(bounded_launch({}))
-
-
 NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep_gemm", "quantization": None}
 
 
-def bounded_launch(flags: dict[str, object]) -> compat.Launch:
+def normal_launch(flags: dict[str, object], dispatch: str) -> compat.Launch:
+    weights = flags.get("quantization")
     flags = SimpleNamespace(**{**GOOD, **NORMAL, **flags})
-    config = MacsConfig.from_preset(dispatch="bounded", gamma=math.inf)  # else determinism is refused already
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
+    config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)  # else determinism is refused already
+    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=weights)
 
 
-@pytest.mark.parametrize(
+NOT_BOUNDED = pytest.mark.parametrize(
     "flags",
     [
         {"device": "cpu"},
@@ -352,20 +349,69 @@ def bounded_launch(flags: dict[str, object]) -> compat.Launch:
         {"quantization": "w4afp8"},
         {"enable_two_batch_overlap": True},
         {"enable_single_batch_overlap": True},
-        {"expert_distribution_recorder_mode": "stat"},
+        {"expert_distribution_recorder_mode": "stat_approx"},
+        {"expert_distribution_recorder_mode": "per_token"},
         {"speculative_algorithm": "EAGLE"},
         {"enable_deterministic_inference": True},
     ],
     ids=str,
 )
-def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(experimental, flags):
+
+
+@NOT_BOUNDED
+def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(flags):
     with pytest.raises(MacsError, match=r"got bounded .*--macs-dispatch deepep"):
-        compat.check(bounded_launch(flags))
+        compat.check(normal_launch(flags, "bounded"))
 
 
-@pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
-def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
-    compat.check(bounded_launch(flags))
+@NOT_BOUNDED
+def test_auto_leaves_it_out_there_and_says_why(flags):
+    launch = normal_launch(flags, "auto")
+    compat.check(replace(launch, config=launch.config.on(launch.flag("device"))))
+    config, why = compat.resolved(launch)
+    assert config.dispatch == "auto_fused" and why
+
+
+BOUNDED = pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"deepep_mode": "auto"},
+        {"quantization": "fp8"},
+        {"expert_distribution_recorder_mode": "stat"},  # of what was routed: before the dispatch, and so before graphs
+        {"expert_distribution_recorder_mode": "per_pass"},
+    ],
+    ids=str,
+)
+
+
+@BOUNDED
+def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
+    for dispatch in ("bounded", "auto"):
+        launch = normal_launch(flags, dispatch)
+        compat.check(launch)
+        assert compat.resolved(launch) == (launch.config, "")
+
+
+def test_auto_carries_experts_with_copies_as_any_others():
+    launch = normal_launch({"ep_num_redundant_experts": 2, "enable_eplb": True}, "auto")
+    assert compat.resolved(launch) == (launch.config, "")
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {}, ("auto", "auto")),
+        ("cuda", {"preset": "off"}, ("deepep", "auto")),
+        ("cuda", {"preset": "off", "dispatch": "bounded"}, ("bounded", "auto")),
+        ("cpu", {}, ("deepep", "group")),
+    ],
+    ids=str,
+)
+def test_auto_is_for_gpus_with_macs_on(device, options, expected):
+    """With MACS off a server is what others are compared with."""
+    config = MacsConfig.from_preset(**options).on(device)
+    assert (config.dispatch, config.all_reduce) == expected
 
 
 @pytest.mark.parametrize(
@@ -378,7 +424,8 @@ def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
         ("Qwen3ForCausalLM", 0),
     ],
 )
-def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
+def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, experts):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "models")
     with pytest.raises(MacsError, match=architecture):
         compat.check(launch(architecture, experts))
 

@@ -221,6 +221,16 @@ def test_stock_is_served_without_the_plugin(tmp_path):
     assert "macs" not in " ".join([flags, *STOCK])
 
 
+def test_copies_of_experts_are_placed_where_a_variant_has_them(tmp_path):
+    launch = servers.Launch("cuda", 2, 24, "bf16", 16384, 64, ["balanced"], attention="triton")
+    for variant in chosen_variants(["replicas", "inf"], None, "cuda"):
+        arguments = launch.server(variant, tmp_path, tmp_path / variant.name).args
+        if variant.name == "replicas":
+            location = json.loads(arguments[arguments.index("--init-expert-location") + 1])
+            assert [len(layer) for layer in location["physical_to_logical_map"]] == [128 + 32] * 24
+        assert ("--init-expert-location" in arguments) == (variant.name == "replicas")
+
+
 def test_plugin_needs_nothing_of_this_project():
     program = "import sys; import e2e_routing; assert not [m for m in sys.modules if m.startswith('sglang')]"
     subprocess.run([sys.executable, "-c", program], cwd=E2E / "routing_site", env={"PATH": ""}, check=True)
@@ -285,18 +295,28 @@ class FakeClient:
     def __init__(self, seconds: float | None, slow: int | None = None, hangs: bool = False) -> None:
         self.hangs = hangs
         self.seconds, self.slow, self.rounds, self.chosen, self.stopped = seconds, slow, 0, [], False
-        self.server = SimpleNamespace(stop=self.stop, process=None)
+        self.paused, self.others = False, []
+        self.server = SimpleNamespace(stop=self.stop, pause=self.pause, resume=self.resume, process=None)
 
     def stop(self) -> None:
         self.stopped = True
+
+    def pause(self) -> None:
+        assert not self.stopped
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def choose(self, routing: int, tokens: int) -> None:
         self.chosen.append((routing, tokens))
 
     def counters(self) -> tuple[float, int]:
+        assert not self.paused
         return self.rounds * 4e-4, self.rounds * 8  # 50 us a plan
 
     def run(self, body: dict, patience_s: float) -> Run:
+        assert not self.paused and all(other.paused or other.stopped for other in self.others)
         if self.seconds is None:
             raise ServerError("died")
         if self.rounds == 3 and self.hangs:
@@ -319,6 +339,8 @@ def measured_group(tmp_path: Path, clients: dict, variants: list[Variant]) -> di
     report = prefill.Report(options_of(tmp_path / "out.json"))
     launch = prefill.launch_of(report.options, {})
     group = prefill.Group(variants, clients, launch, report)
+    for client in clients.values():
+        client.others = [other for other in clients.values() if other is not client]
     for tokens in report.options.tokens:
         group.measure(prefill.Cell(tokens, 1.0), 0.0, float("inf"))
     return json.loads(report.options.out.read_text())

@@ -138,7 +138,7 @@ def test_dashboard_panels_lie_side_by_side():
 
 
 def test_documented_table_is_that_of_the_code():
-    assert metrics.table() in (ROOT / "docs" / "operations.md").read_text(), "run: make format"
+    assert metrics.table() in (ROOT / "docs" / "guide" / "operations.md").read_text(), "run: make format"
 
 
 def test_options_that_change_show_at_once_and_the_old_ones_no_more(exporter, clock):

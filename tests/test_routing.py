@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import low_latency
 from sglang_macs.engine import topk
 from sglang_macs.errors import MacsNotActive
 from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
 
 HERE = Path(__file__).resolve().parent
@@ -102,12 +104,10 @@ def test_softmax_with_a_bias_is_not_followed_on_gpus():
         topk.routing_of(router(correction_bias=[0.0]), False)
 
 
-@pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("deepep", False)])
+@pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("bounded", False)])
 def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, dispatch, told):
     followed = []
-    plan = SimpleNamespace(
-        num_experts=2, config=SimpleNamespace(dispatch=dispatch, reroutes=True), follow=followed.append
-    )
+    plan = SimpleNamespace(num_experts=2, config=MacsConfig(dispatch=dispatch), follow=followed.append)
     monkeypatch.setattr(topk, "_on_cpu", lambda: False)
     topk.say_once.cache_clear()
     topk._follow(plan, router())
@@ -122,7 +122,7 @@ def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, d
 def test_the_fused_kernels_plan_only_where_logits_order_candidates(monkeypatch, groups):
     """Else the layer's own plan goes before them, and they carry what it has planned."""
     fused = object.__new__(low_latency.FusedLowLatency)
-    fused.planner = SimpleNamespace(plan=SimpleNamespace(needs_selection=Routing(**groups).needs_selection))
+    fused.planner = SimpleNamespace(plan=Plan(MacsConfig(), 8, 2, routing=Routing(**groups)))
     monkeypatch.setattr(fused, "takes", lambda: True, raising=False)
     with batch.forward(batch.Batch(skip="")):
         assert fused.plans() == (not groups)

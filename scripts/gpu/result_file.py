@@ -19,14 +19,14 @@ def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--commit", default="unknown", help="of the sources, where git is not at hand")
 
 
-def command_line(argv: list[str], folder: str = "gpu", places: tuple[str, ...] = PLACE_OPTIONS) -> str:
-    """The command as somebody would type it, without the options `places`; folder: of the script, in scripts/."""
+def command_line(argv: list[str], folder: str = "scripts/gpu", places: tuple[str, ...] = PLACE_OPTIONS) -> str:
+    """The command as somebody would type it, without the options `places`; folder: of the script."""
     kept, skip = [], False
     for word in argv[1:]:
         if not skip and word not in places:
             kept.append(f"'{word}'" if " " in word else word)
         skip = not skip and word in places
-    return " ".join(["python3", f"scripts/{folder}/{Path(argv[0]).name}", *kept])
+    return " ".join(["python3", f"{folder}/{Path(argv[0]).name}", *kept])
 
 
 def gpu_name() -> str:
@@ -34,6 +34,20 @@ def gpu_name() -> str:
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     return names[0].strip()
+
+
+def text(result: dict) -> str:
+    """JSON with a line for each entry, and for each row of a list: short, and a diff shows which rows changed."""
+
+    def line(value: object) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    def entry(value: object) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(line(row) for row in value) + "\n]"
+        return line(value)
+
+    return "{\n" + ",\n".join(f"{line(name)}:{entry(value)}" for name, value in result.items()) + "\n}\n"
 
 
 def write(out: Path | str, rows: list[dict], *, commit: str, gpus: int = 1, **more: object) -> None:
@@ -46,4 +60,4 @@ def write(out: Path | str, rows: list[dict], *, commit: str, gpus: int = 1, **mo
         **more,
         "rows": rows,
     }
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    Path(out).write_text(text(result))

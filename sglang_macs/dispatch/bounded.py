@@ -1,4 +1,4 @@
-"""Bounded dispatch: DeepEP's normal mode without a count on the host (docs/bounded.md).
+"""Bounded dispatch: DeepEP's normal mode without a count on the host (docs/design/bounded.md).
 
 A rank knows before anything is sent how many tokens and rows it can get, at most: from the plan's bound, or without one
 from the group's tokens. DeepEP is told that number (`num_worst_tokens`) and gives no count back; the rows go into a
@@ -22,6 +22,7 @@ from ..comm.peer_status import Watch
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..plan import batch
+from ..plan.plan import Plan
 from .planner import LayerPlanner
 from .transport import row_format
 
@@ -33,12 +34,16 @@ SMALLEST = 256  # rows of a size class
 
 
 class Sizes(NamedTuple):
-    """Of an MoE layer and its group."""
+    """Of an MoE layer and its group; experts are physical ones, copies counted."""
 
     num_ranks: int
     num_experts: int
     top_k: int
     hidden_size: int
+
+    @classmethod
+    def of(cls, plan: Plan, top_k: int, hidden_size: int) -> Sizes:
+        return cls(plan.num_ranks, plan.num_physical, top_k, hidden_size)
 
     @property
     def local(self) -> int:
@@ -188,14 +193,18 @@ class BoundedDispatch:
         self._layers.add((sizes, attn_tp_size))
 
     def needs_plan(self, group_tokens: int) -> bool:
-        """Whether layers of such a batch that are left alone would have DeepEP count on the host, for want of a bound:
-        that costs more than a plan.
+        """Whether layers of such a batch that are left alone would have DeepEP count on the host, for want of the bound
+        that a plan gives: that costs more than a plan.
         """
         asked = ((sizes, most_tokens(sizes, group_tokens, attn_tp_size)) for sizes, attn_tp_size in self._layers)
         return any(
-            spare_bytes(sizes, tokens, room(self.config, sizes, tokens, planned=False).rows) > SPARE_BYTES
+            not self._fits(sizes, tokens, planned=False) and self._fits(sizes, tokens, planned=True)
             for sizes, tokens in asked
         )
+
+    def _fits(self, sizes: Sizes, group_rows: int, *, planned: bool) -> bool:
+        rows = room(self.config, sizes, group_rows, planned=planned).rows
+        return spare_bytes(sizes, group_rows, rows) <= SPARE_BYTES
 
     def expect(self, sizes: Sizes, rank_rows: int) -> None:
         """Batches of a layer in which no rank has more than `rank_rows` rows: how many a buffer can have, at most."""

@@ -5,36 +5,26 @@ Rules read a plain view of SGLang's resolved flags, so that they can be tested w
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import MacsConfig
 from ..errors import MacsError
+from . import families
 
 SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
-# Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
-_SUMS = "it sums its MoE layers' outputs over the ranks once more, after the dispatch"
-_SUMMING = ("Mixtral", "KimiLinear", "Ernie4_5_Moe", "HunYuanMoE", "Cohere2Moe", "GraniteMoe", "Olmoe", "PhiMoE")
-REFUSED_ARCHITECTURES = {
-    "Llama4": "it builds its MoE layers without a dispatcher",
-    "GptOss": "SGLang has not implemented its dispatch",
-    "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
-    **dict.fromkeys((*_SUMMING, "Grok1", "Lfm2Moe", "Gemma4"), _SUMS),
-}
-
-# Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.
-TOWERS_OVER_ALL_RANKS = {"InternVLChat": None, "Glm4vMoe": "mm_enable_dp_encoder"}
-
 
 @dataclass(frozen=True)
 class Launch:
     """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
 
-    top_k: 0 where it does not say. special_routing: `moe_config.special_routing`. context_length: in tokens.
+    top_k: 0 where it does not say; inner: the architecture of its language model, "" likewise.
+    special_routing: `moe_config.special_routing`. context_length: in tokens.
+    quantization: of the weights, by flag or checkpoint.
     """
 
     flags: Any
@@ -44,6 +34,8 @@ class Launch:
     top_k: int = 0
     special_routing: str = ""
     context_length: int = 0
+    quantization: str | None = None
+    inner: str = ""
 
     def flag(self, name: str, default: object = None) -> Any:
         return getattr(self.flags, name, default)
@@ -73,10 +65,15 @@ def _on(*names: str) -> Callable[[Launch], bool]:
 
 
 def _architecture(launch: Launch) -> str:
-    for name, reason in REFUSED_ARCHITECTURES.items():
-        if launch.architecture.startswith(name):
-            return f"{launch.architecture}: {reason}"
-    return "" if launch.num_experts else f"{launch.architecture}, which has no experts"
+    if not launch.num_experts:
+        return f"{launch.architecture}, which has no experts"
+    return families.does_not_fit(launch.architecture, launch.inner)
+
+
+def _untested(launch: Launch) -> str:
+    if experimental("models"):
+        return ""
+    return families.untested(launch.architecture, launch.inner, launch.flag("device"))
 
 
 def _sizes(launch: Launch) -> str:
@@ -108,7 +105,7 @@ def experimental(name: str) -> bool:
 
 
 def replicas_on(device: object) -> bool:
-    """Whether plans know replicas there: on GPUs, their kernels have run on the emulated machine alone."""
+    """Whether plans know replicas there: on GPUs, no server with them has been measured."""
     return device == "cpu" or experimental("replicas")
 
 
@@ -136,9 +133,6 @@ def _dispatch_algorithm(launch: Launch) -> str:
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
-    replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
-    if config.dispatch != "deepep" and (replicated or _balances(launch)):
-        return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas
     if not _placed(launch) or config.is_off:
@@ -169,7 +163,7 @@ def attention_dp(launch: Launch) -> int:
 
 def _vision_tower(launch: Launch) -> str:
     """Attention-DP ranks have requests of their own: one with a picture would wait for others that have none."""
-    for name, alone in TOWERS_OVER_ALL_RANKS.items():
+    for name, alone in families.TOWERS_OVER_ALL_RANKS.items():
         if launch.architecture.startswith(name) and attention_dp(launch) > 1 and not (alone and launch.flag(alone)):
             return f"{launch.architecture}, whose vision tower waits for ranks without a picture"
     return ""
@@ -234,27 +228,34 @@ def _decode_in_graphs(launch: Launch) -> str:
     return "" if backend == "disabled" else "true, and decode replays CUDA graphs, in which nothing would be planned"
 
 
-def _unfinished(launch: Launch) -> str:
-    if launch.config.dispatch != "bounded" or experimental("bounded"):
-        return ""
-    return "bounded, which has not run on two GPUs since a standstill there was mended"
-
-
 def _bounded(launch: Launch) -> str:
-    if launch.config.dispatch != "bounded":
-        return ""
+    words = _unbounded(launch) if launch.config.dispatch == "bounded" else ""
+    return f"bounded {words}" if words else ""
+
+
+def _unbounded(launch: Launch) -> str:
+    """Why normal mode counts on the host, or ""."""
+    recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
         (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
-        (launch.flag("quantization") not in (None, "fp8"), f"with --quantization {launch.flag('quantization')}"),
+        (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
         (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
         (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
-        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
         (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )
-    return next((f"bounded {words}" for refused, words in reasons if refused), "")
+    return next((words for refused, words in reasons if refused), "")
+
+
+def resolved(launch: Launch) -> tuple[MacsConfig, str]:
+    """The configuration with what `auto` cannot have here left out, and why, or ""."""
+    config = launch.config
+    if config.dispatch == "auto" and (why := _unbounded(launch)):
+        return replace(config, dispatch="auto_fused"), why
+    return config, ""
 
 
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."
@@ -269,6 +270,12 @@ RULES = (
     ),
     Rule("--encoder-only", _if(_on("encoder_only"), "an encoder server"), "MoE layers", "Serve it without MACS."),
     Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
+    Rule(
+        "model",
+        _untested,
+        "one that tests have served (docs/compatibility.md)",
+        f"Serve it without --enable-macs; {EXPERIMENTAL_ENV}=models tries it nevertheless.",
+    ),
     Rule("model", _sizes, f"at most {MOST_EXPERTS} experts and top-{MOST_TOP_K} on a GPU", "Serve it without MACS."),
     Rule(
         "expert parallelism",
@@ -350,7 +357,7 @@ RULES = (
             ),
             "--deepep-mode auto, for which SGLang has no recorder of loads",
         ),
-        "normal",
+        "normal or low_latency",
         "Pass --deepep-mode normal.",
     ),
     Rule(
@@ -398,13 +405,10 @@ RULES = (
     Rule(
         "--expert-distribution-recorder-mode",
         _if_routing_changes(
-            lambda x: (
-                x.flag("expert_distribution_recorder_mode") == "stat_approx"
-                or (x.flag("expert_distribution_recorder_mode") and x.flag("deepep_mode") == "low_latency")
-            ),
-            "loads counted behind the dispatch, where MACS has cut them",
+            lambda x: x.flag("expert_distribution_recorder_mode") == "stat_approx",
+            "stat_approx, loads counted behind the dispatch, where MACS has cut them",
         ),
-        "loads as the router asked for them (stat, per_pass or per_token with --deepep-mode normal)",
+        "loads as the router asked for them (stat, per_pass or per_token)",
         _LEAVE_OUT,
     ),
     Rule(
@@ -433,12 +437,6 @@ RULES = (
         "Or pass --macs-dispatch deepep.",
     ),
     Rule("--macs-decode", _decode_in_graphs, "no CUDA graphs", "Add --disable-cuda-graph, or leave it out."),
-    Rule(
-        "--macs-dispatch",
-        _unfinished,
-        "deepep, until it has (docs/bounded.md)",
-        f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
-    ),
     Rule(
         "--macs-dispatch",
         _bounded,

@@ -7,9 +7,11 @@ with --deepep-mode auto a pass in which any rank prefills is in normal mode on a
 from functools import partial
 from itertools import zip_longest
 
+from ..console import say_once
 from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
+from ..observe.demand import GivenUp
 from . import worker
 from .hooks import Hook
 from .topk import logits_of, routed_nowhere
@@ -22,15 +24,17 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
 
-    if planner.plan.config.dispatch in ("deepep", "bounded"):
+    if not planner.plan.config.may_fuse:
         return []
     inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
     mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group
     # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
     impl = getattr(inners[0], "_low_latency_dispatcher", None)
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
-    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    sizes = Sizes(plan.num_ranks, plan.num_physical, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    if transports and plan.places is not None:
+        say_once("the fused dispatch knows no replicas: the plan stands before it")
 
     def note(received):
         get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(received)
@@ -41,12 +45,13 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     ]
 
 
-def plan_before(dispatcher, planner: LayerPlanner, fused=()) -> None:
+def plan_before(dispatcher, planner: LayerPlanner, fused=(), given_up: GivenUp | None = None) -> None:
     """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class.
 
-    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one.
+    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one. given_up: is told of
+    every plan.
     """
-    halves = _Halves(planner)
+    halves = _Halves(planner, given_up)
     for inner, of_half in zip_longest(dispatcher._inners, fused):
         inner.dispatch_a = partial(halves.plan_first, inner.dispatch_a, inner, of_half)
         inner.dispatch_b = partial(halves.hint_rows, inner.dispatch_b)
@@ -58,8 +63,8 @@ class _Halves:
     there is one for each.
     """
 
-    def __init__(self, planner: LayerPlanner) -> None:
-        self._planner = planner
+    def __init__(self, planner: LayerPlanner, given_up: GivenUp | None) -> None:
+        self._planner, self._given_up = planner, given_up
         self._half: int | None = None  # None: a whole batch
 
     def execute(self, original, name, tbo_subbatch_index=None, **kwargs):
@@ -77,6 +82,8 @@ class _Halves:
         plan = fused.plan if fused is not None and inner._get_impl() is fused.impl and fused.plans() else None
         planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
         planner.measure(ids, planned)
+        if self._given_up is not None and planned.result is not None:
+            self._given_up.add(planner.layer_id, planned.result)
         output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
         return dispatch_a(hidden_states=hidden_states, topk_output=output)
 

@@ -1,4 +1,4 @@
-"""`--macs-dispatch bounded` in SGLang: DeepEP's normal mode with no count on the host, and DeepGEMM behind it."""
+"""The bounded dispatch in SGLang: DeepEP's normal mode with no count on the host, and DeepGEMM behind it."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ _DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
 
 
 def bound_normal(dispatcher, planner, moe_runner_config) -> None:
-    """With --macs-dispatch bounded, DeepEP's normal mode is told how many tokens can come, and counts none."""
+    """Under the bounded dispatch DeepEP's normal mode is told how many tokens can come, and counts none."""
     from sglang.srt.layers.moe.token_dispatcher.base import DispatchOutputFormat
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
     from sglang.srt.runtime_context import get_parallel
 
     process = worker.current()
-    if process.config.dispatch != "bounded":
+    if not process.config.may_bound:
         return
     if process.bounded is None:
         unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)
@@ -47,7 +47,7 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return made
 
     config = moe_runner_config
-    sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    sizes = bounded.Sizes.of(planner.plan, config.top_k, config.hidden_size)
     process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)

@@ -23,12 +23,13 @@ def check_change(process: Worker, settings: Settings) -> None:
         raise MacsNotActive(process.cannot_reroute)
     if process.has_replicas and config.no_replicas:
         raise MacsError("replicas", config.no_replicas, "--macs-scope rank, --macs-load rows, --macs-exchange group")
-    _check_buffers(settings)
+    if process.bounded is not None:
+        _check_buffers(settings)
 
 
 def _check_buffers(settings: Settings) -> None:
-    """With --macs-dispatch bounded, memory was set aside for the bound of the launch. Without one there are others."""
+    """Without a count on the host, memory was set aside for the bound of the launch. Without one there are others."""
     now, launch = settings.now.gamma, settings.launch.gamma
-    if settings.launch.dispatch == "bounded" and launch < now < math.inf:
-        expected = f"at most the launch's {launch:g} with --macs-dispatch bounded, or inf"
+    if launch < now < math.inf:
+        expected = f"at most the launch's {launch:g} where no count goes to the host, or inf"
         raise MacsError("gamma", f"{now:g}", expected, "Launch it with the larger one.")

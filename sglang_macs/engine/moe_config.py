@@ -24,7 +24,9 @@ def launch_of(flags: Any, options: MacsConfig, model: Any) -> Launch:
     """What the rules of compat.py look at. flags: SGLang's, resolved; model: its `ModelConfig`."""
     architecture, text = (model.hf_config.architectures or ["unknown"])[0], model.hf_text_config
     sizes = num_experts(text), top_k(text)
-    return Launch(flags, options, architecture, *sizes, special_routing(text), model.context_len)
+    inner = (getattr(text, "architectures", None) or [""])[0]
+    about = special_routing(text), model.context_len, model.quantization, inner
+    return Launch(flags, options, architecture, *sizes, *about)
 
 
 def num_experts(config: Any) -> int:

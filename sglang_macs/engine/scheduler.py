@@ -61,9 +61,9 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     rows = process.config.act_rows
     if rows is None:
         planner, group = next(iter(process.planners.values())), parallel.tp_group
-        rows = plan_cost.rows_that_pay(
-            planner, _expert_sizes(process, quantization), torch.device(group.device), group.cpu_group
-        )
+        launched = "waiting" if process.bounded is None else "ahead" if process.layer_graphs is None else "graph"
+        sizes, device = _expert_sizes(process, quantization), torch.device(group.device)
+        rows = plan_cost.rows_that_pay(planner, sizes, device, group.cpu_group, launched)
     if parallel.moe_ep_rank == 0 and process.may_leave_layers:
         say(
             f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "

@@ -19,6 +19,7 @@ from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
 from ..errors import MacsError
 from ..observe.beside import Observed
+from ..observe.demand import GivenUp
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run
 from ..observe.shared_state import SharedState
@@ -44,6 +45,7 @@ class Worker:
         self.acting = Acting()
         self.observed = Observed(self.stats)
         self.row_seconds = 0.0  # of a row at its rank; 0: not measured
+        self.given_up = GivenUp()  # for a recorder of SGLang's that counts behind the dispatch
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.layer_graphs: LayerGraphs | None = None
@@ -69,9 +71,9 @@ class Worker:
         return any(planner.plan.places is not None for planner in self.planners.values())
 
     @property
-    def has_selections(self) -> bool:
-        """Whether plans order candidates by something else than their logits: no dispatch does that by itself."""
-        return any(planner.plan.needs_selection for planner in self.planners.values())
+    def plans_in_front(self) -> bool:
+        """Whether there are plans that no dispatch makes by itself."""
+        return any(planner.plan.made_in_front for planner in self.planners.values())
 
     def options_of_the_group(self) -> str:
         """What must be the same on every node, where experts lie included; where files lie may differ."""
@@ -102,7 +104,7 @@ class Worker:
     def may_leave_layers(self) -> bool:
         """Whether layers may be left alone for want of gain; with replicas worth its cost at infinite gamma, too."""
         balances = self.has_replicas and self.config.act == "auto" and not self.config.is_off
-        while_it_dispatches = self.transports.plans and not self.has_selections
+        while_it_dispatches = self.transports.plans and not self.plans_in_front
         return (self.config.may_leave_layers or balances) and not while_it_dispatches
 
     @property
@@ -169,6 +171,7 @@ class Worker:
             self.observed.collect()
         else:
             self.observed.end_pass()
+        self.given_up.take()  # of a pass that was not recorded
         now = time.monotonic()
         if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
             self._looked = now

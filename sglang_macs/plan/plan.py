@@ -1,4 +1,4 @@
-"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
+"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/design/method.md)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -128,6 +128,11 @@ class Plan:
     def num_physical(self) -> int:
         """P: what ids count, in and out."""
         return self.places.num_physical if self.places else self.num_experts
+
+    @property
+    def made_in_front(self) -> bool:
+        """Whether no dispatch can decide it by itself: replicas, or candidates in another order than their logits'."""
+        return self.places is not None or self.needs_selection
 
     @property
     def cells(self) -> int:

@@ -1,0 +1,272 @@
+"""Trains and judges the lab's models on one machine with GPUs, each stage in less than ten minutes.
+
+    python3 lab/gpu_run.py train --out OUT [--seconds 560]
+    python3 lab/gpu_run.py evaluate --out OUT [--seconds 420]
+    python3 lab/gpu_run.py both --out OUT --smoke        # two minutes: does everything run here?
+
+Needs torch with CUDA, tokenizers, safetensors, scikit-learn, and nvcc for the operators (without it they are built for
+the CPU alone). `train` builds the operators beside the training; `evaluate` goes on from what `train` left
+in build/lab-run. Every 20 seconds OUT gets NAME.tar.gz of every model: weights, log, profile, findings so far. A run
+that is killed leaves the latest; evaluate.py --merge makes tables of unfinished findings.
+
+Not scripts/gpu/session.py, whose steps end: here stages share what is left of the time, and are ended with it.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAB = ROOT / "lab"
+WORK = ROOT / "build" / "lab-run"
+KEEP_EVERY = 20.0  # seconds
+START_UP = 45.0  # seconds of a training before its clock starts: imports, digits, grouped products tried, graph
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to train, and how many processes judge it on how many batches a seed and mix."""
+
+    name: str
+    training: tuple[str, ...]
+    workers: int
+    batches: int
+    skip: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return WORK / self.name
+
+
+# The second is Kimi-VL's kind: sigmoid scores and a shared expert. It gets a third of the samples, so that both fit.
+VARIANTS = (
+    Variant("main", ("--seed", "7"), workers=8, batches=8),
+    Variant(
+        "second",
+        ("--seed", "8", "--batch", "0.33", "--scoring", "sigmoid", "--shared", "64"),
+        workers=3,
+        batches=2,
+        skip=("sweeps", "drift"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of this run, as CUDA_VISIBLE_DEVICES names them, and what processes that share them need besides."""
+
+    names: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def of(self, index: int) -> dict[str, str]:
+        """Environment of a process on the `index`-th GPU, counted round."""
+        return {"CUDA_VISIBLE_DEVICES": self.names[index % len(self.names)], **self.environment} if self.names else {}
+
+
+class Jobs:
+    """Child processes with a log each, spread over the GPUs."""
+
+    def __init__(self, out: Path, gpus: Gpus):
+        self.out, self.gpus, self.running = out, gpus, {}
+
+    def start(self, name: str, command: Sequence[object], log: Path, gpu: int = 0, **environment: str) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | self.gpus.of(gpu) | environment
+        with log.open("w") as file:
+            self.running[name] = subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # so that it can be ended with all its own children
+            )
+        print(f"{name}: {' '.join(map(str, command[1:]))}", flush=True)
+
+    def wait(self, names: Sequence[str], seconds: float, variants: Sequence[Variant]) -> dict[str, int | None]:
+        """Exit codes; what has not ended after `seconds` is ended, None. OUT is kept up to date meanwhile."""
+        deadline, kept = time.monotonic() + seconds, time.monotonic()
+        while any(self.running[n].poll() is None for n in names) and time.monotonic() < deadline:
+            time.sleep(1)
+            if time.monotonic() - kept > KEEP_EVERY:
+                kept = time.monotonic()
+                keep(self.out, variants)
+        codes = {}
+        for name in names:
+            job = self.running.pop(name)
+            codes[name] = job.poll()
+            if codes[name] is None:
+                os.killpg(job.pid, signal.SIGTERM)
+        keep(self.out, variants)
+        print(f"ended: {codes}", flush=True)
+        return codes
+
+
+def find_gpus() -> Gpus:
+    """All of the machine's, or those that CUDA_VISIBLE_DEVICES leaves; asked without starting CUDA in this process."""
+    if shutil.which("nvidia-smi") is None:
+        return Gpus()
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return Gpus(tuple(filter(None, os.environ["CUDA_VISIBLE_DEVICES"].split(","))))
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return Gpus(tuple(map(str, range(listed.stdout.count("GPU ")))))
+
+
+def keep(out: Path, variants: Sequence[Variant]) -> None:
+    """OUT/NAME.tar.gz of every model, replaced whole."""
+    for variant in variants:
+        if variant.folder.exists():
+            new = out / f".{variant.name}.new"
+            with tarfile.open(new, "w:gz", compresslevel=1) as tar:
+                tar.add(variant.folder, variant.name, filter=lambda f: None if f.name.endswith((".new", "/new")) else f)
+            os.replace(new, out / f"{variant.name}.tar.gz")
+
+
+def tail(log: Path, lines: int = 12) -> None:
+    if log.exists():
+        print(
+            f"--- {log.relative_to(WORK)}", *log.read_text(errors="replace").splitlines()[-lines:], sep="\n", flush=True
+        )
+
+
+def shared(gpus: Gpus) -> Gpus:
+    """The GPUs through MPS, so that processes run side by side on one; as they are where its daemon does not work."""
+    if not gpus.names or shutil.which("nvidia-cuda-mps-control") is None:
+        return gpus
+    # mkdtemp: the user's alone. Whoever can write to the pipes of the daemon commands it.
+    folders = {f"CUDA_MPS_{of}_DIRECTORY": tempfile.mkdtemp(prefix="lab-mps-") for of in ("PIPE", "LOG")}
+    # The daemon counts anew those of the GPUs that it is shown: its clients see them as 0, 1, ...
+    made = Gpus(tuple(map(str, range(len(gpus.names)))), folders)
+    daemon = os.environ | folders | {"CUDA_VISIBLE_DEVICES": ",".join(gpus.names)}
+    started = subprocess.run(["nvidia-cuda-mps-control", "-d"], env=daemon, check=False, timeout=20)
+    probe = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').item()"]
+    try:
+        works = all(
+            subprocess.run(probe, env=os.environ | made.of(i), check=False, timeout=60).returncode == 0
+            for i in range(len(made.names))
+        )
+    except subprocess.TimeoutExpired:
+        works = False
+    print(f"MPS: daemon {started.returncode}, {'works' if works else 'does not work: time slices instead'}", flush=True)
+    return made if works else gpus
+
+
+def stop_sharing(gpus: Gpus) -> None:
+    """Ends the MPS daemon that `shared` has started, if any."""
+    if gpus.environment:
+        quit_ = {"input": "quit\n", "text": True, "env": os.environ | gpus.environment}
+        subprocess.run(["nvidia-cuda-mps-control"], check=False, timeout=30, **quit_)
+        for folder in gpus.environment.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_command(cuda: bool) -> tuple[list[str], dict[str, str]]:
+    """Builds sglang_macs/_C against the torch that is here, whatever its release."""
+    import torch
+
+    release = ".".join(torch.__version__.split(".")[:2])
+    environment = {"MACS_TORCH": release, "MACS_CUDA": str(int(cuda)), "MAX_JOBS": "10"}
+    return ["nice", sys.executable, "setup.py", "build_ext", "--inplace"], environment
+
+
+def train(options: argparse.Namespace, jobs: Jobs) -> None:
+    """All variants at once, with the operators' build beside them."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    start = time.monotonic()
+    if options.rebuild or not _has_operators():
+        command, environment = build_command(cuda=bool(jobs.gpus.names))
+        jobs.start("build", command, WORK / "main" / "build.log", **environment)
+    minutes = (options.seconds - START_UP - 25) / 60
+    for index, variant in enumerate(options.variants):
+        command = [sys.executable, LAB / "train.py", "--out", variant.folder, "--minutes", f"{minutes:.2f}"]
+        command += ["--judge-every", min(60, 20 * minutes), *variant.training]
+        jobs.start(variant.name, command, variant.folder / "train.log", index)
+    jobs.wait([v.name for v in options.variants], options.seconds - 10, options.variants)
+    for variant in options.variants:
+        tail(variant.folder / "train.log")
+    if "build" in jobs.running:
+        left = max(1.0, options.seconds - (time.monotonic() - start) - 5)
+        jobs.wait(["build"], left if options.stage == "train" else 120, options.variants)
+        tail(WORK / "main" / "build.log", 3)
+
+
+def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
+    """Calibrates and judges all variants at once."""
+    start = time.monotonic()
+    for cuda in (True, False) if jobs.gpus.names else (False,):  # rather the CPU's operators than none
+        if not _has_operators():
+            command, environment = build_command(cuda)
+            jobs.start("build", command, WORK / "main" / f"build-{'cuda' if cuda else 'cpu'}.log", **environment)
+            jobs.wait(["build"], 150, options.variants)
+    device = "cuda" if jobs.gpus.names and _operators_take_cuda() else "cpu"
+    variants = [v for v in options.variants if (v.folder / "model.safetensors").exists()]
+    for index, v in enumerate(variants):
+        command = [sys.executable, LAB / "lab_calibration.py", "--checkpoint", v.folder, "--device", device]
+        jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index)
+    jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
+    left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
+    for index, v in enumerate(variants):
+        # Without a GPU the cores are shared out as the GPU's processes are.
+        share = 1 if device == "cuda" else os.cpu_count() / sum(x.workers for x in variants)
+        workers = max(1, int(v.workers * share))
+        command = evaluation(v, options.smoke, device, workers, left)
+        jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index)
+    jobs.wait([f"evaluate {v.name}" for v in variants], left + 35, variants)
+    for v in variants:
+        tail(v.folder / "calibrate.log", 3)
+        tail(v.folder / "evaluate.log", 45)
+
+
+def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: float) -> list[object]:
+    """The command that judges a model."""
+    command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
+    command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
+    few = 1 if smoke else max(1, v.batches // 2)
+    command += ["--batches", 1 if smoke else v.batches, "--sweep-batches", few]
+    command += ["--seeds", 1] if smoke else []
+    return command + (["--skip", *v.skip] if v.skip else [])
+
+
+def _has_operators() -> bool:
+    return bool(list((ROOT / "sglang_macs").glob("_C*.so")))
+
+
+def _operators_take_cuda() -> bool:
+    probe = "import sys, sglang_macs.ops as o; sys.exit(0 if o.cuda_backend() == 'cuda' else 1)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("train", "evaluate", "both"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, help="of a stage (training 560, evaluation 420; smoke 100 each)")
+    parser.add_argument("--variants", nargs="*", choices=[v.name for v in VARIANTS])
+    parser.add_argument("--smoke", action="store_true", help="a short training, one batch of each mix")
+    parser.add_argument("--rebuild", action="store_true", help="build the operators even if they are there")
+    options = parser.parse_args()
+    options.variants = [v for v in VARIANTS if not options.variants or v.name in options.variants]
+    options.out.mkdir(parents=True, exist_ok=True)
+    jobs, given = Jobs(options.out, shared(find_gpus())), options.seconds
+    if options.stage in ("train", "both"):
+        options.seconds = given or (100 if options.smoke else 560)
+        train(options, jobs)
+    if options.stage in ("evaluate", "both"):
+        options.seconds = given or (150 if options.smoke else 420)
+        evaluate(options, jobs)
+    stop_sharing(jobs.gpus)
+    print(*(f"{p.name} {p.stat().st_size / 2**20:.1f} MiB" for p in sorted(options.out.glob("*.tar.gz"))), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Draws docs/results/quality.png and prints the tables of docs/results/quality.md from docs/results/quality.json.
+
+python lab/plot.py [--json FILE] [--picture FILE]
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from lab_checkpoint import ROOT
+from lab_tasks import OCR_TASKS
+
+DOCS = ROOT / "docs" / "results"
+MARKS = ("<!-- tables: written by lab/plot.py -->", "<!-- /tables -->")
+DRAWN = {
+    "gate": ("C3", "o-"),
+    "entropy_gate": ("C6", "h-"),
+    "paper": ("C0", "s-"),
+    "cai": ("C7", "v--"),
+    "cai expanded": ("C1", "^--"),
+    "cai image-first": ("C4", "D--"),
+    "cai device": ("C2", "P--"),
+    "visual top-k": ("C5", "x:"),
+    "random": ("0.6", "*:"),
+}
+
+
+def rows_of(result: dict, part: str = "main", bound: float | None = None) -> list[dict]:
+    """Rows of a part at one bound, the unclipped model left out."""
+    return [r for r in result[part]["rows"] if r["bound"] is not None and (bound is None or r["bound"] == bound)]
+
+
+def draw(result: dict, path: Path) -> None:
+    """What is kept, and the divergence of the answers, against the bound on the fullest rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (kept, far) = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    for name, (colour, style) in DRAWN.items():
+        rows = [r for part in ("stress", "main") if part in result for r in rows_of(result, part)]
+        rows = sorted((r for r in rows if r["method"] == name), key=lambda r: r["bound"])
+        if not rows:
+            continue
+        x = [r["bound"] for r in rows]
+        middle, low, high = zip(*([100 * v for v in r["kept"]] for r in rows), strict=True)
+        kept.plot(x, middle, style, color=colour, label=name, markersize=5)
+        kept.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        far.plot(x, [max(r["kl"], 1e-7) for r in rows], style, color=colour, label=name, markersize=5)
+    kept.axhline(99.7, color="black", linewidth=0.8, linestyle=":")
+    kept.set_ylabel("unclipped accuracy kept, % (mean over tasks)")
+    far.set_ylabel("KL of the answers' tokens, nats")
+    far.set_yscale("log")
+    for axis in (kept, far):
+        axis.set_xlabel("rows of the fullest rank / mean of the ranks")
+        axis.grid(alpha=0.25)
+    kept.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def with_interval(values: list[float]) -> str:
+    return f"{percent(values[0])} ({percent(values[1])} to {percent(values[2])})"
+
+
+def table(rows: list[dict]) -> str:
+    """Methods at one bound, best first."""
+    lines = [
+        "| method | kept, % (95 % interval) | more than the default, points | OCR, % | clipped / dropped, % | KL "
+        "| layer error | fullest rank, worst |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in sorted(rows, key=lambda r: -r["kept"][0]):
+        more = with_interval(r["kept_more_than_default"]) if "kept_more_than_default" in r else ""
+        ocr = sum(r["accuracy"][t][0] for t in OCR_TASKS) / len(OCR_TASKS)
+        error = "" if r["layer_error"] is None else f"{r['layer_error']:.3f}"
+        lines.append(
+            f"| `{r['method']}` | {with_interval(r['kept'])} | {more} | {percent(ocr)} "
+            f"| {percent(r['share']['clipped'])} / {percent(r['share']['dropped'])} | {r['kl']:.1e} | {error} "
+            f"| {r['max_rank_rows_after']['worst']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def task_table(rows: list[dict], unclipped: dict) -> str:
+    """Accuracy by task, OCR last."""
+    tasks = sorted(unclipped["accuracy"], key=lambda t: (t in OCR_TASKS, t))
+    lines = ["| method | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
+    for r in [unclipped, *sorted(rows, key=lambda r: -r["kept"][0])]:
+        lines.append(f"| `{r['method']}` | " + " | ".join(percent(r["accuracy"][t][0]) for t in tasks) + " |")
+    return "\n".join(lines)
+
+
+def sweep_table(rows: list[dict]) -> str:
+    lines = ["| option | kept, % | KL | clipped, % |", "| --- | --- | --- | --- |"]
+    for r in sorted(rows, key=lambda r: r["method"]):
+        lines.append(
+            f"| `{r['method']}` | {with_interval(r['kept'])} | {r['kl']:.1e} | {percent(r['share']['clipped'])} |"
+        )
+    return "\n".join(lines)
+
+
+def summary(result: dict) -> str:
+    """What the tables below it are of."""
+    main = result["main"]
+    unclipped = next(r for r in main["rows"] if r["bound"] is None)
+    fullest = unclipped["max_rank_rows_after"]
+    return (
+        f"{main['batches']} batches, {main['requests']} requests, {result['device']}, {result['dtype']}; unclipped: "
+        f"fullest rank {fullest['mean']:.2f} times the mean (a batch's worst layer, mean over batches), at most "
+        f"{fullest['worst']:.2f}. Tasks that count: {', '.join(main['mastered'])}."
+    )
+
+
+def tables(result: dict, second: dict | None) -> str:
+    """Everything between the marks of docs/results/quality.md; second: results of the other architecture."""
+    found = [summary(result)]
+    unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
+    for bound in sorted({r["bound"] for r in rows_of(result)}):
+        found.append(f"### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
+    found.append(f"### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
+    for part, title in (("stress", "Below the mean"), ("sweeps", "Sweeps"), ("importance", "Other importances")):
+        for bound in sorted({r["bound"] for r in rows_of(result, part)}) if part in result else ():
+            rows = rows_of(result, part, bound)
+            head = (
+                f"### {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
+            )
+            found.append(f"{head}\n\n{sweep_table(rows) if part == 'sweeps' else table(rows)}")
+    if second is not None:
+        found.append(f"### The second architecture\n\n{summary(second)}")
+        found += [f"Bound {bound:g}:\n\n{table(rows_of(second, bound=bound))}" for bound in (1.0, 1.05)]
+    return "\n\n".join(found)
+
+
+def write_tables(text: str, path: Path) -> None:
+    """Replaces what stands between the marks of `path`."""
+    page = path.read_text()
+    before, rest = page.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=DOCS / "quality.json")
+    parser.add_argument("--second", type=Path, default=DOCS / "quality_second.json")
+    options = parser.parse_args()
+    result = json.loads(options.json.read_text())
+    second = json.loads(options.second.read_text()) if options.second.exists() else None
+    draw(result, DOCS / "quality.png")
+    write_tables(tables(result, second), DOCS / "quality.md")
+
+
+if __name__ == "__main__":
+    main()

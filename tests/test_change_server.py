@@ -17,9 +17,10 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 FLAGS = [*EP2_ARGS, *MACS, "--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always"]
 FLAGS += ["--disable-radix-cache"]
 # It ends with MACS off, with which the next round begins; between, it plans in another way every time.
-ROUND = (["--on", "--gamma", "1.05"], ["--preset", "paper"], ["--off"], ["--on", "--gamma", "1"], ["--importance", "entropy"],
-         ["--preset", "off"], ["--preset", "cai", "--verify", "false"], ["--verify-every", "4", "--preset", "rank"],
-         ["--off"], ["--min-tokens", "4"], ["--on"], ["--off"])  # fmt: skip
+ROUND = (["--on", "--gamma", "1.05"], ["--preset", "paper"], ["--off"],
+         ["--on", "--gamma", "1"], ["--importance", "entropy"], ["--preset", "off"],
+         ["--preset", "cai", "--verify", "false"], ["--verify-every", "4", "--preset", "rank"], ["--off"],
+         ["--min-tokens", "4"], ["--on"], ["--off"])  # fmt: skip
 
 
 class Load:

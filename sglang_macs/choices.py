@@ -20,3 +20,4 @@ FAULTS = (
 
 MODALITIES = ("visual", "text")
 CLAIMS = ("bound", "text_last")  # what is checked of the rows that are really sent
+GAMMAS = (1.0, 1.05, 1.1, 1.2, 1.5)  # bounds for which counters say what is above them on the most loaded rank

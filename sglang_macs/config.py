@@ -48,7 +48,9 @@ PRESETS: dict[str, dict[str, object]] = {
         "act": "always",
     },
     "off": {"gamma": math.inf},
+    "observe": {"gamma": math.inf, "verify_every": 16},
 }
+OFF = ("off", "observe")  # presets that plan nothing
 
 
 def _opt(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
@@ -63,7 +65,11 @@ class MacsConfig:
     here. Raises MacsError for a value out of range.
     """
 
-    preset: str = _opt("rank", "starting point: rank, paper, cai or off", tuple(PRESETS))
+    preset: str = _opt(
+        "rank",
+        "starting point: rank, paper, cai, off, or observe: off, and counted what a bound would gain",
+        tuple(PRESETS),
+    )
     gamma: float = _opt(1.1, "capacity factor: a bound over the mean load, > 0; inf = never clip")
     scope: str = _opt("rank", "what is bounded: each rank, or each expert", SCOPES)
     load: str = _opt("rows", "what is counted: rows, or rows weighted by entropy (the paper's text)", LOADS)
@@ -145,7 +151,7 @@ class MacsConfig:
         self._check_range("c_min", 0 <= self.c_min < math.inf, "a finite number of rows >= 0")
         self._check_range("reroute_rounds", 0 <= self.reroute_rounds <= 64, "0 to 64")
         if self.is_off and not math.isinf(self.gamma):
-            raise MacsError("--macs-gamma", self.gamma, "no gamma with --macs-preset off", "Choose another preset.")
+            raise MacsError("--macs-gamma", self.gamma, f"no gamma with --macs-preset {self.preset}", "Choose another.")
         self._check_range("trace_limit_mb", 0 < self.trace_limit_mb < 1e9, "megabytes above 0")
         self._check_range("min_tokens", self.min_tokens is None or self.min_tokens >= 0, "a number of tokens >= 0")
         self._check_range("act_rows", self.act_rows is None or self.act_rows >= 0, "a number of rows >= 0")
@@ -193,7 +199,12 @@ class MacsConfig:
     @property
     def is_off(self) -> bool:
         """Whether nothing is planned at all. (Infinite gamma plans, and finds nothing to clip.)"""
-        return self.preset == "off"
+        return self.preset in OFF
+
+    @property
+    def observes(self) -> bool:
+        """Whether it is counted what a bound would gain, beside passes in which nothing is planned."""
+        return self.preset == "observe"
 
     @property
     def may_leave_layers(self) -> bool:
@@ -211,6 +222,11 @@ class MacsConfig:
         if self.has_own_importance:
             return f"--macs-importance {self.importance}"
         return "--macs-reroute local" if self.reroute == "local" else ""
+
+    @property
+    def reroutes(self) -> bool:
+        """Whether plans look for other experts."""
+        return self.reroute != "none" and not self.changes_nothing
 
     @property
     def changes_nothing(self) -> bool:

@@ -253,14 +253,14 @@ def test_ranks_that_would_plan_other_layers_are_found():
 
 
 def _agree_on_rows(rank: int, world: int) -> list[int]:
-    plan_seconds, row_seconds = plan_cost._plan_seconds, plan_cost._row_seconds
+    plan_seconds, row_seconds = plan_cost._plan_seconds, plan_cost.row_seconds
     sizes = plan_cost.ExpertSizes(64, 32, 3)
     planner = LayerPlanner(0, Plan(CONFIG, 12, world), dist.group.WORLD, Stats())
     timed = plan_cost.rows_that_pay(planner, sizes, torch.device("cpu"), dist.group.WORLD)
     plan_cost._plan_seconds = lambda *_: [30e-6, 500e-6][rank]
-    plan_cost._row_seconds = lambda *_: 1e-6
+    plan_cost.row_seconds = lambda *_: 1e-6
     made_up = plan_cost.rows_that_pay(planner, sizes, torch.device("cpu"), dist.group.WORLD)
-    plan_cost._plan_seconds, plan_cost._row_seconds = plan_seconds, row_seconds
+    plan_cost._plan_seconds, plan_cost.row_seconds = plan_seconds, row_seconds
     return [timed, made_up]
 
 
@@ -308,7 +308,8 @@ def test_what_pays_is_known_on_a_cpu_and_measured_on_a_gpu_unless_given():
 def test_a_server_acts_on_the_number_it_was_given_unless_its_dispatch_plans_by_itself(options, fuses, rows, capsys):
     process = Worker(MacsConfig.from_preset(**options).on("cpu"))
     process.transports.plans = fuses
-    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None) == rows
+    process.rows_that_pay = scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=0), None)
+    assert process.rows_to_act_on == rows
     assert (f"from {rows} rows on" in capsys.readouterr().err) == (rows > 0)
 
 

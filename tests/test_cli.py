@@ -48,7 +48,11 @@ def run_alone(allowed: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["--help"], *([name, "--help"] for name in ("calibrate", "doctor", "report", "simulate", "top"))],
+    [
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("calibrate", "doctor", "report", "set", "simulate", "top")),
+    ],
     ids=" ".join,
 )
 def test_help_needs_nothing(arguments):
@@ -119,6 +123,10 @@ NUMBERS = {
     ("calibrate", "--patience"): ("-1", "inf"),
     ("report", "--row-us"): ("-1", "inf"),
     ("report", "--replica"): ("-1", "7", "1.5", "inf"),
+    ("set", "--gamma"): ("0", "-1", "1e-9"),
+    ("set", "--min-tokens"): ("-1", "1.5", "inf", "10000000000"),
+    ("set", "--verify-every"): ("-1", "1.5", "inf", "10000000000"),
+    ("set", "--wait"): ("-1", "inf", "1e9"),
     ("simulate", "--visual-share"): ("-0.1", "1.1", "inf"),
     ("simulate", "--noise"): ("-1", "3", "inf"),
     ("simulate", "--ep"): ("0", "-8", "1", "7", "12", "2048", "8,0", "8,", "8,8.0", ",".join(["8"] * 1000)),
@@ -149,10 +157,18 @@ OTHERS = {
     ("calibrate", "--out"): ("", "/", "/nowhere/p.json", "/dev/null"),
     ("calibrate", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("calibrate", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
+    ("set", "URL"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
+    ("set", "--preset"): ("", "fast", "\x1b[2J"),
+    ("set", "--importance"): ("", "os:getcwd", "\x1b[2J"),
+    ("set", "--verify"): ("", "yes"),
+    ("set", "--trace"): ("", "/tmp"),
+    ("set", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("set", "--admin-api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("set", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
 }  # fmt: skip
-NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--once"}  # what takes no odd value
+NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--off", "--on", "--once"}  # what takes no odd value
 CASES = [
     (command, argument, odd)
     for (command, argument), values in {**NUMBERS, **OTHERS}.items()
@@ -182,6 +198,7 @@ def usual(command: str, inputs: Path, argument: str) -> dict[str, str]:
         "simulate": {"--ep": "8", "--batches": "1", "--gamma": "1.1", "--presets": "rank"},
         "report": {"TRACE": str(inputs / "trace")},
         "top": {"URL": url},
+        "set": {"URL": url, "--min-tokens": "1"},
         "calibrate": {**source, "--model-path": str(inputs / "model"), "--out": str(inputs / "p.json")},
     }[command]
 
@@ -291,3 +308,44 @@ def test_an_error_is_one_printable_line_of_bounded_length():
         text = str(MacsError("what\n", got, "expected\t", "fix"))
         assert text.isprintable() and len(text) < 2000
     assert printable("a\tb\x07") == "a b?"
+
+
+def _served(received: int, applied: int, gamma: float, refused: str = "") -> dict:
+    told = {"received": received, "applied": applied, "refused": refused, "changes": [[applied, 41]]}
+    return {"version": __version__, "rank": 0, "config": {"gamma": gamma}, "control": told}
+
+
+@pytest.mark.parametrize(
+    ("updated", "states", "status", "says"),
+    [
+        ([True, True], [_served(0, 0, 1.1), _served(1, 1, 1.05)], 0, "gamma 1.1 -> 1.05; on all ranks from pass 41 on"),
+        ([True, True], [_served(0, 0, 1.1), _served(1, 0, 1.1)], 0, "it takes effect before the next pass"),
+        ([True, False], [_served(0, 0, 1.1), _served(1, 1, 1.1, "gamma: too much")], 2, "refused, gamma: too much"),
+    ],
+)
+def test_set_asks_and_tells_what_became_of_it(capsys, monkeypatch, updated, states, status, says):
+    from sglang_macs.observe.server_info import Server
+
+    asked, answers = [], iter(states)
+    monkeypatch.setattr(Server, "states", lambda self: [next(answers, states[-1])])
+    monkeypatch.setattr(Server, "change", lambda self, options: asked.append(options) or all(updated))
+    assert cli.main(["set", "http://127.0.0.1:9", "--gamma", "1.05", "--on", "--wait", "0"]) == status
+    assert asked == [{"macs_on=True": 1, "macs_gamma=1.05": 1}]
+    out, err = capsys.readouterr()
+    assert says in (err if status else out)
+
+
+@pytest.mark.parametrize(("given", "asks_with"), [([], "all"), (["--admin-api-key", "admin"], "admin")])
+def test_set_changes_with_the_admin_key_and_reads_with_the_other(monkeypatch, given, asks_with):
+    """SGLang takes the one alone for the first where both are set, and the other alone for the second."""
+    from sglang_macs.observe.server_info import Server
+
+    keys = []
+    monkeypatch.setattr(Server, "states", lambda self: keys.append(self.api_key) or [_served(0, 0, 1.1)])
+    monkeypatch.setattr(Server, "change", lambda self, options: keys.append(self.api_key) or True)
+    assert cli.main(["set", "http://127.0.0.1:9", "--off", "--api-key", "all", *given]) == 0
+    assert keys == ["all", asks_with, "all"]
+
+
+def test_set_without_an_option_says_what_it_takes(capsys):
+    assert "--gamma 1.05" in ends_in_one_line(capsys, "set", "http://127.0.0.1:9")

@@ -21,6 +21,7 @@ SLURM = ROOT / "deploy" / "slurm" / "serve.sbatch"
 KUBERNETES = ROOT / "deploy" / "kubernetes" / "leaderworkerset.yaml"
 PAGES = {"README": ROOT / "README.md", **{page.stem: page for page in (ROOT / "docs").glob("**/*.md")}}
 NODES = 2
+KEYS = {"API_KEY": "of clients", "ADMIN_API_KEY": "of admins"}
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 4096}  # SGLang's on an H100 or H200, and without a GPU
 
 # Programs that only say what they were asked for; `srun` runs its command once for each node.
@@ -38,7 +39,7 @@ def started(tmp_path: Path, command: list[str], **variables: str) -> list[list[s
         stub = tmp_path / name
         stub.write_text(f"#!/bin/bash\n{body}\n")
         stub.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ARGV_FILE": str(tmp_path / "argv"), **variables}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ARGV_FILE": str(tmp_path / "argv"), **KEYS, **variables}
     subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     return [line.split("\0")[:-1] for line in (tmp_path / "argv").read_text().splitlines()]
 
@@ -62,7 +63,7 @@ def argv(tmp_path_factory, documents) -> dict[str, list[list[str]]]:
         container = pods[template]["spec"]["containers"][0]
         assert container["command"] == ["bash", "/launch/launch.sh"]
         lws = {"LWS_LEADER_ADDRESS": "leader", "LWS_GROUP_SIZE": str(pods["size"]), "LWS_WORKER_INDEX": str(index)}
-        given = {entry["name"]: entry["value"] for entry in container["env"]}
+        given = {e["name"]: e["value"] if "value" in e else KEYS.get(e["name"], "10.0.0.1") for e in container["env"]}
         one = folder / template
         one.mkdir()
         kubernetes += started(one, ["bash", str(script)], **lws, **given)
@@ -102,6 +103,7 @@ parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
 names = ("nnodes", "node_rank", "dist_init_addr", "tp_size", "dp_size", "ep_size", "moe_a2a_backend", "port", "device")
 names += ("enable_dp_attention", "chunked_prefill_size", "mem_fraction_static", "enable_metrics")
+names += ("api_key", "admin_api_key")
 for argv in json.load(sys.stdin):
     args = parser.parse_args(argv)
     config = from_options(vars(args))
@@ -144,6 +146,7 @@ def test_every_page_and_file_launches_the_same_two_nodes(parsed):
     nodes = [flags for flags in nodes if flags["nnodes"] == NODES]
     assert len(nodes) == 6 and all(flags == nodes[0] for flags in nodes)
     assert nodes[0]["enable_metrics"]
+    assert {"API_KEY": nodes[0]["api_key"], "ADMIN_API_KEY": nodes[0]["admin_api_key"]} == KEYS
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
@@ -170,6 +173,9 @@ def test_kubernetes_documents_fit_together(documents, parsed):
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
         assert volumes["launch"]["configMap"]["name"] == launch
+        for probe in ("startupProbe", "livenessProbe"):
+            assert container[probe]["httpGet"] == {"path": "/health", "port": 30000}
+        assert "persistentVolumeClaim" in volumes["models"]
         assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
     service, port = documents["Service"]["spec"], parsed["kubernetes"][0]["port"]
     assert service["selector"]["role"] == group["leaderTemplate"]["metadata"]["labels"]["role"]

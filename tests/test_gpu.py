@@ -289,7 +289,7 @@ def test_what_pays_is_measured(launched):
         planner = AloneInGroup(0, Plan(MacsConfig.from_preset(), EXPERTS, RANKS), None, Stats())
         sizes = plan_cost.ExpertSizes(2048, 768, 8)
         rows = plan_cost.rows_that_pay(planner, sizes, torch.device("cuda"), dist.group.WORLD, launched)
-        assert rows > plan_cost._row_seconds(sizes, torch.device("cuda")) > 0
+        assert rows > plan_cost.row_seconds(sizes, torch.device("cuda")) > 0
     finally:
         dist.destroy_process_group()
 

@@ -255,6 +255,21 @@ def test_a_pool_that_all_graphs_have_left_is_not_taken_again(monkeypatch) -> Non
     assert taken == [0, 0, 1, 1, 2]
 
 
+def test_graphs_of_other_options_never_run() -> None:
+    """They hold those options; and under others DeepEP may count on the host, which no graph can."""
+    layer, launches = Layer(True), Layer(False)
+    for gamma, room, expected in ((1.0, ROOM, 2), (1.3, None, 2), (1.1, ROOM, 4)):
+        for of in (layer, launches):
+            of.planner.plan.configure(MacsConfig.from_preset("rank", gamma=gamma))
+        layer.graphs.forget()
+        layer._found, layer.rooms = room, []
+        for seed in range(3):
+            now = a_pass(300, seed)
+            assert torch.equal(layer.run(now, 300, seed), launches.run(now, 300, seed))
+        assert layer.planner.counters.graphs == expected and len(layer.rooms) == 1
+    assert layer.counted() == launches.counted()
+
+
 def test_there_is_an_end_to_the_sizes(monkeypatch) -> None:
     monkeypatch.setattr(layer_graph, "MOST_KEYS", 2)
     layer = Layer(True)

@@ -8,6 +8,7 @@ import prometheus_client
 import pytest
 import torch
 
+from sglang_macs import __version__
 from sglang_macs.config import MacsConfig
 from sglang_macs.observe import metrics
 from sglang_macs.observe.stats import Recount, Stats
@@ -15,6 +16,7 @@ from sglang_macs.observe.stats import Recount, Stats
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)
 SGLANG_LABELS = {"model_name": "tiny", "moe_ep_rank": "1"}
+CONSTANT = {"rank": 1, "config": CONFIG.to_json(), "version": __version__}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_published_values_are_the_counters_also_the_second_time(exporter, clock)
     for factor in (1, 3):
         exporter.tick(counted(factor))
         clock[0] += metrics.BUSY_SECONDS
-        state = {**counted(factor).snapshot(), "rank": 1, "config": CONFIG.to_json()}
+        state = {**counted(factor).snapshot(), **CONSTANT}
         for metric in metrics.METRICS:
             for labels, value in metric.read(state).items():
                 assert sample(metric.series, **dict(zip(metric.labels, labels, strict=True))) == value, metric
@@ -137,3 +139,19 @@ def test_dashboard_panels_lie_side_by_side():
 
 def test_documented_table_is_that_of_the_code():
     assert metrics.table() in (ROOT / "docs" / "guide" / "operations.md").read_text(), "run: make format"
+
+
+def test_options_that_change_show_at_once_and_the_old_ones_no_more(exporter, clock):
+    old, new = CONFIG, MacsConfig.from_preset("off")
+    served = {"scope": "rank", "load": "rows", "importance": "gate", "reroute": "global", "version": __version__}
+    exporter.tick(stats := counted(4))
+    assert sample("sglang:macs_info", preset="rank", **served) == 1
+    exporter.configure(new)
+    clock[0] += metrics.BUSY_SECONDS
+    exporter.tick(stats)
+    assert sample("sglang:macs_info", preset="off", **served) == 1 and sample("sglang:macs_active") == 0
+    assert sample("sglang:macs_info", preset="rank", **served) == 0
+    exporter.configure(old)
+    clock[0] += metrics.BUSY_SECONDS
+    exporter.tick(stats)
+    assert sample("sglang:macs_info", preset="rank", **served) == 1 and sample("sglang:macs_gamma") == 1.25

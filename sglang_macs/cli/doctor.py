@@ -1,5 +1,5 @@
 """`sglang-macs doctor [-- SERVER FLAGS]`: whether this machine can serve with MACS, check by check, each failure with
-its fix.
+its fix. `sglang-macs doctor URL`: what a running server says of itself (doctor_server.py).
 
 What needs SGLang is asked in processes of their own, as a launch would have it: a launcher that parses flags, and a
 scheduler with the model stack.
@@ -25,6 +25,7 @@ from .. import cpu_compat, extension
 from ..config import TOKENS_THAT_PAY
 from ..engine.compat import SGLANG
 from ..errors import MacsError
+from .arguments import add_server, server_of
 
 HELP = "check that this machine, and a launch, can serve with MACS; each failure comes with its fix"
 TORCH = ("2.13", "2.14")
@@ -50,11 +51,19 @@ def _check(name: str, ok: bool, found: str, fix: str) -> Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
-    parser.add_argument("server_flags", nargs="*", metavar="-- SERVER_FLAG", help="flags of the launch to check, too")
+    help = "flags of the launch to check, too; or the URL of a running server, to look at that"
+    parser.add_argument("server_flags", nargs="*", metavar="-- SERVER_FLAG", help=help)
+    add_server(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = examine(args.server_flags)
+    url = args.server_flags[0] if len(args.server_flags) == 1 else ""
+    if url.startswith(("http://", "https://")):
+        from . import doctor_server
+
+        checks = list(doctor_server.examine(server_of(url, args)))
+    else:
+        checks = examine(args.server_flags)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:

@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace):
-    from ..config import PRESETS
+    from ..config import OFF, PRESETS
     from ..simulate.study import Settings
 
     for name in args.presets:
-        if name not in PRESETS or name == "off":
+        if name not in PRESETS or name in OFF:
             raise MacsError("--presets", repr(name), "names among rank, paper, cai", "off is always shown.")
     return Settings(
         machine=_machine(args.machine, args.set),

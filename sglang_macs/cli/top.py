@@ -15,13 +15,14 @@ from .. import __version__
 from ..choices import MODALITIES
 from ..errors import printable
 from ..observe.server_info import Server, State, missing_ranks, ranks
+from ..observe.verdict import verdict
 from .arguments import add_server, number, server_of
 
 HELP = "a live view of what MACS does in a running server"
 HOME_AND_CLEAR = "\033[H\033[J"
 BAR_WIDTH = 28
 MOST_RANKS = 256  # that are drawn
-NOT_COUNTERS = ("version", "rank", "ranks", "config", "acting")
+NOT_COUNTERS = ("version", "rank", "ranks", "config", "acting", "control", "observe")
 SINCE_START = "since the server's start"
 
 
@@ -56,14 +57,15 @@ def frame(states: Sequence[State], period: str) -> str:
     config = _mapping(states[0].get("config"))
     preset, scope, gamma = (printable(config.get(name, "?"), 16) for name in ("preset", "scope", "gamma"))
     head = f"MACS {preset}, scope {scope}, gamma {gamma}"
-    sections = (_notes(states), _dispatches(states), _ranks(layers), _outcomes(states), _proof(states))
+    observed = [verdict(states)] if preset == "observe" else []
+    sections = (_notes(states), observed, _dispatches(states), _ranks(layers), _outcomes(states), _proof(states))
     shown = ["\n".join(section) for section in sections if section]
     return "\n\n".join([f"{head}, {f'{count} layers, ' if count else ''}{period}", *shown])
 
 
 def _notes(states: Sequence[State]) -> list[str]:
     """What a reader must know about the figures: another version, counters that are not there."""
-    versions = sorted({printable(state.get("version", "unknown"), 24) for state in states})
+    versions = sorted({printable(state.get("version", "unknown"), 64) for state in states})
     notes = []
     if versions != [__version__]:
         notes.append(f"the server has sglang-macs {', '.join(versions[:4])}, this is {__version__}")

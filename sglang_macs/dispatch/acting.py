@@ -122,6 +122,12 @@ class Acting:
         self._exchanged: deque[_Exchanged] = deque()
         self._gains: dict[int, _Gains] = {}  # of each layer
 
+    def forget(self, rows_that_pay: int) -> None:
+        """Begins anew: gains under other options say nothing of these. On all ranks before the same pass."""
+        self.rows_that_pay = rows_that_pay
+        self._exchanged.clear()
+        self._gains.clear()
+
     def decide(self, decided: Batch, *, every_layer: bool = False) -> Batch:
         """`decided`, a batch that is to be planned, with the layers that are left alone in it. Before each such pass.
 

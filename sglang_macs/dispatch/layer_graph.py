@@ -77,6 +77,7 @@ class LayerGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._inputs: dict[Hashable, Inputs] = {}  # by the types and widths of what is given
         self.epoch = 0  # of the inputs: graphs of earlier ones must not run
+        self.options = 0  # how often options have changed: graphs of earlier ones hold these
         self._filled: tuple = (None,)  # a batch's segment, and where it was copied to
 
     def fill(self, rows: int, given: tuple[Tensor, ...], planner: LayerPlanner) -> Inputs:
@@ -104,6 +105,11 @@ class LayerGraphs:
             self.epoch += 1
             self._pool = None
         return made.first(rows)
+
+    def forget(self) -> None:
+        """Options have changed: what was captured under earlier ones must not run."""
+        self.options += 1
+        self._pool = None
 
     def capture(self, forward: Callable[[], Tensor], results: list[PlanResult]) -> _Replay:
         """`forward` is captured, not run. results: where its plan is found."""
@@ -140,12 +146,15 @@ class LayerGraph:
         self._replays: dict[_Key, _Replay | None] = {}  # None: has run once, so that all of it is compiled
         self._refused: set[_Key] = set()
         self._epoch = 0  # of the inputs that the graphs read
+        self._options = 0  # under which they were captured
 
     def __call__(
         self, forward: Forward, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> Tensor:
         """[T, H], what `forward` makes of the layer's batch: [T, H], [T, K], [T, K] and [T, E]."""
         given = hidden, topk_ids, topk_weights, router_logits
+        if self._options != self.graphs.options:  # which batches there can be a graph for follows from them, too
+            self._options, self._replays, self._refused = self.graphs.options, {}, set()
         key = self._key(batch.current(), hidden.shape[0])
         if key is None or not self._takes(key):
             return forward(*given)

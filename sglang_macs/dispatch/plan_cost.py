@@ -22,7 +22,7 @@ from ..plan.tokens import RoutedTokens
 from .planner import LayerPlanner
 
 TOKENS = 4096  # of a rank: a prefill chunk
-ROWS = 4096  # of an expert's GEMM
+ROWS, ROWS_ON_CPU = 4096, 64  # of an expert's GEMM
 REPEATS = 20
 FP8_SPEED = 2  # of the experts' GEMMs in 8 bits, against bf16
 
@@ -44,8 +44,8 @@ def rows_that_pay(
     launched: how plans are, `waiting` for the device behind each, since DeepEP's counts make the host wait in every
     layer; `ahead` of it; or as part of a `graph`.
     """
-    plan_seconds, row_seconds = _plan_seconds(planner, sizes, device, launched), _row_seconds(sizes, device)
-    rows = torch.tensor(_rounded(plan_seconds / row_seconds))
+    seconds = _plan_seconds(planner, sizes, device, launched) / row_seconds(sizes, device)
+    rows = torch.tensor(_rounded(seconds))
     dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=group)
     return int(rows)
 
@@ -84,19 +84,20 @@ def _captured(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _row_seconds(sizes: ExpertSizes, device: torch.device) -> float:
+def row_seconds(sizes: ExpertSizes, device: torch.device) -> float:
     """Of a row at its rank: copied to its expert, through it, and added up."""
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    shapes = ((ROWS, hidden), (2 * inner, hidden), (hidden, inner))
+    count = ROWS if device.type == "cuda" else ROWS_ON_CPU
+    shapes = ((count, hidden), (2 * inner, hidden), (hidden, inner))
     tokens, up, down = (torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
-    order = torch.randperm(ROWS, device=device)
+    order = torch.randperm(count, device=device)
     sums = torch.zeros_like(tokens)
 
     def experts() -> None:
         gate, value = functional.linear(tokens[order], up).chunk(2, dim=1)
         sums.index_add_(0, order, functional.linear(functional.silu(gate) * value, down))
 
-    return _fastest(experts, device) / ROWS / (FP8_SPEED if sizes.fp8 else 1)
+    return _fastest(experts, device) / count / (FP8_SPEED if sizes.fp8 else 1)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, in_a_row: int = 1) -> float:

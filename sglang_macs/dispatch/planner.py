@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..comm.peer_all_reduce import PeerAllReduce
 from ..observe import stats
+from ..observe.beside import Observed
 from ..observe.recorder import Recorder
 from ..plan import batch
 from ..plan.plan import Plan, PlanResult
@@ -45,6 +46,7 @@ class LayerPlanner:
         recorder: of --macs-trace.
         peers: sums histograms in place of the group's all-reduce.
         acting: of the process; is told what was planned.
+        observed: of the process; is told what --macs-preset observe sees.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LayerPlanner:
         recorder: Recorder | None = None,
         peers: PeerAllReduce | None = None,
         acting: Acting | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self.layer_id = layer_id
         self.plan = plan
@@ -66,6 +69,7 @@ class LayerPlanner:
         self.recorder = recorder
         self.peers = peers
         self.acting = acting
+        self.observed = observed
         self._aside: list[PlanResult] | None = None
 
     def __call__(
@@ -206,7 +210,10 @@ class LayerPlanner:
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:
         """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
-        if batch.current().measured and planned.segment is not None:
+        if self._observe(topk_ids, planned):
+            assert self.observed is not None
+            self.observed.add(self.layer_id, self.plan.num_ranks, stats.rows_of(topk_ids, self.plan.num_physical))
+        elif batch.current().measured and planned.segment is not None:
             own = self.recount(topk_ids, planned)
             group = own.clone()
             self.all_reduce(group)
@@ -216,10 +223,19 @@ class LayerPlanner:
         """Recounts and proves every pass by an exchange that the dispatch needs anyway: `gather` makes of this rank's
         recount [S, E] those of all ranks [R, S, E], which are returned.
         """
+        self._observe(topk_ids, planned)
         own = self.recount(topk_ids, planned)
         rows = gather(own)
         self.prove(planned, own, rows.sum(dim=0))
         return rows
+
+    def _observe(self, topk_ids: Tensor, planned: Planned) -> bool:
+        """Whether this dispatch is counted beside its pass, as on all ranks."""
+        config = self.plan.config
+        if self.observed is None or not config.observes or not batch.current().measured or planned.segment is None:
+            return False
+        self.observed.add_tokens(self.group, config, topk_ids, planned.segment)
+        return True
 
     def plans(self) -> bool:
         """Whether this layer is planned in the batch that is running."""

@@ -62,6 +62,12 @@ class Transports:
             say_for_group(self._line(why), group)
         return self._made if sizes == self._sizes else []
 
+    def configure(self, config: MacsConfig) -> None:
+        """Plans by these options from now on; what carries, and how large its memory is, was decided at the launch."""
+        self.config = config
+        for made in self._made:
+            made.config = config
+
     @property
     def region_bytes(self) -> int:
         """Of a rank, for the fused dispatch; 0 without."""

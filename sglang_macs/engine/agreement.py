@@ -30,6 +30,10 @@ class Agreement:
         self._group, self._flags, self._left = group, flags, PASSES
         self._options = _number_of(options)
 
+    def again(self, options: str) -> None:
+        """The next passes are compared, too: options have changed, on all ranks before the same pass."""
+        self._options, self._left = _number_of(options), PASSES
+
     def check(self, decided: Batch, own_tokens: int, prefill_in_group: bool = False) -> None:
         """Before a pass. own_tokens: of this rank; prefill_in_group: whether any rank prefills, as SGLang has it
         (`is_extend_in_batch`), by which `--deepep-mode auto` chooses. Raises MacsNotActive, on every rank, where they

@@ -64,7 +64,9 @@ def _layer_planner(moe_runner_config):
     traced = process.recorder_at(_place(parallel))
     group = parallel.tp_group
     peers = process.transports.all_reduce(plan.histogram_size, group.cpu_group)
-    planner = LayerPlanner(layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers, process.acting)
+    planner = LayerPlanner(
+        layer_id, plan, group.device_group, process.stats, attn_tp, traced, peers, process.acting, process.observed
+    )
     process.planners[layer_id] = planner
     process.top_k = max(process.top_k, moe_runner_config.top_k or 1)
     sizes = (moe_runner_config.hidden_size, moe_runner_config.intermediate_size_per_partition, process.top_k)

@@ -149,18 +149,7 @@ def _check_launch(record, config: MacsConfig) -> MacsConfig:
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     model = model_config_of(record)
-    architecture, text = (model.hf_config.architectures or ["unknown"])[0], model.hf_text_config
-    launch = compat.Launch(
-        resolved_view(record),
-        config,
-        architecture,
-        moe_config.num_experts(text),
-        moe_config.top_k(text),
-        moe_config.special_routing(text),
-        model.context_len,
-        model.quantization,
-        inner=(getattr(text, "architectures", None) or [""])[0],
-    )
+    launch = moe_config.launch_of(resolved_view(record), config, model)
     compat.check(launch)
     config, why = compat.resolved(launch)
     if why:
@@ -169,8 +158,8 @@ def _check_launch(record, config: MacsConfig) -> MacsConfig:
         importance.check(config.importance)
     if config.profile:
         of_model = profile.load(config.profile)
-        of_model.check_model(architecture, launch.num_experts)
-        for layer in moe_config.layers(text) or ():
+        of_model.check_model(launch.architecture, launch.num_experts)
+        for layer in moe_config.layers(model.hf_text_config) or ():
             of_model.of_layer(layer)
     return config
 

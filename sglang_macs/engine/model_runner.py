@@ -4,7 +4,7 @@ from ..config import MacsConfig
 from ..console import say_once
 from ..plan import batch
 from ..plan.plan import check_batch_size
-from . import worker
+from . import control, worker
 from .hooks import Hook
 
 
@@ -26,6 +26,7 @@ def _update_gather_batch(result, schedule_batch, sync_info, *args, **kwargs):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     told = sync_info.tp0_info_cpu  # [attention-DP ranks, fields]; None where the exchange was left out
+    schedule_batch.macs_agreed = None if told is None else control.agreed_of(told)
     modes = [] if told is None else [ForwardMode(mode) for mode in told[:, 5].tolist()]
     schedule_batch.macs_ranks = batch.RankBatches.of_modes(told[:, 0].tolist(), modes) if modes else None
 
@@ -33,6 +34,7 @@ def _update_gather_batch(result, schedule_batch, sync_info, *args, **kwargs):
 def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
     """AFTER ForwardBatch.init_new: what the scheduler's batch knows and this one does not take along."""
     result.macs_ranks = getattr(schedule_batch, "macs_ranks", None)
+    result.macs_agreed = getattr(schedule_batch, "macs_agreed", None)
     result.macs_decoding = len(schedule_batch.decoding_reqs or ())
     if result.forward_mode.is_extend() and result.contains_mm_inputs():
         _tell_of_unmarked(schedule_batch.reqs or ())
@@ -56,6 +58,17 @@ def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:
     return batch.of_forward(forward_batch, config, parallel.moe_ep_size, ranks, decoding)
 
 
+def _begin_pass(process: worker.Worker, forward_batch) -> None:
+    """Puts in force what was asked of every rank until this pass. Ranks that run the same batches are asked at once."""
+    from sglang.srt.runtime_context import get_parallel
+
+    agreed = getattr(forward_batch, "macs_agreed", None)
+    if get_parallel().attn_dp_size == 1:
+        agreed = process.control.received
+    if agreed is not None:  # else not from a scheduler
+        process.control.begin_pass(agreed)
+
+
 def _forward(original, self, forward_batch, *args, **kwargs):
     """AROUND ModelRunner.forward: what this pass is to MACS, before embedding clamps the padded ids away."""
     from sglang.srt.runtime_context import get_parallel
@@ -64,6 +77,7 @@ def _forward(original, self, forward_batch, *args, **kwargs):
         with batch.forward(batch.Batch(skip="draft")):
             return original(self, forward_batch, *args, **kwargs)
     process = worker.current()
+    _begin_pass(process, forward_batch)
     acts_on = process.decide(_batch_of(forward_batch, process.config))
     if not acts_on.skip:
         check_batch_size(acts_on.group_tokens, process.top_k, process.config.load, process.has_replicas)

@@ -7,6 +7,9 @@ model classes of SGLang 0.5.21 do; where these look at other things, so does thi
 
 from typing import Any
 
+from ..config import MacsConfig
+from .compat import Launch
+
 OWN_FUNCTION = "a routing function of the model's own"
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts", "moe_topk")
@@ -15,6 +18,15 @@ _LAYERS = ("num_hidden_layers", "first_k_dense_replace", "moe_layer_freq")
 # Model types (prefixes) whose class decides it, whatever the configuration says.
 _OWN_FUNCTION_TYPES = ("llama4", "gemma4", "grok", "phimoe", "cohere2_moe", "interns1_pro", "afmoe")
 _ALL_SPARSE_TYPES = ("qwen", "mixtral", "gpt_oss", "minimax_m2")
+
+
+def launch_of(flags: Any, options: MacsConfig, model: Any) -> Launch:
+    """What the rules of compat.py look at. flags: SGLang's, resolved; model: its `ModelConfig`."""
+    architecture, text = (model.hf_config.architectures or ["unknown"])[0], model.hf_text_config
+    sizes = num_experts(text), top_k(text)
+    inner = (getattr(text, "architectures", None) or [""])[0]
+    about = special_routing(text), model.context_len, model.quantization, inner
+    return Launch(flags, options, architecture, *sizes, *about)
 
 
 def num_experts(config: Any) -> int:

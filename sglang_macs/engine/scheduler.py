@@ -1,6 +1,7 @@
 """SGLang's scheduler: what it checks and says at its start, its counters, and its last words."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..dispatch import plan_cost
 from ..dispatch.acting import LOOK_EVERY
 from ..errors import MacsNotActive
 from ..observe.shared_state import SharedState
-from . import compat, worker
+from . import compat, moe_config, worker
 from .agreement import Agreement
 from .hooks import Hook
 
@@ -29,7 +30,7 @@ def _group_coordinator_init(original, self, *args, **kwargs):
 
 def _scheduler_init(result, self, *args, **kwargs):
     """AFTER Scheduler.__init__: a server whose MoE layers did not take our dispatcher must not start."""
-    from sglang.srt.runtime_context import get_observability, get_parallel
+    from sglang.srt.runtime_context import get_context, get_observability, get_parallel
 
     process = worker.current()
     if not process.planners:
@@ -40,30 +41,39 @@ def _scheduler_init(result, self, *args, **kwargs):
     flags, options = compat.parallel_flags(self.server_args), process.options_of_the_group()
     agreement = Agreement(parallel.tp_group.cpu_group, flags, options)
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
-    process.acting.rows_that_pay = _rows_that_pay(process, parallel, self.model_config.quantization)
+    process.rows_that_pay = _rows_that_pay(process, parallel, self.model_config.quantization)
+    process.acting.rows_that_pay = process.rows_to_act_on
+    if process.config.observes:
+        sizes, device = _expert_sizes(process, self.model_config.quantization), parallel.tp_group.device
+        process.row_seconds = plan_cost.row_seconds(sizes, torch.device(device))
+    resolved = SimpleNamespace(**get_context().resolved_server_args_dict())
+    process.launch = moe_config.launch_of(resolved, process.config, self.model_config)
     if get_observability().enable_metrics:
         process.export_metrics(_metric_labels(self.metrics_collector, parallel))
 
 
 def _rows_that_pay(process, parallel, quantization: str | None) -> int:
-    """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
-    config = process.config
-    balances = process.has_replicas and config.act == "auto"  # worth its cost or not at infinite gamma, too
-    while_it_dispatches = process.transports.plans and not process.plans_in_front
-    if not (config.may_leave_layers or balances) or while_it_dispatches:
-        return 0
+    """What a plan must be expected to take off the most loaded rank, where layers may be left alone; 0: nobody has
+    measured it. Alike on all ranks.
+    """
+    if not (process.may_leave_layers or process.config.observes):
+        return process.config.act_rows or 0
     rows = process.config.act_rows
     if rows is None:
         planner, group = next(iter(process.planners.values())), parallel.tp_group
-        sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
         launched = "waiting" if process.bounded is None else "ahead" if process.layer_graphs is None else "graph"
-        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group, launched)
-    if parallel.moe_ep_rank == 0:
+        sizes, device = _expert_sizes(process, quantization), torch.device(group.device)
+        rows = plan_cost.rows_that_pay(planner, sizes, device, group.cpu_group, launched)
+    if parallel.moe_ep_rank == 0 and process.may_leave_layers:
         say(
             f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "
             f"others once in {LOOK_EVERY} passes"
         )
     return rows
+
+
+def _expert_sizes(process, quantization: str | None) -> plan_cost.ExpertSizes:
+    return process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
 
 
 def _check_exchange_of_schedulers(parallel) -> None:

@@ -8,12 +8,23 @@ import os
 from ..config import MacsConfig, configure
 from ..errors import MacsNotActive
 from ..observe import recorder
-from . import deepep, deepep_bounded, dispatchers, hooks, model_runner, replicas, runner, scheduler, topk
+from . import (
+    deepep,
+    deepep_bounded,
+    dispatchers,
+    hooks,
+    model_runner,
+    replicas,
+    runner,
+    scheduler,
+    set_state,
+    topk,
+)
 from .refusal import exit_with
 
 HOOKS = tuple(
     hook
-    for module in (topk, dispatchers, replicas, model_runner, scheduler, deepep, deepep_bounded, runner)
+    for module in (topk, dispatchers, replicas, model_runner, scheduler, set_state, deepep, deepep_bounded, runner)
     for hook in module.HOOKS
 )
 here = False  # whether this process is one: the launcher must not import the model stack

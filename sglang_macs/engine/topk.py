@@ -18,13 +18,16 @@ def _model_made(model, *args, **kwargs):
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     process = worker.current()
-    if process.config.reroute == "none" or process.config.changes_nothing:
-        return
-    for block in model.modules():
-        for experts in (child for child in block.children() if isinstance(child, FusedMoE)):
-            planner = process.planners.get(experts.layer_id)
-            if planner is not None:
-                _follow(planner.plan, _router_of(block))
+    try:
+        for block in model.modules():
+            for experts in (child for child in block.children() if isinstance(child, FusedMoE)):
+                planner = process.planners.get(experts.layer_id)
+                if planner is not None:
+                    _follow(planner.plan, _router_of(block))
+    except MacsNotActive as error:  # options may change while it serves
+        process.cannot_reroute = str(error)
+        if process.config.reroutes:
+            raise
 
 
 def _router_of(block: Any) -> Any:
@@ -45,7 +48,7 @@ def _follow(plan: Any, router: Any) -> None:
     if bias is not None and bias.numel() != plan.num_experts:
         raise _cannot_follow(f"a router of {bias.numel()} experts, {plan.num_experts} of which are dispatched")
     plan.follow(routing)
-    if routing.needs_selection and plan.config.may_fuse and not _on_cpu():
+    if plan.config.reroutes and routing.needs_selection and plan.config.may_fuse and not _on_cpu():
         say_once(
             "the fused dispatch does not re-route by a correction bias or expert groups: the plan stands before it"
         )

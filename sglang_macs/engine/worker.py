@@ -4,17 +4,21 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .. import __version__
 from ..config import MacsConfig, configured
 from ..console import say
+from ..control import Settings
 from ..dispatch.acting import Acting
 from ..dispatch.bounded import BoundedDispatch
 from ..dispatch.layer_graph import LayerGraphs
 from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
+from ..errors import MacsError
+from ..observe.beside import Observed
 from ..observe.demand import GivenUp
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run
@@ -23,6 +27,9 @@ from ..observe.stats import Stats
 from ..plan import profile
 from ..plan.batch import Batch
 from .agreement import Agreement
+from .compat import Launch
+from .control import Control
+from .limits import check_change
 
 IDLE_LOOK_SECONDS = 1.0  # between two looks of an idle process: each of them is work for the GPU
 
@@ -36,6 +43,8 @@ class Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
         self.acting = Acting()
+        self.observed = Observed(self.stats)
+        self.row_seconds = 0.0  # of a row at its rank; 0: not measured
         self.given_up = GivenUp()  # for a recorder of SGLang's that counts behind the dispatch
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
@@ -43,12 +52,18 @@ class Worker:
         self.top_k = 1  # the largest of the model's MoE layers
         self.expert_sizes = ExpertSizes(0, 0)  # of the last of them
         self.agreement: Agreement | None = None
+        self.launch: Launch | None = None  # what SGLang and the model said when the scheduler had started
+        self.cannot_reroute = ""  # why re-routing cannot follow the model's router
+        self.rows_that_pay = 0  # of a plan, measured or given at the launch; 0 = every layer is planned
+        self.control = Control(Settings.at_launch(config), partial(check_change, self), self.change)
         self._rank, self._num_ranks = 0, 1
         self._shared_state: SharedState | None = None
         self._passes = 0  # that were planned or, with MACS off, would have been
         self._looked = 0.0  # s of the monotonic clock
         self._exporter: Exporter | None = None
         self._recorder: Recorder | None = None
+        self._place: Place | None = None  # of a recorder
+        self._recorded = 0  # bytes of recorders that have ended
 
     @property
     def has_replicas(self) -> bool:
@@ -67,6 +82,52 @@ class Worker:
         places = {i: p.plan.places.logical.tolist() for i, p in self.planners.items() if p.plan.places is not None}
         return f"{options} {self.profile.modality if self.profile else None} {places}"
 
+    def change(self, number: int, settings: Settings) -> None:
+        """Puts other options in force, on all ranks before the same pass. number: of the request."""
+        config = self.config = settings.now
+        for planner in self.planners.values():
+            planner.plan.configure(config)
+        self.transports.configure(config)
+        if self.bounded is not None:
+            self.bounded.config = config
+        if self.layer_graphs is not None:
+            self.layer_graphs.forget()
+        self.acting.forget(self.rows_to_act_on)
+        self._record_anew(f"{number:04d}" if settings.traced else None)
+        self.stats.changes += 1
+        if self._exporter is not None:
+            self._exporter.configure(config)
+        if self.agreement is not None:
+            self.agreement.again(self.options_of_the_group())
+
+    @property
+    def may_leave_layers(self) -> bool:
+        """Whether layers may be left alone for want of gain; with replicas worth its cost at infinite gamma, too."""
+        balances = self.has_replicas and self.config.act == "auto" and not self.config.is_off
+        while_it_dispatches = self.transports.plans and not self.plans_in_front
+        return (self.config.may_leave_layers or balances) and not while_it_dispatches
+
+    @property
+    def rows_to_act_on(self) -> int:
+        """What a plan must be expected to take off the most loaded rank; 0: every layer is planned."""
+        return self.rows_that_pay if self.may_leave_layers else 0
+
+    def _record_anew(self, change: str | None) -> None:
+        """A trace has one set of options: each change begins another run of it, within what is left of its limit."""
+        if self._recorder is not None:
+            self._recorder.end()
+            self._recorded += self._recorder.bytes
+        self._recorder = None
+        left = self.config.trace_limit_mb - self._recorded / 1e6
+        if change is not None and self._place is not None and left > 0:
+            try:
+                config = replace(self.config, trace_limit_mb=left)
+                self._recorder = Recorder(config, self._place, f"{agreed_run()}-{change}")
+            except MacsError as error:
+                say(f"no trace: {error}. The server serves on.")
+        for planner in self.planners.values():
+            planner.recorder = self._recorder
+
     def join(self, rank: int, num_ranks: int, agreement: Agreement, shared_state: SharedState) -> None:
         """Takes its place among the expert-parallel ranks, once the process groups are there."""
         self._rank, self._num_ranks = rank, num_ranks
@@ -81,6 +142,8 @@ class Worker:
         every = self.config.verify_every
         chosen = self.config.verify or (every > 0 and self._passes % every == 0)
         self._passes += 1
+        if chosen and self.config.observes:
+            self.observed.begin_pass()
         if not batch.skip:
             needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
             batch = self.acting.decide(batch, every_layer=needed)
@@ -89,6 +152,7 @@ class Worker:
     def recorder_at(self, place: Place) -> Recorder | None:
         """Of --macs-trace, None without; the first layer that asks makes it."""
         if self.config.trace and self._recorder is None:
+            self._place = place
             self._recorder = Recorder(self.config, place, agreed_run())
         return self._recorder
 
@@ -103,6 +167,10 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
         self.acting.end_pass()
+        if idle:
+            self.observed.collect()
+        else:
+            self.observed.end_pass()
         self.given_up.take()  # of a pass that was not recorded
         now = time.monotonic()
         if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
@@ -131,6 +199,9 @@ class Worker:
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
+        if self.config.observes:
+            about["observe"] = {"row_us": self.row_seconds * 1e6, "plan_rows": self.rows_that_pay}
+        about["control"] = self.control.state()
         about["fused_region"] = self.transports.state()
         if self._recorder is not None:
             about["trace"] = self._recorder.state()

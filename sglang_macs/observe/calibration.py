@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__, files
 from ..choices import MODALITIES
+from ..config import OFF
 from ..errors import MacsError
 from ..plan.profile import Evidence, Profile
 from .server_info import Server, State, missing_ranks, ranks
@@ -212,7 +213,7 @@ def _expert_rows(states: list[State], layers: list[int]) -> Tensor:
     """
     for state in states:
         config = state.get("config")
-        if isinstance(config, Mapping) and (config.get("gamma") != "inf" or config.get("preset") == "off"):
+        if isinstance(config, Mapping) and (config.get("gamma") != "inf" or config.get("preset") in OFF):
             got = f"one at gamma {config.get('gamma')}, preset {config.get('preset')}"
             raise MacsError("server", got, "one that clips nothing", "Start it with --macs-gamma inf.")
     tables = [state.get("expert_rows") for state in states]

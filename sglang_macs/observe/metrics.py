@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..choices import CLAIMS, MODALITIES
-from ..config import MacsConfig
+from ..config import OFF, MacsConfig
 from ..plan.batch import NO_GAIN, SKIP_REASONS
 from .stats import Stats
 
@@ -29,7 +30,8 @@ Values = dict[tuple[str, ...], float]  # label values of one metric -> value
 
 @dataclass(frozen=True)
 class Metric:
-    """One family. read(state): its values by label, of `Stats.snapshot()` with the keys `rank` and `config` beside."""
+    """One family. read(state): its values by label, of `Stats.snapshot()` with the keys `rank`, `config` and
+    `version` beside."""
 
     name: str
     help: str
@@ -48,7 +50,7 @@ def _one(read: Callable[[Mapping[str, Any]], float]) -> Callable[[Mapping[str, A
 
 
 def _is_on(state: Mapping[str, Any]) -> float:
-    return float(state["config"]["preset"] != "off")
+    return float(state["config"]["preset"] not in OFF)
 
 
 def _own(outcome: str) -> Callable[[Mapping[str, Any]], Values]:
@@ -75,9 +77,18 @@ def _max_over_mean(state: Mapping[str, Any]) -> Values:
     return {(stage,): _layers(state, f"max_over_mean_{stage}") for stage in ("before", "after")}
 
 
+SERVED = ("preset", "scope", "load", "importance", "reroute")
+
+
+def _info(state: Mapping[str, Any]) -> Values:
+    return {(state["version"], *(str(state["config"][name]) for name in SERVED)): 1}
+
+
 METRICS = (
-    Metric("active", "1 where MACS plans, 0 with preset off", _one(_is_on), (), "gauge"),
+    Metric("info", "1; its labels say what serves, and the options in force", _info, ("version", *SERVED), "gauge"),
+    Metric("active", "1 where MACS plans, 0 with preset off or observe", _one(_is_on), (), "gauge"),
     Metric("gamma", "the bound over the mean load", _one(lambda s: float(s["config"]["gamma"])), (), "gauge"),
+    Metric("changes", "times that options have changed at run time", _one(lambda s: s["changes"])),
     Metric("dispatches", "MoE dispatches of this rank", _one(lambda s: s["dispatches"])),
     Metric("planned", "dispatches that were planned", _one(lambda s: s["planned"])),
     Metric("bounded", "dispatches without a count on the host", _one(lambda s: s["bounded"])),
@@ -125,7 +136,7 @@ class Exporter:
         from prometheus_client import Counter, Gauge  # reads PROMETHEUS_MULTIPROC_DIR when it is imported
 
         self._labels = dict(labels)
-        self._constant = {"config": config.to_json(), "rank": rank}
+        self._constant = {"config": config.to_json(), "rank": rank, "version": __version__}
         self._published: dict[tuple[str, tuple[str, ...]], float] = {}
         self._families = {}
         for m in METRICS:
@@ -138,6 +149,11 @@ class Exporter:
         self._arrived: torch.cuda.Event | None = None
         self._seen, self._last = -1, float("-inf")
         self._publish(Stats())  # every series is there from the start, violations at 0 among them
+
+    def configure(self, config: MacsConfig) -> None:
+        """Options have changed: the next `tick` that publishes says so."""
+        self._constant["config"] = config.to_json()
+        self._seen = -1
 
     def tick(self, stats: Stats, *, idle: bool = False) -> None:
         """Publishes if it is time to. Call it after each forward pass, and when idle, on whatever stream."""
@@ -158,10 +174,14 @@ class Exporter:
     def _publish(self, stats: Stats) -> None:
         state = {**stats.snapshot(), **self._constant}
         for m in METRICS:
-            for labels, value in m.read(state).items():
+            values = m.read(state)
+            if m.kind == "gauge":  # labels that hold no more, of `info`
+                gone = {labels: 0.0 for name, labels in self._published if name == m.name and labels not in values}
+                values = {**gone, **values}
+            for labels, value in values.items():
                 series = self._families[m.name].labels(*self._labels.values(), *labels)
                 if m.kind == "counter":
                     series.inc(value - self._published.get((m.name, labels), 0))
-                    self._published[m.name, labels] = value
                 else:
                     series.set(value)
+                self._published[m.name, labels] = value

@@ -138,9 +138,19 @@ class Recorder:
         except OSError as error:
             raise MacsError("--macs-trace", f"{config.trace} ({error.strerror})", "a folder to write into") from error
 
+    @property
+    def bytes(self) -> int:
+        """That were written."""
+        return self._limit - self._left
+
+    def end(self) -> None:
+        """Nothing more is recorded."""
+        with suppress(OSError):
+            self._file.close()
+
     def state(self) -> dict[str, object]:
         """For `GET /server_info`: stopped is why nothing more is recorded, or ""."""
-        return {"run": self.run, "bytes": self._limit - self._left, "stopped": self.stopped}
+        return {"run": self.run, "bytes": self.bytes, "stopped": self.stopped}
 
     def pass_of(self, forward_batch: Any, attn_tp_rank: int) -> AbstractContextManager[None]:
         """`forward_pass` around one of SGLang's `ForwardBatch`es, with the pictures in it."""

@@ -1,4 +1,5 @@
-"""The counters of a running server: `GET /server_info` over HTTP or HTTPS, with an API key where it asks for one.
+"""A running server's counters, `GET /server_info`, and options, `POST /set_internal_state`, over HTTP or HTTPS,
+with an API key where it asks for one.
 
 Nothing that a server answers is trusted: what is read is bounded, and whoever shows its texts passes them through
 `errors.printable`.
@@ -48,7 +49,7 @@ class Server:
             shown = "one with a user name" if "@" in self.url else repr(self.url)
             raise MacsError("server", shown, "an address such as http://127.0.0.1:30000")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise MacsError("--api-key", "characters that no HTTP header takes", "printable ASCII")
+            raise MacsError("--api-key or --admin-api-key", "characters that no HTTP header takes", "printable ASCII")
 
     def states(self) -> list[State]:
         """The `macs` state of every scheduler that answers. Raises MacsError where there is none."""
@@ -71,8 +72,20 @@ class Server:
             raise MacsError("server", f"{self.url} without MACS", "one launched with MACS", fix)
         return found
 
-    def _get(self, url: str) -> bytes:
-        request = urllib.request.Request(url, headers={"User-Agent": f"sglang-macs/{__version__}"})
+    def change(self, server_args: Mapping[str, float]) -> bool:
+        """Asks for other options (`control.encode`); False where a scheduler refuses them. Raises MacsError."""
+        body = json.dumps({"server_args": server_args}).encode()
+        raw = self._get(f"{self.url.rstrip('/')}/set_internal_state", body)
+        try:
+            answer = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"no JSON: {error}") from error
+        return isinstance(answer, list) and all(updated is True for updated in answer)
+
+    def _get(self, url: str, body: bytes | None = None) -> bytes:
+        request = urllib.request.Request(url, body, headers={"User-Agent": f"sglang-macs/{__version__}"})
+        if body is not None:
+            request.add_header("Content-Type", "application/json")
         if self.api_key:
             request.add_header("Authorization", f"Bearer {self.api_key}")
         handlers = [_NoRedirect]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..choices import MODALITIES, NUM_SUMS, WEIGHT_ONE
+from ..choices import GAMMAS, MODALITIES, NUM_SUMS, WEIGHT_ONE
 from ..config import MacsConfig
 from ..plan.plan import PlanResult
 from .backlog import Backlog, SumsByLayer, to_host
@@ -76,6 +76,12 @@ def imbalance(rows: Tensor) -> Tensor:
     return torch.where(total > 0, rows.amax(dim=-1) * rows.shape[-1] / total.clamp(min=1).double(), 1.0)
 
 
+def excess(rows: Tensor) -> Tensor:
+    """[N, G] f64: of [N, R] rows, how many the most loaded rank has above gamma times the mean, for each of GAMMAS."""
+    most, mean = rows.amax(dim=1), rows.double().mean(dim=1)
+    return torch.stack([(most - gamma * mean).clamp(min=0) for gamma in GAMMAS], dim=1)
+
+
 class _Plan(NamedTuple):
     """What is counted of a plan by its own account: counts [3, E, 2] i32, and of `group` [...] i32 the last NUM_SUMS,
     the group's sums, before which its whole histogram may lie. by_expert: also for a calibration.
@@ -110,12 +116,16 @@ class Stats:
 
     received_rows, remote_rows: of the CPU all-to-all; rows for this rank's experts, and rows sent to other ranks.
     fused: of `planned`, those that the fused dispatch planned and carried.
+    changes: of options, at run time.
+    observed_passes, observed_seconds, observed_share: of --macs-preset observe; measured passes, their time, and R_v at
+    the visual tokens' average weight, summed.
     bounded: of `dispatches`, those whose received rows were never counted on the host.
     graphs: of `bounded`, those whose layer was one launch, a CUDA graph.
     expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
     "planned", and of those left alone for "no_gain".
     measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
-    [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after.
+    [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after; excess [G], see
+    `excess`.
     expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
 
     What the backlogs hold is not in it: read it by `to_host` or `snapshot`.
@@ -132,6 +142,10 @@ class Stats:
     received_rows: int = 0
     remote_rows: int = 0
     runner_calls: int = 0
+    changes: int = 0
+    observed_passes: int = 0
+    observed_seconds: float = 0.0
+    observed_share: Tensor | float = 0.0
     plan_seconds: float = 0.0
     visual_share_sum: Tensor | float = 0.0
     outcome: Tensor | int = 0
@@ -141,6 +155,7 @@ class Stats:
     cut: SumsByLayer = field(default_factory=SumsByLayer)
     rows: SumsByLayer = field(default_factory=SumsByLayer)
     max_over_mean: SumsByLayer = field(default_factory=SumsByLayer)
+    excess: SumsByLayer = field(default_factory=SumsByLayer)
     expert_rows: dict[int, SumsByLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,6 +195,7 @@ class Stats:
         rows = rows_per_bound(group[:, : AFTER + 1], first.num_ranks)
         self.rows.add(layer_ids, rows)
         self.max_over_mean.add(layer_ids, imbalance(rows))
+        self.excess.add(layer_ids, excess(rows[:, BEFORE]))
         if first.cut is None:
             self.cut.add(layer_ids, rows.new_zeros(len(recounts)))
             return
@@ -220,12 +236,12 @@ class Stats:
 
     def snapshot(self) -> dict[str, object]:
         """Every counter as JSON values; `outcome` becomes `own`; what is by layer, `layers`, whose ids are strings."""
-        by_layer = ("measured", "cut", "rows", "max_over_mean")
+        by_layer = ("measured", "cut", "rows", "max_over_mean", "excess")
         with self._settled():
             raw = {name: _plain(value) for name, value in self._values().items()}
         raw["own"] = _outcomes(raw.pop("outcome"))
-        measured, cut, rows, max_over_mean = (raw.pop(name) for name in by_layer)
-        raw["layers"] = {str(i): _layer(measured[i], cut[i], rows[i], max_over_mean[i]) for i in measured}
+        measured, *sums = (raw.pop(name) for name in by_layer)
+        raw["layers"] = {str(i): _layer(measured[i], *(of_layer[i] for of_layer in sums)) for i in measured}
         raw["expert_rows"] = {i: rows for of_size in raw["expert_rows"].values() for i, rows in of_size.items()}
         return raw
 
@@ -257,7 +273,9 @@ def _plain(value: object) -> object:
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list[float]) -> dict[str, object]:
+def _layer(
+    dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list[float], above: list[float]
+) -> dict[str, object]:
     """Of one layer, as it is shown."""
     return {
         "dispatches": dispatches,
@@ -266,6 +284,7 @@ def _layer(dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list
         "rows_after": rows[1],
         "max_over_mean_before": max_over_mean[0],
         "max_over_mean_after": max_over_mean[1],
+        "excess": above,
     }
 
 

@@ -79,19 +79,27 @@ class Plan:
     ) -> None:
         if places is None and (num_ranks < 1 or num_experts % num_ranks):
             raise MacsError("expert parallelism", f"{num_experts} experts on {num_ranks} ranks", "a whole number each")
-        if own_importance is None and config.has_own_importance:
-            own_importance = importance.load(config.importance)
-        own = own_importance is not None
-        if places is not None and (why := config.no_replicas or (own and "an importance of one's own")):
-            raise MacsError("replicas", why, "--macs-scope rank, --macs-load rows, --macs-exchange group")
-        self.config = config
         self.num_experts = num_experts
         self.num_ranks = num_ranks
         self.places = places
-        self._needs_entropy = config.needs_entropy(modality is not None)
+        self.routing = routing or Routing()
+        self._has_profile = modality is not None
         self.modality = torch.zeros(num_experts, dtype=torch.int8) if modality is None else modality
-        self._importance = own_importance
-        self.follow(routing or Routing())
+        self._given_importance = own_importance
+        self.configure(config)
+
+    def configure(self, config: MacsConfig) -> None:
+        """Plans by these options from now on. On all ranks alike. Raises MacsError for those that replicas do not go
+        with.
+        """
+        own = self._given_importance
+        if own is None and config.has_own_importance:
+            own = importance.load(config.importance)
+        if self.places is not None and (why := config.no_replicas or (own and "an importance of one's own")):
+            raise MacsError("replicas", str(why), "--macs-scope rank, --macs-load rows, --macs-exchange group")
+        self.config, self._importance = config, own
+        self._needs_entropy = config.needs_entropy(self._has_profile)
+        self.follow(self.routing)
 
     def follow(self, routing: Routing) -> None:
         """Re-routes as this router would. On all ranks alike."""
@@ -107,6 +115,11 @@ class Plan:
         )
 
     @property
+    def needs_selection(self) -> bool:
+        """Whether candidates are ordered by something else than their logits."""
+        return self.config.reroutes and self.routing.needs_selection
+
+    @property
     def histogram_size(self) -> int:
         """Numbers that the exchange sums."""
         return self.cells + (self.places.exchange_size if self.places else 0)
@@ -119,7 +132,7 @@ class Plan:
     @property
     def made_in_front(self) -> bool:
         """Whether no dispatch can decide it by itself: replicas, or candidates in another order than their logits'."""
-        return self.places is not None or self.routing.needs_selection
+        return self.places is not None or self.needs_selection
 
     @property
     def cells(self) -> int:
@@ -169,7 +182,7 @@ class Plan:
 
     def _selection(self, router_logits: Tensor | None) -> Tensor | None:
         """What candidates are ordered by in place of their logits; None where that is needless."""
-        needless = router_logits is None or self.config.reroute == "none" or self.config.changes_nothing
+        needless = router_logits is None or not self.config.reroutes
         return None if needless else self.routing.selection(router_logits)
 
     def __call__(self, tokens: RoutedTokens, all_reduce: AllReduce | None = None) -> PlanResult:

@@ -118,7 +118,7 @@ def refused(kind: dict[str, object], reroute: str) -> str:
             topk._model_made(nn.Sequential(Block(**kind)))
         except SystemExit as stop:
             return f"{stop.code} {error.getvalue().strip().splitlines()[-1]}"
-    assert plan.routing.needs_selection == (reroute == "global" and "correction_bias" in kind)
+    assert plan.needs_selection == (reroute == "global" and "correction_bias" in kind)
     return ""
 
 

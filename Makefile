@@ -97,5 +97,5 @@ test-multinode: build  ## one server over two network namespaces, a cable cut (r
 	@$(PYTEST) -m multinode
 
 test-compat: build  ## hooks, launches, servers and families against other releases of SGLang (600 MB on disk; an hour)
-	@$(PY) scripts/check_compat.py 0.5.23 0.5.22
+	@$(PY) scripts/check_compat.py
 	@$(PY) scripts/check_compat.py 0.5.20 --stages refused

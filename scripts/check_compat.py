@@ -1,11 +1,12 @@
 """The product against other releases of SGLang: hooks, launches and routers, servers, families of models.
 
-    python scripts/check_compat.py 0.5.23 0.5.22 [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python scripts/check_compat.py [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
     python scripts/check_compat.py 0.5.20 --stages refused
 
-Each release is put into build/compat/VERSION without its dependencies (pip --target), before the installed one;
-everything else is shared. The stage `refused` is for a release that lacks a hook's target: a launch with MACS must end
-and say so. Exit 0 if every stage of every release passes. docs/guide/compatibility.md has the table.
+Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION without
+its dependencies (pip --target), before the installed one; everything else is shared. The stage `refused` is for a
+release that lacks a hook's target: a launch with MACS must end and say so. Exit 0 if every stage of every release
+passes. docs/guide/compatibility.md has the table.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
+from sglang_macs.engine.compat import SGLANG
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -58,6 +60,11 @@ STAGES = {  # tests by their names: pytest fails on one that is gone
     ],
     "families": ["tests/test_families.py"],
 }
+
+
+def others() -> list[str]:
+    """The releases that the hooks are made for, without the installed one; the newest first."""
+    return [release for release in reversed(SGLANG) if release != metadata.version("sglang")]
 
 
 def install(version: str) -> Path:
@@ -125,7 +132,7 @@ def save(path: Path, new: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="+")
+    parser.add_argument("versions", nargs="*", default=others())
     parser.add_argument("--stages", default="hooks,launch,server,families")
     parser.add_argument("--out", type=Path, help="write the findings as JSON")
     options = parser.parse_args()

@@ -14,6 +14,12 @@ def test_the_pinned_release_is_one_that_hooks_are_made_for():
     assert PINNED in SGLANG
 
 
+def test_the_others_are_all_but_the_installed_one(monkeypatch):
+    monkeypatch.setattr(check_compat, "SGLANG", ("0.5.1", "0.5.2", "0.5.3"))
+    monkeypatch.setattr(check_compat.metadata, "version", lambda name: "0.5.2")
+    assert check_compat.others() == ["0.5.3", "0.5.1"]
+
+
 def test_every_hook_takes_in_the_installed_release(tmp_path):
     assert check_compat.check_hooks(version("sglang"), tmp_path) == {"passed": True, "detail": "all took"}
 

@@ -267,6 +267,15 @@ def test_environment_keeps_sglang_off_nccl():
     assert not Path(environment(base={})["SGLANG_NCCL_SO_PATH"]).exists()
 
 
+@pytest.mark.nightly
+def test_a_server_on_a_cpu_does_not_wait_for_dumps_of_gpus():
+    """It would wait a minute where a rank has died and another still lives, as on a busy machine."""
+    read = "from sglang.srt.environ import envs; print(envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.get())"
+    env = {**os.environ, **environment(ranks=1)}
+    done = subprocess.run([sys.executable, "-c", read], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
+
+
 def test_shell_exports_are_what_environment_says():
     script = shell_exports(ranks=1) + '\npython3 -c "import os, json; print(json.dumps(dict(os.environ)))"'
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)

@@ -58,6 +58,8 @@ def environment(ranks: int = 2, base: dict[str, str] | None = None) -> dict[str,
         # The CUDA build of torch, which the package index hands out by default, brings NCCL; SGLang would open it and
         # then demand a CUDA device. A library that is not there makes it go without, as with a CPU build.
         "SGLANG_NCCL_SO_PATH": str(SITE_DIR / "no-nccl-on-cpu.so"),
+        # Where a rank has died and another still lives, the launcher would wait a minute for dumps of GPUs.
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "false",
         # SGLang binds threads itself only with AMX; without it every rank would start one thread per core.
         "OMP_NUM_THREADS": str(max(1, len(available_cores()) // ranks)),
     }

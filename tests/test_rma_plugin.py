@@ -3,15 +3,21 @@
 That NCCL and kernels take it is another matter: docs/multinode.md says where that was run.
 """
 
+import multiprocessing
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import multinode
 import pytest
 from support import rma_ranks
 from support.rma_plugin import REMOTE_ERROR, build, run
 
-SHORT = {"RMA_TCP_TIMEOUT": "1"}  # seconds of silence until a peer is given up
+
+def short(_) -> dict[str, str]:
+    return {"RMA_TCP_TIMEOUT": "1"}  # seconds of silence until a peer is given up
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +68,14 @@ def test_delay_of_one_connection_lets_others_overtake(library):
         ("close=0", "rank 1 (connection N) has closed its connection"),
         ("silent=0", "rank 1 (connection N) has been silent for 1 s with 1 answers due"),
         ("corrupt=length", "rank 1 (connection N) sent a corrupt frame: length 4104, offset 8, expected checksum "),
-        ("corrupt=offset", "rank 1 sent a frame that is refused: memory: bytes 1099511627784 + 8 of region 0, which has 64"),
+        (
+            "corrupt=offset",
+            "rank 1 sent a frame that is refused: memory: bytes 1099511627784 + 8 of region 0, which has 64",
+        ),
     ],
 )
 def test_a_fault_is_named_writes_nothing_and_lasts(library, fault, line):
-    status, said, failed, again = run(library, 2, rma_ranks.failure, fault, environment=SHORT)[0]
+    status, said, failed, again = run(library, 2, rma_ranks.failure, fault, environment=short)[0]
     for connection in range(4):
         said = said.replace(f"(connection {connection})", "(connection N)")
     assert said.startswith(line) and failed and (status, again) == (REMOTE_ERROR, REMOTE_ERROR)
@@ -98,13 +107,37 @@ def test_a_signal_is_a_whole_word(library):
 
 
 def test_ranks_that_do_different_things_are_both_told(library):
-    first, second = run(library, 2, rma_ranks.unequal_calls, False, environment=SHORT)
+    first, second = run(library, 2, rma_ranks.unequal_calls, False, environment=short)
     assert first == "rank 1 is creating contexts (call 1), expected registering memory (call 1) as on rank 0"
     assert second == "rank 0 is registering memory (call 1), expected creating contexts (call 1) as on rank 1"
 
 
 def test_a_rank_that_calls_alone_is_told_who_did_not(library):
-    assert run(library, 2, rma_ranks.unequal_calls, True, environment=SHORT)[0] == "rank 1 has not answered for 1 s"
+    assert run(library, 2, rma_ranks.unequal_calls, True, environment=short)[0] == "rank 1 has not answered for 1 s"
+
+
+# ---- Between two hosts ----
+
+
+@pytest.mark.multinode
+def test_over_a_cable_and_a_cut_is_named(library):
+    if missing := multinode.why_not():
+        pytest.skip(f"no network namespaces here: {missing}")
+
+    def environment(rank):
+        return {"RMA_TCP_ADDRESS": multinode.ADDRESSES[rank], "RMA_TCP_TIMEOUT": "5"}
+
+    cut = multiprocessing.get_context("spawn").Event()
+    with multinode.Network("100mbit") as network:
+        puller = threading.Thread(target=lambda: cut.wait(60) and network.cut())
+        puller.start()
+        first, second = run(library, 2, rma_ranks.over_a_cable, cut, environment=environment, host=network.inside)
+        sent = network.sent_bytes()
+        puller.join()
+    assert first[0] == second[0] == 24
+    assert sent > rma_ranks.bytes_of_rounds(7)
+    expected = r"rank 1 \(connection \d\) (has closed its connection|cannot be reached): Connection timed out"
+    assert re.fullmatch(expected, first[1]) and re.fullmatch(expected.replace("rank 1", "rank 0"), second[1])
 
 
 # ---- GPU memory ----
@@ -124,8 +157,16 @@ int cuCtxSetCurrent(void* context) { return context != &to_host; }
 int cuThreadExchangeStreamCaptureMode(int* mode) { return *mode != 2; }
 int cuStreamCreate(void** stream, unsigned flags) { *stream = &to_device; return flags != 1; }
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) { *memory = std::malloc(bytes); return 0; }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) { ++to_host; std::memcpy(to, real(from), n); return 0; }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) { ++to_device; std::memcpy(real(to), from, n); return 0; }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
+  ++to_host;
+  std::memcpy(to, real(from), bytes);
+  return 0;
+}
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
+  ++to_device;
+  std::memcpy(real(to), from, bytes);
+  return 0;
+}
 int cuStreamSynchronize(void*) { return 0; }
 }
 """
@@ -135,5 +176,5 @@ def test_gpu_memory_goes_through_the_driver_in_pieces_of_a_megabyte(library, tmp
     (tmp_path / "driver.cc").write_text(DRIVER)
     driver = tmp_path / "libcuda.so"
     subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "driver.cc"), "-o", str(driver)], check=True)
-    got = run(library, 2, rma_ranks.cuda_copies, environment={"RMA_TCP_LIBCUDA": str(driver)})
+    got = run(library, 2, rma_ranks.cuda_copies, environment=lambda _: {"RMA_TCP_LIBCUDA": str(driver)})
     assert got == [(True, (1 + 3, 1 + 3))] * 2  # 8 bytes, then 3 MB

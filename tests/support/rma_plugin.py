@@ -7,6 +7,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,21 @@ HOST, CUDA = 1, 2  # NCCL_PTR_*
 INC, ADD = 1, 2  # NCCL_NET_SIGNAL_OP_*
 REMOTE_ERROR = 6  # ncclRemoteError
 # NCCL's order (ncclRma_v14_t); a pointer to the name stands before them.
-FUNCTIONS = """init devices properties listen connect create_context register register_dmabuf deregister destroy_context
-close_group close_listener put put_signal get flush test progress query_last_error finalize""".split()
+FUNCTIONS = [
+    *(
+        "init",
+        "devices",
+        "properties",
+        "listen",
+        "connect",
+        "create_context",
+        "register",
+        "register_dmabuf",
+        "deregister",
+    ),
+    *("destroy_context", "close_group", "close_listener", "put", "put_signal", "get", "flush", "test", "progress"),
+    *("query_last_error", "finalize"),
+]
 LOGGER = ctypes.CFUNCTYPE(
     None, ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p
 )
@@ -24,7 +38,7 @@ u32, u64, pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
 
 def build(folder: Path) -> Path:
-    """The plugin, compiled as `make rma-plugin` does."""
+    """The plugin, compiled as tools/rma_tcp/build.sh does."""
     library = folder / "librma_tcp.so"
     subprocess.run(["bash", str(SOURCES / "build.sh"), str(library)], check=True)
     return library
@@ -176,20 +190,27 @@ def _entry(pipe, library: str, rank: int, ranks: int, barrier, environment, func
 
 
 def run(
-    library: Path, ranks: int, function: Callable, *args: Any, environment: dict | None = None, timeout_s=120.0
+    library: Path,
+    ranks: int,
+    function: Callable,
+    *args: Any,
+    environment: Callable[[int], dict[str, str]] = lambda rank: {},
+    host: Callable[[int], AbstractContextManager] = lambda rank: nullcontext(),
+    timeout_s: float = 120.0,
 ) -> list[Any]:
     """`[function(peer, *args)]` of as many processes; None of one that ends without a value (os._exit).
 
-    environment: of the ranks, before the plugin loads.
+    environment: of a rank, before the plugin loads. host: the context manager in which its process starts.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Value("i", 0)
     pipes, processes = [], []
     for rank in range(ranks):
         here, there = context.Pipe()
-        passed = (there, str(library), rank, ranks, barrier, environment or {}, function, args)
+        passed = (there, str(library), rank, ranks, barrier, environment(rank), function, args)
         processes.append(context.Process(target=_entry, args=passed))
-        processes[-1].start()
+        with host(rank):
+            processes[-1].start()
         there.close()
         pipes.append(here)
     try:

@@ -7,6 +7,8 @@ import random
 
 from .rma_plugin import CUDA, INC, Memory, Peer, PluginError
 
+ROUNDS, SIZE = 24, 1 << 14
+
 
 def puts(peer: Peer, sizes: list[int], kind: int = 1) -> bool:
     """Both ranks put at the same time, to where nothing else may be touched."""
@@ -61,25 +63,30 @@ def cuda_copies(peer: Peer) -> tuple[bool, tuple[int, int]]:
 
 
 def rounds(peer: Peer, seed: int, fault: str) -> int:
-    """Unequal numbers of puts of unequal sizes; a signal on each context ends a round. Returns the rounds that were right."""
+    """Unequal numbers of puts of unequal sizes, then a signal on each context. Returns how many rounds were right."""
     peer.create_context(contexts=6)
-    size, count = 1 << 14, 24
-    memory = Memory(peer, 2 * size + 8 * 6)  # what is sent, what is received, a signal a context
+    memory = Memory(peer, 2 * SIZE + 8 * 6)  # what is sent, what is received, a signal a context
     peer.plugin.fault(fault)
-    for step in range(count):
-        plans = [_plan(seed, step, rank, size) for rank in range(2)]
+    for step in range(ROUNDS):
+        plans = [_plan(seed, step, rank, SIZE) for rank in range(2)]
         for begin, end, context in plans[peer.rank]:
             memory[begin:end] = bytes([(step + begin + peer.rank) % 251]) * (end - begin)
-            peer.put(1 - peer.rank, memory, begin, end - begin, size + begin, context)
+            peer.put(1 - peer.rank, memory, begin, end - begin, SIZE + begin, context)
         for context in range(6):
-            peer.signal(1 - peer.rank, (memory, 2 * size + 8 * context), context=context)
-        peer.until(lambda: all(memory.word(2 * size + 8 * c) == step + 1 for c in range(6)))  # noqa: B023
+            peer.signal(1 - peer.rank, (memory, 2 * SIZE + 8 * context), context=context)
+        peer.until(lambda: all(memory.word(2 * SIZE + 8 * c) == step + 1 for c in range(6)))  # noqa: B023
         for begin, end, _ in plans[1 - peer.rank]:
             expected = bytes([(step + begin + 1 - peer.rank) % 251]) * (end - begin)
-            if memory[size + begin : size + end] != expected:
+            if memory[SIZE + begin : SIZE + end] != expected:
                 return step
         peer.meet()
-    return count
+    return ROUNDS
+
+
+def bytes_of_rounds(seed: int) -> int:
+    """What the puts of both ranks carry."""
+    plans = [_plan(seed, step, rank, SIZE) for step in range(ROUNDS) for rank in range(2)]
+    return sum(end - begin for plan in plans for begin, end, _ in plan)
 
 
 def _plan(seed: int, step: int, rank: int, size: int) -> list[tuple[int, int, int]]:
@@ -124,7 +131,7 @@ def delayed(peer: Peer) -> tuple[int, int, int]:
 
 
 def failure(peer: Peer, fault: str) -> tuple[int, str, bool, int]:
-    """What rank 0 is told while it waits for a signal of rank 1, which has the fault, and what every later call says."""
+    """What rank 0 is told while it waits for a signal of rank 1, which has the fault, and what later calls say."""
     peer.create_context()
     memory = Memory(peer, 64)
     peer.meet()
@@ -165,3 +172,11 @@ def unequal_calls(peer: Peer, alone: bool) -> str:
     if peer.rank == 0:
         return str(peer.refused(lambda: Memory(peer, 64)))
     return "" if alone else str(peer.refused(peer.create_context))
+
+
+def over_a_cable(peer: Peer, cut) -> tuple[int, str]:
+    """Rounds over the cable; then it is pulled, while this rank waits for its peer without having asked anything."""
+    right = rounds(peer, 7, "delay=300@0 reorder=2")
+    peer.meet()
+    cut.set()
+    return right, str(peer.refused(lambda: peer.until(lambda: False)))

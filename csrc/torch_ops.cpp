@@ -1,5 +1,5 @@
 // The operators as torch sees them: checks, schemas, and the CPU, CUDA and Meta implementations under one name each.
-// The only C++ file that includes torch. docs/method.md defines the operators.
+// The only C++ file that includes torch. docs/design/method.md defines the operators.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -810,7 +810,7 @@ void check_peers(int64_t num_ranks) {
 std::vector<int64_t> peer_reduce_layout_of(int64_t num_ranks, int64_t size) {
   check_peers(num_ranks);
   const PeerReduceLayout layout = peer_reduce_layout(num_ranks, size);
-  return {layout.status, layout.rounds, layout.inbox, layout.bytes};
+  return {layout.status, layout.epochs, layout.inbox, layout.bytes};
 }
 
 #ifdef MACS_WITH_CUDA

@@ -3,8 +3,8 @@
     python scripts/bench_plan.py [--json] [--out FILE]
     python scripts/bench_plan.py --importance MODULE:FUNCTION      a plan by the gate, and by that function
 
-Both compute docs/method.md; before timing, their integer results are compared. Times are medians; ratios are what
-counts.
+Both compute docs/design/method.md; before timing, their integer results are compared. Times are medians; ratios are
+what counts.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def torch_weight(entropy: Tensor, segment: Tensor, delta: float) -> Tensor:
 
 
 def torch_levels(config: MacsConfig, x: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """[T, K] level of each assignment before pressure (docs/method.md 3 and 4)."""
+    """[T, K] level of each assignment before pressure (docs/design/method.md 3 and 4)."""
     importance = weight[:, None] * x["weights"]
     bits = config.buckets.bit_length() - 5
     bucket = (importance.view(torch.int32) >> (23 - bits)) - ((127 - 16) << bits)

@@ -5,7 +5,7 @@
 
 Each release is put into build/compat/VERSION without its dependencies (pip --target), before the installed one;
 everything else is shared. The stage `refused` is for a release that lacks a hook's target: a launch with MACS must end
-and say so. Exit 0 if every stage of every release passes. docs/compatibility.md has the table.
+and say so. Exit 0 if every stage of every release passes. docs/guide/compatibility.md has the table.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python scripts/check_latency.py --write FILE    measure this machine's baseline in several processes
 
 Exit 0: no row is slower by more than max(5 %, 3 x MAD). Exit 1: one is, measured twice. Exit 2: nothing can be said;
-no baseline for this hardware, a row missing on either side, or too much noise. docs/regression.md explains.
+no baseline for this hardware, a row missing on either side, or too much noise. docs/guide/regression.md explains.
 """
 
 import argparse

@@ -181,20 +181,6 @@ def triton_table() -> str:
     return source(found) + "\n\n" + markdown(["T", *ops], [[t, *times] for t, times in by_tokens.items()])
 
 
-def variants_table() -> str:
-    """The plan's kernels as they are kept, and versions 13 and 14 of the log beside them."""
-    found = results("kernels_variants_h100")
-    by_case: dict[tuple, dict[str, float]] = {}
-    for row in found["rows"]:
-        case = row["case"]
-        key = (case["T"], case["H"], case["scope"], case["hot"])
-        by_case.setdefault(key, {})[case["variant"]] = row["median_us"]
-    order = ("cells cleared first", "sums behind a barrier", "as is")
-    rows = [[*key, *(f"{of[name]:.2f}" for name in order)] for key, of in by_case.items()]
-    header = ["T", "H", "bounds", "skew", "as kept, us", "without version 13, with 14", "with both"]
-    return source(found) + "\n\n" + markdown(header, rows)
-
-
 def scores_table() -> str:
     """entropy_score beside a copy of the same run."""
     found = results("kernels")
@@ -252,6 +238,20 @@ def timeline_table() -> str:
     rows = [[*key, *times(of)] for key, of in in_order]
     header = ["kernel", "stage", *(word for t in tokens for word in (f"T = {t}: median warp, us", "last"))]
     return source(found) + "\n\n" + markdown(header, rows)
+
+
+def decode_table() -> str:
+    """Dispatch, combine and both of batches that are carried as they are routed, and DeepEP's of the same run."""
+    found, cases = results("decode_h200x2"), {}
+    for row in found["rows"]:
+        case = row["case"]
+        cases.setdefault((case["dtype"], case["H"], case["T"]), {})[row["op"]] = row
+    ops = ("fused_carry", "fused_combine", "fused_carry_combine", "deepep_dispatch_combine")
+    rows = [
+        [*key, *(f"{of[op]['median_us']:.1f}" for op in ops), f"{of['fused_carry_combine']['ratio']:.2f}"]
+        for key, of in sorted(cases.items())
+    ]
+    return source(found) + "\n\n" + markdown(["rows", "H", "T", "dispatch", "combine", "both", "DeepEP", "ratio"], rows)
 
 
 def instructions_table() -> str:
@@ -476,11 +476,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve_table,
     "bounded": bounded_table,
     "bench": bench_table,
+    "decode": decode_table,
     "e2e": e2e_table,
     "e2e_decode": e2e_decode_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
-    "variants": variants_table,
     "scores": scores_table,
     "plan": plan_table,
     "timeline": timeline_table,
@@ -500,7 +500,7 @@ def with_tables(text: str) -> str:
 
 def main() -> int:
     stale = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
         text = page.read_text(encoding="utf-8")
         if (current := with_tables(text)) == text:
             continue

@@ -6,7 +6,8 @@ As root: bytes on the wire, seconds and bounds, without and with clipping. What 
 into rows of the all-to-all, the plans' exchange, and the rest: both parts follow exactly from the servers' counters.
 
 The server is launched as users launch a cluster: one command a host, the same but for --node-rank. Each host has a
-/dev/shm of its own. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN, `ip`, and `tc` for a rate. docs/multinode.md has results.
+/dev/shm of its own. Needs CAP_NET_ADMIN and CAP_SYS_ADMIN, `ip`, and `tc` for a rate. docs/guide/multinode.md has
+results.
 """
 
 import argparse
@@ -244,7 +245,7 @@ def payload(model: Path, before: list[dict], after: list[dict]) -> dict[str, int
     """Bytes that MoE layers put on the cable between two readings of both ranks' counters, headers not included.
 
     A row is H bf16 values and travels twice, to its expert and back. An all-reduce between two ranks is one histogram
-    (docs/method.md, section 3) in each direction.
+    (docs/design/method.md, section 3) in each direction.
     """
     text = json.loads((model / "config.json").read_text())["text_config"]
     rows = sum(state["remote_rows"] for state in after) - sum(state["remote_rows"] for state in before)

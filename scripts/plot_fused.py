@@ -1,5 +1,5 @@
-"""Draws docs/fused.png from docs/results/fused_h200*.json: dispatch and combine on one, two and four GPUs, DeepEP's and
-the fused ones with the plan inside, nothing to clip and a fifth clipped.
+"""Draws docs/results/fused.png from docs/results/fused_h200*.json: dispatch and combine on one, two and four GPUs,
+DeepEP's and the fused ones with the plan inside, nothing to clip and a fifth clipped.
 """
 
 import json
@@ -56,7 +56,7 @@ def main() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"H200, hidden size {HIDDEN}, {DTYPE.upper()} rows, 128 experts, top-8, skewed", fontsize=10)
-    figure.savefig(ROOT / "docs" / "fused.png", dpi=130)
+    figure.savefig(ROOT / "docs" / "results" / "fused.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Draws docs/straggler.png from docs/results/straggler_h200.json: the slowest rank's expert stage, beside the ideal."""
+"""Draws docs/results/straggler.png from docs/results/straggler_h200.json: the slowest rank's expert
+stage, beside the ideal.
+"""
 
 import json
 from pathlib import Path
@@ -40,7 +42,7 @@ def main() -> None:
     axes.set_title(f"{TOKENS} tokens per rank, 8 ranks, gamma {GAMMA}; -n %: assignments dropped", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    figure.savefig(ROOT / "docs" / "straggler.png", dpi=130)
+    figure.savefig(ROOT / "docs" / "results" / "straggler.png", dpi=130)
 
 
 def _is(row: dict, routing: str, method: str) -> bool:

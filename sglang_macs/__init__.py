@@ -1,4 +1,4 @@
-"""MACS for SGLang: bounded expert-parallel load for multimodal mixture-of-experts models. See docs/method.md.
+"""MACS for SGLang: bounded expert-parallel load for multimodal mixture-of-experts models. See docs/design/method.md.
 
 What `__all__` names is the public interface. A name is imported when it is first used: SGLang's launcher imports this
 package, and a fault in it must not pass for a plugin that nobody asked for (entry_point.py).

@@ -15,7 +15,7 @@ from .choices import BUCKETS, IMPORTANCES, LOADS, REROUTES, SCOPES
 from .errors import MacsError
 
 CONFIG_ENV = "SGLANG_MACS_CONFIG"
-# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/choosing.md) and on a CPU.
+# Prefill tokens per rank from which on MACS pays, on GPUs (EP8, simulated: docs/guide/choosing.md) and on a CPU.
 TOKENS_THAT_PAY = {"cuda": 2048, "cpu": 32}
 # Rows off the most loaded rank from which on a plan pays on a CPU, for experts of a real model's size: there a row of
 # 9 MFLOP takes a fifth of a millisecond, as much as the plan of a small batch. GPUs measure it (dispatch/plan_cost.py).
@@ -57,7 +57,7 @@ def _opt(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any
 
 @dataclass(frozen=True)
 class MacsConfig:
-    """Every option of the method; docs/method.md gives the formulas.
+    """Every option of the method; docs/design/method.md gives the formulas.
 
     Build one with `MacsConfig.from_preset`: what is given wins over the preset (`PRESETS`), and that over the defaults
     here. Raises MacsError for a value out of range.
@@ -97,16 +97,17 @@ class MacsConfig:
     )
     buckets: int = _opt(128, "importance buckets; more = finer cut, larger exchange", BUCKETS)
     dispatch: str = _opt(
-        "deepep",
-        "what carries batches: DeepEP; in low-latency mode, decode included, a kernel that plans and sends (fused; "
-        "auto = that where it can); planned ones in normal mode DeepEP without a count on the host (bounded)",
-        ("deepep", "fused", "bounded", "auto"),
+        "auto",
+        "what carries batches: DeepEP; in low-latency mode, decode included, a kernel that plans and sends (fused); in "
+        "normal mode DeepEP without a count on the host (bounded); auto = both, each where it can, auto_fused = the "
+        "first alone where it can",
+        ("auto", "deepep", "bounded", "fused", "auto_fused"),
     )
     layer_graphs: bool = _opt(True, "with bounded, a MoE layer is one launch, a CUDA graph")
     all_reduce: str = _opt(
-        "group",
+        "auto",
         "what sums the exchange: the process group (NCCL), or one kernel over peers' memory; auto = that where it can",
-        ("group", "peer", "auto"),
+        ("auto", "group", "peer"),
     )
     replicas: str = _opt(
         "balance",
@@ -157,12 +158,26 @@ class MacsConfig:
     def on(self, device: str) -> "MacsConfig":
         """With what depends on the device ("cuda", "cpu") decided. A server's ranks get this one."""
         on_cpu = device == "cpu"
-        min_tokens, act_rows = self.min_tokens, self.act_rows
+        min_tokens, act_rows, dispatch, all_reduce = self.min_tokens, self.act_rows, self.dispatch, self.all_reduce
         if min_tokens is None:
             min_tokens = TOKENS_THAT_PAY["cpu" if on_cpu else "cuda"]
         if act_rows is None and on_cpu:
             act_rows = ROWS_THAT_PAY_ON_CPU
-        return replace(self, min_tokens=min_tokens, act_rows=act_rows)
+        if dispatch.startswith("auto") and (on_cpu or self.is_off):  # off is what others are compared with
+            dispatch = "deepep"
+        if all_reduce == "auto" and on_cpu:
+            all_reduce = "group"
+        return replace(self, min_tokens=min_tokens, act_rows=act_rows, dispatch=dispatch, all_reduce=all_reduce)
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether a kernel of ours may carry low-latency batches."""
+        return self.dispatch in ("auto", "fused", "auto_fused")
+
+    @property
+    def may_bound(self) -> bool:
+        """Whether batches in normal mode may be carried without a count on the host."""
+        return self.dispatch in ("auto", "bounded")
 
     def needs_entropy(self, has_profile: bool) -> bool:
         """Whether any decision depends on the entropies, given whether experts have a modality; if not, skip them."""

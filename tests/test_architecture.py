@@ -1,4 +1,4 @@
-"""The folders of the package are what docs/architecture.md says: what each imports, and every module has its line."""
+"""The folders of the package are what docs/design/architecture.md says: what each imports, a line for every module."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sglang_macs"
-PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
 TABLE = {
     folder: set(re.findall(r"`(\w+)/`", imports))
     for folder, imports in re.findall(r"^\| `(\w+)/` \|[^|]+\|([^|]*)\|$", PAGE, re.MULTILINE)

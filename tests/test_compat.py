@@ -185,9 +185,9 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
     flags = {"device": "cuda", "deepep_mode": "normal", **flags}
     with pytest.raises(MacsError, match="on a GPU"):
         compat.check(launch(**flags))
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded,replicas")
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
-    for dispatch in ("fused", "bounded", "auto"):
+    for dispatch in ("fused", "bounded"):
         config = MacsConfig.from_preset(dispatch=dispatch)
         with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
             compat.check(replace(launch(**flags), config=config))
@@ -323,27 +323,17 @@ def test_decode_is_planned_only_without_cuda_graphs(backend):
         compat.check(fused_launch({"decode": True}, graphs))
 
 
-@pytest.fixture
-def experimental(monkeypatch):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "bounded")
-
-
-def test_what_is_not_fit_for_service_is_refused_unless_it_is_asked_for_twice(monkeypatch):
-    monkeypatch.delenv(compat.EXPERIMENTAL_ENV, raising=False)
-    with pytest.raises(MacsError, match=r"standstill.*MACS_EXPERIMENTAL=bounded"):
-        compat.check(bounded_launch({}))
-
-
 NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep_gemm", "quantization": None}
 
 
-def bounded_launch(flags: dict[str, object]) -> compat.Launch:
+def normal_launch(flags: dict[str, object], dispatch: str) -> compat.Launch:
+    weights = flags.get("quantization")
     flags = SimpleNamespace(**{**GOOD, **NORMAL, **flags})
-    config = MacsConfig.from_preset(dispatch="bounded", gamma=math.inf)  # else determinism is refused already
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
+    config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)  # else determinism is refused already
+    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=weights)
 
 
-@pytest.mark.parametrize(
+NOT_BOUNDED = pytest.mark.parametrize(
     "flags",
     [
         {"device": "cpu"},
@@ -358,14 +348,53 @@ def bounded_launch(flags: dict[str, object]) -> compat.Launch:
     ],
     ids=str,
 )
-def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(experimental, flags):
+
+
+@NOT_BOUNDED
+def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(flags):
     with pytest.raises(MacsError, match=r"got bounded .*--macs-dispatch deepep"):
-        compat.check(bounded_launch(flags))
+        compat.check(normal_launch(flags, "bounded"))
 
 
-@pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
-def test_the_bounded_dispatch_is_taken_in_normal_mode(experimental, flags):
-    compat.check(bounded_launch(flags))
+@NOT_BOUNDED
+def test_auto_leaves_it_out_there_and_says_why(flags):
+    launch = normal_launch(flags, "auto")
+    compat.check(replace(launch, config=launch.config.on(launch.flag("device"))))
+    config, why = compat.resolved(launch)
+    assert config.dispatch == "auto_fused" and why
+
+
+BOUNDED = pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
+
+
+@BOUNDED
+def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
+    for dispatch in ("bounded", "auto"):
+        launch = normal_launch(flags, dispatch)
+        compat.check(launch)
+        assert compat.resolved(launch) == (launch.config, "")
+
+
+def test_auto_leaves_experts_with_copies_to_deepep():
+    launch = normal_launch({"ep_num_redundant_experts": 2}, "auto")
+    config, why = compat.resolved(launch)
+    assert config.dispatch == "deepep" and "once each" in why
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {}, ("auto", "auto")),
+        ("cuda", {"preset": "off"}, ("deepep", "auto")),
+        ("cuda", {"preset": "off", "dispatch": "bounded"}, ("bounded", "auto")),
+        ("cpu", {}, ("deepep", "group")),
+    ],
+    ids=str,
+)
+def test_auto_is_for_gpus_with_macs_on(device, options, expected):
+    """With MACS off a server is what others are compared with."""
+    config = MacsConfig.from_preset(**options).on(device)
+    assert (config.dispatch, config.all_reduce) == expected
 
 
 @pytest.mark.parametrize(

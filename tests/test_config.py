@@ -39,7 +39,7 @@ def test_every_field_has_a_flag_that_reaches_it():
     values |= {"reroute": "none", "reroute_rounds": "2", "exchange": "local", "delta": "0.5", "rho": "0.25"}
     values |= {"alpha": "2", "c_min": "3", "entropy_scope": "image", "protect_text": "false", "min_tokens": "7"}
     values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1", "verify_every": "5"}
-    values |= {"trace": "/t", "trace_limit_mb": "8", "dispatch": "auto", "all_reduce": "auto"}
+    values |= {"trace": "/t", "trace_limit_mb": "8", "dispatch": "fused", "all_reduce": "peer"}
     values |= {"act": "always", "act_rows": "9", "layer_graphs": "false", "replicas": "keep"}
     names = {f.name for f in dataclasses.fields(MacsConfig)}
     assert names == values.keys()

@@ -19,7 +19,7 @@ from sglang_macs.cpu_compat import environment
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "deploy" / "slurm" / "serve.sbatch"
 KUBERNETES = ROOT / "deploy" / "kubernetes" / "leaderworkerset.yaml"
-PAGES = {"README": ROOT / "README.md", **{page.stem: page for page in (ROOT / "docs").glob("*.md")}}
+PAGES = {"README": ROOT / "README.md", **{page.stem: page for page in (ROOT / "docs").glob("**/*.md")}}
 NODES = 2
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 4096}  # SGLang's on an H100 or H200, and without a GPU
 

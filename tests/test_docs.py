@@ -16,7 +16,8 @@ from sglang_macs.engine import launcher, scheduler_process
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md"))
+    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md")
+    for page in ROOT.glob(pattern)
 }
 FOLDERS = ("csrc", "deploy", "docs", "models", "requirements", "scripts", "sglang_macs", "tests")  # of this repository
 
@@ -59,11 +60,11 @@ def sglang_flags() -> set[str]:
 
 
 def test_the_flag_table_is_that_of_the_config():
-    assert config.flag_table() in PAGES["docs/flags.md"], "run: make format"
+    assert config.flag_table() in PAGES["docs/guide/flags.md"], "run: make format"
 
 
 def test_hook_ledger_lists_exactly_what_is_registered():
-    ledger = re.findall(r"^\| `((?:sglang|torch)\.\S+)` \| (\w+) \|", PAGES["docs/hooks.md"], re.MULTILINE)
+    ledger = re.findall(r"^\| `((?:sglang|torch)\.\S+)` \| (\w+) \|", PAGES["docs/design/hooks.md"], re.MULTILINE)
     hooks = [(h.target, h.kind) for h in (*launcher.HOOKS, *scheduler_process.HOOKS)]
     assert ledger == hooks + [(g.target, g.kind) for g in gaps.GAPS]
 
@@ -123,4 +124,4 @@ def test_flags_of_launches_exist():
         for page, named in flags_after(words).items():
             lost = {flag for flag in named if not any(k.startswith(flag) for k in known)}  # argparse takes a prefix
             assert not lost, f"{page}: {lost}"
-    assert flags_after("launch_server")["docs/quickstart.md"]
+    assert flags_after("launch_server")["docs/guide/quickstart.md"]

@@ -285,18 +285,28 @@ class FakeClient:
     def __init__(self, seconds: float | None, slow: int | None = None, hangs: bool = False) -> None:
         self.hangs = hangs
         self.seconds, self.slow, self.rounds, self.chosen, self.stopped = seconds, slow, 0, [], False
-        self.server = SimpleNamespace(stop=self.stop, process=None)
+        self.paused, self.others = False, []
+        self.server = SimpleNamespace(stop=self.stop, pause=self.pause, resume=self.resume, process=None)
 
     def stop(self) -> None:
         self.stopped = True
+
+    def pause(self) -> None:
+        assert not self.stopped
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def choose(self, routing: int, tokens: int) -> None:
         self.chosen.append((routing, tokens))
 
     def counters(self) -> tuple[float, int]:
+        assert not self.paused
         return self.rounds * 4e-4, self.rounds * 8  # 50 us a plan
 
     def run(self, body: dict, patience_s: float) -> Run:
+        assert not self.paused and all(other.paused or other.stopped for other in self.others)
         if self.seconds is None:
             raise ServerError("died")
         if self.rounds == 3 and self.hangs:
@@ -319,6 +329,8 @@ def measured_group(tmp_path: Path, clients: dict, variants: list[Variant]) -> di
     report = prefill.Report(options_of(tmp_path / "out.json"))
     launch = prefill.launch_of(report.options, {})
     group = prefill.Group(variants, clients, launch, report)
+    for client in clients.values():
+        client.others = [other for other in clients.values() if other is not client]
     for tokens in report.options.tokens:
         group.measure(prefill.Cell(tokens, 1.0), 0.0, float("inf"))
     return json.loads(report.options.out.read_text())

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,12 +69,13 @@ def test_servers_decode_in_graphs_with_room_for_all(tmp_path):
     assert "--disable-cuda-graph" not in launch.arguments()
     assert given["--max-running-requests"] == "256"
     assert int(given["--max-total-tokens"]) >= 128 * (options.prompt_tokens + options.output_tokens)
-    stock, fused, plain = chosen_variants(None, "cuda")
+    stock, auto, fused, plain = chosen_variants(None, "cuda")
     environment = launch.environment(stock, tmp_path)
     assert environment["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "128"
     assert environment["SGLANG_PLUGINS"] == "e2e_routing" and stock.stock
     assert launch.environment(fused, tmp_path)["SGLANG_PLUGINS"] == "macs,e2e_routing"
-    assert "fused" in fused.flags and "inf" in fused.flags and "fused" not in plain.flags
+    assert "fused" in fused.flags and "inf" in fused.flags and "deepep" in plain.flags
+    assert "--macs-dispatch" not in auto.flags, "as by default"
     assert [v.name for v in chosen_variants(["fused"], "cuda")] == ["stock", "fused"]
     assert {v.dispatch for v in chosen_variants(None, "cpu")} == {"gloo"}
     assert servers.side_by_side(decode.groups_of(options)) == options.at_once == 2
@@ -100,10 +102,17 @@ class FakeClient:
 
     def __init__(self, itl: float | None, slow: int = 0, spoilt: int = 0) -> None:
         self.itl, self.slow, self.spoilt, self.rounds, self.stopped = itl, slow, spoilt, 0, False
-        self.server = type("Server", (), {"stop": self.stop, "process": None})()
+        self.paused = False
+        self.server = SimpleNamespace(stop=self.stop, pause=self.pause, resume=self.resume, process=None)
 
-    def stop(self, *_) -> None:
+    def stop(self) -> None:
         self.stopped = True
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     def choose(self, routing: int, tokens: int) -> None:
         assert routing == 0
@@ -112,6 +121,7 @@ class FakeClient:
         return 0.0, 0
 
     def run(self, body: dict, patience_s: float) -> Run:
+        assert not self.paused
         if self.itl is None:
             raise ServerError("died")
         self.rounds += 1

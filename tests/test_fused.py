@@ -111,7 +111,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(transport.peer_memory, "unreachable", lambda group, unfit: unfit)
     monkeypatch.setattr(transport.dist, "get_rank", lambda group: 0)
     monkeypatch.setattr(transport, "make", lambda config, sizes, group: SimpleNamespace(
-        num_blocks=4, sizes=sizes, region_bytes=FusedDispatch.region_bytes, rounds=lambda: 5
+        num_blocks=4, sizes=sizes, region_bytes=FusedDispatch.region_bytes, epoch=lambda: 5
     ))  # fmt: skip
 
 
@@ -142,16 +142,17 @@ def test_auto_takes_the_fused_dispatch_and_says_so_once(alone, capsys):
     ],
 )
 def test_auto_falls_back_and_says_why(alone, capsys, sizes, mode, overlaps, words):
-    assert chosen("auto", sizes, mode, overlaps) == 0
+    assert chosen("auto", sizes, mode, overlaps) == chosen("auto_fused", sizes, mode, overlaps) == 0
     said = capsys.readouterr().err
     assert said.startswith("sglang-macs: DeepEP carries every batch") and words in said
     with pytest.raises(MacsNotActive, match=words):
         chosen("fused", sizes, mode, overlaps)
 
 
-def test_deepep_is_the_default_and_asks_nobody():
-    assert chosen(MacsConfig().dispatch) == 0 and MacsConfig().dispatch == "deepep"
-    assert transport.Transports(MacsConfig()).state() == {"bytes": 0, "rounds": 0}
+@pytest.mark.parametrize("dispatch", ["deepep", "bounded"])
+def test_without_it_nobody_is_asked(dispatch):
+    assert chosen(dispatch) == 0
+    assert transport.Transports(MacsConfig(dispatch=dispatch)).state() == {"bytes": 0, "rounds": 0}
 
 
 @pytest.mark.parametrize(
@@ -602,7 +603,7 @@ def launches(monkeypatch) -> list[tuple]:
 ROUTING = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4)
 
 
-def a_round(carrier: FusedDispatch, layer: int = 0, awaits: bool = False) -> None:
+def a_dispatch(carrier: FusedDispatch, layer: int = 0, awaits: bool = False) -> None:
     carrier.carry(layer, "fp8", torch.zeros(1, 2048), ROUTING[0], awaits=awaits)
     carrier.receive()
     carrier.combine(*ROUTING)
@@ -616,7 +617,7 @@ def test_a_whole_batch_is_one_launch_each_way(dispatched, launches):
         dispatched.receive()
 
     planned(3, awaits=True)
-    a_round(dispatched, 4, awaits=True)
+    a_dispatch(dispatched, 4, awaits=True)
     dispatched.combine(*ROUTING, torch.zeros(4, 128, 2048))
     assert launches == [
         *(("dispatch", "both", 3, 200), ("carry", "both", 4, 200)),
@@ -624,7 +625,7 @@ def test_a_whole_batch_is_one_launch_each_way(dispatched, launches):
     ]
     launches.clear()
     planned(5, awaits=False)
-    a_round(dispatched, layer=6)
+    a_dispatch(dispatched, layer=6)
     assert launches[:2] == [("dispatch", "send", 5, 200), ("receive", "", 5, 200)]
     assert launches[2:] == [("carry", "send", 6, 200), ("receive", "", 6, 200), ("combine", "receive", 6, 200)]
 
@@ -663,36 +664,36 @@ def test_how_long_a_rank_is_waited_for(dispatched, launches, monkeypatch):
     compiles, and the limit is that of its capture, however often it is replayed.
     """
     for before, capturing, seconds in (
-        (0, False, 200), (fused.FIRST_ROUNDS - 1, False, 200), (fused.FIRST_ROUNDS, False, 30), (0, True, 8)
+        (0, False, 200), (fused.FIRST_EPOCHS - 1, False, 200), (fused.FIRST_EPOCHS, False, 30), (0, True, 8)
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
-        dispatched._rounds = before
-        a_round(dispatched)
+        dispatched._launched = before
+        a_dispatch(dispatched)
         assert [launches.pop()[3] for _ in range(3)] == [seconds] * 3 and not launches
 
 
 def _recover(rank: int, world: int) -> tuple[int, int]:
-    """One rank that recovers from a fault: its region's round, and what is left of the fault."""
+    """One rank that recovers from a fault: its region's epoch, and what is left of the fault."""
     torch.cuda.synchronize = lambda: None
     size = FusedDispatch.region_bytes(SIZES, 4)
     carrier = FusedDispatch(MacsConfig(), SIZES, PeerMemory(rank, torch.zeros(size, dtype=torch.uint8), [0, 0]), 4)
     carrier._set_format("fp8")
-    carrier._part("round", torch.int32, 1).fill_(5 + rank)  # the other rank gave up before it began
+    carrier._part("epoch", torch.int32, 1).fill_(5 + rank)  # the other rank gave up before it began
     carrier._status().copy_(status(2))
     scales = carrier.memory.own[carrier._layout.row_scales : carrier._layout.scales]
     scales.fill_(7)  # of rows that nobody received
     carrier.recover(torch.distributed.group.WORLD)
     left = int(carrier._status().sum()) + int(scales.sum())
-    return carrier.rounds(), left
+    return carrier.epoch(), left
 
 
-def test_ranks_that_recover_agree_on_a_round_and_forget_the_fault():
+def test_ranks_that_recover_agree_on_an_epoch_and_forget_the_fault():
     assert run_ranks(2, _recover) == [(7, 0)] * 2
 
 
 def test_rows_that_nobody_received_stop_the_next_layer(dispatched, launches):
     for layer in (0, 1):
-        a_round(dispatched, layer)
+        a_dispatch(dispatched, layer)
     dispatched.carry(2, "fp8", torch.zeros(1, 2048), ROUTING[0])
     with pytest.raises(MacsError, match=r"layer 3 sent.*layer 2 received before"):
         dispatched.carry(3, "fp8", torch.zeros(1, 2048), ROUTING[0])

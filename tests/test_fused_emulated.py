@@ -175,15 +175,15 @@ def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
     for seed in range(3):
         kernels.machine.configure(seed)
         play(group, seed)
-    assert all(group.round(rank) == 3 for rank in group.ranks)
+    assert all(group.epoch(rank) == 3 for rank in group.ranks)
     assert name not in CUT or (output(group, 0, "cut")[:, 0] >= 0).any(), "no bound was cut: the case shows nothing"
 
 
 def told_again(group: Group, rank: int) -> bool:
-    """Whether this round's assignments were told with their weights: an LL word of any of its slots says so."""
+    """Whether this epoch's assignments were told with their weights: an LL word of any of its slots says so."""
     f = group.config.plan
-    rounds = group.part(rank, "weighed", torch.int32, f.R, f.T * f.K, 2)[rank, :, 1]
-    return bool((rounds == group.round(rank)).any())
+    epochs = group.part(rank, "weighed", torch.int32, f.R, f.T * f.K, 2)[rank, :, 1]
+    return bool((epochs == group.epoch(rank)).any())
 
 
 @pytest.mark.parametrize(("name", "again"), [*((n, False) for n in UNCUT), *((n, True) for n in TOLD_AGAIN)])
@@ -270,7 +270,7 @@ def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[G
         play(group, seed, dispatch)
 
 
-def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> None:
+def test_sums_are_of_this_epoch_though_a_rank_is_one_ahead(kernels: Kernels) -> None:
     """What its tokens weigh is heard late: its next word must not lie in the same place."""
     config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), timeout_ns=SOON_NS)
     group = Group(kernels, config, "cpu")
@@ -278,7 +278,7 @@ def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> 
     group.poison()
     for forge in (forge_assignments, forge_weight, forge_rows):
         forge(group)
-    ahead = group.round(0) + 2
+    ahead = group.epoch(0) + 2
     group.part(0, "weights", torch.int32, 2, 2, 2)[ahead & 1, 1] = torch.tensor([7, ahead])
     group.dispatch(only=0)
     assert not group.status(0).fault, describe(group.status(0))
@@ -287,11 +287,11 @@ def test_sums_are_of_this_round_though_a_rank_is_one_ahead(kernels: Kernels) -> 
 
 
 def test_barrier_flags_of_long_ago_do_not_count(kernels: Kernels) -> None:
-    """After half of all rounds without a barrier its old flags look as if they were of later rounds."""
+    """After half of all epochs without a barrier its old flags look as if they were of later epochs."""
     group = Group(kernels, FusedConfig(replace(PLAN, gamma=0.8), (12, 7, 0, 12), blocks=3), "cpu")
     for seed in range(4):
         kernels.machine.configure(seed)
-        ahead = (group.round(0) + 1) * 64 + 2**30
+        ahead = (group.epoch(0) + 1) * 64 + 2**30
         for rank in group.ranks:
             group.part(rank, "barrier", torch.int32, group.config.shape.num_blocks).fill_(ahead)
         play(group, seed)
@@ -315,7 +315,7 @@ def test_planned_rounds_and_others_take_turns(kernels: Kernels, format: str) -> 
         for group in (planned, carried):
             kernels.machine.configure(seed)
             play(group, seed, each_by_itself_in_two_phases if seed % 2 else Group.dispatch)
-    assert planned.round(0) == 6
+    assert planned.epoch(0) == 6
 
 
 def test_the_first_source_of_an_expert_waits_for_nobody(kernels: Kernels) -> None:
@@ -337,7 +337,7 @@ def test_the_first_source_of_an_expert_waits_for_nobody(kernels: Kernels) -> Non
 
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_a_fault_is_named_and_the_next_round_works(kernels: Kernels, name: str, kind: str) -> None:
+def test_a_fault_is_named_and_the_next_epoch_works(kernels: Kernels, name: str, kind: str) -> None:
     check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS, PAIRS[kind])
 
 
@@ -372,7 +372,7 @@ def test_signals_without_scales_are_a_fault(kernels: Kernels, phases: tuple[int,
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_a_rank_that_dies_between_phases_is_named_and_the_next_round_works(kernels: Kernels, pair: FusedConfig) -> None:
+def test_a_rank_that_dies_between_phases_is_named_and_the_next_epoch_works(kernels: Kernels, pair: FusedConfig) -> None:
     group = Group(kernels, replace(pair, timeout_ns=SOON_NS), "cpu")
     play(group, 0)
     group.load(make_group(pair, 7))
@@ -493,7 +493,7 @@ def test_a_fault_where_nothing_is_planned(kernels: Kernels, inject, fault: str, 
     group.poison()
     inject(group)
     status = group.status(0)
-    assert (fc.FAULTS[status.fault], status.peer, status.round) == (fault, peer, 2), describe(status)
+    assert (fc.FAULTS[status.fault], status.peer, status.epoch) == (fault, peer, 2), describe(status)
     assert seen in (None, status.seen), describe(status)
     assert not group.part(0, "received", torch.int32, config.local).any(), "rows are delivered"
     group.set_outputs(fresh_outputs(group, 1))

@@ -282,12 +282,13 @@ def test_layers_are_left_alone_as_on_a_cpu_and_loads_come_without_a_wait():
     assert decided["cuda"] == decided["cpu"] and len({no_gain for no_gain, _ in decided["cpu"]}) > 2
 
 
-def test_what_pays_is_measured():
+@pytest.mark.parametrize("launched", ["waiting", "ahead", "graph"])
+def test_what_pays_is_measured(launched):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         planner = AloneInGroup(0, Plan(MacsConfig.from_preset(), EXPERTS, RANKS), None, Stats())
         sizes = plan_cost.ExpertSizes(2048, 768, 8)
-        rows = plan_cost.rows_that_pay(planner, sizes, torch.device("cuda"), dist.group.WORLD)
+        rows = plan_cost.rows_that_pay(planner, sizes, torch.device("cuda"), dist.group.WORLD, launched)
         assert rows > plan_cost._row_seconds(sizes, torch.device("cuda")) > 0
     finally:
         dist.destroy_process_group()
@@ -362,7 +363,7 @@ def test_carried_rows_come_back_in_every_replay_of_a_graph(format):
         torch.cuda.synchronize()
         tolerance = {"rtol": 0.1 if format == "fp8" else 0.02, "atol": 0.02}
         torch.testing.assert_close(combined.float(), hidden.float() * kept, **tolerance)
-    assert fused.rounds() == 1 + replays, "rounds are counted on the device"
+    assert fused.epoch() == 1 + replays, "epochs are counted on the device"
     fused.check()
     torch.cuda.synchronize()
     fused.check()

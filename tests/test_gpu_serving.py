@@ -17,7 +17,8 @@ LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 
 def state(rank: int, fused: int) -> dict:
     own = {"clipped_visual": 5, "clipped_text": 5}
     counted = {
-        "dispatches": 24,
+        "dispatches": 30,
+        "skipped": {"outside": 6},
         "planned": 8,
         "fused": fused,
         "graphs": 0,
@@ -125,9 +126,12 @@ def test_a_server_without_macs_is_not_asked_for_the_fused_dispatch():
             type(launch).model = launch_model
 
     assert "--macs-dispatch fused" in flags("2 ranks, fused", "inf")
-    assert "--macs-dispatch" not in flags("2 ranks, fused", "off") + flags("2 ranks, normal", "inf")
+    assert "--macs-dispatch bounded" in flags("2 ranks, bounded", "1.0")
+    assert "--macs-dispatch auto --macs-all-reduce peer" in flags("2 ranks, auto, all", "1.0")
+    assert "--macs-dispatch deepep --macs-all-reduce group" in flags("2 ranks, normal", "inf")
     assert "--macs-all-reduce peer" in flags("2 ranks, peer exchange", "1.0")
-    assert "--macs-all-reduce" not in flags("2 ranks, peer exchange", "off") + flags("2 ranks, normal", "1.0")
+    assert "--macs-dispatch" not in flags("2 ranks, fused", "off")
+    assert "--macs-all-reduce" not in flags("2 ranks, peer exchange", "off")
 
 
 def test_few_rounds_of_the_benchmark_give_ratios_without_an_interval():

@@ -170,3 +170,9 @@ def test_what_an_earlier_session_compiled_is_not_compiled_anew(tmp_path, monkeyp
     monkeypatch.setattr(time, "time", lambda: later + 1)
     session.unpack_compiled(tmp_path / "jit.tar.gz", made)
     assert "no work" in ninja("-n")
+
+
+def test_a_result_file_has_a_line_for_each_row():
+    result = {"gpu": "a", "wrong": [], "rows": [{"op": "x", "us": [1.5, 2.0]}, {"op": "y", "us": []}]}
+    text = result_file.text(result)
+    assert json.loads(text) == result and '\n{"op":"y","us":[]}\n]' in text and len(text.splitlines()) == 8

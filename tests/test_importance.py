@@ -27,7 +27,7 @@ from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
 
 NUMBERS = itertools.count()
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "importance.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "importance.md"
 
 
 def by_gate(tokens: RoutedTokens) -> torch.Tensor:

@@ -455,7 +455,7 @@ def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make, monkeypatch):
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")
 @torch.no_grad()
 def test_the_committed_checkpoint_answers(model, make):
-    """Eight tasks on digits it has never seen; docs/quality.md has the full figures."""
+    """Eight tasks on digits it has never seen; docs/results/quality.md has the full figures."""
     mix = {"text": {"copy": 20, "lookup": 20}, "wide": {"read": 40, "compare": 20}}
     mix["square"] = {"colour": 20, "where": 20, "count_colour": 20}
     groups = groups_of(make, {**mix, "large": {"scene": 10}}, seed=11)

@@ -136,4 +136,4 @@ def test_dashboard_panels_lie_side_by_side():
 
 
 def test_documented_table_is_that_of_the_code():
-    assert metrics.table() in (ROOT / "docs" / "operations.md").read_text(), "run: make format"
+    assert metrics.table() in (ROOT / "docs" / "guide" / "operations.md").read_text(), "run: make format"

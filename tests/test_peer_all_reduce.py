@@ -27,7 +27,7 @@ def test_layout_is_that_of_the_kernel():
     assert ops.PeerReduceLayout._fields == tuple(name for name, _ in PeerReduceLayout._fields_)
     layout = ops.peer_reduce_layout(8, 1000)
     assert list(layout) == sorted(layout) and layout.bytes == layout.inbox + 2 * 8 * 1000 * 8
-    assert layout.rounds - layout.status >= ctypes.sizeof(fc.FusedStatus)
+    assert layout.epochs - layout.status >= ctypes.sizeof(fc.FusedStatus)
     with pytest.raises(ValueError, match="num_ranks: got 17, expected 1 to 16"):
         ops.peer_reduce_layout(17, 1)
 
@@ -120,7 +120,7 @@ def test_a_rank_that_never_came_is_named(two_ranks, monkeypatch):
     record = bytes(fc.FusedStatus(fc.FAULTS.index("values"), 1, -1, -1, 7, 200_000, 6, 7))
     region[: len(record)] = torch.frombuffer(bytearray(record), dtype=torch.uint8)
     reduce.check()  # sends for the record
-    with pytest.raises(MacsError, match=r"rank 1 never sent its part of a sum, says rank 0 \(round 7\)"):
+    with pytest.raises(MacsError, match=r"rank 1 never sent its part of a sum, says rank 0 \(epoch 7\)"):
         reduce.check()
 
 

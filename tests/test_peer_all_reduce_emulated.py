@@ -1,4 +1,4 @@
-"""peer_all_reduce on the emulated machine: sums of many rounds over the same regions, ranks that run apart, and a dead
+"""peer_all_reduce on the emulated machine: sums of many epochs over the same regions, ranks that run apart, and a dead
 one."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def launch(group: ReduceGroup, ranks) -> None:
 
 # Less than a block, and some blocks; with more sources than are in flight.
 @pytest.mark.parametrize(("ranks", "size"), [(1, 5), (2, 700), (3, 1), (4, 1030), (10, 300)])
-def test_sums_of_many_rounds(kernels: Kernels, ranks: int, size: int) -> None:
+def test_sums_of_many_epochs(kernels: Kernels, ranks: int, size: int) -> None:
     group = ReduceGroup(kernels, ranks, size, "cpu")
     for seed in range(5):
         kernels.machine.configure(seed)
@@ -56,8 +56,8 @@ def test_a_thread_adds_more_values_than_one() -> None:
             assert torch.equal(group.values(rank), group.expected())
 
 
-def test_a_rank_may_be_a_round_ahead(kernels: Kernels) -> None:
-    """Several rounds of all ranks in flight, each over the sums of the one before: the words of the next round do not
+def test_a_rank_may_be_an_epoch_ahead(kernels: Kernels) -> None:
+    """Several epochs of all ranks in flight, each over the sums of the one before: the words of the next epoch do not
     take those of this one away.
     """
     group = ReduceGroup(kernels, 3, 600, "cpu")
@@ -82,7 +82,7 @@ def test_a_rank_that_never_comes_is_named_and_nobody_gets_half_a_sum(kernels: Ke
     launch(group, [0, 2])
     for rank in (0, 2):
         found = group.status(rank)
-        assert (fc.FAULTS[found.fault], found.peer, found.round, found.seen) == ("values", 1, 3, 1)
+        assert (fc.FAULTS[found.fault], found.peer, found.epoch, found.seen) == ("values", 1, 3, 1)
         assert torch.equal(group.values(rank), group.own[rank])
     before = kernels.machine.now_ns
     launch(group, [0, 2])  # with a fault on record nobody waits any more

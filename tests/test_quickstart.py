@@ -1,4 +1,4 @@
-"""docs/quickstart.md's commands, run from the page's text as far as a machine without a GPU and a network goes.
+"""docs/guide/quickstart.md's commands, run from the page's text as far as a machine without a GPU and a network goes.
 
 Left out: what fetches (git clone, pip install of torch and sglang), make demo, and launches on GPUs, whose flags
 test_deploy.py takes through SGLang's parser. Changed: the port, which may be taken.
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = [
     textwrap.dedent(block)
-    for block in re.findall(r"(?:^ {4}.*\n|^\n)+", (ROOT / "docs/quickstart.md").read_text(), re.M)
+    for block in re.findall(r"(?:^ {4}.*\n|^\n)+", (ROOT / "docs/guide/quickstart.md").read_text(), re.M)
 ]
 WITHOUT = {"PYTHONPATH": None, "SGLANG_USE_CPU_ENGINE": None, "PYTHONSAFEPATH": None, "VIRTUAL_ENV": None}
 ENV = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "MACS_CUDA": "0"}

@@ -1,7 +1,7 @@
 """No data race in the kernels of csrc/cuda, on the emulated machine that watches every access.
 
-The plan; the fused dispatch and combine in rounds over the same regions, every rank on a stream of
-its own and the host never waiting in between, so that what one round leaves and the next overwrites is watched too.
+The plan; the fused dispatch and combine in epochs over the same regions, every rank on a stream of
+its own and the host never waiting in between, so that what one epoch leaves and the next overwrites is watched too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from test_replicas_emulated import check
 from sglang_macs.config import MacsConfig
 
 pytestmark = pytest.mark.emulated
-ROUNDS = 3
+EPOCHS = 3
 
 
 def watched() -> emulated.Library:
@@ -110,23 +110,23 @@ def in_two_phases(group: Group, rank: int) -> None:
         *((name, in_one, False) for name in ("carried", "carried_with_rows", "three_ranks_carried")),
         pytest.param("carried", in_two_phases, True, marks=pytest.mark.nightly),
         ("carried_with_rows", in_two_phases, True),
-        ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be a round ahead
+        ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be an epoch ahead
     ],
 )
-def test_fused_rounds(name: str, dispatch: Callable[[Group, int], None], combines: bool) -> None:
+def test_fused_epochs(name: str, dispatch: Callable[[Group, int], None], combines: bool) -> None:
     kernels = Kernels(watched())
     group = Group(kernels, FUSED[name], "cpu")
     group.load(make_group(group.config, 1))
     group.poison()
     kernels.machine.configure(len(name))
     with kernels.machine.together():
-        for _ in range(ROUNDS):
+        for _ in range(EPOCHS):
             for rank in group.ranks:
                 kernels.stream = rank + 1
                 dispatch(group, rank)
                 if combines:
                     group.combine(only=rank)
-    assert all(group.status(rank).fault == 0 and group.round(rank) == ROUNDS for rank in group.ranks)
+    assert all(group.status(rank).fault == 0 and group.epoch(rank) == EPOCHS for rank in group.ranks)
 
 
 @pytest.mark.parametrize("dispatch", [in_one, in_two_phases])

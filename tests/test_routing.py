@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import low_latency
 from sglang_macs.engine import topk
@@ -102,10 +103,10 @@ def test_softmax_with_a_bias_is_not_followed_on_gpus():
         topk.routing_of(router(correction_bias=[0.0]), False)
 
 
-@pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("deepep", False)])
+@pytest.mark.parametrize(("dispatch", "told"), [("fused", True), ("auto", True), ("bounded", False)])
 def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, dispatch, told):
     followed = []
-    plan = SimpleNamespace(num_experts=2, config=SimpleNamespace(dispatch=dispatch), follow=followed.append)
+    plan = SimpleNamespace(num_experts=2, config=MacsConfig(dispatch=dispatch), follow=followed.append)
     monkeypatch.setattr(topk, "_on_cpu", lambda: False)
     topk.say_once.cache_clear()
     topk._follow(plan, router())

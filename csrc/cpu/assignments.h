@@ -1,4 +1,4 @@
-// Reading one assignment: its expert, units, bucket and modality (docs/method.md, 3).
+// Reading one assignment: its expert, units, bucket and modality (docs/design/method.md, 3).
 #pragma once
 #include "macs/level.h"
 

@@ -1,4 +1,4 @@
-// What bounds and capacities come from (docs/method.md, 4): IEEE double, in the order written.
+// What bounds and capacities come from (docs/design/method.md, 4): IEEE double, in the order written.
 #pragma once
 #include <algorithm>
 #include <cmath>

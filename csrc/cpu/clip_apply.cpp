@@ -1,4 +1,4 @@
-// Clip, re-route, drop (docs/method.md, 5). One pass in (token, slot) order clips; rounds over the few clipped slots
+// Clip, re-route, drop (docs/design/method.md, 5). One pass in (token, slot) order clips; rounds over the few clipped slots
 // look for a new home; the rest is dropped. With replicas, ids in and out are physical and `expert` is logical.
 #include <algorithm>
 #include <cmath>

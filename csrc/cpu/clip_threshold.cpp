@@ -1,4 +1,4 @@
-// From the group's histogram to the level at which each bound cuts (docs/method.md, 4).
+// From the group's histogram to the level at which each bound cuts (docs/design/method.md, 4).
 // Every rank runs this on the same numbers and gets the same levels; only quota and room are its own share.
 #include <algorithm>
 #include <vector>

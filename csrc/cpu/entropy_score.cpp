@@ -1,4 +1,4 @@
-// Entropy of softmax over each visual token's features (docs/method.md, 1).
+// Entropy of softmax over each visual token's features (docs/design/method.md, 1).
 // Two passes over a row that lies in L1: the maximum, then Z = sum e^d and sum e^d d in 16 fixed lanes, so that the sums
 // are the same on every instruction set and for every number of threads.
 #include <cmath>

@@ -1,4 +1,4 @@
-// Entropy weights: sigmoid(-delta z) within each segment (docs/method.md, 2).
+// Entropy weights: sigmoid(-delta z) within each segment (docs/design/method.md, 2).
 // Sums run in token order in double: T is small beside the hidden states, and the result is independent of threads.
 #include <cmath>
 #include <vector>

@@ -1,4 +1,4 @@
-// Integer load histogram of this rank's assignments (docs/method.md, 3).
+// Integer load histogram of this rank's assignments (docs/design/method.md, 3).
 #include <algorithm>
 
 #include "assignments.h"

@@ -1,5 +1,5 @@
 // From the group's histogram to how many rows each replica gets, and what each source may keep on a rank that is over
-// its bound all the same (docs/method.md, 3b, 4b). Every rank runs this on the same numbers and gets the same quotas.
+// its bound all the same (docs/design/method.md, 3b, 4b). Every rank runs this on the same numbers and gets the same quotas.
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -1,4 +1,4 @@
-// Which replica each assignment goes to, and where this source cuts on a rank that stays over its bound (docs/method.md,
+// Which replica each assignment goes to, and where this source cuts on a rank that stays over its bound (docs/design/method.md,
 // 3b, 4b).
 #include <algorithm>
 #include <vector>

@@ -1,4 +1,4 @@
-// How a router ranks a token's experts (docs/method.md, 5): score, plus bias, within the best groups.
+// How a router ranks a token's experts (docs/design/method.md, 5): score, plus bias, within the best groups.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -5,7 +5,7 @@
 //              stand at the cut level, and again in every round among those that propose the same bound.
 // Algorithm:   the grid's W warps own T / W tokens each, in order, the first T mod W of them one more. Each ordered
 //              acceptance is two passes: a pass adds up units per (warp, bound) in shared memory, these become prefixes
-//              over all blocks by a grid barrier, or by LL words (board.cuh), and a second pass hands the
+//              over all blocks by a grid barrier, or by LL words (shared_storage.cuh), and a second pass hands the
 //              places out in order (match_any inside a step); the cuts before them are LL words, too (cut_broadcast.cuh).
 //              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
@@ -14,7 +14,6 @@
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
 #include "assignments.cuh"
-#include "board.cuh"
 #include "grid.cuh"
 #include "kernels.cuh"
 #include "launch.cuh"
@@ -24,6 +23,7 @@
 #include "plan/rounds.cuh"
 #include "plan/threshold.cuh"
 #include "replicas.cuh"
+#include "shared_storage.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -69,29 +69,29 @@ struct StoreCuts {
 
 // Cuts, by all blocks together, and what follows from them, by each. Returns whether any bound is cut. Behind it the words
 // are cleared and the counts zero, by the last block, which has no cuts to make where there are others.
-__device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const Board& board, const Scratch& scratch,
-                                          Grid& grid, int* levels) {
+__device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const SharedStorage& storage,
+                                          const Scratch& scratch, Grid& grid, int* levels) {
   __shared__ RawCut raw[kMaxLlBounds];
-  const CutBroadcast broadcast(args.state, board.experts);
-  const bool by_words = board.num_bounds <= kMaxLlBounds;
+  const CutBroadcast broadcast(args.state, storage.experts);
+  const bool by_words = storage.num_bounds <= kMaxLlBounds;
   const unsigned epoch = by_words ? grid.launch() : 0;
   if (blockIdx.x == gridDim.x - 1) {
     clear_counts(args.apply, 6);
     if (by_words) {
-      scratch.clear_words(board.num_bounds);
+      scratch.clear_words(storage.num_bounds);
       broadcast.publish_ready(epoch);
     }
   }
   find_cuts(args.threshold, args.sizes.per_rank, levels, blockIdx.x, gridDim.x,
             StoreCuts{args.threshold, scratch.raw, broadcast, epoch});
   if (by_words) {
-    broadcast.await_all(epoch, board.num_bounds, board.shift(), raw);
+    broadcast.await_all(epoch, storage.num_bounds, storage.shift(), raw);
   } else {
     grid.barrier();
 #pragma unroll 1
-    for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
+    for (int j = threadIdx.x; j < storage.experts; j += kThreads) storage.shift()[j] = args.threshold.shift[j];
   }
-  return fill_bounds(args.threshold, board, by_words ? raw : scratch.raw);
+  return fill_bounds(args.threshold, storage, by_words ? raw : scratch.raw);
 }
 
 template <class Id>
@@ -125,14 +125,14 @@ struct Walk {
   const ApplySizes& sizes;
   const Places& places;
   const void* chosen;  // [T, K]
-  const Board board;
+  const SharedStorage storage;
   const Step step;
   int64_t begin, end;
   State first;
 
-  __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const Board& b)
-      : p(args.apply), order(args.order), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen), board(b),
-        step(p.in.top_k, sizes.by_top_k) {
+  __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const SharedStorage& b)
+      : p(args.apply), order(args.order), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen),
+        storage(b), step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
     begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
     end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
@@ -159,7 +159,7 @@ struct Walk {
   }
   // Of a slot that holds an assignment: its bound, the id that it goes out with, and an id's expert.
   __device__ __forceinline__ int bound_of(const State& state) const {
-    return kReplicas ? sizes.by_rank.divide(state.sent) : board.bound_of()[state.slot.expert];
+    return kReplicas ? sizes.by_rank.divide(state.sent) : storage.bound_of()[state.slot.expert];
   }
   __device__ __forceinline__ int id_of(const State& state) const { return kReplicas ? state.sent : state.slot.expert; }
   __device__ __forceinline__ int expert_of(int id) const { return kReplicas && id >= 0 ? places.logical()[id] : id; }
@@ -190,18 +190,18 @@ struct Walk {
   __device__ __forceinline__ int units(const Slot& slot) const { return load_units(p.in.policy.load, slot.weight); }
   __device__ __forceinline__ int compare_to_cut(const State& state) const {
     const Slot& slot = state.slot;
-    const int shift = board.shift()[slot.expert];
+    const int shift = storage.shift()[slot.expert];
     const int level = level_of(bucket_of_slot(p.in, slot), shift, slot.text(), p.in.policy);
-    return level - board.level()[bound_of(state)];
+    return level - storage.level()[bound_of(state)];
   }
   __device__ __forceinline__ void count(int kind, int expert, bool text) const {
-    atomicAdd(board.counts() + (kind * board.experts + expert) * 2 + (text ? 1 : 0), 1);
+    atomicAdd(storage.counts() + (kind * storage.experts + expert) * 2 + (text ? 1 : 0), 1);
   }
   // Whether an assignment that was routed stays.
   __device__ __forceinline__ void count_fate(const State& state, bool stays) const {
     count(stays ? 0 : 1, state.slot.expert, state.slot.text());
     if (kReplicas && stays && state.moved) {
-      atomicAdd(board.moved(kWarps) + state.slot.expert * 2 + (state.slot.text() ? 1 : 0), 1);
+      atomicAdd(storage.moved(kWarps) + state.slot.expert * 2 + (state.slot.text() ? 1 : 0), 1);
     }
   }
 };
@@ -217,7 +217,7 @@ __device__ __forceinline__ bool clip_pass(Walk& walk) {
     walk.put(state, side < 0 ? -1 : walk.id_of(state), side < 0 ? 0.0f : slot.gate);
     if (side == 0) {
       any = true;
-      atomicAdd(walk.board.own_running() + walk.bound_of(state), walk.units(slot));
+      atomicAdd(walk.storage.own_running() + walk.bound_of(state), walk.units(slot));
     } else if (slot.expert >= 0) {
       walk.count_fate(state, side > 0);
     }
@@ -233,8 +233,8 @@ __device__ __forceinline__ void quota_pass(Walk& walk) {
     const Slot& slot = state.slot;
     const bool pending = slot.expert >= 0 && walk.compare_to_cut(state) == 0;
     const int bound = pending ? walk.bound_of(state) : 0;
-    const int64_t limit = static_cast<int64_t>(walk.board.quota()[bound]) - walk.board.base()[bound];
-    const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.board.own_running(), limit);
+    const int64_t limit = static_cast<int64_t>(walk.storage.quota()[bound]) - walk.storage.base()[bound];
+    const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.storage.own_running(), limit);
     if (!pending) return;
     if (!stays) walk.put(state, -1, 0.0f);
     walk.count_fate(state, stays);
@@ -247,17 +247,17 @@ __device__ __forceinline__ void propose_pass(Walk& walk) {
   constexpr int kTokensAtOnce = kKeys <= 4 ? 2 : 1;
   constexpr bool kAhead = kTokensAtOnce > 1;  // the next ones' logits fit into the registers, too
   const ClipApplyParams& p = walk.p;
-  const Board& board = walk.board;
-  const int top_k = p.in.top_k, experts = board.experts, per_rank = walk.sizes.per_rank;
+  const SharedStorage& storage = walk.storage;
+  const int top_k = p.in.top_k, experts = storage.experts, per_rank = walk.sizes.per_rank;
   const unsigned slots = top_k == kWarp ? kFullMask : (1u << top_k) - 1u;
-  const Headroom<kKeys> headroom(experts, board.headroom(), board.bound_of());
-  board.clear_own_running();
+  const Headroom<kKeys> headroom(experts, storage.headroom(), storage.bound_of());
+  storage.clear_own_running();
   walk.for_each(true, [&](State& state, int64_t first) {
     const Slot& slot = state.slot;
     unsigned left = __ballot_sync(kFullMask, slot.expert >= 0 && state.current < 0);
     if (left == 0) return;
     const bool local = p.in.policy.reroute == Reroute::kLocal && slot.expert >= 0;
-    const int from = local ? board.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
+    const int from = local ? storage.rank_of()[slot.expert] * per_rank : -1, units = walk.units(slot);
     const auto take = [&](UnplacedToken<kKeys>(&tokens)[kTokensAtOnce]) {
 #pragma unroll
       for (int t = 0; t < kTokensAtOnce; ++t) {
@@ -278,7 +278,7 @@ __device__ __forceinline__ void propose_pass(Walk& walk) {
       more = left != 0;
       UnplacedToken<kKeys> next[kTokensAtOnce];
       if (more && kAhead) take(next);  // on their way meanwhile
-      choice = max(choice, choose<kTokensAtOnce, kKeys>(headroom, tokens, per_rank, board.own_struck()));
+      choice = max(choice, choose<kTokensAtOnce, kKeys>(headroom, tokens, per_rank, storage.own_struck()));
       if constexpr (kAhead) {
 #pragma unroll
         for (int t = 0; t < kTokensAtOnce; ++t) tokens[t] = next[t];
@@ -288,38 +288,40 @@ __device__ __forceinline__ void propose_pass(Walk& walk) {
     }
     if (choice >= 0) {
       walk.put(state, -2 - choice);
-      atomicAdd(board.own_running() + board.bound_of()[choice], units);
+      atomicAdd(storage.own_running() + storage.bound_of()[choice], units);
     }
   });
 }
 
 // Behind a barrier of the block, and before one. The home of an expert is its place with most headroom, on the lowest rank among
 // equals: `bound_of` is its rank then, `rank_of` its physical id.
-__device__ __forceinline__ void find_homes(const Places& places, const Board& board) {
+__device__ __forceinline__ void find_homes(const Places& places, const SharedStorage& storage) {
 #pragma unroll 1
-  for (int j = threadIdx.x; j < board.experts; j += kThreads) {
+  for (int j = threadIdx.x; j < storage.experts; j += kThreads) {
     int home = places.first()[j];
 #pragma unroll 1
     for (int i = home + 1; i < places.first()[j + 1]; ++i) {
-      if (board.headroom()[places.rank()[i]] > board.headroom()[places.rank()[home]]) home = i;
+      if (storage.headroom()[places.rank()[i]] > storage.headroom()[places.rank()[home]]) home = i;
     }
-    board.bound_of()[j] = places.rank()[home], board.rank_of()[j] = places.physical()[home];
+    storage.bound_of()[j] = places.rank()[home], storage.rank_of()[j] = places.physical()[home];
   }
   __syncthreads();
 }
 
 // This source's cuts from what it sends to the ranks that are exceeded, by each block. Returns whether any bound is cut.
-__device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& args, const Board& board) {
+__device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& args, const SharedStorage& storage) {
   const Policy& policy = args.threshold.policy;
   const int num_levels = 2 * num_buckets(policy.bucket_bits), lane = threadIdx.x % kWarp;
   Kept stake = {0, 0};
 #pragma unroll 1
-  for (int r = 0; r < board.num_bounds; ++r) stake.group += args.replicas.stakes[r].group, stake.own += args.replicas.stakes[r].own;
+  for (int r = 0; r < storage.num_bounds; ++r) {
+    stake.group += args.replicas.stakes[r].group, stake.own += args.replicas.stakes[r].own;
+  }
   bool any = false;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < board.experts; j += kThreads) board.shift()[j] = args.threshold.shift[j];
+  for (int j = threadIdx.x; j < storage.experts; j += kThreads) storage.shift()[j] = args.threshold.shift[j];
 #pragma unroll 1
-  for (int r = threadIdx.x / kWarp; r < board.num_bounds; r += kWarps) {
+  for (int r = threadIdx.x / kWarp; r < storage.num_bounds; r += kWarps) {
     const RankLimit limit = args.replicas.limits[r];
     int4 cut = make_int4(-1, 0, own_headroom(policy, limit.room, stake), limit.bound);
     if (limit.limit != kNotExceeded) {
@@ -329,7 +331,7 @@ __device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& ar
     }
     any |= cut.x >= 0;
     if (lane != 0) continue;
-    board.level()[r] = cut.x, board.quota()[r] = cut.y, board.headroom()[r] = cut.z;
+    storage.level()[r] = cut.x, storage.quota()[r] = cut.y, storage.headroom()[r] = cut.z;
     if (blockIdx.x == 0) reinterpret_cast<int4*>(args.threshold.cut)[r] = cut;
   }
   return __syncthreads_or(any) != 0;
@@ -343,9 +345,9 @@ struct GridTeam {
   Grid& grid;
 
   __device__ __forceinline__ bool propose(int round) {
-    if (kReplicas) find_homes(walk.places, walk.board);
+    if (kReplicas) find_homes(walk.places, walk.storage);
     propose_pass<kKeys>(walk);
-    grid_prefix<kLlWords>(walk.sizes, walk.board, scratch, grid, round + 1);
+    grid_prefix<kLlWords>(walk.sizes, walk.storage, scratch, grid, round + 1);
     return true;
   }
   template <class Body>
@@ -363,21 +365,22 @@ struct GridTeam {
     const Logits logits = {p.router_logits, p.logits_dtype};
     const int64_t row = slot.token * p.in.policy.num_experts;
     const float to = logits.at(row + expert), from = logits.at(row + reference.expert);
-    walk.put(state, kReplicas ? walk.board.rank_of()[expert] : expert, rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
+    walk.put(state, kReplicas ? walk.storage.rank_of()[expert] : expert,
+             rerouted_weight(p.in.policy.scoring, reference.gate, to, from));
     walk.count(2, expert, slot.text());
   }
-  __device__ __forceinline__ int num_bounds() const { return walk.board.num_bounds; }
-  __device__ __forceinline__ int bound_of(int expert) const { return walk.board.bound_of()[expert]; }
+  __device__ __forceinline__ int num_bounds() const { return walk.storage.num_bounds; }
+  __device__ __forceinline__ int bound_of(int expert) const { return walk.storage.bound_of()[expert]; }
   __device__ __forceinline__ int64_t limit(int bound) const {
-    return static_cast<int64_t>(walk.board.headroom()[bound]) - walk.board.base()[bound];
+    return static_cast<int64_t>(walk.storage.headroom()[bound]) - walk.storage.base()[bound];
   }
-  __device__ __forceinline__ int* running() const { return walk.board.own_running(); }
-  __device__ __forceinline__ const int* proposed() const { return walk.board.total(); }
-  __device__ __forceinline__ int* headroom() const { return walk.board.headroom(); }
-  __device__ __forceinline__ int* accepted() const { return walk.board.accepted(); }
+  __device__ __forceinline__ int* running() const { return walk.storage.own_running(); }
+  __device__ __forceinline__ const int* proposed() const { return walk.storage.total(); }
+  __device__ __forceinline__ int* headroom() const { return walk.storage.headroom(); }
+  __device__ __forceinline__ int* accepted() const { return walk.storage.accepted(); }
   __device__ __forceinline__ const int* sum_accepted() {
-    grid_sum_accepted(walk.board, scratch, grid);
-    return walk.board.total();
+    grid_sum_accepted(walk.storage, scratch, grid);
+    return walk.storage.total();
   }
 };
 
@@ -386,16 +389,16 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   unsigned char* const shared = dynamic_shared();
   start_dependents();
   const ClipApplyParams& p = args.apply;
-  // The cuts' levels lie before the board: both are needed at once.
-  const Board board(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
+  // The cuts' levels lie before the storage: both are needed at once.
+  const SharedStorage storage(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
-  const Scratch scratch(args.scratch, board.num_bounds, gridDim.x);
-  Walk<Id, kReplicas> walk(args, board);
+  const Scratch scratch(args.scratch, storage.num_bounds, gridDim.x);
+  Walk<Id, kReplicas> walk(args, storage);
   walk.load_first();
-  clear_board(p, args.sizes, board);
+  clear_storage(p, args.sizes, storage);
   if constexpr (kReplicas) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * board.experts; i += kThreads) board.moved(kWarps)[i] = 0;
+    for (int i = threadIdx.x; i < 2 * storage.experts; i += kThreads) storage.moved(kWarps)[i] = 0;
   }
   int* const levels = reinterpret_cast<int*>(shared);
   if constexpr (kWithThreshold) {
@@ -406,18 +409,18 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   walk.load_weight();
   bool cut;
   if constexpr (kWithThreshold) {
-    cut = make_cuts(args, board, scratch, grid, levels);
+    cut = make_cuts(args, storage, scratch, grid, levels);
   } else {
     if (blockIdx.x == 0) clear_counts(p, kReplicas ? 2 * kReplicaCounts : 6);
     if constexpr (kReplicas) {
-      cut = fill_replica_bounds(args, board);
+      cut = fill_replica_bounds(args, storage);
     } else {
-      cut = fill_bounds(p, board);
+      cut = fill_bounds(p, storage);
     }
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
-    grid_prefix<kWithThreshold>(args.sizes, board, scratch, grid, 0);
+    grid_prefix<kWithThreshold>(args.sizes, storage, scratch, grid, 0);
     if (at_cut) quota_pass(walk);
     GridTeam<Id, kKeys, kWithThreshold, kReplicas> team = {walk, scratch, grid};
     reroute_rounds(team, p.in.policy, p.router_logits);
@@ -427,13 +430,13 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   walk.write_first();
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 6 * board.experts; i += kThreads) {
-    if (board.counts()[i] != 0) atomicAdd(p.counts + i, board.counts()[i]);
+  for (int i = threadIdx.x; i < 6 * storage.experts; i += kThreads) {
+    if (storage.counts()[i] != 0) atomicAdd(p.counts + i, storage.counts()[i]);
   }
   if constexpr (kReplicas) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 * board.experts; i += kThreads) {
-      if (board.moved(kWarps)[i] != 0) atomicAdd(p.counts + 6 * board.experts + i, board.moved(kWarps)[i]);
+    for (int i = threadIdx.x; i < 2 * storage.experts; i += kThreads) {
+      if (storage.moved(kWarps)[i] != 0) atomicAdd(p.counts + 6 * storage.experts + i, storage.moved(kWarps)[i]);
     }
   }
   grid.leave();
@@ -451,7 +454,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   static bool raised[kMaxDevices] = {};
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold, kReplicas>;
-  size_t bytes = Board::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
+  size_t bytes = SharedStorage::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
   if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts;
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));

@@ -25,7 +25,7 @@ constexpr int kFusedWarps = kFusedThreads / kWarp;
 constexpr int kRowGroups = kFusedWarps / kRowWarps;
 constexpr int kCutsAtOnce = 8;            // bounds that a block cuts in one pass over the group
 constexpr int kSlotCellBits = 7, kSlotCells = 1 << kSlotCellBits;  // by which it counts a bound's slots
-constexpr int kStepsPerRound = 64;        // of the rank's own barrier: one per proposal round
+constexpr int kStepsPerEpoch = 64;        // of the rank's own barrier: one per proposal round
 
 // What becomes of an own assignment, in `current`: an expert, or one of these.
 constexpr int kUnplaced = -1, kEmptySlot = -2;
@@ -100,7 +100,7 @@ struct FusedArgs {
 };
 
 __device__ __forceinline__ bool has_step(uint32_t seen, uint32_t expected) {
-  return seen / kStepsPerRound == expected / kStepsPerRound && seen >= expected;
+  return seen / kStepsPerEpoch == expected / kStepsPerEpoch && seen >= expected;
 }
 
 struct FusedBlock {
@@ -113,13 +113,13 @@ struct FusedBlock {
   unsigned char* const shared;
   const int block, num_blocks, lane, warp;
   const int first, end;  // this block's tokens
-  Patience patience;
+  WaitContext wait;
 
   __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& described, unsigned char* memory)
       : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region, a.p.network),
         shared(memory), block(blockIdx.x), num_blocks(gridDim.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
         first(args.by_blocks.divide(me.num_tokens * block)), end(args.by_blocks.divide(me.num_tokens * (block + 1))) {
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device, p.layer};
+    wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device, p.layer};
   }
 
   template <class T>
@@ -147,9 +147,9 @@ struct FusedBlock {
   __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
-  // Of what a source tells of its rows per expert in this round.
+  // Of what a source tells of its rows per expert in this epoch.
   __device__ __forceinline__ int64_t counts_of(int source) const {
-    const int row = (patience.round & 1) * p.shape.num_ranks + source;
+    const int row = (wait.epoch & 1) * p.shape.num_ranks + source;
     return p.layout.counts + 8LL * row * p.shape.num_experts;
   }
   __device__ __forceinline__ uint32_t* entries_of(int source) const {
@@ -183,22 +183,22 @@ struct FusedBlock {
     __syncthreads();
 #pragma unroll 1
     for (int peer = threadIdx.x; peer < p.shape.num_ranks; peer += kFusedThreads) {
-      peers.signal(peer, flag_offset(p.shape, p.layout, kind, rank, block), patience);
+      peers.signal(peer, flag_offset(p.shape, p.layout, kind, rank, block), wait);
     }
   }
   __device__ __forceinline__ bool await_all(Flags kind, Fault fault) const {
-    return await_flags(own<char>(0), p.shape, p.layout, kind, patience, fault);
+    return await_flags(own<char>(0), p.shape, p.layout, kind, wait, fault);
   }
-  // A barrier of the rank's own blocks. Most rounds have none, so that a flag may be of a round long ago: only one of this
-  // very round counts (of its lower 26 bits, so that one in 2^26 old flags would, too).
+  // A barrier of the rank's own blocks. Most epochs have none, so that a flag may be of an epoch long ago: only one of this
+  // very epoch counts (of its lower 26 bits, so that one in 2^26 old flags would, too).
   __device__ __forceinline__ bool barrier(int step, Fault fault) const {
-    const uint32_t now = patience.round * kStepsPerRound + step;
+    const uint32_t now = wait.epoch * kStepsPerEpoch + step;
     uint32_t* const flags = own<uint32_t>(p.layout.barrier);
     __syncthreads();
     if (threadIdx.x == 0) store_release_gpu(flags + block, now);
     bool ok = true;
     for (int i = threadIdx.x; i < num_blocks && ok; i += kFusedThreads) {
-      ok = wait_until(flags + i, now, has_step, patience, fault, rank, i);
+      ok = wait_until(flags + i, now, has_step, wait, fault, rank, i);
     }
     return __syncthreads_and(ok) != 0;
   }

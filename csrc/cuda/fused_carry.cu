@@ -13,7 +13,7 @@
 // Determinism: a row's place depends on (source, token, slot) alone.
 //
 // Tables, bytes, signals and faults are those of fused_dispatch; who has sent receives by its second phase. What may be
-// overwritten when: docs/fused_dispatch.md, "Memory ordering".
+// overwritten when: docs/design/fused_dispatch.md, "Memory ordering".
 #include <algorithm>
 
 #include "fused_block.cuh"
@@ -56,7 +56,7 @@ __device__ __forceinline__ bool count_own(const FusedBlock& b, const CarryShare&
     if (slot >= share.begin && slot < share.end) b.at<int>(b.args.tables.ids)[slot - share.begin] = expert;
     if (expert >= experts) {
       wrong = true;
-      report(b.patience, Fault::kBadExpert, b.rank, b.block, expert, experts - 1);
+      report(b.wait, Fault::kBadExpert, b.rank, b.block, expert, experts - 1);
     } else if (expert >= 0) {
       atomicAdd(own_rows(b) + expert, slot < share.begin ? 0x10001u : 1u);
     }
@@ -66,7 +66,7 @@ __device__ __forceinline__ bool count_own(const FusedBlock& b, const CarryShare&
     const int count = static_cast<int>(own_rows(b)[j] & 0xffffu);
     if (count <= b.me.num_tokens) continue;
     wrong = true;
-    report(b.patience, Fault::kBadCount, b.rank, b.block, count, b.me.num_tokens);
+    report(b.wait, Fault::kBadCount, b.rank, b.block, count, b.me.num_tokens);
   }
   return __syncthreads_or(wrong) != 0;
 }
@@ -80,7 +80,7 @@ __device__ __forceinline__ void tell_counts(const FusedBlock& b, bool wrong) {
     const int64_t row = b.counts_of(b.rank);
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_ll_word(wrong ? kNoCount : own_rows(b)[j] & 0xffffu, b.patience.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(wrong ? kNoCount : own_rows(b)[j] & 0xffffu, b.wait.epoch));
     }
   }
 }
@@ -89,11 +89,11 @@ __device__ __forceinline__ void tell_counts(const FusedBlock& b, bool wrong) {
 __device__ __forceinline__ int hear_count(const FusedBlock& b, int source, int expert) {
   const uint64_t* const address = b.own<uint64_t>(b.counts_of(source)) + expert;
   uint64_t word = load_relaxed_sys(address);
-  if (!await_word(address, word, b.patience, Fault::kCounts, source)) return -1;
+  if (!await_word(address, word, b.wait, Fault::kCounts, source)) return -1;
   const uint32_t count = value_of(word);
   if (count <= static_cast<uint32_t>(b.p.shape.max_tokens)) return static_cast<int>(count);
   const Fault fault = count == kNoCount ? Fault::kBadExpert : Fault::kBadCount;
-  report(b.patience, fault, source, -1, static_cast<int32_t>(count), b.p.shape.max_tokens);
+  report(b.wait, fault, source, -1, static_cast<int32_t>(count), b.p.shape.max_tokens);
   return -1;
 }
 
@@ -207,7 +207,7 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
   write_received(b, ok);
   if (b.p.phase == Phase::kSend || !ok) return;
   if (!b.await_all(Flags::kRows, Fault::kRows)) return write_received(b, false);
-  if (threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.round) = b.patience.round;
+  if (threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.epoch) = b.wait.epoch;
 }
 
 // The scales that come with rows, by the blocks that do not wait for the rows' signals; by the last one, if it is alone.
@@ -222,13 +222,13 @@ template <int kVectors, bool kExact>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_carry_kernel(const __grid_constant__ FusedArgs args) {
   unsigned char* const shared = dynamic_shared();
   FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.tables.rank)), shared);
-  b.patience.round = *b.own<uint32_t>(args.p.layout.round) + 1;
+  b.wait.epoch = *b.own<uint32_t>(args.p.layout.epoch) + 1;
   b.stamp(0);
   const CarryShare share(b);
   int begin = share.first_token, end = min(begin + args.staged_rows, share.end_token);
   CarryReader<kVectors, kExact> first(b, begin, end);
   for (int j = threadIdx.x; j < args.p.shape.num_experts; j += kFusedThreads) own_rows(b)[j] = 0;
-  bool ok = __syncthreads_or(threadIdx.x == 0 && has_fault(b.patience)) == 0;
+  bool ok = __syncthreads_or(threadIdx.x == 0 && has_fault(b.wait)) == 0;
   if (ok) {
     const bool wrong = count_own(b, share);
     b.stamp(1);

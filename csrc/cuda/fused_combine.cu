@@ -38,11 +38,11 @@ struct CombineBlock {
   char* const home;
   const PeerView<DirectNetwork> peers;
   const int vectors;
-  Patience patience;
+  WaitContext wait;
 
   __device__ __forceinline__ CombineBlock(const CombineArgs& a, const FusedRank& described)
       : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region, nullptr), vectors(p.shape.hidden_size / 8) {
-    patience = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.round), p.same_device,
+    wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.epoch), p.same_device,
                 p.layer};
   }
   template <class T>
@@ -91,13 +91,13 @@ __device__ inline void offer_outputs(const CombineBlock& b) {
   for (int peer = threadIdx.x; peer < b.p.shape.num_ranks; peer += kThreads) {
     if (peer == b.me.rank && !b.copies()) continue;
     const int64_t flag = flag_offset(b.p.shape, b.p.layout, Flags::kOutputs, b.me.rank, blockIdx.x);
-    b.peers.signal(peer, flag, b.patience);
+    b.peers.signal(peer, flag, b.wait);
   }
 }
 
 __device__ inline bool await_outputs(const CombineBlock& b) {
   const int there = b.copies() ? -1 : b.me.rank;
-  return await_flags(b.own<char>(0), b.p.shape, b.p.layout, Flags::kOutputs, b.patience, Fault::kOutputs, there);
+  return await_flags(b.own<char>(0), b.p.shape, b.p.layout, Flags::kOutputs, b.wait, Fault::kOutputs, there);
 }
 
 __device__ __forceinline__ int id_at(const CombineBlock& b, int slot) {

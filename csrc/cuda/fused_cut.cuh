@@ -1,4 +1,4 @@
-// Where the exceeded bounds of the fused dispatch cut (docs/method.md 4 and 5).
+// Where the exceeded bounds of the fused dispatch cut (docs/design/method.md 4 and 5).
 //
 // The group's units on a bound are counted by level, and a warp finds the level that is cut and the own quota at it. The own
 // units at that level are then counted by slot, and the same search finds the slot at which the quota is used up. What
@@ -194,7 +194,7 @@ __device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
   if (b.lane == 1) word = static_cast<uint32_t>(raw.cut.x) | static_cast<uint32_t>(raw.cut.y) << kLevelBits;
   if (b.lane == 2) word = static_cast<uint32_t>(raw.kept.group);
   if (b.lane == 3) word = static_cast<uint32_t>(raw.kept.own);
-  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.patience.round));
+  b.peers.send(b.rank, b.p.layout.cuts + 8LL * (n * kCutWords + b.lane), make_ll_word(word, b.wait.epoch));
 }
 
 // An own assignment of a bound that this block cuts while others cut others: few are.

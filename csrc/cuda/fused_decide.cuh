@@ -1,4 +1,4 @@
-// What the fused dispatch decides: docs/method.md 4 and 5, from the assignments of the whole group.
+// What the fused dispatch decides: docs/design/method.md 4 and 5, from the assignments of the whole group.
 //
 // Every block of every rank derives the same totals and clipped slots for itself, so that nothing has to be sent back. What
 // is shared out over the blocks of a rank: the cuts of many bounds (fused_cut.cuh), and proposals, each of which reads a

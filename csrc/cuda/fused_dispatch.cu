@@ -7,7 +7,7 @@
 //              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are told
 //              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
-//              prefix sum, so that rows are written once, to where the experts read them. docs/fused_dispatch.md draws it.
+//              prefix sum, so that rows are written once, to where the experts read them. docs/design/fused_dispatch.md draws it.
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a
 //              multiprocessor.
 // Determinism: all decisions are integers; a row's place depends on (source, token, slot) alone.
@@ -49,7 +49,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   if (thread < experts) b.modality()[thread] = modality;
   if (thread == 0) {
     b.scalars() = {};
-    b.scalars().faulty = has_fault(b.patience);
+    b.scalars().faulty = has_fault(b.wait);
   }
 }
 
@@ -102,7 +102,7 @@ class RowReader {
 
  private:
   __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
-    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_ll_word(__float_as_uint(entropy), b.patience.round));
+    b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_ll_word(__float_as_uint(entropy), b.wait.epoch));
   }
 
   const int begin_, end_;
@@ -208,7 +208,7 @@ __device__ inline void receive_scales(const FusedBlock& b) {
   b.stamp(23);
 }
 
-// What comes to this rank, by the last block. `ok`: else it gets nothing. Only a good round ends: others may not have begun
+// What comes to this rank, by the last block. `ok`: else it gets nothing. Only a good epoch ends: others may not have begun
 // it yet, and a rank with a fault on record sends nothing more.
 __device__ inline void receive(const FusedBlock& b, bool ok) {
   write_received(b, ok);
@@ -218,14 +218,14 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
     write_received(b, false);
   }
   b.stamp(20);
-  if (ok && threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.round) = b.patience.round;
+  if (ok && threadIdx.x == 0) *b.own<uint32_t>(b.p.layout.epoch) = b.wait.epoch;
 }
 
 template <int kVectors, bool kExact, int kKeys>
 __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const __grid_constant__ FusedArgs args) {
   unsigned char* const shared = dynamic_shared();
   FusedBlock b(args, describe_rank(args.p, *reinterpret_cast<FusedRank*>(shared + args.tables.rank)), shared);
-  b.patience.round = *b.own<uint32_t>(args.p.layout.round) + 1;  // through the L1: one load a block, not one a warp
+  b.wait.epoch = *b.own<uint32_t>(args.p.layout.epoch) + 1;  // through the L1: one load a block, not one a warp
   b.stamp(0);
   const bool score = args.p.policy.needs_entropy;
   const int kept = min(b.first + args.staged_rows, b.end);
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   }
 }
 
-// Behind a dispatch that only sent: the scales that come with rows. The round is that of this block's own signal: another
-// block may have ended the rank's round before this one begins.
+// Behind a dispatch that only sent: the scales that come with rows. The epoch is that of this block's own signal: another
+// block may have ended the rank's epoch before this one begins.
 __device__ inline void receive_scales_alone(FusedBlock& b, int sharers) {
   __shared__ uint32_t rows[kMaxFusedExperts];
   __shared__ int starts[kMaxFusedExperts];
@@ -273,7 +273,7 @@ __device__ inline void receive_scales_alone(FusedBlock& b, int sharers) {
     rows[j] = load_relaxed_sys(received + j);  // the last block may be about to take them back
     starts[j] = static_cast<int>(load_relaxed_sys(b.own<uint32_t>(b.p.layout.starts) + j));
   }
-  b.patience.round = __ldcg(b.own<uint32_t>(flag_offset(b.p.shape, b.p.layout, Flags::kRows, b.rank, b.block)));
+  b.wait.epoch = __ldcg(b.own<uint32_t>(flag_offset(b.p.shape, b.p.layout, Flags::kRows, b.rank, b.block)));
   __syncthreads();
   place_scales(b, rows, starts, b.block, sharers);
 }
@@ -285,12 +285,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_receive_kernel(const _
   const int sharers = max(b.num_blocks - 1, 1);
   if (scales_with_rows(b) && b.block < sharers) receive_scales_alone(b, sharers);
   if (b.block != b.num_blocks - 1) return;
-  uint32_t* const round = b.own<uint32_t>(args.p.layout.round);
-  b.patience.round = __ldcg(round) + 1;
+  uint32_t* const epoch = b.own<uint32_t>(args.p.layout.epoch);
+  b.wait.epoch = __ldcg(epoch) + 1;
   const bool ok = b.await_all(Flags::kRows, Fault::kRows);
   if (!ok) write_received(b, false);
   __syncthreads();
-  if (ok && threadIdx.x == 0) *round = b.patience.round;
+  if (ok && threadIdx.x == 0) *epoch = b.wait.epoch;
 }
 
 int cell_bytes(const FusedDispatchParams& p) { return 4 * kCutsAtOnce * CutCells::words(p.policy.bucket_bits); }

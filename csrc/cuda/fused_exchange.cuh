@@ -51,7 +51,7 @@ class OwnSlots {
 
   static __device__ __forceinline__ void send(const FusedBlock& b, int64_t words, int slot, const Entry& entry) {
     const int64_t offset = words + 8LL * (b.rank * b.most_slots() + slot);
-    const uint64_t word = make_ll_word(entry.bits, b.patience.round);
+    const uint64_t word = make_ll_word(entry.bits, b.wait.epoch);
 #pragma unroll 1  // a row waits in registers
     for (int peer = 0; peer < b.p.shape.num_ranks; ++peer) b.peers.send(peer, offset, word);
   }
@@ -71,7 +71,7 @@ class OwnSlots {
   __device__ __forceinline__ Entry entry_of(const FusedBlock& b, bool leads) {
     const int expert = min(slot_.expert, kMostNamed);
     if (slot_.expert >= in_.policy.num_experts) {
-      report(b.patience, Fault::kBadExpert, b.rank, b.block, slot_.expert, in_.policy.num_experts - 1);
+      report(b.wait, Fault::kBadExpert, b.rank, b.block, slot_.expert, in_.policy.num_experts - 1);
       return Entry::of(expert, 0, slot_.text(), leads, 0);
     }
     slot_.weight = plain_weight(slot_.segment);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
 #pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
-    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_ll_word(b.me.num_tokens, b.patience.round));
+    b.peers.send(peer, b.p.layout.tokens + 8LL * b.rank, make_ll_word(b.me.num_tokens, b.wait.epoch));
   }
 }
 
@@ -123,10 +123,10 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   if (b.lane < b.p.shape.num_ranks && b.lane != b.rank) {
     const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + b.lane;
     uint64_t word = load_relaxed_sys(address);
-    if (!await_word(address, word, b.patience, Fault::kAssignments, b.lane)) return -1;
+    if (!await_word(address, word, b.wait, Fault::kAssignments, b.lane)) return -1;
     tokens = static_cast<int>(value_of(word));
     if (tokens < 0 || tokens > b.p.shape.max_tokens) {
-      report(b.patience, Fault::kBadTokens, b.lane, -1, tokens, b.p.shape.max_tokens);
+      report(b.wait, Fault::kBadTokens, b.lane, -1, tokens, b.p.shape.max_tokens);
       return -1;
     }
   }
@@ -134,23 +134,23 @@ __device__ inline int hear_tokens(const FusedBlock& b) {
   return tokens;
 }
 
-// One lane: LL words at `address`, `apart` from each other. Those that it does not wait for are of this round already.
+// One lane: LL words at `address`, `apart` from each other. Those that it does not wait for are of this epoch already.
 __device__ __forceinline__ bool await_words(const FusedBlock& b, const uint64_t* address, int apart,
                                             uint64_t (&words)[kClaim], Fault fault, int source) {
-  for (Wait wait;;) {
+  for (Poll poll;;) {
     uint32_t wrong = 0;
 #pragma unroll
-    for (int i = 0; i < kClaim; ++i) wrong |= epoch_of(words[i]) ^ b.patience.round;
+    for (int i = 0; i < kClaim; ++i) wrong |= epoch_of(words[i]) ^ b.wait.epoch;
     if (wrong == 0) return true;
     uint32_t seen = 0;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(words[i], b.patience.round)) seen = epoch_of(words[i]);
+      if (!is_of(words[i], b.wait.epoch)) seen = epoch_of(words[i]);
     }
-    if (!wait.go_on(b.patience, fault, source, -1, seen, b.patience.round)) return false;
+    if (!poll.go_on(b.wait, fault, source, -1, seen, b.wait.epoch)) return false;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (!is_of(words[i], b.patience.round)) words[i] = load_relaxed_sys(address + i * apart);
+      if (!is_of(words[i], b.wait.epoch)) words[i] = load_relaxed_sys(address + i * apart);
     }
   }
 }
@@ -176,10 +176,10 @@ struct Claimed {
   }
 
   // Of `slots` that the source has: what lies behind them names nobody, and has come.
-  __device__ __forceinline__ void end_at(int slots, uint32_t round) {
+  __device__ __forceinline__ void end_at(int slots, uint32_t epoch) {
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
-      if (first + i * kWarp >= slots) words[i] = make_ll_word(Entry::nobody().bits, round);
+      if (first + i * kWarp >= slots) words[i] = make_ll_word(Entry::nobody().bits, epoch);
     }
   }
 };
@@ -248,7 +248,7 @@ __device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Ta
     if (c.begin >= longest) return true;
     const int slots = __shfl_sync(kFullMask, tokens, c.source) * top_k;
     const bool own = c.source == b.rank, wanted = c.begin < slots && (exchange == 0 || !own);
-    if (wanted) c.end_at(slots, b.patience.round);
+    if (wanted) c.end_at(slots, b.wait.epoch);
     const bool ok = !wanted || await_words(b, c.address, kWarp, c.words, Fault::kAssignments, c.source);
     if (more) next = Claimed(b, exchange);
     if (!__all_sync(kFullMask, ok)) return false;
@@ -316,7 +316,7 @@ __device__ inline void report_unknown(const FusedBlock& b, int exchange) {
     for (int slot = threadIdx.x; slot < slots; slot += kFusedThreads) {
       const int expert = Entry{value_of(load_relaxed_sys(words + slot))}.expert();
       if (expert < b.p.shape.num_experts || expert == kNobody) continue;
-      report(b.patience, Fault::kBadExpert, source, -1, expert, b.p.shape.num_experts - 1);
+      report(b.wait, Fault::kBadExpert, source, -1, expert, b.p.shape.num_experts - 1);
     }
   }
 }

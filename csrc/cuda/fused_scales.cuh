@@ -5,7 +5,7 @@
 // their places as they come, while the rows behind them are still on their way.
 //
 // No scale is 0 (Fp8Scale, and so no word of four exponents), so that a word says by itself that it has come. Whoever has
-// seen it writes 0 in its place, for the round after the next: every word that is sent has to be taken. The host clears what a
+// seen it writes 0 in its place, for the epoch after the next: every word that is sent has to be taken. The host clears what a
 // fault has left.
 #pragma once
 #include <cuda_runtime.h>
@@ -20,9 +20,9 @@ __device__ __forceinline__ bool scales_with_rows(const FusedBlock& b) {
   return b.p.scales_with_rows && is_fp8(b.p.shape.format);
 }
 
-// Where the words of a row's scales arrive in this round, in a region.
+// Where the words of a row's scales arrive in this epoch, in a region.
 __device__ __forceinline__ int64_t arriving_scales(const FusedBlock& b, int row) {
-  const int64_t place = (b.patience.round & 1) * static_cast<int64_t>(b.p.shape.max_rows) + row;
+  const int64_t place = (b.wait.epoch & 1) * static_cast<int64_t>(b.p.shape.max_rows) + row;
   return b.p.layout.row_scales + 4 * place * row_scale_stride(b.p.shape);
 }
 
@@ -61,9 +61,9 @@ __device__ __forceinline__ void tell_scales(const FusedBlock& b, int peer, int r
 // One lane: `count` words, side by side. They lie in one sector and are written by one warp: until the last has come only that
 // one is looked at, and with pauses, since thousands of lanes may wait while rows come in through the same L2.
 __device__ __forceinline__ bool await_scales(const uint32_t* address, int count, uint32_t (&words)[kClaim],
-                                             const Patience& patience) {
+                                             const WaitContext& wait) {
   constexpr uint32_t kPauseNs = 300;
-  for (Wait wait;;) {
+  for (Poll poll;;) {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < kClaim; ++i) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool await_scales(const uint32_t* address, int count,
     }
     if (all) return true;
     do {
-      if (!wait.go_on(patience, Fault::kRows, -1, -1, 0, patience.round)) return false;
+      if (!poll.go_on(wait, Fault::kRows, -1, -1, 0, wait.epoch)) return false;
       nanosleep(kPauseNs);
     } while (load_relaxed_sys(address + count - 1) == 0);
   }
@@ -85,10 +85,10 @@ __device__ __forceinline__ bool place_words(const FusedBlock& b, int local, int 
   const FusedShape& s = b.p.shape;
   const int count = inside ? min(kClaim, static_cast<int>(scale_words(s)) - first) : 0;
   uint32_t* const address = b.own<uint32_t>(arriving_scales(b, row)) + first;
-  Patience patience = b.patience;
-  patience.timeout_ns *= 2;
+  WaitContext wait = b.wait;
+  wait.timeout_ns *= 2;
   uint32_t words[kClaim];
-  const bool ok = await_scales(address, count, words, patience);
+  const bool ok = await_scales(address, count, words, wait);
   if (!__all_sync(kFullMask, ok)) return false;
   const ScalePlace place(b, local, row);
 #pragma unroll

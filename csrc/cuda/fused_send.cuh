@@ -31,10 +31,10 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
       const int source = base + i;
       if (source >= ranks || source == b.rank) continue;
       uint64_t word = held[i];
-      if (!await_word(words + source * experts, word, b.patience, Fault::kCounts, source)) return false;
+      if (!await_word(words + source * experts, word, b.wait, Fault::kCounts, source)) return false;
       const uint32_t count = value_of(word);
       if (count > static_cast<uint32_t>(tokens[source])) {
-        report(b.patience, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
+        report(b.wait, Fault::kBadCount, source, -1, static_cast<int32_t>(count), tokens[source]);
         return false;
       }
       rows += count + (source < b.rank ? count << 16 : 0u);
@@ -54,7 +54,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
     const int64_t row = b.counts_of(b.rank);
 #pragma unroll 1
     for (int j = threadIdx.x; j < experts; j += kFusedThreads) {
-      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.patience.round));
+      b.peers.send(peer, row + 8 * j, make_ll_word(own[j] & 0xffffu, b.wait.epoch));
     }
   }
   bool ok = true;
@@ -105,7 +105,7 @@ __device__ inline void report_no_room(const FusedBlock& b) {
   for (int j = threadIdx.x; j < s.num_experts; j += kFusedThreads) {
     const int count = static_cast<int>(b.group_rows()[j] & 0xffffu);
     const int limit = s.expert_rows > 0 ? s.expert_rows : s.max_rows - b.at<int>(b.args.tables.starts)[j];
-    if (count > limit) report(b.patience, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
+    if (count > limit) report(b.wait, Fault::kOverflow, j / b.args.per_rank, -1, count, limit);
   }
 }
 

@@ -1,4 +1,4 @@
-// The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/method.md 2).
+// The entropy weights of tokens, from the entropies of all of the rank's tokens (docs/design/method.md 2).
 //
 // The moments of a segment are those of segment_sums.cuh to the bit: integers, however they are added up. Here they are
 // added in limbs that a warp sums with one instruction each, and adds in two halves: shared memory adds 32 bits at once, 64
@@ -73,8 +73,8 @@ __device__ inline bool hear_entropies(const FusedBlock& b) {
     const int token = first + b.lane;
     const bool inside = token < b.me.num_tokens;
     const int segment = inside ? min(__ldg(b.me.segment + token), b.p.num_segments - 1) : -1;
-    uint64_t word = inside ? load_relaxed_sys(words + token) : make_ll_word(0, b.patience.round);
-    ok = ok && await_word(words + token, word, b.patience, Fault::kEntropies, b.rank);
+    uint64_t word = inside ? load_relaxed_sys(words + token) : make_ll_word(0, b.wait.epoch);
+    ok = ok && await_word(words + token, word, b.wait, Fault::kEntropies, b.rank);
     const float entropy = __uint_as_float(value_of(word));
     if (inside) entropies[token] = entropy;
     if (!b.args.keeps_limbs) continue;
@@ -126,7 +126,7 @@ __device__ inline bool weigh_tokens(const FusedBlock& b) {
 }
 
 // By one of the rank's blocks, where the weights decide nothing and are only reported: those of all of the rank's tokens,
-// and the group's sums. Rows are on their way by then. Ranks may be a round apart here, so that the LL words alternate.
+// and the group's sums. Rows are on their way by then. Ranks may be an epoch apart here, so that the LL words alternate.
 __device__ inline bool report_weights(const FusedBlock& b) {
   if (!hear_entropies(b)) return false;
   for_each_weight(b, [&](int token, float weight) {
@@ -139,14 +139,14 @@ __device__ inline bool report_weights(const FusedBlock& b) {
     if (counts) atomicAdd(&b.scalars().visual_weight, fixed_weight(weight));
   });
   __syncthreads();
-  const int64_t words = b.p.layout.weights + 8LL * (b.patience.round & 1) * b.p.shape.num_ranks;
+  const int64_t words = b.p.layout.weights + 8LL * (b.wait.epoch & 1) * b.p.shape.num_ranks;
   bool ok = true;
   if (static_cast<int>(threadIdx.x) < b.p.shape.num_ranks) {
     const int peer = threadIdx.x;
-    b.peers.send(peer, words + 8LL * b.rank, make_ll_word(b.scalars().visual_weight, b.patience.round));
+    b.peers.send(peer, words + 8LL * b.rank, make_ll_word(b.scalars().visual_weight, b.wait.epoch));
     const uint64_t* const address = b.own<uint64_t>(words) + peer;
     uint64_t word = load_relaxed_sys(address);
-    ok = await_word(address, word, b.patience, Fault::kEntropies, peer);
+    ok = await_word(address, word, b.wait, Fault::kEntropies, peer);
     atomicAdd(&b.scalars().sums[2], static_cast<int>(value_of(word)));
     atomicAdd(&b.scalars().sums[3], static_cast<int>(value_of(word)));
   }

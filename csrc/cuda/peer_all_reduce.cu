@@ -4,8 +4,8 @@
 // Algorithm:   every value goes to every peer as an LL word, so that no flag and no fence has to follow it; each rank adds up
 //              what lies in its own memory.
 // Grid:        a thread a value, up to kMostReduceBlocks blocks; block b waits for the blocks b of the peers and for no other of its own.
-// Reuse:       LL words of a round lie where those of the round before last lay. Whoever sends them has heard all of the last
-//              round, which its peers sent behind having read those.
+// Reuse:       LL words of an epoch lie where those of the epoch before last lay. Whoever sends them has heard all of the last
+//              epoch, which its peers sent behind having read those.
 // Determinism: integers.
 #include <algorithm>
 
@@ -23,20 +23,20 @@ struct PeerReduce {
   const PeerReduceParams& p;
   char* const home;
   const PeerView<DirectNetwork> peers;
-  uint32_t* const rounds;
-  const Patience patience;
-  const int64_t inbox;  // of this round
+  uint32_t* const epochs;
+  const WaitContext wait;
+  const int64_t inbox;  // of this epoch
 
   __device__ __forceinline__ explicit PeerReduce(const PeerReduceParams& params)
       : p(params), home(p.region[p.rank]), peers(p.region, nullptr),
-        rounds(reinterpret_cast<uint32_t*>(home + p.layout.rounds) + blockIdx.x),
-        patience{reinterpret_cast<FusedStatus*>(home + p.layout.status), p.timeout_ns, *rounds + 1, false},
-        inbox(p.layout.inbox + 8 * (patience.round & 1) * p.num_ranks * p.size) {}
+        epochs(reinterpret_cast<uint32_t*>(home + p.layout.epochs) + blockIdx.x),
+        wait{reinterpret_cast<FusedStatus*>(home + p.layout.status), p.timeout_ns, *epochs + 1, false},
+        inbox(p.layout.inbox + 8 * (wait.epoch & 1) * p.num_ranks * p.size) {}
 
   __device__ __forceinline__ int64_t place(int source, int64_t i) const { return inbox + 8 * (source * p.size + i); }
 
   __device__ __forceinline__ void tell(int64_t i) const {
-    const uint64_t word = make_ll_word(static_cast<uint32_t>(p.values[i]), patience.round);
+    const uint64_t word = make_ll_word(static_cast<uint32_t>(p.values[i]), wait.epoch);
 #pragma unroll 1
     for (int peer = 0; peer < p.num_ranks; ++peer) {
       if (peer != p.rank) peers.send(peer, place(p.rank, i), word);
@@ -57,7 +57,7 @@ struct PeerReduce {
       for (int k = 0; k < kInFlight; ++k) {
         const int source = first + k;
         if (source >= p.num_ranks || source == p.rank) continue;
-        if (!await_word(address(source, i), words[k], patience, Fault::kValues, source)) return false;
+        if (!await_word(address(source, i), words[k], wait, Fault::kValues, source)) return false;
         sum += value_of(words[k]);
       }
     }
@@ -72,7 +72,7 @@ struct PeerReduce {
 
 __global__ void __launch_bounds__(kThreads) peer_all_reduce_kernel(const __grid_constant__ PeerReduceParams p) {
   const PeerReduce b(p);
-  bool ok = __syncthreads_and(threadIdx.x != 0 || !has_fault(b.patience)) != 0;
+  bool ok = __syncthreads_and(threadIdx.x != 0 || !has_fault(b.wait)) != 0;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, step = gridDim.x * kThreads;
   for (int64_t i = begin; i < p.size && ok; i += step) b.tell(i);
   for (int64_t i = begin; i < p.size; i += step) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) peer_all_reduce_kernel(const __grid_
     ok = ok && b.hear(i, sum);
     if (ok) p.sum[i] = static_cast<int32_t>(sum);
   }
-  if (__syncthreads_and(ok) != 0 && threadIdx.x == 0) *b.rounds = b.patience.round;
+  if (__syncthreads_and(ok) != 0 && threadIdx.x == 0) *b.epochs = b.wait.epoch;
 }
 
 }  // namespace

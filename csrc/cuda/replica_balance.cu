@@ -1,5 +1,5 @@
 // replica_balance: how many rows of the group each replica gets, and what this source may keep on a rank that stays over its
-// bound (docs/method.md, 3b and 4b).
+// bound (docs/design/method.md, 3b and 4b).
 //
 // Problem:     E * 2 * B cells into P quotas, R loads, E shifts and R limits; only exceeded ranks look at levels.
 // Algorithm:   a block per rank. Each finds rows, quotas and shifts for itself, the same ones: cells are in L2, and a barrier

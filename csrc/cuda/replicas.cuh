@@ -1,4 +1,4 @@
-// What the kernels of a plan with replicas hand to each other (docs/method.md, 3b and 4b).
+// What the kernels of a plan with replicas hand to each other (docs/design/method.md, 3b and 4b).
 //
 // Before the exchange: ids to logical experts, and who has how many rows of each replicated expert (replica_choose.cu).
 // Behind it: quotas and limits (replica_balance.cu), a place for every assignment (replica_choose.cu), then clip_apply.

@@ -1,4 +1,4 @@
-// selection_score: how a router ranks a token's experts where a correction bias or groups have a say (docs/method.md, 5).
+// selection_score: how a router ranks a token's experts where a correction bias or groups have a say (docs/design/method.md, 5).
 //
 // Problem:     [T, E] logits in any float type, [T, E] f32 out; E <= 1024.
 // Algorithm:   a warp a token, its scores in shared memory. A lane takes a group: its score, how many groups are better,

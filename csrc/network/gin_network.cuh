@@ -5,7 +5,7 @@
 // the headers of the NCCL that is loaded.
 //
 // Signals. A signal must not overtake the rows before it; GIN promises that for signals that add to 64 bits. Every flag is
-// signalled once a round, so that adding one leaves the round's number, as a direct peer's store does.
+// signalled once an epoch, so that adding one leaves the epoch's number, as a direct peer's store does.
 // Rows. GIN reads from the window, not from shared memory: a warp copies its part of a row to an outbox of its own in this
 // rank's region, behind the layout, and waits until the row before has left it.
 #pragma once

@@ -30,16 +30,18 @@ import servers  # noqa: E402
 import summary  # noqa: E402
 from check_serving import interval  # noqa: E402
 from rounds import FIRST_ID, LAST_ID, Client, Run  # noqa: E402
-from servers import INFINITE, MACS, STOCK, Launch, Variant  # noqa: E402
+from servers import COUNTED, INFINITE, MACS, STOCK, Launch, Variant  # noqa: E402
 from summary import Samples  # noqa: E402
 
 REQUESTS = [32, 128, 64, 8, 1]  # running of each rank, the most telling first
 SETTLE = 4  # decode passes that are not counted: the last prefills end, and the overlapped schedule begins
-# The last shows what the plugin costs beside DeepEP's own kernels.
+# `auto` is the default, which prefills under the bounded dispatch, too. The last shows what the plugin costs beside
+# DeepEP's own kernels.
 VARIANTS = (
     Variant("stock", "deepep", STOCK),
+    Variant("auto", "auto", (*MACS, *INFINITE)),
     Variant("fused", "fused", (*MACS, *INFINITE, "--macs-dispatch", "fused")),
-    Variant("inf", "deepep", (*MACS, *INFINITE)),
+    Variant("inf", "deepep", (*COUNTED, *INFINITE)),
 )
 
 
@@ -132,7 +134,7 @@ class Group(prefill.Group):
         return workload(self.options, cell.requests)
 
     def ready(self, variant: Variant, cell: Cell) -> Client:
-        client = self.clients[variant.flags]
+        client = self.turn_of(variant)
         client.choose(0, self.launch.tokens)
         return client
 

@@ -1,6 +1,6 @@
 """Draws a result file of prefill.py: ratio to stock SGLang by tokens a rank and pass, a line for each variant.
 
-python3 scripts/e2e/plot.py docs/results/e2e_prefill_h200x2.json docs/end_to_end.png
+python3 scripts/e2e/plot.py docs/results/e2e_prefill_h200x2.json docs/results/end_to_end.png
 """
 
 import json
@@ -58,7 +58,7 @@ def main() -> None:
     for axes, skew in zip(panels[0], skews, strict=True):
         draw(axes, found["rows"], skew)
     panels[0][0].set_ylabel("time of a pass, stock SGLang = 1")
-    panels[0][0].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     case = found["rows"][0]["case"]
     figure.suptitle(f"{found['gpu']}, {case['layers']} layers, {case['dtype']}, {case['prompts']} prompts", fontsize=9)
     figure.savefig(target, dpi=130)

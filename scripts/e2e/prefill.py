@@ -98,7 +98,7 @@ class Report:
             "lost": self.lost,
         }
         partial = self.options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(result_file.text(result))
         partial.replace(self.options.out)
 
 
@@ -141,14 +141,27 @@ class Group:
 
     def __init__(self, variants: list[Variant], clients: dict[tuple, Client], launch: Launch, report: Report) -> None:
         self.variants = [variant for variant in variants if variant.flags in clients]
-        self.clients, self.launch, self.report, self.options = clients, launch, report, report.options
+        self.clients, self.launch, self.report, self.options = dict(clients), launch, report, report.options
+        self._running: tuple | None = None  # flags of the one server that is not paused
 
     def workload(self, cell: Cell) -> Workload:
         return workload(self.options, cell.tokens)
 
+    def turn_of(self, variant: Variant) -> Client:
+        """The variant's server, while all others are paused: idle ranks poll one another and keep cores busy, which no
+        server has beside it in service.
+        """
+        if self._running != variant.flags:
+            for flags, client in self.clients.items():
+                if flags != variant.flags:
+                    client.server.pause()
+            self.clients[variant.flags].server.resume()
+            self._running = variant.flags
+        return self.clients[variant.flags]
+
     def ready(self, variant: Variant, cell: Cell) -> Client:
         """The variant's server, set to the cell."""
-        client = self.clients[variant.flags]
+        client = self.turn_of(variant)
         routing = 0 if variant.balanced else 1 + self.options.skews.index(cell.skew)
         client.choose(routing, cell.tokens)
         return client
@@ -160,6 +173,7 @@ class Group:
         if variant.flags == self.variants[0].flags:
             raise error
         server = self.clients[variant.flags].server
+        del self.clients[variant.flags]
         found = standstill.look(server)
         print(f"prefill: left out from here on, {error}\n{found}", flush=True)
         own = {"variant": variant.name, "dispatch": variant.dispatch}
@@ -174,7 +188,7 @@ class Group:
         counted = {}
         for turn in range(-self.options.warm_ups, self.options.rounds):
             if turn == 0:
-                counted = {v: self.clients[v.flags].counters() for v in self.variants}
+                counted = {v: self.turn_of(v).counters() for v in self.variants}
             if turn > 0 and time.monotonic() > (until if turn >= FEWEST_ROUNDS else end):
                 break
             for variant in self.variants if turn % 2 == 0 else self.variants[::-1]:
@@ -192,7 +206,7 @@ class Group:
 
     def host_us(self, variant: Variant, before: tuple[float, int]) -> float | None:
         """Microseconds that a plan took of the host, for each layer of a pass. None where nothing was planned."""
-        seconds, plans = (now - then for now, then in zip(self.clients[variant.flags].counters(), before, strict=True))
+        seconds, plans = (now - then for now, then in zip(self.turn_of(variant).counters(), before, strict=True))
         return 1e6 * seconds / plans if plans else None
 
     def report_cell(self, cell: Cell, runs: dict[Variant, list[Run]], host_us: dict[Variant, float | None]) -> None:

@@ -52,7 +52,7 @@ class Variant:
 # unless --cuda-graph-backend-prefill asks for them: option --prefill-graphs does, in every server.
 STOCK = ("--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm")
 MACS = ("--moe-a2a-backend", "macs")
-BOUNDED = (*MACS, "--macs-dispatch", "bounded")  # taken by gpu_launches.ENVIRONMENT alone
+COUNTED, BOUNDED = (*MACS, "--macs-dispatch", "deepep"), (*MACS, "--macs-dispatch", "bounded")
 OFF, INFINITE, RANK = ("--macs-preset", "off"), ("--macs-gamma", "inf"), ("--macs-gamma", "1.05")
 # The most telling first: with too little time for all, the last are left out.
 VARIANTS = (
@@ -62,9 +62,9 @@ VARIANTS = (
     Variant("off", "bounded", (*BOUNDED, *OFF)),
     Variant("balanced", "bounded", (*BOUNDED, *OFF), balanced=True),
     Variant("inf", "bounded", (*BOUNDED, *INFINITE)),
-    Variant("rank-1.05", "deepep", (*MACS, *RANK)),
-    Variant("off", "deepep", (*MACS, *OFF)),
-    Variant("inf", "deepep", (*MACS, *INFINITE)),
+    Variant("rank-1.05", "deepep", (*COUNTED, *RANK)),
+    Variant("off", "deepep", (*COUNTED, *OFF)),
+    Variant("inf", "deepep", (*COUNTED, *INFINITE)),
 )
 
 
@@ -72,7 +72,7 @@ def chosen_variants(names: list[str] | None, dispatches: list[str] | None, devic
     """Those asked for and served by this version; stock and its balanced twin are always among them."""
     (known,) = (f.metadata["choices"] for f in dataclasses.fields(MacsConfig) if f.name == "dispatch")
     if device == "cpu":  # SGLang has no all-to-all on CPU: the plugin's, with the preset off, stands for stock SGLang
-        stands = {STOCK: (*MACS, *OFF)}
+        stands = {STOCK: (*COUNTED, *OFF)}
         own = [v for v in VARIANTS if v.dispatch == "deepep"]
         variants = [dataclasses.replace(v, dispatch="gloo", flags=stands.get(v.flags, v.flags)) for v in own]
         dispatches = None

@@ -5,9 +5,9 @@
     python3 scripts/gpu/check_fused.py --out FILE --processes 8 --mps the same on one GPU
     compute-sanitizer python3 scripts/gpu/check_fused.py --sanitize   few and small cases, nothing timed
 
-Decisions, places, rows and scales are compared to the bit with a reference written from docs/method.md, in a captured
-graph with the composed path; sums are close. Outputs are poisoned before every round, and so is what lies beside them.
-DeepEP is timed in the same run where it is installed.
+Decisions, places, rows and scales are compared to the bit with a reference written from docs/design/method.md, in a
+captured graph with the composed path; sums are close. Outputs are poisoned before every round, and so is what lies
+beside them. DeepEP is timed in the same run where it is installed.
 """
 
 from __future__ import annotations

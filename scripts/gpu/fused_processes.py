@@ -166,7 +166,7 @@ def dead_rank(kernels, regions: SharedRegions, blocks: int, carried: bool) -> No
     if me != ranks - 1 and (fc.FAULTS[status.fault], status.peer) != expected:
         raise RuntimeError(f"rank {me} reports {fc.FAULTS[status.fault]} of rank {status.peer}")
     at_rest()
-    group.recover(max(everyone(group.round(me))) + 1)
+    group.recover(max(everyone(group.epoch(me))) + 1)
     at_rest()
     play(group, 1, Group.dispatch)
 

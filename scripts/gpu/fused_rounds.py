@@ -152,7 +152,7 @@ def check(kernels, config: FusedConfig, rounds: int, seed: int) -> str:
         graph.replay()
     torch.cuda.synchronize()
     wrong = {name: int(n) for name, n in zip(COMPARED, case.wrong.tolist(), strict=True) if n}
-    last = case.group.round(0)
+    last = case.group.epoch(0)
     clipped, rerouted = case.clipped.tolist()
     if wrong or last != rounds + 1 or damaged(case.group):
         raise Mismatch(f"{rounds} rounds: {wrong} differ, round {last}, damaged {damaged(case.group)}; {config}")

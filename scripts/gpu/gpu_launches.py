@@ -44,7 +44,6 @@ RUNS = {
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
-    "MACS_EXPERIMENTAL": "bounded",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
@@ -63,8 +62,9 @@ class Launch:
     """One way to serve.
 
     kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused,
-    bounded, peers: with --macs-dispatch fused or bounded, with --macs-all-reduce peer where MACS is on; graphs: decode
-    replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace.
+    bounded: what --macs-dispatch asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else
+    group; graphs: decode replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics
+    and trace.
     """
 
     ranks: int
@@ -100,6 +100,13 @@ class Launch:
             parallel += ["--mm-feature-transport", "cpu"]
         graphs = ["--cuda-graph-max-bs-decode", "8"] if self.graphs else ["--disable-cuda-graph"]
         return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags]
+
+    @property
+    def dispatch(self) -> str:
+        """Of --macs-dispatch."""
+        if self.fused:
+            return "auto" if self.bounded else "fused"
+        return "bounded" if self.bounded else "deepep"
 
     @property
     def plans_fused(self) -> bool:
@@ -160,6 +167,7 @@ LAUNCHES = {
     # As users run it: prefill in normal mode, decode in low latency. Decoding and prefills meet in the mixed requests.
     "2 ranks, auto": Launch(2, "auto", graphs=True),
     "2 ranks, auto, fused": Launch(2, "auto", fused=True, graphs=True),
+    "2 ranks, auto, all": Launch(2, "auto", fused=True, bounded=True, peers=True, graphs=True, **REAL),
     "2 ranks, auto, fused, FP8 blocks": Launch(2, "auto", fused=True, graphs=True, **FP8),
     "2 ranks, auto, fused, mixed chunks": Launch(
         2, "auto", fused=True, graphs=True, flags=(*SMALL, "--enable-mixed-chunk")
@@ -186,10 +194,6 @@ def start(launch: Launch, run: list[str], log: Path, environment: dict[str, str]
     """A server of `launch` with the flags of a run; a context manager."""
     env = launch.environment() | (environment or {})
     own = []
-    if launch.fused and "off" not in run:
-        own += ["--macs-dispatch", "fused"]
-    if launch.bounded and "off" not in run:
-        own += ["--macs-dispatch", "bounded"]
-    if launch.peers and "off" not in run:
-        own += ["--macs-all-reduce", "peer"]
+    if "off" not in run:
+        own += ["--macs-dispatch", launch.dispatch, "--macs-all-reduce", "peer" if launch.peers else "group"]
     return Server(launch.model(), [*launch.arguments, *run, *own], env=env, log=log, timeout=START_SECONDS)

@@ -36,6 +36,20 @@ def gpu_name() -> str:
     return names[0].strip()
 
 
+def text(result: dict) -> str:
+    """JSON with a line for each entry, and for each row of a list: short, and a diff shows which rows changed."""
+
+    def line(value: object) -> str:
+        return json.dumps(value, separators=(",", ":"))
+
+    def entry(value: object) -> str:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return "[\n" + ",\n".join(line(row) for row in value) + "\n]"
+        return line(value)
+
+    return "{\n" + ",\n".join(f"{line(name)}:{entry(value)}" for name, value in result.items()) + "\n}\n"
+
+
 def write(out: Path | str, rows: list[dict], *, commit: str, gpus: int = 1, **more: object) -> None:
     """One file of docs/results; `more` stands between the header and the rows."""
     result = {
@@ -46,4 +60,4 @@ def write(out: Path | str, rows: list[dict], *, commit: str, gpus: int = 1, **mo
         **more,
         "rows": rows,
     }
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    Path(out).write_text(text(result))

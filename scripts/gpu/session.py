@@ -117,7 +117,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
     # A fresh installation holds sources alone, and 80 s of a server's first start are imports. That some file of some
     # package cannot be compiled is no failure.
     bytecode = f"{PYTHON} -m compileall -q -j 0 {packages()} > /dev/null; true"
-    # The fused path in graphs of several rounds stands still there: docs/fused_dispatch.md.
+    # The fused path in graphs of several rounds stands still there: docs/design/fused_dispatch.md.
     composed = ("--mps", "--time-only", "--composed-only")
     serve = script("serve_check", "--at-once", "6", "--launch", *checked, result="serve.json")
     one_gpu = script("serve_check", "--launch", "2 ranks, one GPU", result="serve_one_gpu.json")

@@ -1,7 +1,7 @@
 """Times of the operators that CUDA tensors get (`ops.cuda_backend`), by CUDA graph replay and launched one by one.
 
-The case is that of docs/kernels.md. `MACS_CUDA_BACKEND=triton python3 scripts/gpu/time_operators.py --out FILE` for
-Triton's.
+The case is that of docs/results/kernels.md. `MACS_CUDA_BACKEND=triton python3 scripts/gpu/time_operators.py --out FILE`
+for Triton's.
 """
 
 from __future__ import annotations

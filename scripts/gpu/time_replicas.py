@@ -2,7 +2,7 @@
 
     python3 scripts/gpu/time_replicas.py --out docs/results/replicas_plan_h200.json
 
-One rank of eight is the group; the case is that of docs/kernels.md. `ratio` is against the plan without places.
+One rank of eight is the group; the case is that of docs/results/kernels.md. `ratio` is against the plan without places.
 """
 
 from __future__ import annotations

@@ -640,8 +640,7 @@ def main() -> None:
     if not files:
         raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
     result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}
-    whole = {**lab_result.header(result["device"]), **result, "rows": lab_result.rows(result)}
-    options.out.write_text(json.dumps(whole, indent=1) + "\n")
+    lab_result.write(options.out, result)
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
     print_summary(result)
 

@@ -192,7 +192,7 @@ class ByLayer:
 
 
 def _true_weights(given: Inputs, ids: Tensor, scoring: str) -> Tensor:
-    """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (docs/method.md 5.3)."""
+    """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (method.md 5.3)."""
     reference = given.logits.gather(1, given.ids[:, :1])  # slots come sorted: the first has the greatest gate
     chosen = given.logits.gather(1, ids.clamp(min=0))
     ratio = chosen.sigmoid() / reference.sigmoid() if scoring == "sigmoid" else (chosen - reference).exp()

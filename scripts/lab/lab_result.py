@@ -1,4 +1,4 @@
-"""The evaluation in the form that all files of docs/results share: a header, and one row per policy, bound and task."""
+"""The evaluation in the form of the files in docs/results: what ran, on what and when, and then its figures."""
 
 from __future__ import annotations
 
@@ -26,26 +26,5 @@ def header(device: str) -> dict[str, str]:
     }
 
 
-def rows(result: dict) -> list[dict]:
-    """Of the parts that compare methods, for the tasks that count and their mean.
-
-    relative_accuracy and ci95 are over the unclipped model's accuracy; clipped is a share of all assignments.
-    """
-    found = []
-    for part in ("main", "stress"):
-        if part not in result:
-            continue
-        measured = result[part]["rows"]
-        unclipped = next(row for row in measured if row["bound"] is None)["accuracy"]
-        for row in measured:
-            if row["bound"] is None:
-                continue
-            common = {"policy": row["method"], "bound": row["bound"]}
-            rest = {"clipped": row["share"]["clipped"], "seeds": len(result["seeds"])}
-            scores = {
-                task: [x / unclipped[task][0] for x in row["accuracy"][task]] for task in result["main"]["mastered"]
-            }
-            for task, (middle, *interval) in {"mean": row["kept"], **scores}.items():
-                relative = {"relative_accuracy": round(middle, 5), "ci95": [round(x, 5) for x in interval]}
-                found.append({**common, "task": task, **relative, **rest})
-    return found
+def write(out: Path, result: dict) -> None:
+    out.write_text(result_file.text({**header(result["device"]), **result}))

@@ -1,4 +1,4 @@
-"""Draws docs/quality.png and prints the tables of docs/quality.md from docs/results/quality.json.
+"""Draws docs/results/quality.png and prints the tables of docs/results/quality.md from docs/results/quality.json.
 
 python scripts/lab/plot.py [--json FILE] [--picture FILE]
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from lab_checkpoint import ROOT
 from lab_tasks import OCR_TASKS
 
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs" / "results"
 MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
 DRAWN = {
     "gate": ("C3", "o-"),
@@ -117,7 +117,7 @@ def summary(result: dict) -> str:
 
 
 def tables(result: dict, second: dict | None) -> str:
-    """Everything between the marks of docs/quality.md; second: results of the other architecture."""
+    """Everything between the marks of docs/results/quality.md; second: results of the other architecture."""
     found = [summary(result)]
     unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
     for bound in sorted({r["bound"] for r in rows_of(result)}):
@@ -146,8 +146,8 @@ def write_tables(text: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=DOCS / "results" / "quality.json")
-    parser.add_argument("--second", type=Path, default=DOCS / "results" / "quality_second.json")
+    parser.add_argument("--json", type=Path, default=DOCS / "quality.json")
+    parser.add_argument("--second", type=Path, default=DOCS / "quality_second.json")
     options = parser.parse_args()
     result = json.loads(options.json.read_text())
     second = json.loads(options.second.read_text()) if options.second.exists() else None

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=list(MACHINES), default=DEFAULT_MACHINE)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=NUMBER", help="change a machine's figure")
     parser.add_argument("--model", choices=list(MODELS), default=DEFAULT_MODEL)
-    parser.add_argument("--loads", help="JSON of loads (docs/simulate.md); default: the published ones")
+    parser.add_argument("--loads", help="JSON of loads (docs/guide/simulate.md); default: the published ones")
     parser.add_argument(
         "--visual-share", type=number(float, 0, 1), default=0.9, help="of the tokens, for the published loads"
     )

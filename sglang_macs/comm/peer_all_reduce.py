@@ -54,7 +54,7 @@ class PeerAllReduce:
         if found is not None:
             raise MacsError(
                 "exchange",
-                f"{found.words}, says rank {self.memory.rank} (round {found.in_round})",
+                f"{found.words}, says rank {self.memory.rank} (epoch {found.epoch})",
                 f"every rank within {TIMEOUT_NS // 10**9} s",
                 "Look at that rank's log, or serve with --macs-all-reduce group.",
             )

@@ -39,7 +39,7 @@ class Record(NamedTuple):
     peer: int
     block: int
     layer: int
-    in_round: int
+    epoch: int
     limit_ms: int
     seen: int
     expected: int

@@ -1,4 +1,4 @@
-"""Bounded dispatch: DeepEP's normal mode without a count on the host (docs/bounded.md).
+"""Bounded dispatch: DeepEP's normal mode without a count on the host (docs/design/bounded.md).
 
 A rank knows before anything is sent how many tokens and rows it can get, at most: from the plan's bound, or without one
 from the group's tokens. DeepEP is told that number (`num_worst_tokens`) and gives no count back; the rows go into a

@@ -1,7 +1,7 @@
-"""The fused dispatch and combine (docs/fused_dispatch.md) of one expert-parallel group: its region, and the launches
-over it. One dispatch is under way at a time, from `send` or `carry` to `combine`; all layers share it.
+"""The fused dispatch and combine (docs/design/fused_dispatch.md) of one expert-parallel group: its region, and the
+launches over it. One dispatch is under way at a time, from `send` or `carry` to `combine`; all layers share it.
 
-Everything that changes from round to round lies in the region, the round's number too: what is captured in a CUDA graph
+Everything that changes from dispatch to dispatch lies in the region, the epoch too: what is captured in a CUDA graph
 may be replayed.
 """
 
@@ -25,10 +25,10 @@ from ..ops.definitions import limit
 from ..plan.plan import Plan, PlanResult
 from ..plan.tokens import RoutedTokens
 
-# Of a wait for a peer: longer than a rank is late, shorter than an operator's patience. In the first rounds a rank may
+# Of a wait for a peer: longer than a rank is late, shorter than an operator waits. In the first epochs a rank may
 # compile kernels that the others, who wait for it here, do not need: a minute with empty caches. In a CUDA graph nobody
 # compiles, and SGLang's schedulers have met before they replay one.
-TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_ROUNDS = 30 * 10**9, 200 * 10**9, 4096
+TIMEOUT_NS, FIRST_TIMEOUT_NS, FIRST_EPOCHS = 30 * 10**9, 200 * 10**9, 4096
 CAPTURED_TIMEOUT_NS = 8 * 10**9
 SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 bytes
 
@@ -44,11 +44,11 @@ class Sizes:
     hidden_size: int
 
 
-def timeout_ns(rounds: int) -> int:
-    """Of the waits of a round that is launched now, the `rounds`-th of this host."""
+def timeout_ns(epoch: int) -> int:
+    """Of the waits of a dispatch that is launched now, the `epoch`-th of this host."""
     if torch.cuda.is_current_stream_capturing():
         return CAPTURED_TIMEOUT_NS
-    return FIRST_TIMEOUT_NS if rounds <= FIRST_ROUNDS else TIMEOUT_NS
+    return FIRST_TIMEOUT_NS if epoch <= FIRST_EPOCHS else TIMEOUT_NS
 
 
 def unsupported(config: MacsConfig, sizes: Sizes) -> str:
@@ -107,7 +107,7 @@ class FusedDispatch:
     def __init__(self, config: MacsConfig, sizes: Sizes, memory: PeerMemory, num_blocks: int) -> None:
         self.config, self.sizes, self.memory, self.num_blocks = config, sizes, memory, num_blocks
         self.shape: ops.RegionShape | None = None  # once the format of the rows is known
-        self._rounds = 0  # launched or captured here; the region counts those that have run
+        self._launched = 0  # launched or captured here; the region counts those that have run
         self._layer = -1  # whose rows were sent last
         self._to_receive = False  # whether a launch has yet to await them
         self._watch = peer_status.Watch()
@@ -149,7 +149,7 @@ class FusedDispatch:
             logits,
             num_segments=tokens.num_segments,
             phase="both" if awaits else "send",
-            **(self._patience() | plan.fused_options(tokens.hidden_states.device)),
+            **(self._wait_options() | plan.fused_options(tokens.hidden_states.device)),
         )
         return PlanResult(ids, weights, weight, sums, sums, cut, counts)
 
@@ -165,14 +165,14 @@ class FusedDispatch:
         """Sends every row to where it was routed, unplanned; the rest as of `send`. Collective."""
         self._begin(layer_id, format, awaits)
         phase = "both" if awaits else "send"
-        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._patience())
+        ops.fused_carry(*self._where(), hidden_states, topk_ids, phase=phase, **self._wait_options())
 
     def receive(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """What all ranks sent: rows [E_l, M, H], scales [E_l, M, H / 128] f32 (column-major; None for bf16), and rows
         of each expert [E_l] i32.
         """
         if self._to_receive:
-            ops.fused_receive(*self._where(), **self._patience())
+            ops.fused_receive(*self._where(), **self._wait_options())
         self._to_receive = False
         return self.rows(), self.scales(), self._part("received", torch.int32, self._local)
 
@@ -204,9 +204,9 @@ class FusedDispatch:
         """[E_l, M, H] bf16, what combine reads."""
         return self._part("outputs", torch.bfloat16, self._local, self._region.expert_rows, self.sizes.hidden_size)
 
-    def rounds(self) -> int:
-        """That have run, replayed ones too. Waits for the current stream."""
-        return int(self._part("round", torch.int32, 1)) if self.shape is not None else 0
+    def epoch(self) -> int:
+        """Of the last dispatch that has run, a replayed one too. Waits for the current stream."""
+        return int(self._part("epoch", torch.int32, 1)) if self.shape is not None else 0
 
     def rows(self) -> Tensor:
         """[E_l, M, H] bf16 or e4m3; made anew every time, since SGLang's runner disposes of what it is handed."""
@@ -232,12 +232,12 @@ class FusedDispatch:
         self._raise_for(self._watch.arrived())
 
     def recover(self, group: dist.ProcessGroup) -> None:
-        """Behind a fault, with every rank here: faults are cleared, and all go on from one round. Collective.
+        """Behind a fault, with every rank here: faults are cleared, and all go on from one epoch. Collective.
 
         group: on the host (gloo), of the ranks that are left; the same number as before.
         """
         torch.cuda.synchronize()
-        self._part("round", torch.int32, 1).fill_(max(everyone(self.rounds(), group)) + 1)
+        self._part("epoch", torch.int32, 1).fill_(max(everyone(self.epoch(), group)) + 1)
         self._status().zero_()
         self._part("row_scales", torch.uint8, self._layout.scales - self._layout.row_scales).zero_()
         self._to_receive = False
@@ -270,10 +270,10 @@ class FusedDispatch:
             raise MacsError("fused dispatch", f"layer {layer_id} sent", f"layer {self._layer} received before", "")
         self._set_format(format)
         self._layer, self._to_receive = layer_id, not awaits
-        self._rounds += 1
+        self._launched += 1
 
-    def _patience(self) -> dict[str, Any]:
-        return {"timeout_ns": timeout_ns(self._rounds), "layer": self._layer}
+    def _wait_options(self) -> dict[str, Any]:
+        return {"timeout_ns": timeout_ns(self._launched), "layer": self._layer}
 
     def _where(self) -> tuple[Tensor, list[int], int, ops.RegionShape]:
         return self.memory.own, self.memory.addresses, self.memory.rank, self._region
@@ -281,7 +281,7 @@ class FusedDispatch:
     def _combine(self, outputs: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, phase: str) -> Tensor:
         if outputs is not None and outputs.data_ptr() == self._outputs().data_ptr():
             outputs = None  # they lie where they are read
-        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._patience())
+        return ops.fused_combine(*self._where(), topk_ids, topk_weights, outputs, phase=phase, **self._wait_options())
 
     def _part(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         start = getattr(self._layout, name)
@@ -293,7 +293,7 @@ class FusedDispatch:
     def _raise_for(self, found: peer_status.Record | None) -> None:
         if found is None:
             return
-        what = f"round {found.in_round}, {found.seen} for {found.expected}"
+        what = f"epoch {found.epoch}, {found.seen} for {found.expected}"
         raise MacsError(
             "fused dispatch",
             f"{found.words} in layer {found.layer}, says rank {self.memory.rank} ({what})",

@@ -1,4 +1,4 @@
-"""A MoE layer under the bounded dispatch as one CUDA graph (docs/bounded.md).
+"""A MoE layer under the bounded dispatch as one CUDA graph (docs/design/bounded.md).
 
 Nothing of such a layer depends on the host: plan, exchange, dispatch, experts and combine are some twenty launches
 whose sizes are known before. A graph makes one launch of them. Its inputs lie where it was captured, so that a batch is

@@ -36,9 +36,15 @@ class ExpertSizes(NamedTuple):
     fp8: bool = False
 
 
-def rows_that_pay(planner: LayerPlanner, sizes: ExpertSizes, device: torch.device, group: dist.ProcessGroup) -> int:
-    """The same on all ranks. Collective. group: of the planner's ranks, on the host."""
-    plan_seconds, row_seconds = _plan_seconds(planner, sizes, device), _row_seconds(sizes, device)
+def rows_that_pay(
+    planner: LayerPlanner, sizes: ExpertSizes, device: torch.device, group: dist.ProcessGroup, launched: str = "waiting"
+) -> int:
+    """The same on all ranks. Collective. group: of the planner's ranks, on the host.
+
+    launched: how plans are, `waiting` for the device behind each, since DeepEP's counts make the host wait in every
+    layer; `ahead` of it; or as part of a `graph`.
+    """
+    plan_seconds, row_seconds = _plan_seconds(planner, sizes, device, launched), _row_seconds(sizes, device)
     rows = torch.tensor(_rounded(plan_seconds / row_seconds))
     dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=group)
     return int(rows)
@@ -51,10 +57,8 @@ def _rounded(rows: float) -> int:
     return math.ceil(2 ** (math.ceil(2 * math.log2(max(rows, 1))) / 2))
 
 
-def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.device) -> float:
-    """Of a plan with its exchange: on the host and on the device one after the other, since DeepEP's counts make the
-    host wait in every layer; side by side where the host runs ahead (--macs-dispatch bounded).
-    """
+def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.device, launched: str) -> float:
+    """Of a plan with its exchange."""
     logits = torch.randn(TOKENS, planner.plan.num_experts, dtype=torch.float32, device=device)
     logits[:, : planner.plan.num_experts // planner.plan.num_ranks] += 1  # over its bound: a plan that cuts is timed
     weights, ids = torch.softmax(logits, -1).topk(sizes.top_k)
@@ -63,7 +67,21 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
 
     tokens = RoutedTokens(hidden, ids, weights, logits, segment, 1)
     call = partial(planner.plan, tokens, planner.exchange)
-    return _fastest(call, device, in_a_row=8 if planner.plan.config.dispatch == "bounded" else 1)
+    if launched == "graph":
+        call = _captured(call)
+    return _fastest(call, device, in_a_row=1 if launched == "waiting" else 8)
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call's launches as one; the call itself where they cannot be. Either meets the other ranks' alike."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            call()
+    except RuntimeError:
+        return call
+    return graph.replay
 
 
 def _row_seconds(sizes: ExpertSizes, device: torch.device) -> float:

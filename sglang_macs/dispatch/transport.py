@@ -48,7 +48,7 @@ class Transports:
         group: on the host, in the order of the EP ranks.
         Raises MacsNotActive where --macs-dispatch fused cannot be had.
         """
-        if self.config.dispatch == "deepep":
+        if not self.config.may_fuse:
             return []
         if self._sizes is None:
             self._sizes = sizes
@@ -71,7 +71,7 @@ class Transports:
         """For `GET /server_info`: the memory of a rank, and the dispatches that the fused kernels have carried, those
         of replayed graphs too. Waits for the current stream.
         """
-        return {"bytes": self.region_bytes, "rounds": sum(made.rounds() for made in self._made)}
+        return {"bytes": self.region_bytes, "rounds": sum(made.epoch() for made in self._made)}
 
     def place_outputs(self, inputs: Tensor, outputs: Tensor) -> None:
         """Before each grouped GEMM of experts: the last of a layer that the fused dispatch has fed writes its result

@@ -5,7 +5,7 @@ Rules read a plain view of SGLang's resolved flags, so that they can be tested w
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import MacsConfig
@@ -35,6 +35,7 @@ class Launch:
     """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
 
     top_k: 0 where it does not say. special_routing: `moe_config.special_routing`. context_length: in tokens.
+    quantization: of the weights, by flag or checkpoint.
     """
 
     flags: Any
@@ -44,6 +45,7 @@ class Launch:
     top_k: int = 0
     special_routing: str = ""
     context_length: int = 0
+    quantization: str | None = None
 
     def flag(self, name: str, default: object = None) -> Any:
         return getattr(self.flags, name, default)
@@ -137,7 +139,7 @@ def _dispatch_algorithm(launch: Launch) -> str:
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
     replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
-    if config.dispatch != "deepep" and (replicated or _balances(launch)):
+    if config.dispatch in ("fused", "bounded") and (replicated or _balances(launch)):
         return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas
@@ -234,27 +236,35 @@ def _decode_in_graphs(launch: Launch) -> str:
     return "" if backend == "disabled" else "true, and decode replays CUDA graphs, in which nothing would be planned"
 
 
-def _unfinished(launch: Launch) -> str:
-    if launch.config.dispatch != "bounded" or experimental("bounded"):
-        return ""
-    return "bounded, which has not run on two GPUs since a standstill there was mended"
-
-
 def _bounded(launch: Launch) -> str:
-    if launch.config.dispatch != "bounded":
-        return ""
+    words = _unbounded(launch) if launch.config.dispatch == "bounded" else ""
+    return f"bounded {words}" if words else ""
+
+
+def _unbounded(launch: Launch) -> str:
+    """Why normal mode counts on the host, or ""."""
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
         (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
-        (launch.flag("quantization") not in (None, "fp8"), f"with --quantization {launch.flag('quantization')}"),
+        (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
         (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
         (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
         (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
         (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )
-    return next((f"bounded {words}" for refused, words in reasons if refused), "")
+    return next((words for refused, words in reasons if refused), "")
+
+
+def resolved(launch: Launch) -> tuple[MacsConfig, str]:
+    """The configuration with what `auto` cannot have here left out, and why, or ""."""
+    config = launch.config
+    if config.dispatch.startswith("auto") and _placed(launch):
+        return replace(config, dispatch="deepep"), "experts that do not lie linearly and once each"
+    if config.dispatch == "auto" and (why := _unbounded(launch)):
+        return replace(config, dispatch="auto_fused"), why
+    return config, ""
 
 
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."
@@ -433,12 +443,6 @@ RULES = (
         "Or pass --macs-dispatch deepep.",
     ),
     Rule("--macs-decode", _decode_in_graphs, "no CUDA graphs", "Add --disable-cuda-graph, or leave it out."),
-    Rule(
-        "--macs-dispatch",
-        _unfinished,
-        "deepep, until it has (docs/bounded.md)",
-        f"Pass --macs-dispatch deepep; {EXPERIMENTAL_ENV}=bounded tries it nevertheless.",
-    ),
     Rule(
         "--macs-dispatch",
         _bounded,

@@ -22,7 +22,7 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     from sglang.srt.layers.moe.utils import is_sbo_enabled
     from sglang.srt.runtime_context import get_parallel
 
-    if planner.plan.config.dispatch in ("deepep", "bounded"):
+    if not planner.plan.config.may_fuse:
         return []
     inners, config, plan = dispatcher._inners, moe_runner_config, planner.plan
     mode, group = inners[0].deepep_mode.value, get_parallel().tp_group.cpu_group

@@ -1,4 +1,4 @@
-"""`--macs-dispatch bounded` in SGLang: DeepEP's normal mode with no count on the host, and DeepGEMM behind it."""
+"""The bounded dispatch in SGLang: DeepEP's normal mode with no count on the host, and DeepGEMM behind it."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ _DEEP_GEMM = "sglang.srt.layers.deep_gemm_wrapper"
 
 
 def bound_normal(dispatcher, planner, moe_runner_config) -> None:
-    """With --macs-dispatch bounded, DeepEP's normal mode is told how many tokens can come, and counts none."""
+    """Under the bounded dispatch DeepEP's normal mode is told how many tokens can come, and counts none."""
     from sglang.srt.layers.moe.token_dispatcher.base import DispatchOutputFormat
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPNormalDispatchOutput
     from sglang.srt.runtime_context import get_parallel
 
     process = worker.current()
-    if process.config.dispatch != "bounded":
+    if not process.config.may_bound:
         return
     if process.bounded is None:
         unfit = peer_memory.everyone(unfit_device(), get_parallel().tp_group.cpu_group)

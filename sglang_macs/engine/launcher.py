@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import ops
 from ..config import MacsConfig, add_flags, configure, configured, flag, from_options, given_options
+from ..console import say
 from ..errors import MacsError, MacsNotActive
 from ..observe import recorder
 from ..plan import importance, profile
@@ -101,16 +102,20 @@ def _resolve_once(original, self):
     try:
         hooks.check(HOOKS)
         _translate(self)
-        config = config.on(self.device)
-        self._macs_config = config.to_json()
-        if getattr(self, "_macs_from_cli", False):
-            configure(config)  # this process serves nothing else: whatever it starts can read it
+        _serve(self, config.on(self.device))
         original(self)
-        _check_launch(self, config)
+        _serve(self, _check_launch(self, config_of(self)))
     except (MacsError, MacsNotActive) as error:
         if getattr(self, "_macs_from_cli", False):
             exit_with(error)
         raise
+
+
+def _serve(record, config: MacsConfig) -> None:
+    """What the server's schedulers are started with."""
+    record._macs_config = config.to_json()
+    if getattr(record, "_macs_from_cli", False):
+        configure(config)  # this process serves nothing else: whatever it starts can read it
 
 
 def _translate(record) -> None:
@@ -139,7 +144,8 @@ def _translate_for_cuda(record) -> None:
         record.moe_runner_backend = "deep_gemm"
 
 
-def _check_launch(record, config: MacsConfig) -> None:
+def _check_launch(record, config: MacsConfig) -> MacsConfig:
+    """What is served of `config`. Raises MacsError for a launch that cannot be."""
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
 
     model = model_config_of(record)
@@ -152,8 +158,12 @@ def _check_launch(record, config: MacsConfig) -> None:
         moe_config.top_k(text),
         moe_config.special_routing(text),
         model.context_len,
+        model.quantization,
     )
     compat.check(launch)
+    config, why = compat.resolved(launch)
+    if why:
+        say(f"--macs-dispatch {launch.config.dispatch}: {config.dispatch}, {why}")
     if config.has_own_importance:
         importance.check(config.importance)
     if config.profile:
@@ -161,6 +171,7 @@ def _check_launch(record, config: MacsConfig) -> None:
         of_model.check_model(architecture, launch.num_experts)
         for layer in moe_config.layers(text) or ():
             of_model.of_layer(layer)
+    return config
 
 
 def _launch_subprocesses(original, cls, server_args, *args, **kwargs):

@@ -1,7 +1,8 @@
 """The SGLang plugin: registers the hooks of the process that it is in, and tries them for `sglang-macs doctor`.
 
 Those are the launcher's (launcher.py) or, in a scheduler that was started with a configuration, those of
-scheduler_process.py; without one nothing is hooked on the model side. docs/hooks.md says why each target is hooked.
+scheduler_process.py; without one nothing is hooked on the model side. docs/design/hooks.md says why each
+target is hooked.
 """
 
 import os

@@ -56,7 +56,8 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     if rows is None:
         planner, group = next(iter(process.planners.values())), parallel.tp_group
         sizes = process.expert_sizes._replace(fp8="fp8" in (quantization or ""))
-        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group)
+        launched = "waiting" if process.bounded is None else "ahead" if process.layer_graphs is None else "graph"
+        rows = plan_cost.rows_that_pay(planner, sizes, torch.device(group.device), group.cpu_group, launched)
     if parallel.moe_ep_rank == 0:
         say(
             f"a layer is planned from {rows} rows on that this takes off the most loaded rank (--macs-act-rows), "

@@ -45,7 +45,7 @@ def _follow(plan: Any, router: Any) -> None:
     if bias is not None and bias.numel() != plan.num_experts:
         raise _cannot_follow(f"a router of {bias.numel()} experts, {plan.num_experts} of which are dispatched")
     plan.follow(routing)
-    if routing.needs_selection and plan.config.dispatch in ("fused", "auto") and not _on_cpu():
+    if routing.needs_selection and plan.config.may_fuse and not _on_cpu():
         say_once(
             "the fused dispatch does not re-route by a correction bias or expert groups: the plan stands before it"
         )

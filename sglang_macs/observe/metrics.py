@@ -108,7 +108,7 @@ METRICS = (
 
 
 def table() -> str:
-    """The metrics as a Markdown table, for docs/operations.md."""
+    """The metrics as a Markdown table, for docs/guide/operations.md."""
     rows = ["| series | labels | meaning |", "| --- | --- | --- |"]
     return "\n".join(rows + [f"| `{m.series}` | {', '.join(m.labels)} | {m.help} |" for m in METRICS])
 

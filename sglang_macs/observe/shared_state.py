@@ -30,7 +30,7 @@ SUMMED = (
     "own",
     "expert_rows",
 )
-PATIENCE_SECONDS = 1.0
+TIMEOUT_SECONDS = 1.0
 IDLE_SECONDS = 1.0
 _PREFIX = "sglang-macs/state/"
 
@@ -70,7 +70,7 @@ class SharedState:
         if not (self._asked_with or self._asked_later):
             self.publish(state)
             return merged([state])
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         found = [self._read(key, self._serial, deadline) for key in self._asked_with]
         found += [self._read(key, 0, 0.0) for key in self._asked_later]
         return merged([state, *(one for one in found if one is not None)])

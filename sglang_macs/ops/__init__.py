@@ -1,4 +1,4 @@
-"""The operators of the plan (docs/method.md), and the plan in one call or two, as thin wrappers over
+"""The operators of the plan (docs/design/method.md), and the plan in one call or two, as thin wrappers over
 `torch.ops.sglang_macs`.
 
 Every operator exists for CPU, CUDA and Meta under one name. For CUDA it is the extension's kernel or, where that was
@@ -102,7 +102,7 @@ def entropy_score(hidden_states: Tensor, segment: Tensor) -> Tensor:
         segment: [T] i32, -1 = text.
     Returns:
         [T] f32, nats; 0 for text.
-    Source: MACS section 3; docs/method.md 1.
+    Source: MACS section 3; docs/design/method.md 1.
     """
     return _ops.entropy_score(hidden_states, segment)
 
@@ -116,7 +116,7 @@ def entropy_weight(entropy: Tensor, segment: Tensor, num_segments: int, delta: f
         delta: steepness, unitless; 0 weighs every visual token 0.5.
     Returns:
         [T] f32 in (0, 1].
-    Source: MACS section 3; docs/method.md 2.
+    Source: MACS section 3; docs/design/method.md 2.
     """
     return _ops.entropy_weight(entropy, segment, num_segments, delta)
 
@@ -139,7 +139,7 @@ def load_histogram(
         places: tables of `plan.places.Places`, or None: experts lie linearly. With them, ids are physical. On a CPU.
     Returns:
         [E * 2 * B + 4] i32; ranks add theirs up elementwise. With places, [R + R * X * 2] more lie behind.
-    Source: docs/method.md 3, 3b.
+    Source: docs/design/method.md 3, 3b.
     """
     if places is None:  # Triton's take no tables
         return _ops.load_histogram(topk_ids, topk_weights, weight, segment, policy)
@@ -155,7 +155,7 @@ def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: Policy)
     Returns:
         shift [E] i32, the buckets an overloaded expert's assignments move down by; and
         cut [NB, 4] i32: level, quota (units), room (units), bound (units). NB = E or num_ranks, by scope.
-    Source: docs/method.md 4.
+    Source: docs/design/method.md 4.
     """
     return _ops.clip_threshold(own, group, modality, policy)
 
@@ -171,7 +171,7 @@ def replica_balance(
     Returns:
         shift [E]; quota [P], rows of each place; load [R], rows of each rank; limits [R, 4]: rows that this rank may
         send of those that it counts (-1: all), first level counted, room, bound. All i32.
-    Source: docs/method.md 3b, 4b.
+    Source: docs/design/method.md 3b, 4b.
     """
     return _ops.replica_balance(own, group, modality, policy, places)
 
@@ -194,7 +194,7 @@ def replica_choose(
         topk_ids: [T, K] physical; group: as of `replica_balance`, which shift, quota and limits are of.
     Returns:
         chosen [T, K], physical; and cut [R, 4] for `clip_apply`.
-    Source: docs/method.md 3b, 4b.
+    Source: docs/design/method.md 3b, 4b.
     """
     return _ops.replica_choose(topk_ids, topk_weights, weight, segment, group, shift, quota, limits, policy, places)
 
@@ -222,7 +222,7 @@ def clip_apply(
     Returns:
         New topk_ids and topk_weights (dropped slots are -1 and 0.0), and counts [3, E, 2] i32: kept, clipped,
         re-routed in, by (expert, visual | text); with places [4, E, 2], the last one kept at another replica.
-    Source: docs/method.md 5; the -1 convention is DeepEP's.
+    Source: docs/design/method.md 5; the -1 convention is DeepEP's.
     """
     given = topk_ids, topk_weights, weight, segment, router_logits, shift, cut, policy
     return _ops.clip_apply(*given, places, chosen, selection)
@@ -245,7 +245,7 @@ def selection_score(
             bias by the sum of their best two; the first of equals.
     Returns:
         [T, E] f32.
-    Source: docs/method.md 5; the ways of DeepSeek-V2 and V3.
+    Source: docs/design/method.md 5; the ways of DeepSeek-V2 and V3.
     """
     return _ops.selection_score(
         router_logits, correction_bias, choice("scoring", scoring, SCORINGS), num_groups, topk_groups
@@ -382,7 +382,7 @@ class RegionLayout(NamedTuple):
     positions: int
     received: int
     starts: int
-    round: int
+    epoch: int
     stamps: int
     status: int
     bytes: int
@@ -423,7 +423,7 @@ def fused_dispatch(
     Returns:
         topk_ids, topk_weights, weight [T], cut [NB, 4], counts [3, E, 2], and the group's sums [4] (N, N_visual,
         W_visual, W); rows, scales, received and positions lie in the region.
-    Source: docs/fused_dispatch.md; the bits of `score_histogram` and `threshold_apply` over the group.
+    Source: docs/design/fused_dispatch.md; the bits of `score_histogram` and `threshold_apply` over the group.
     """
     return _ops.fused_dispatch(
         region,
@@ -505,7 +505,7 @@ class PeerReduceLayout(NamedTuple):
     """Byte offsets into a rank's region of `peer_all_reduce` (csrc/include/macs/peer_all_reduce.h)."""
 
     status: int
-    rounds: int
+    epochs: int
     inbox: int
     bytes: int
 

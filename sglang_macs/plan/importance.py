@@ -1,5 +1,5 @@
 """An importance of one's own, `--macs-importance MODULE:FUNCTION`: what is clipped last is what a Python function
-scores highest (docs/importance.md).
+scores highest (docs/guide/importance.md).
 
 The function's numbers become buckets, and from there on everything is the operators', in integers. So bounds hold and
 ranks agree whatever it returns; it may even differ between ranks.
@@ -71,8 +71,8 @@ def _shown(values: object) -> str:
 
 
 def gates(tokens: RoutedTokens, topk_ids: Tensor, scoring: str) -> Tensor:
-    """[T, K] f32 of what is dispatched (docs/method.md 5.3): an assignment that stays keeps its gate, one that is
-    re-routed gets its router probability under the scaling of the token's greatest gate, a dropped one 0.
+    """[T, K] f32 of what is dispatched (docs/design/method.md 5.3): an assignment that stays keeps its gate, one that
+    is re-routed gets its router probability under the scaling of the token's greatest gate, a dropped one 0.
     """
     kept = tokens.topk_weights
     if tokens.router_logits is None or kept.numel() == 0:

@@ -1,4 +1,4 @@
-"""Where one MoE layer's experts lie, and the tables by which a plan chooses among their replicas (docs/method.md)."""
+"""Where one MoE layer's experts lie, and the tables by which a plan chooses among replicas (docs/design/method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/method.md)."""
+"""The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/design/method.md)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""The plan of docs/method.md at the level of loads: how many rows each bound keeps, clips, re-routes and drops.
+"""The plan of docs/design/method.md at the level of loads: how many rows each bound keeps, clips, re-routes and drops.
 
 Which assignment goes is not modelled, only how many; sums stay real numbers. What the operators do beyond that: a
 re-route must find an expert that the token has not chosen, so a few rows are dropped that find room here.

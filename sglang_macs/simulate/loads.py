@@ -74,7 +74,7 @@ def load(path: str) -> Loads:
         if isinstance(error, MacsError):
             raise
         raise MacsError(
-            "--loads", f"{path} ({error})", f"JSON of {SCHEMA}", "docs/simulate.md has the format."
+            "--loads", f"{path} ({error})", f"JSON of {SCHEMA}", "docs/guide/simulate.md has the format."
         ) from error
     if rows.ndim != 4 or rows.shape[2] != 2 or not rows.size or len(rows) > MOST_LAYERS:
         raise MacsError("--loads", f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts]")

@@ -13,7 +13,7 @@ DEEP_GEMM = "https://github.com/deepseek-ai/DeepGEMM (first README, grouped GEMM
 TILESCALE = "https://github.com/tile-ai/tilescale/blob/main/examples/distributed/deepseek_deepep/deepep.md"
 NCCL = "https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc"
 HERE = "docs/results/kernels.json"
-HERE_H100 = "docs/results/kernels_variants_h100.json"
+HERE_H100 = "docs/results/kernels_h100.json"
 
 # (tokens of the rank, us) of the plan's operators, without the exchange.
 H100_PLAN_US = ((128, 13.5), (1024, 20.0), (8192, 37.2), (65536, 171.5))

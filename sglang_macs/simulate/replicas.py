@@ -1,4 +1,4 @@
-"""Redundant experts at the level of loads: where copies lie, and how many rows each gets (docs/method.md, 3b).
+"""Redundant experts at the level of loads: where copies lie, and how many rows each gets (docs/design/method.md, 3b).
 
 Rows are real numbers here, and experts with as many copies are poured by their index alone.
 """

@@ -12,7 +12,7 @@ files may be kernels of csrc or of a test; the launchers in them are `extern "C"
 last, and are exported (`__attribute__((visibility("default")))`, as MACS_EXPORT in csrc/cuda/capi.cu).
 
 The device has 4 SMs, which hold 16 blocks each, and clusters of up to 8 blocks, unless `build` is told
-otherwise. One library at a time, from one Python thread. What cannot show here: docs/emulator.md.
+otherwise. One library at a time, from one Python thread. What cannot show here: docs/design/emulator.md.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
 class FusedStatus(ctypes.Structure):
     _fields_ = [
         *_fields(_i32, "fault peer block layer"),
-        *_fields(_u32, "round limit_ms"),
+        *_fields(_u32, "epoch limit_ms"),
         *_fields(_i64, "seen expected"),
     ]
 
@@ -43,7 +43,7 @@ class FusedLayout(ctypes.Structure):
     _fields_ = _fields(
         _i64,
         "flags tokens entries weighed weights counts rows row_scales scales outputs sources barrier entropy cuts wanted"
-        " positions received starts round stamps status bytes",
+        " positions received starts epoch stamps status bytes",
     )
 
 

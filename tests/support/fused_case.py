@@ -13,7 +13,7 @@ from .kernel_case import POISON, Config, Inputs, make_inputs
 
 LAYER = 5  # what a fault is to name
 GUARD = 256  # bytes of poison on either side of every buffer
-# Of a region, what holds nothing from one round to the next: poisoned in between. Letters hold their round, and
+# Of a region, what holds nothing from one epoch to the next: poisoned in between. LL words hold their epoch, and
 # `row_scales` are 0 where scales come with rows.
 TRANSIENT = ("rows", "scales", "outputs", "sources", "wanted", "positions", "received", "starts")
 
@@ -213,7 +213,7 @@ class Group:
         self._publish()
 
     def poison(self) -> None:
-        """Outputs, and of the regions what nobody reads before it was written this round."""
+        """Outputs, and of the regions what nobody reads before it was written this epoch."""
         for rank, tensors in self.tensors.items():
             for tensor in tensors.outputs.values():
                 tensor.view(torch.uint8).fill_(POISON)
@@ -269,13 +269,13 @@ class Group:
         raw = self.bytes_of(rank, "status")[: ctypes.sizeof(fc.FusedStatus)]
         return fc.FusedStatus.from_buffer_copy(raw.cpu().numpy().tobytes())
 
-    def round(self, rank: int) -> int:
-        return int(self.part(rank, "round", torch.int32, 1))
+    def epoch(self, rank: int) -> int:
+        return int(self.part(rank, "epoch", torch.int32, 1))
 
     def recover(self, following: int | None = None) -> None:
-        """What the host does behind a fault, every rank at rest: faults cleared, and one round that all go on from."""
-        following = max(self.round(rank) for rank in self.ranks) + 1 if following is None else following
+        """What the host does behind a fault, every rank at rest: faults cleared, and one epoch that all go on from."""
+        following = max(self.epoch(rank) for rank in self.ranks) + 1 if following is None else following
         for rank in self.ranks:
-            self.part(rank, "round", torch.int32, 1).fill_(following)
+            self.part(rank, "epoch", torch.int32, 1).fill_(following)
             self.bytes_of(rank, "status").zero_()
             self.bytes_of(rank, "row_scales").zero_()

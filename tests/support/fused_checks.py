@@ -58,7 +58,7 @@ def check_no_fault(group: Group) -> None:
 def describe(status: fc.FusedStatus) -> str:
     """A recorded fault in words."""
     name = fc.FAULTS[status.fault] if 0 <= status.fault < len(fc.FAULTS) else status.fault
-    of = f"rank {status.peer}, block {status.block}, round {status.round}"
+    of = f"rank {status.peer}, block {status.block}, epoch {status.epoch}"
     return f"{name}: {of}, seen {status.seen}, expected {status.expected}"
 
 

@@ -1,5 +1,5 @@
 """What a rank does when its peer dies, stalls or sends nonsense: named, nothing delivered, nothing written beside the
-buffers, and the next round works.
+buffers, and the next epoch works.
 
 Rank 0 of a pair goes on alone; what rank 1 would have sent is written into rank 0's region by hand, or is not.
 """
@@ -37,9 +37,9 @@ class Scenario:
 
 
 def ll_words(group: Group, name: str, *shape: int) -> torch.Tensor:
-    """[source, ..., (value, round)] i32 of rank 0's LL words from rank 1, now of the coming round."""
+    """[source, ..., (value, epoch)] i32 of rank 0's LL words from rank 1, now of the coming epoch."""
     found = group.part(0, name, torch.int32, 2, *shape, 2)[1]
-    found[..., 1] = group.round(0) + 1
+    found[..., 1] = group.epoch(0) + 1
     return found[..., 0]
 
 
@@ -69,14 +69,14 @@ def forge_assignments(
 
 def forge_weight(group: Group) -> None:
     """What all of rank 1's tokens weigh."""
-    now = group.round(0) + 1
+    now = group.epoch(0) + 1
     weights = group.part(0, "weights", torch.int32, 2, 2, 2)[now & 1, 1]
     weights.copy_(torch.tensor([12 * 128, now]))
 
 
 def forge_counts(group: Group, counts: list[int]) -> None:
-    """Rank 1's rows per expert, which have two places, by the round's parity."""
-    now = group.round(0) + 1
+    """Rank 1's rows per expert, which have two places, by the epoch's parity."""
+    now = group.epoch(0) + 1
     words = group.part(0, "counts", torch.int32, 2, 2, 16, 2)[now & 1, 1]
     words[:, 0], words[:, 1] = torch.tensor(counts), now
 
@@ -86,7 +86,7 @@ def forge_rows(group: Group, scales: bool = True) -> None:
     if scales:
         group.bytes_of(0, "row_scales").fill_(POISON)
     flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks, 2)
-    flags[0, 1, :, 0] = group.round(0) + 1
+    flags[0, 1, :, 0] = group.epoch(0) + 1
 
 
 def _alone(group: Group) -> None:
@@ -161,7 +161,7 @@ def check_fault(kernels, device: str, scenario: Scenario, timeout_ns: int, pair:
 
 def expect_fault(group: Group, scenario: Scenario) -> None:
     status = group.status(0)
-    named = fc.FAULTS[status.fault] == scenario.fault and status.peer == scenario.peer and status.round == 3
+    named = fc.FAULTS[status.fault] == scenario.fault and status.peer == scenario.peer and status.epoch == 3
     require(named and scenario.seen in (None, status.seen), group, f"expected {scenario}")
     where = status.layer, status.limit_ms
     require(where == (LAYER, group.config.timeout_ns // 10**6), group, f"layer and limit are {where}")

@@ -1,5 +1,5 @@
 """What one fused dispatch and its combine have to leave behind, from the inputs of all ranks, written from
-docs/method.md and csrc/include/macs/fused.h, sharing nothing with csrc.
+docs/design/method.md and csrc/include/macs/fused.h, sharing nothing with csrc.
 
 The entropy weights are given (they are floats, and checked by themselves); everything that follows from them is exact.
 """

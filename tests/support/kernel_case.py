@@ -16,7 +16,7 @@ POISON_WORD = int.from_bytes(bytes([POISON]) * 4, "little")
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and policy of one case; the field names of docs/method.md."""
+    """Sizes and policy of one case; the field names of docs/design/method.md."""
 
     T: int
     H: int = 2048

@@ -1,4 +1,5 @@
-"""Vectorised numpy references of docs/method.md for sizes where tests/support/oracle.py's loops would take hours.
+"""Vectorised numpy references of docs/design/method.md for sizes where the loops of tests/support/oracle.py would take
+hours.
 
 Written from the contract, sharing nothing with csrc; itself checked against the oracle at small sizes (check_kernels).
 """

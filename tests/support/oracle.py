@@ -1,4 +1,4 @@
-"""The method of docs/method.md in plain loops: the float64 oracle that the operators are tested against.
+"""The method of docs/design/method.md in plain loops: the float64 oracle that the operators are tested against.
 
 Everything goes in and comes out as (nested) lists of Python numbers. A float that stands for an f32 is one that f32
 holds exactly; numpy serves only to round to f32 and to read its bits. Slow and short on purpose: this file is the

@@ -17,7 +17,7 @@ GUARD = 64  # bytes of poison on either side
 class PeerReduceLayout(ctypes.Structure):
     """csrc/include/macs/peer_all_reduce.h, field by field; so are the parameters."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("status", "rounds", "inbox", "bytes")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("status", "epochs", "inbox", "bytes")]
 
 
 @strict

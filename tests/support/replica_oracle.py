@@ -1,5 +1,5 @@
-"""The plan with replicas (docs/method.md, 3b and 4b) in plain loops, on top of `oracle`: what the operators are tested
-against. Scope rank, load rows, exchange group; ids in and out are physical, everything between is logical.
+"""The plan with replicas (docs/design/method.md, 3b and 4b) in plain loops, on top of `oracle`: what the operators are
+tested against. Scope rank, load rows, exchange group; ids in and out are physical, everything between is logical.
 """
 
 from __future__ import annotations

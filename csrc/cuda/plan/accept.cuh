@@ -1,4 +1,4 @@
-// Places in (token, slot) order, up to a limit: the quota of a cut (docs/method.md 4), and the headroom that proposals
+// Places in (token, slot) order, up to a limit: the quota of a cut (docs/design/method.md 4), and the headroom that proposals
 // compete for (5).
 //
 // Two passes. The first adds up units per (warp, bound), which `scan_warps` turns into those of the warps before; the

@@ -1,4 +1,4 @@
-// Which expert an unplaced assignment proposes, one warp per token (docs/method.md 5).
+// Which expert an unplaced assignment proposes, one warp per token (docs/design/method.md 5).
 //
 // A lane holds the scores of experts lane, lane + 32, ... (logits, or those of selection_score); -infinity is no candidate. What a token already has is struck
 // out through a word of shared memory per 32 experts; a pick is a maximum and a minimum of integers over the warp.

@@ -1,4 +1,4 @@
-// The own share of a group's headroom (docs/method.md 5): what a rank may re-route to bounds that are not exceeded.
+// The own share of a group's headroom (docs/design/method.md 5): what a rank may re-route to bounds that are not exceeded.
 //
 // Bounds form pools: those of a rank where assignments stay on theirs, else all. Of a pool's headroom a rank gets the part
 // that it has of the units at the levels that the pool's cuts keep in full or in part.

@@ -1,4 +1,4 @@
-// Re-routing (docs/method.md 5): rounds of proposals, whoever runs them.
+// Re-routing (docs/design/method.md 5): rounds of proposals, whoever runs them.
 //
 // In a round every unplaced assignment proposes the best expert left to it (choose.cuh). Once all proposals are known,
 // every bound accepts them in (token, slot) order up to its headroom.

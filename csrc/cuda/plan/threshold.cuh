@@ -1,4 +1,4 @@
-// Where bounds cut (docs/method.md 3 and 4): bounds, the shift of an expert over its capacity, cut level and own quota.
+// Where bounds cut (docs/design/method.md 3 and 4): bounds, the shift of an expert over its capacity, cut level and own quota.
 //
 // A block finds the cuts of its share of the bounds out of histograms, for clip_threshold and threshold_apply alike. The fused
 // dispatch has no histograms: it counts the assignments of exceeded bounds (fused_cut.cuh), and shares the arithmetic.

@@ -2,7 +2,7 @@
 //
 // One dispatch reads every hidden vector once, scores it, casts it, exchanges the group's assignments, derives the cuts,
 // clips and re-routes, and writes the kept rows straight into the buffers of the ranks that hold their experts.
-// docs/fused_dispatch.md has the protocol; docs/method.md what is computed. No torch.
+// docs/design/fused_dispatch.md has the protocol; docs/design/method.md what is computed. No torch.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,7 +22,7 @@ constexpr int kMaxFusedBlocks = 256;   // of a rank
 constexpr int kMaxFusedRerouteRounds = 60;
 constexpr int kMinFusedHidden = 2048, kMaxFusedHidden = 8192, kFusedHiddenStep = 512;
 constexpr int kStamps = 24;
-constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the round is the lower half
+constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the epoch is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
 // What a row looks like on its way. kFp8: e4m3 with an f32 scale per 128 features; kFp8PowerOfTwo: scales rounded up to
@@ -63,8 +63,8 @@ struct FusedStatus {
   int32_t fault;     // Fault
   int32_t peer;      // the rank that was waited for
   int32_t block;     // of that rank, -1: any
-  int32_t layer;     // of the launch that waited, as its caller names it: a graph repeats rounds that no host counts
-  uint32_t round;    // the dispatch it happened in
+  int32_t layer;     // of the launch that waited, as its caller names it: a graph repeats epochs that no host counts
+  uint32_t epoch;    // the dispatch it happened in
   uint32_t limit_ms; // how long the wait was to go on
   int64_t seen, expected;
 };
@@ -81,18 +81,18 @@ struct FusedShape {
 };
 
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch.
-// An LL word is 64 bits: a 32-bit value, and above it the round that it is of (ll_word.cuh).
+// An LL word is 64 bits: a 32-bit value, and above it the epoch that it is of (ll_word.cuh).
 // Peers write: flags, tokens, entries, weighed, weights, counts, rows, row_scales, sources, and scales where these do not come
 // with the rows. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
-  int64_t flags;      // [2, R, blocks] u32 rounds, kFlagBytes apart: rows, outputs
+  int64_t flags;      // [2, R, blocks] u32 epochs, kFlagBytes apart: rows, outputs
   int64_t tokens;     // [R] LL words: tokens of each source
   int64_t entries;    // [R, max_tokens * K] LL words: packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t weighed;    // the same with what follows from the entropies, where that decides
-  int64_t weights;    // [2, R] LL words by the round's parity: the weight of each source's visual tokens, where only sums ask
-  int64_t counts;     // [2, R, E] LL words by the round's parity: rows that each source sends to each expert
+  int64_t weights;    // [2, R] LL words by the epoch's parity: the weight of each source's visual tokens, where only sums ask
+  int64_t counts;     // [2, R, E] LL words by the epoch's parity: rows that each source sends to each expert
   int64_t rows;       // [max_rows, H] bf16 or e4m3
-  int64_t row_scales; // [2, max_rows, row_scale_stride] u32 by the round's parity: the words of a row's scales, where these come
+  int64_t row_scales; // [2, max_rows, row_scale_stride] u32 by the epoch's parity: the words of a row's scales, where these come
                       // with the rows; else 0
   int64_t scales;     // [H / 128, max_rows] f32, or [H / 512, max_rows] i32; per expert where expert_rows > 0
   int64_t outputs;    // [max_rows, H] bf16, what combine reads
@@ -104,7 +104,7 @@ struct FusedLayout {
   int64_t positions;  // [max_tokens, K] i32 row of each kept assignment at its expert's rank, -1: none
   int64_t received;   // [E_l] i32 rows of each local expert
   int64_t starts;     // [E_l] i32 first row of each local expert
-  int64_t round;      // u32
+  int64_t epoch;      // u32
   int64_t stamps;     // [blocks, kStamps] u64 cycles at the stages, where the kernels were built with MACS_STAMPS
   int64_t status;     // FusedStatus
   int64_t bytes;      // of the whole region, a multiple of 256
@@ -154,7 +154,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   layout.positions = region.take(4 * slots);
   layout.received = region.take(4 * local);
   layout.starts = region.take(4 * local);
-  layout.round = region.take(4);
+  layout.epoch = region.take(4);
   layout.stamps = region.take(8LL * s.num_blocks * kStamps);
   layout.status = region.take(sizeof(FusedStatus));
   layout.bytes = region.bytes();

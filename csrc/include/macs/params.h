@@ -1,5 +1,5 @@
 // Parameter structures of the operators (but for those of replicas: replicas.h): raw pointers and sizes, shared by the CPU and the CUDA launchers.
-// docs/method.md defines what each operator computes; the names here are the names there. No torch.
+// docs/design/method.md defines what each operator computes; the names here are the names there. No torch.
 #pragma once
 #include <cstdint>
 

@@ -16,15 +16,15 @@ constexpr int kMostReduceBlocks = MACS_REDUCE_BLOCKS;
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch. Peers write `inbox`.
 struct PeerReduceLayout {
   int64_t status;  // FusedStatus
-  int64_t rounds;  // [kMostReduceBlocks] u32: how often each block has added
-  int64_t inbox;   // [2, R, size] LL words (ll_word.cuh): odd rounds lie behind even ones
+  int64_t epochs;  // [kMostReduceBlocks] u32: how often each block has added
+  int64_t inbox;   // [2, R, size] LL words (ll_word.cuh): odd epochs lie behind even ones
   int64_t bytes;
 };
 
 inline PeerReduceLayout peer_reduce_layout(int64_t num_ranks, int64_t size) {
   constexpr int64_t kLine = 128;
   const PeerReduceLayout layout = {0, kLine, kLine + 4 * kMostReduceBlocks, 0};
-  return {layout.status, layout.rounds, layout.inbox, layout.inbox + 8 * 2 * num_ranks * size};
+  return {layout.status, layout.epochs, layout.inbox, layout.inbox + 8 * 2 * num_ranks * size};
 }
 
 struct PeerReduceParams {

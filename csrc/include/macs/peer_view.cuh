@@ -5,10 +5,10 @@
 // address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
 // parameter: `DirectNetwork` is all that the kernels have been run with.
 //
-// What is short travels as LL words (ll_word.cuh), whose epoch is the round. Rows are too long for that: they are signalled.
+// What is short travels as LL words (ll_word.cuh), whose epoch is the dispatch's. Rows are too long for that: they are signalled.
 //
-// Signals are round numbers, never counters: a rank that missed a round cannot leave a peer one short for ever, and the
-// next round needs no cleaning up. Rounds are compared by their signed difference, so that they may wrap.
+// Signals are epochs, the numbers of dispatches, never counters: a rank that missed one cannot leave a peer one short for ever, and the
+// next epoch needs no cleaning up. Epochs are compared by their signed difference, so that they may wrap.
 #pragma once
 #include <cstdint>
 
@@ -28,21 +28,21 @@ struct DirectNetwork {
   __device__ __forceinline__ void signal(int, int64_t, uint32_t) const {}
 };
 
-// Where waits look before they go on: how long they may, and who else has given up.
-struct Patience {
+// What every wait of a block needs: how long it may take, what it waits for, and where a fault goes.
+struct WaitContext {
   FusedStatus* status;  // of this rank
   uint64_t timeout_ns;
-  uint32_t round;
+  uint32_t epoch;
   bool same_device;
   int32_t layer = -1;  // for the record
 };
 
 // Not inlined: code that does not run is fetched all the same.
-static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, int layer, uint64_t timeout_ns,
+static __device__ __noinline__ void record(FusedStatus* status, uint32_t epoch, int layer, uint64_t timeout_ns,
                                            Fault fault, int peer, int block, int64_t seen, int64_t expected) {
   constexpr int kClaimed = -1;
   if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
-  status->peer = peer, status->block = block, status->layer = layer, status->round = round;
+  status->peer = peer, status->block = block, status->layer = layer, status->epoch = epoch;
   status->limit_ms = static_cast<uint32_t>(timeout_ns / 1000000);
   status->seen = seen, status->expected = expected;
   __threadfence_system();
@@ -50,36 +50,36 @@ static __device__ __noinline__ void record(FusedStatus* status, uint32_t round, 
 }
 
 // The first fault of a rank stands; later ones follow from it.
-__device__ __forceinline__ void report(const Patience& patience, Fault fault, int peer, int block, int64_t seen,
+__device__ __forceinline__ void report(const WaitContext& wait, Fault fault, int peer, int block, int64_t seen,
                                        int64_t expected) {
-  record(patience.status, patience.round, patience.layer, patience.timeout_ns, fault, peer, block, seen, expected);
+  record(wait.status, wait.epoch, wait.layer, wait.timeout_ns, fault, peer, block, seen, expected);
 }
 
 // Whether this rank has one on record.
-__device__ __forceinline__ bool has_fault(const Patience& patience) {
-  return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&patience.status->fault)) != 0;
+__device__ __forceinline__ bool has_fault(const WaitContext& wait) {
+  return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&wait.status->fault)) != 0;
 }
 
 __device__ __forceinline__ bool is_as_late(uint32_t seen, uint32_t expected) {
   return static_cast<int32_t>(seen - expected) >= 0;
 }
 
-// How long a wait may go on.
-class Wait {
+// Looks of one wait, until its time is up.
+class Poll {
  public:
   // After a look that saw too little. False: time is up, or another thread of this rank has given up.
-  __device__ __forceinline__ bool go_on(const Patience& patience, Fault fault, int peer, int block, uint32_t seen,
+  __device__ __forceinline__ bool go_on(const WaitContext& wait, Fault fault, int peer, int block, uint32_t seen,
                                         uint32_t expected) {
     // At the clock, which is far away, and at the rank's fault, one word that every warp of every block would ask for at once.
     constexpr int kPollsBetweenLooks = 64;
     if (++polls_ % kPollsBetweenLooks != 0) return true;
     const uint64_t now = global_timer_ns();
     if (start_ == 0) start_ = now;
-    if (now - start_ > patience.timeout_ns) {
-      report(patience, fault, peer, block, seen, expected);
+    if (now - start_ > wait.timeout_ns) {
+      report(wait, fault, peer, block, seen, expected);
       return false;
     }
-    return !has_fault(patience);
+    return !has_fault(wait);
   }
 
  private:
@@ -89,12 +89,12 @@ class Wait {
 
 // One thread: until reached(what `flag` holds, expected).
 template <class Reached>
-__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, Reached reached, const Patience& patience,
+__device__ inline bool wait_until(const uint32_t* flag, uint32_t expected, Reached reached, const WaitContext& wait,
                                   Fault fault, int peer, int block) {
-  for (Wait wait;;) {
-    const uint32_t seen = patience.same_device ? load_acquire_gpu(flag) : load_acquire_sys(flag);
+  for (Poll poll;;) {
+    const uint32_t seen = wait.same_device ? load_acquire_gpu(flag) : load_acquire_sys(flag);
     if (reached(seen, expected)) return true;
-    if (!wait.go_on(patience, fault, peer, block, seen, expected)) return false;
+    if (!poll.go_on(wait, fault, peer, block, seen, expected)) return false;
   }
 }
 
@@ -110,24 +110,24 @@ __device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedL
 // A whole block: until every block of every rank but `skipped` has signalled in `region`, this rank's own. False at once
 // behind a fault, for which the thread looks that has the fewest flags to wait for.
 __device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
-                                   const Patience& patience, Fault fault, int skipped = -1) {
+                                   const WaitContext& wait, Fault fault, int skipped = -1) {
   const char* const flags = region + flag_offset(s, layout, kind, 0, 0);
   const int skip_from = skipped * s.num_blocks, skip_to = skip_from + s.num_blocks;
-  bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(patience);
+  bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(wait);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     if (i >= skip_from && i < skip_to) continue;
     const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);
-    ok = wait_until(flag, patience.round, is_as_late, patience, fault, i / s.num_blocks, i % s.num_blocks);
+    ok = wait_until(flag, wait.epoch, is_as_late, wait, fault, i / s.num_blocks, i % s.num_blocks);
   }
   return __syncthreads_and(ok) != 0;
 }
 
-// One thread: looks at `address` until `word`, what it saw there last, is of this round.
-__device__ inline bool await_word(const uint64_t* address, uint64_t& word, const Patience& patience, Fault fault,
+// One thread: looks at `address` until `word`, what it saw there last, is of this epoch.
+__device__ inline bool await_word(const uint64_t* address, uint64_t& word, const WaitContext& wait, Fault fault,
                                   int peer) {
-  for (Wait wait; !is_of(word, patience.round); word = load_relaxed_sys(address)) {
-    if (!wait.go_on(patience, fault, peer, -1, epoch_of(word), patience.round)) return false;
+  for (Poll poll; !is_of(word, wait.epoch); word = load_relaxed_sys(address)) {
+    if (!poll.go_on(wait, fault, peer, -1, epoch_of(word), wait.epoch)) return false;
   }
   return true;
 }
@@ -168,13 +168,13 @@ class PeerView {
     store_relaxed_sys(at<T>(peer, offset), word);
   }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
-  __device__ __forceinline__ void signal(int peer, int64_t offset, const Patience& patience) const {
-    if (!network_.is_direct(peer)) return network_.signal(peer, offset, patience.round);
+  __device__ __forceinline__ void signal(int peer, int64_t offset, const WaitContext& wait) const {
+    if (!network_.is_direct(peer)) return network_.signal(peer, offset, wait.epoch);
     uint32_t* const flag = at<uint32_t>(peer, offset);
-    if (patience.same_device) {
-      store_release_gpu(flag, patience.round);
+    if (wait.same_device) {
+      store_release_gpu(flag, wait.epoch);
     } else {
-      store_release_sys(flag, patience.round);
+      store_release_sys(flag, wait.epoch);
     }
   }
 

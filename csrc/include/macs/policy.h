@@ -1,5 +1,5 @@
 // The options of a plan in one structure, their order on the way from Python, and the names of what can be chosen: stated
-// here and nowhere else. docs/method.md says what they mean. No torch.
+// here and nowhere else. docs/design/method.md says what they mean. No torch.
 #pragma once
 #include <cstdint>
 #include <string_view>

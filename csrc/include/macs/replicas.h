@@ -1,4 +1,4 @@
-// Where the experts of a layer lie, and the parameters of what a plan does with their replicas (docs/method.md, 3b, 4b).
+// Where the experts of a layer lie, and the parameters of what a plan does with their replicas (docs/design/method.md, 3b, 4b).
 // No torch.
 #pragma once
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""clip_apply (docs/method.md 5).
+"""clip_apply (docs/design/method.md 5).
 
 Every ordered acceptance, that at the cut levels and those of the rounds, is the same three steps over blocks of BLOCK
 flat slots (token * K + slot):

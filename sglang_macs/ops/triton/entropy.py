@@ -1,4 +1,4 @@
-"""entropy_score and entropy_weight (docs/method.md 1, 2)."""
+"""entropy_score and entropy_weight (docs/design/method.md 1, 2)."""
 
 import torch
 import triton

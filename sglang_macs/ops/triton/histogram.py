@@ -1,4 +1,4 @@
-"""load_histogram (docs/method.md 3): integer atomics, the same sums in any order."""
+"""load_histogram (docs/design/method.md 3): integer atomics, the same sums in any order."""
 
 import torch
 import triton

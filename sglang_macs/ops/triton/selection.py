@@ -1,4 +1,4 @@
-"""selection_score (docs/method.md 5) in torch's own operations: a plan needs it for few routers, and once a layer."""
+"""selection_score (docs/design/method.md 5) in torch's own operations: few routers need it, and once a layer."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""clip_threshold (docs/method.md 4): three small kernels, each over what the one before it left.
+"""clip_threshold (docs/design/method.md 4): three small kernels, each over what the one before it left.
 
 The double arithmetic is that of csrc/cpu/clip_threshold.cpp in its order, compiled without contraction (EXACT).
 """

@@ -62,14 +62,14 @@ struct ApplySizes {
 
 // Shared memory of a block, in ints: per expert, per bound, per (warp, bound). Addresses are worked out where they are
 // used (sizes are launch constants): a dozen pointers would not fit into the registers.
-struct Board {
+struct SharedStorage {
   int* ints;
   int experts, num_bounds;
 
   static __host__ __device__ size_t bytes(int num_experts, int num_bounds, int num_warps) {
     return sizeof(int) * (9 * num_experts + 6 * num_bounds + num_warps * (num_bounds + 1 + kStruckWords));
   }
-  __device__ __forceinline__ Board(const ClipApplyParams& p, unsigned char* shared)
+  __device__ __forceinline__ SharedStorage(const ClipApplyParams& p, unsigned char* shared)
       : ints(reinterpret_cast<int*>(shared)), experts(p.in.policy.num_experts),
         num_bounds(macs::num_bounds(p.in.policy)) {}
 
@@ -102,27 +102,27 @@ struct Board {
 };
 
 // What does not depend on the kernels before.
-__device__ inline void clear_board(const ClipApplyParams& p, const ApplySizes& sizes, const Board& board) {
+__device__ inline void clear_storage(const ClipApplyParams& p, const ApplySizes& sizes, const SharedStorage& storage) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < p.in.policy.num_experts; j += blockDim.x) {
     const int rank = sizes.by_rank.divide(j);
-    board.rank_of()[j] = rank;
-    board.bound_of()[j] = p.in.policy.scope == Scope::kExpert ? j : rank;
+    storage.rank_of()[j] = rank;
+    storage.bound_of()[j] = p.in.policy.scope == Scope::kExpert ? j : rank;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += blockDim.x) board.counts()[i] = 0;
-  board.clear_own_running();
+  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += blockDim.x) storage.counts()[i] = 0;
+  storage.clear_own_running();
 }
 
 // Returns whether any bound is cut.
-__device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board) {
+__device__ inline bool fill_bounds(const ClipApplyParams& p, const SharedStorage& storage) {
   bool any = false;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < p.in.policy.num_experts; j += blockDim.x) board.shift()[j] = p.shift[j];
+  for (int j = threadIdx.x; j < p.in.policy.num_experts; j += blockDim.x) storage.shift()[j] = p.shift[j];
 #pragma unroll 1
-  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+  for (int n = threadIdx.x; n < storage.num_bounds; n += blockDim.x) {
     const int4 cut = __ldg(reinterpret_cast<const int4*>(p.cut) + n);
-    board.level()[n] = cut.x, board.quota()[n] = cut.y, board.headroom()[n] = cut.z;
+    storage.level()[n] = cut.x, storage.quota()[n] = cut.y, storage.headroom()[n] = cut.z;
     any |= cut.x >= 0;
   }
   return __syncthreads_or(any) != 0;
@@ -130,21 +130,21 @@ __device__ inline bool fill_bounds(const ClipApplyParams& p, const Board& board)
 
 // The same from the raw cuts, the shifts being there: every block shares the headroom out for itself, a warp per pool, and the
 // first one writes the result.
-__device__ inline bool fill_bounds(const ClipThresholdParams& p, const Board& board, const RawCut* raws) {
+__device__ inline bool fill_bounds(const ClipThresholdParams& p, const SharedStorage& storage, const RawCut* raws) {
   bool any = false;
 #pragma unroll 1
-  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+  for (int n = threadIdx.x; n < storage.num_bounds; n += blockDim.x) {
     const int4 cut = raws[n].cut;
-    board.level()[n] = cut.x, board.quota()[n] = cut.y;
+    storage.level()[n] = cut.x, storage.quota()[n] = cut.y;
     any |= cut.x >= 0;
   }
-  block_share_headroom(p.policy, raws, board.num_bounds, board.headroom());
+  block_share_headroom(p.policy, raws, storage.num_bounds, storage.headroom());
   any = __syncthreads_or(any) != 0;
   if (blockIdx.x != 0) return any;
 #pragma unroll 1
-  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
+  for (int n = threadIdx.x; n < storage.num_bounds; n += blockDim.x) {
     int4 cut = raws[n].cut;
-    cut.z = board.headroom()[n];
+    cut.z = storage.headroom()[n];
     reinterpret_cast<int4*>(p.cut)[n] = cut;
   }
   return any;
@@ -206,40 +206,40 @@ __device__ __forceinline__ void sum_words(const ApplySizes& sizes, const uint64_
 // the totals. `number`: of the prefix within this launch, from 0. kLlWords: where the words were cleared before a
 // barrier, few bounds do without another one; nothing else that a block wrote is visible to the others then.
 template <bool kLlWords>
-__device__ inline void grid_prefix(const ApplySizes& sizes, const Board& board, const Scratch& scratch, Grid& grid,
-                                   int number) {
-  const bool by_words = kLlWords && board.num_bounds <= kMaxLlBounds;
+__device__ inline void grid_prefix(const ApplySizes& sizes, const SharedStorage& storage, const Scratch& scratch,
+                                   Grid& grid, int number) {
+  const bool by_words = kLlWords && storage.num_bounds <= kMaxLlBounds;
   uint64_t* const totals = (number & 1) == 0 ? scratch.totals[0] : scratch.totals[1];
   int* const plain = reinterpret_cast<int*>(totals);
   __syncthreads();
-  scan_warps(board.running(0), board.num_bounds + 1, board.num_bounds, [&](int n, int units) {
-    const int at = blockIdx.x * board.num_bounds + n;
+  scan_warps(storage.running(0), storage.num_bounds + 1, storage.num_bounds, [&](int n, int units) {
+    const int at = blockIdx.x * storage.num_bounds + n;
     if (by_words) {
       publish(totals + at, units, static_cast<unsigned>(number) + 1);
     } else {
       plain[at] = units;
     }
-    board.base()[n] = board.total()[n] = board.accepted()[n] = 0;
+    storage.base()[n] = storage.total()[n] = storage.accepted()[n] = 0;
   });
   if (by_words) {
     __syncthreads();
-    sum_words(sizes, totals, static_cast<unsigned>(number) + 1, board.num_bounds, board.total(), board.base());
+    sum_words(sizes, totals, static_cast<unsigned>(number) + 1, storage.num_bounds, storage.total(), storage.base());
   } else {
     grid.barrier();
-    sum_blocks(plain, board.num_bounds, board.total(), board.base());
+    sum_blocks(plain, storage.num_bounds, storage.total(), storage.base());
   }
   __syncthreads();
 }
 
 // What all blocks accepted in a round, in `total`. Behind a barrier of the block.
-__device__ inline void grid_sum_accepted(const Board& board, const Scratch& scratch, Grid& grid) {
+__device__ inline void grid_sum_accepted(const SharedStorage& storage, const Scratch& scratch, Grid& grid) {
 #pragma unroll 1
-  for (int n = threadIdx.x; n < board.num_bounds; n += blockDim.x) {
-    scratch.accepted[blockIdx.x * board.num_bounds + n] = board.accepted()[n];
-    board.total()[n] = board.base()[n] = 0;
+  for (int n = threadIdx.x; n < storage.num_bounds; n += blockDim.x) {
+    scratch.accepted[blockIdx.x * storage.num_bounds + n] = storage.accepted()[n];
+    storage.total()[n] = storage.base()[n] = 0;
   }
   grid.barrier();
-  sum_blocks(scratch.accepted, board.num_bounds, board.total(), board.base());
+  sum_blocks(scratch.accepted, storage.num_bounds, storage.total(), storage.base());
   __syncthreads();
 }
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from sglang_macs.config import flag_table
 from sglang_macs.engine.compat import SGLANG
 from sglang_macs.observe import metrics
+from sglang_macs.simulate import exchange
+from sglang_macs.simulate.machines import MACHINES, MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -451,6 +453,12 @@ def replicas_table() -> str:
     )
 
 
+def exchange_table() -> str:
+    """What the plans' exchange costs, measured and simulated."""
+    lines = exchange.table(MACHINES["h200"], MODELS["qwen3-vl-30b-a3b"], (2, 4, 8, 16, 32, 64, 128))
+    return markdown(lines[0], lines[1:])
+
+
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
@@ -489,6 +497,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost_table,
     "replicas": replicas_table,
     "wire": wire_table,
+    "exchange": exchange_table,
     "fused": fused_table,
 }
 

@@ -19,10 +19,10 @@ constexpr int kLogWarn = 2, kLogInfo = 3;  // ncclDebugLogLevel
 constexpr unsigned long kLogNet = 0x10;    // ncclDebugLogSubSys
 using Logger = void (*)(int level, unsigned long subsystem, const char* file, int line, const char* format, ...);
 
-constexpr int kHandleBytes = 128;                       // NCCL_NET_HANDLE_MAXSIZE
-constexpr int kPointerHost = 1, kPointerCuda = 2;       // NCCL_PTR_*
+constexpr int kHandleBytes = 128;  // NCCL_NET_HANDLE_MAXSIZE
+constexpr int kPointerHost = 1, kPointerCuda = 2, kPointerDmabuf = 4;  // NCCL_PTR_*
 constexpr uint32_t kSignalIncrement = 1, kSignalAdd = 2;  // NCCL_NET_SIGNAL_OP_*
-constexpr int kDeviceGinProxy = 2;                      // NCCL_NET_DEVICE_GIN_PROXY
+constexpr int kDeviceGinProxy = 2;  // NCCL_NET_DEVICE_GIN_PROXY
 
 struct VirtualDevice {  // ncclNetVDeviceProps_v12_t
   int count;
@@ -86,6 +86,7 @@ struct Plugin {  // ncclRma_v14_t
   Result (*finalize)(void* instance);
 };
 
-static_assert(sizeof(void*) == 8 && sizeof(Plugin) == 21 * 8 && sizeof(Properties) == 128 && sizeof(ContextConfig) == 12);
+static_assert(sizeof(void*) == 8 && sizeof(Plugin) == 21 * 8);
+static_assert(sizeof(Properties) == 128 && sizeof(ContextConfig) == 12);
 
 }  // namespace rma_tcp

@@ -12,7 +12,9 @@ int number(const std::string& word, const std::string& digits) {
     value = std::stoi(digits, &used);
   } catch (const std::exception&) {
   }
-  if (value < 0 || used != digits.size()) throw Error(kInvalidArgument, "fault " + word + ": expected a number from 0 on");
+  if (value < 0 || used != digits.size()) {
+    throw Error(kInvalidArgument, "fault " + word + ": expected a number from 0 on");
+  }
   return value;
 }
 }  // namespace
@@ -40,7 +42,8 @@ void Faults::set(const std::string& text) {
     } else if (word == "corrupt=offset") {
       corrupt_offset = true;
     } else {
-      throw Error(kInvalidArgument, "fault " + word + ": expected delay, reorder, silent, close or corrupt=length|offset");
+      throw Error(kInvalidArgument,
+                  "fault " + word + ": expected delay, reorder, silent, close or corrupt=length|offset");
     }
   }
 }

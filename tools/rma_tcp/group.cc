@@ -70,8 +70,9 @@ std::vector<uint64_t> Group::gather(const std::string& what, uint64_t value) {
     receive_all(control_[r], &theirs, sizeof theirs, name(r));
     theirs.what[sizeof theirs.what - 1] = 0;
     if (theirs.call != mine.call || std::strcmp(theirs.what, mine.what) != 0) {
-      throw Error(kInvalidArgument, name(r) + " is " + theirs.what + " (call " + std::to_string(theirs.call) + "), expected " +
-                                        mine.what + " (call " + std::to_string(mine.call) + ") as on " + name(rank));
+      throw Error(kInvalidArgument, name(r) + " is " + theirs.what + " (call " + std::to_string(theirs.call) +
+                                        "), expected " + mine.what + " (call " + std::to_string(mine.call) +
+                                        ") as on " + name(rank));
     }
     values[r] = theirs.value;
   }
@@ -108,7 +109,9 @@ namespace {
 int connections_to_a_peer(int contexts) {
   const char* text = std::getenv("RMA_TCP_CONNECTIONS");
   const int most = text ? std::atoi(text) : 4;
-  if (most < 1) throw Error(kInvalidArgument, std::string("RMA_TCP_CONNECTIONS=") + text + ": expected a number above 0");
+  if (most < 1) {
+    throw Error(kInvalidArgument, std::string("RMA_TCP_CONNECTIONS=") + text + ": expected a number above 0");
+  }
   return std::min(most, contexts);
 }
 }  // namespace
@@ -206,8 +209,9 @@ Request* Context::get(int index, const Region& from, uint64_t at, size_t bytes, 
 void Context::progress() {
   enter_cuda_context();
   for (const auto& connection : all_) {
-    connection->pump([&](const Frame& frame) { admit(*connection, frame); },
-                     [&](const Frame& frame, const std::vector<char>& payload) { answer(*connection, frame, payload); });
+    connection->pump(
+        [&](const Frame& frame) { admit(*connection, frame); },
+        [&](const Frame& frame, const std::vector<char>& payload) { answer(*connection, frame, payload); });
   }
 }
 

@@ -15,8 +15,8 @@ namespace {
 
 constexpr size_t kStagingBytes = 1 << 20;
 
-// Through the copy engines and pinned memory on a stream of its own: a kernel may fill every SM while this runs, and the
-// default stream may wait for it. The driver's functions are looked up, so that the plugin loads where there is no GPU.
+// Through the copy engines and pinned memory on a stream of its own: a kernel may fill every SM while this runs, and
+// the default stream may wait for it. The driver's functions are looked up: the plugin loads where there is no GPU.
 class Cuda {
  public:
   Cuda() {
@@ -104,9 +104,9 @@ void enter_cuda_context() {
 void Region::check(const char* what, int rank, uint64_t offset, uint64_t bytes) const {
   const uint64_t whole = sizes[rank];
   if (offset <= whole && bytes <= whole - offset) return;
-  throw Error(kInvalidArgument, std::string(what) + ": bytes " + std::to_string(offset) + " + " + std::to_string(bytes) +
-                                    " of region " + std::to_string(id) + ", which has " + std::to_string(whole) +
-                                    " on rank " + std::to_string(rank));
+  throw Error(kInvalidArgument, std::string(what) + ": bytes " + std::to_string(offset) + " + " +
+                                    std::to_string(bytes) + " of region " + std::to_string(id) + ", which has " +
+                                    std::to_string(whole) + " on rank " + std::to_string(rank));
 }
 
 void Region::read(uint64_t offset, char* to, size_t bytes) const {

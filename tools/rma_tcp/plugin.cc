@@ -1,5 +1,5 @@
-// An RMA plugin of NCCL over TCP, for tests: NCCL's GIN with its proxy between processes that share no memory and have no
-// network card. It is never fast: GPU memory goes through the host, and nothing is overlapped.
+// An RMA plugin of NCCL over TCP, for tests: NCCL's GIN with its proxy between processes that share no memory and have
+// no network card. It is never fast: GPU memory goes through the host, and nothing is overlapped.
 #include <unistd.h>
 
 #include <cstdlib>
@@ -69,7 +69,8 @@ Result get_properties(int, Properties* properties) {
   static char name[] = "TCP for tests";
   *properties = {};
   properties->name = name;
-  properties->pointer_support = kPointerHost | kPointerCuda;
+  // DMA-BUF, which is not used: NCCL takes windows of several allocations only where it is supported.
+  properties->pointer_support = kPointerHost | kPointerCuda | kPointerDmabuf;
   properties->speed = 10000;
   properties->max_comms = 1 << 16;
   properties->max_receives = 1;

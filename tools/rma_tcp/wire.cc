@@ -52,15 +52,22 @@ Connection::Connection(int fd, int peer, int index) : peer(peer), index(index), 
 
 Connection::~Connection() { close(fd_); }
 
-std::string Connection::who() const { return "rank " + std::to_string(peer) + " (connection " + std::to_string(index) + ")"; }
+std::string Connection::who() const {
+  return "rank " + std::to_string(peer) + " (connection " + std::to_string(index) + ")";
+}
+
+void Connection::lost(int error) const {
+  if (error == ECONNRESET || error == EPIPE) throw Error(kRemoteError, who() + " has closed its connection");
+  throw Error(kRemoteError, who() + " cannot be reached: " + std::strerror(error));
+}
 
 void Connection::send(Frame frame, const char* payload, bool plain, bool awaited) {
   Faults& fault = faults();
-  if (fault.corrupt_offset && frame.kind == Kind::kPut && fault.corrupt_offset.exchange(false)) frame.offset += 1ull << 40;
+  if (frame.kind == Kind::kPut && fault.corrupt_offset.exchange(false)) frame.offset += 1ull << 40;
   frame.magic = kMagic;
   frame.checksum = checksum(frame);
   const uint64_t bytes = has_payload(frame) ? frame.length : 0;
-  if (fault.corrupt_length && frame.kind == Kind::kPut && fault.corrupt_length.exchange(false)) frame.length += 4096;
+  if (frame.kind == Kind::kPut && fault.corrupt_length.exchange(false)) frame.length += 4096;
   Message message{std::vector<char>(sizeof frame + bytes), Clock::now()};
   std::memcpy(message.bytes.data(), &frame, sizeof frame);
   std::memcpy(message.bytes.data() + sizeof frame, payload, bytes);
@@ -108,7 +115,7 @@ void Connection::write_due() {
     const std::vector<char>& bytes = out_.front().bytes;
     const ssize_t n = ::send(fd_, bytes.data() + written_, bytes.size() - written_, MSG_NOSIGNAL);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (n < 0) throw Error(kRemoteError, who() + " cannot be reached: " + std::strerror(errno));
+    if (n < 0) lost(errno);
     sent_bytes += n;
     written_ += n;
     if (written_ < bytes.size()) return;
@@ -127,7 +134,7 @@ void Connection::read_come(const Admit& admit, const Receive& receive) {
       const ssize_t n = recv(fd_, in_.data() + have, wanted - have, 0);
       in_.resize(have + std::max<ssize_t>(n, 0));
       if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
-      if (n <= 0) throw Error(kRemoteError, who() + " has closed its connection" + (n < 0 ? std::string(": ") + std::strerror(errno) : ""));
+      if (n <= 0) lost(n == 0 ? ECONNRESET : errno);
       heard_ = Clock::now();
       if (in_.size() < wanted) continue;
     }
@@ -135,8 +142,8 @@ void Connection::read_come(const Admit& admit, const Receive& receive) {
     std::memcpy(&frame, in_.data(), sizeof frame);
     if (!admitted_) {
       if (frame.magic != kMagic || frame.checksum != checksum(frame)) {
-        throw Error(kRemoteError, who() + " sent a corrupt frame: length " + std::to_string(frame.length) + ", offset " +
-                                      std::to_string(frame.offset) + ", expected checksum " +
+        throw Error(kRemoteError, who() + " sent a corrupt frame: length " + std::to_string(frame.length) +
+                                      ", offset " + std::to_string(frame.offset) + ", expected checksum " +
                                       std::to_string(checksum(frame)) + ", got " + std::to_string(frame.checksum));
       }
       admit(frame);
@@ -160,8 +167,8 @@ void Connection::read_come(const Admit& admit, const Receive& receive) {
 void Connection::check_silence() const {
   if (awaited_ > 0 && ended_) throw Error(kRemoteError, who() + " has ended while an answer of it is awaited");
   if (awaited_ > 0 && Clock::now() - heard_ > patience()) {
-    throw Error(kRemoteError, who() + " has been silent for " + seconds(patience()) + " with " + std::to_string(awaited_) +
-                                  " answers due");
+    throw Error(kRemoteError, who() + " has been silent for " + seconds(patience()) + " with " +
+                                  std::to_string(awaited_) + " answers due");
   }
 }
 
@@ -205,7 +212,7 @@ void prepare(int fd) {
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);  // connect() waits no longer either
   // A cut cable is found even where this rank only waits to be signalled: probes, given up after as long.
-  const int every = 1, probes = std::max<int>(1, static_cast<int>(time / 1000000)), most = static_cast<int>(time / 1000);
+  const int every = 1, most = static_cast<int>(time / 1000), probes = std::max(1, most / 1000);
   setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &every, sizeof every);
   setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &every, sizeof every);

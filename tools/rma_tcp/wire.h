@@ -64,6 +64,7 @@ class Connection {
   void write_due();
   void read_come(const Admit& admit, const Receive& receive);
   void check_silence() const;
+  [[noreturn]] void lost(int error) const;
   std::string who() const;
 
   const int fd_;

@@ -66,9 +66,10 @@ Result devices(int* count) {
 }
 
 Result get_properties(int, Properties* properties) {
-  static char name[] = "TCP for tests";
+  static char name[] = "rma_tcp";
   *properties = {};
   properties->name = name;
+  properties->guid = 0x726d61746370;  // no other device's
   // DMA-BUF, which is not used: NCCL takes windows of several allocations only where it is supported.
   properties->pointer_support = kPointerHost | kPointerCuda | kPointerDmabuf;
   properties->speed = 10000;
@@ -202,7 +203,7 @@ Result finalize(void*) { return kSuccess; }
 
 EXPORTED rma_tcp::Plugin ncclRmaPlugin_v14;
 rma_tcp::Plugin ncclRmaPlugin_v14 = {
-    "TCP for tests",
+    "rma_tcp",
     rma_tcp::init,
     rma_tcp::devices,
     rma_tcp::get_properties,

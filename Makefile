@@ -9,7 +9,7 @@ SIDE_BY_SIDE := --dist loadfile -n logical --maxprocesses 8
 TWO_SERVERS := --dist loadfile -n 2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format bench clean distclean check-latency test-multinode test-compat
+.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format sdist bench clean distclean check-latency test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,16 +62,21 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
 	@bash scripts/sanitize.sh $(PY)
 
-lint: build  ## ruff, mypy, and the checks of the tables in README and docs
+lint: build  ## ruff, mypy, hadolint, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/hadolint deploy/kubernetes/Dockerfile
 	@$(PY) scripts/docs_tables.py --check
 
 format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 	@$(PY) scripts/docs_tables.py
+
+sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
+	@rm -rf dist
+	@$(PY) setup.py -q sdist
 
 bench: build  ## the plan on this CPU against a vectorised torch version
 	@$(PY) scripts/bench_plan.py

@@ -5,10 +5,12 @@ names another release of torch to build for than SGLang's: enough for the operat
 """
 
 import glob
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 from setuptools import setup
 
@@ -86,7 +88,18 @@ if not torch.__version__.startswith(tuple(f"{minor}." for minor in TORCH)):
     expected = " or ".join(f"{minor}.x" for minor in TORCH)
     fail("torch", torch.__version__, expected, "Install the one that your SGLang asks for.")
 
+
+def version() -> dict[str, str]:
+    """For `setup`: nothing where setuptools-scm says it (pyproject.toml); without it, the release that is made next."""
+    if importlib.util.find_spec("setuptools_scm") is not None:
+        return {}
+    print("sglang-macs build: no setuptools-scm, and so no commit in the version", file=sys.stderr, flush=True)
+    with open("pyproject.toml", "rb") as file:
+        return {"version": tomllib.load(file)["tool"]["setuptools_scm"]["fallback_version"]}
+
+
 setup(
+    **version(),
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sglang_macs.config import flag_table
+from sglang_macs.engine import families
 from sglang_macs.engine.compat import SGLANG
 from sglang_macs.observe import metrics
 from sglang_macs.simulate import exchange
@@ -494,6 +495,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "timeline": timeline_table,
     "instructions": instructions_table,
     "compat": compat_table,
+    "served": families.served_table,
+    "refused": families.refused_table,
     "cost": cost_table,
     "replicas": replicas_table,
     "wire": wire_table,

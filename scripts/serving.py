@@ -81,9 +81,12 @@ def reserve_port(start: int = BASE_PORT) -> tuple[int, socket.socket]:
     raise ServerError(f"no free port on {HOST}: tried {start} to {LAST_PORT}; end servers that are no longer needed")
 
 
-def prompt(text: str, images: int = 0) -> str:
-    """A single user turn in the tiny models' chat format, for `/generate` (which applies no template)."""
-    return f"<|im_start|>user\n{IMAGE_SLOT * images}{text}<|im_end|>\n<|im_start|>assistant\n"
+def prompt(text: str, images: int = 0, slot: str = IMAGE_SLOT) -> str:
+    """A single user turn in the tiny models' chat format, for `/generate` (which applies no template).
+
+    slot: what stands for an image.
+    """
+    return f"<|im_start|>user\n{slot * images}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def data_uri(content: bytes, mime: str = "image/jpeg") -> str:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .plan.routing import Routing
     from .plan.tokens import RoutedTokens
 
-__version__ = "0.1.0"
+try:
+    from ._version import __version__  # with the commit; written by a build
+except ImportError:
+    __version__ = "0+unknown"
 
 __all__ = [
     "PRESETS",

@@ -20,6 +20,7 @@ from sglang_macs.engine.worker import Worker
 from sglang_macs.errors import MacsNotActive
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
+from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
 
@@ -315,8 +316,10 @@ def test_a_plan_that_stands_before_the_fused_dispatch_has_to_pay():
     process = Worker(MacsConfig.from_preset().on("cpu"))
     process.transports.plans = True
     routing = Routing("sigmoid", torch.zeros(4))
-    process.planners = {i: SimpleNamespace(plan=Plan(process.config, 4, 2, routing=routing)) for i in range(2)}
-    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == 8
+    places = Places(4, 6, 2, 0, [0, 1, 2, 3, 0, 1])
+    for options in ({"routing": routing}, {"places": places}):
+        process.planners = {i: SimpleNamespace(plan=Plan(process.config, 4, 2, **options)) for i in range(2)}
+        assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == 8
 
 
 def test_batches_that_are_not_planned_do_not_count_as_passes():

@@ -13,11 +13,38 @@ CAT, DOG, SOUND = batch.PAD_ID_BASE + 7, batch.PAD_ID_BASE + 3, batch.PAD_ID_BAS
 
 def test_segments_by_batch_and_by_image_leave_audio_out():
     ids = torch.tensor([5, CAT, CAT, 6, DOG, SOUND, 7])
-    segment, count = batch.segments(ids, "batch", frozenset({SOUND}))
+    segment, count = batch.segments(ids, "batch", {SOUND: batch.NO_PAD_ID})
     assert (segment.tolist(), count) == ([-1, 0, 0, -1, 0, -1, -1], 1)
-    segment, count = batch.segments(ids, "image", frozenset({SOUND}))
+    segment, count = batch.segments(ids, "image", {SOUND: batch.NO_PAD_ID})
     assert count == 2
     assert segment.tolist() == [-1, 1, 1, -1, 0, -1, -1]  # by ascending pad id
+
+
+def item(*pad_ids: int, audio: bool = False) -> SimpleNamespace:
+    """SGLang's `MultimodalDataItem`; with several ids as from 0.5.23 on, which puts them by turns."""
+    several = {"pad_values": pad_ids} if len(pad_ids) > 1 else {}
+    return SimpleNamespace(pad_value=pad_ids[0], is_audio=lambda: audio, **several)
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_an_item_is_one_whatever_the_number_of_its_ids(scope, turns):
+    """Ids of 62 bits, as from 0.5.23 on, those of different items interleaved in their order."""
+    cat, dog, sound = ([(1 << 61) + 10 * turn + i for turn in range(turns)] for i in range(3))
+    shown = [(5, None), *((cat[i % turns], "cat") for i in range(6)), (6, None)]
+    shown += [*((dog[i % turns], "dog") for i in range(5)), *((sound[i % turns], None) for i in range(7))]
+    forward_batch = SimpleNamespace(
+        input_ids=torch.tensor([token for token, _ in shown]),
+        forward_mode=Mode("EXTEND"),
+        contains_mm_inputs=lambda: True,
+        mm_inputs=[None, SimpleNamespace(mm_items=[item(*cat), item(*sound, audio=True)]),
+                   SimpleNamespace(mm_items=[item(*dog)])],
+        tbo_children=None,
+    )  # fmt: skip
+    found = batch.of_forward(forward_batch, MacsConfig.from_preset(entropy_scope=scope, min_tokens=0), 1)
+    numbers = {None: -1, "cat": 0, "dog": 1 if scope == "image" else 0}
+    assert found.segment.tolist() == [numbers[name] for _, name in shown]
+    assert found.num_segments == (2 if scope == "image" else 1)
 
 
 PADDED = batch.PAD_ID_BASE + 7

@@ -187,10 +187,9 @@ def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flag
         compat.check(launch(**flags))
     monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
-    for dispatch in ("fused", "bounded"):
-        config = MacsConfig.from_preset(dispatch=dispatch)
-        with pytest.raises(MacsError, match=f"--macs-(replicas|dispatch): got .*{dispatch}"):
-            compat.check(replace(launch(**flags), config=config))
+    for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):
+        config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)
+        compat.check(replace(launch(**{**flags, "deepep_mode": mode}), config=config))
 
 
 @pytest.mark.parametrize("options", [{"preset": "off"}, {"gamma": math.inf}], ids=str)
@@ -207,6 +206,17 @@ def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
     for mode in ({}, {"deepep_mode": "auto"}):
         with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
             compat.check(launch(device="cuda", enable_eplb=True, **mode))
+
+
+def test_eplb_counts_what_was_asked_for(monkeypatch):
+    """Low-latency mode counts what arrives: as long as nothing is clipped, that is the same."""
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    flags = {"device": "cuda", "enable_eplb": True, "expert_distribution_recorder_mode": "stat"}
+    compat.check(launch(**flags, deepep_mode="normal"))
+    with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode low_latency, where loads are counted behind"):
+        compat.check(launch(**flags, deepep_mode="low_latency"))
+    lossless = MacsConfig.from_preset(gamma=math.inf)
+    compat.check(replace(launch(**flags, deepep_mode="low_latency"), config=lossless))
 
 
 def test_copies_are_divided_among_the_ranks():
@@ -342,7 +352,8 @@ NOT_BOUNDED = pytest.mark.parametrize(
         {"quantization": "w4afp8"},
         {"enable_two_batch_overlap": True},
         {"enable_single_batch_overlap": True},
-        {"expert_distribution_recorder_mode": "stat"},
+        {"expert_distribution_recorder_mode": "stat_approx"},
+        {"expert_distribution_recorder_mode": "per_token"},
         {"speculative_algorithm": "EAGLE"},
         {"enable_deterministic_inference": True},
     ],
@@ -364,7 +375,17 @@ def test_auto_leaves_it_out_there_and_says_why(flags):
     assert config.dispatch == "auto_fused" and why
 
 
-BOUNDED = pytest.mark.parametrize("flags", [{}, {"deepep_mode": "auto"}, {"quantization": "fp8"}], ids=str)
+BOUNDED = pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"deepep_mode": "auto"},
+        {"quantization": "fp8"},
+        {"expert_distribution_recorder_mode": "stat"},  # of what was routed: before the dispatch, and so before graphs
+        {"expert_distribution_recorder_mode": "per_pass"},
+    ],
+    ids=str,
+)
 
 
 @BOUNDED
@@ -375,10 +396,9 @@ def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
         assert compat.resolved(launch) == (launch.config, "")
 
 
-def test_auto_leaves_experts_with_copies_to_deepep():
-    launch = normal_launch({"ep_num_redundant_experts": 2}, "auto")
-    config, why = compat.resolved(launch)
-    assert config.dispatch == "deepep" and "once each" in why
+def test_auto_carries_experts_with_copies_as_any_others():
+    launch = normal_launch({"ep_num_redundant_experts": 2, "enable_eplb": True}, "auto")
+    assert compat.resolved(launch) == (launch.config, "")
 
 
 @pytest.mark.parametrize(
@@ -407,7 +427,8 @@ def test_auto_is_for_gpus_with_macs_on(device, options, expected):
         ("Qwen3ForCausalLM", 0),
     ],
 )
-def test_models_that_macs_cannot_serve_are_refused(architecture, experts):
+def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, experts):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "models")
     with pytest.raises(MacsError, match=architecture):
         compat.check(launch(architecture, experts))
 

@@ -2,6 +2,7 @@
 which of DeepEP's modes carries what under `--deepep-mode auto`.
 """
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep
 from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch
+from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 64
@@ -231,6 +233,33 @@ def auto():
             return topk.topk_ids, dispatcher.dispatch_b()
 
     return dispatch, inner._normal_dispatcher.sent, carrier, counters
+
+
+@pytest.mark.parametrize("gamma", [1.0, math.inf])
+def test_a_plan_with_replicas_stands_before_the_fused_dispatch(gamma):
+    """Its kernel knows none: it carries what was planned, to physical experts."""
+    first = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    config = MacsConfig.from_preset("rank", gamma=gamma, dispatch="fused")
+    plan = Plan(config, EXPERTS, RANKS, places=Places(EXPERTS, len(first), RANKS, 0, first))
+    counters, carrier, implementation = Stats(), Carrier(), Implementation("low latency")
+    inner, dispatcher = AutoInner(), MaybeTbo()
+    inner._low_latency_dispatcher, dispatcher._inners = implementation, [inner]
+    planner = AloneInGroup(0, plan, group=None, counters=counters)
+    fused = FusedLowLatency(implementation, carrier, planner, LowLatencyOutput)
+    deepep.plan_before(dispatcher, planner, [fused])
+    hidden, topk = routed()
+    with batch.forward(a_prefill()):
+        dispatcher.dispatch_a(hidden_states=hidden, topk_output=topk)
+        output = dispatcher.dispatch_b()
+    (carried,) = carrier.carried
+    assert carried is output.topk_ids and rows_of(carried, len(first)).view(RANKS, -1).sum(1).tolist() == [TOKENS] * 2
+    assert carrier.planned == counters.fused == 0 and counters.planned == 1
+    assert output.expected_m == math.ceil(TOKENS * TOP_K / len(first)), "rows of a physical expert"
+    with batch.forward(batch.Batch(skip="decode")):  # DeepEP's hint
+        fused._sent = None  # as combine leaves it
+        dispatcher.dispatch_a(hidden_states=hidden[:30], topk_output=TopK(*(t[:30] for t in topk)))
+        assert dispatcher.dispatch_b().expected_m == (2 * 30 * TOP_K + len(first)) // len(first)
+    assert torch.equal(carrier.carried[1], topk.topk_ids[:30]), "decode keeps SGLang's choice"
 
 
 def a_prefill(**options) -> batch.Batch:

@@ -221,6 +221,16 @@ def test_stock_is_served_without_the_plugin(tmp_path):
     assert "macs" not in " ".join([flags, *STOCK])
 
 
+def test_copies_of_experts_are_placed_where_a_variant_has_them(tmp_path):
+    launch = servers.Launch("cuda", 2, 24, "bf16", 16384, 64, ["balanced"], attention="triton")
+    for variant in chosen_variants(["replicas", "inf"], None, "cuda"):
+        arguments = launch.server(variant, tmp_path, tmp_path / variant.name).args
+        if variant.name == "replicas":
+            location = json.loads(arguments[arguments.index("--init-expert-location") + 1])
+            assert [len(layer) for layer in location["physical_to_logical_map"]] == [128 + 32] * 24
+        assert ("--init-expert-location" in arguments) == (variant.name == "replicas")
+
+
 def test_plugin_needs_nothing_of_this_project():
     program = "import sys; import e2e_routing; assert not [m for m in sys.modules if m.startswith('sglang')]"
     subprocess.run([sys.executable, "-c", program], cwd=E2E / "routing_site", env={"PATH": ""}, check=True)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from serving import Generation, Server, data_uri, photographs
 from support import servers
-from support.families import FAMILIES, Family
+from support.families import FAMILIES, Family, animation
 from support.reference import NEW_TOKENS, Question, Reference
 from support.servers import MACS, own, states
 
 from sglang_macs.cpu_compat import environment
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
+STAND_INS = Path(__file__).resolve().parent / "support" / "stand_ins"  # of modules that decode sounds and videos
 LOGS = Path(__file__).resolve().parent.parent / "build"
 ALONE = 256  # --macs-min-tokens of a server that leaves single questions alone: two ranks, so 512 tokens
 ONE_PICTURE = "What is in this picture?"
@@ -27,10 +28,9 @@ SOUND_TOKENS = 13  # of a second
 LONG = " A mixture of experts sends every token to a few experts and adds up what they answer." * 40
 
 
-def serve(family: Family, log: str, *flags: str, modules: Path | None = None) -> Server:
-    """modules: a folder that is searched for modules before those that are installed."""
+def serve(family: Family, log: str, *flags: str) -> Server:
     arguments = [*family.layout, *MACS, *flags]
-    env = {"PYTHONPATH": os.pathsep.join([environment(ranks=2)["PYTHONPATH"], str(modules)])} if modules else {}
+    env = {"PYTHONPATH": os.pathsep.join([environment(ranks=2)["PYTHONPATH"], str(STAND_INS)])}
     return Server(family.build(), arguments, env=env, log=LOGS / f"test-family-{family.kind}-{log}.log")
 
 
@@ -43,6 +43,14 @@ def ask(server: Server, family: Family, text: str, pictures: int = 0) -> Generat
 def generate(server: Server, family: Family, text: str, pictures: int = 0) -> Generation:
     images = (photographs() * pictures)[:pictures] or None
     return server.generate(family.prompt(text, pictures), images, max_new_tokens=NEW_TOKENS)
+
+
+def ask_of_video(server: Server, family: Family) -> list[int]:
+    """Greedy ids of an answer about a video, from a full prefill."""
+    server.flush_cache()
+    body = {"text": family.about_video("What happens?"), "video_data": [data_uri(animation(), "video/mp4")]}
+    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
+    return server.post("/generate", body | {"sampling_params": sampling})["output_ids"]
 
 
 def assert_bounds_held(server: Server) -> None:
@@ -71,6 +79,14 @@ def counted(server: Server) -> tuple[int, int]:
     return own(server, "assignments_visual"), own(server, "assignments_text")
 
 
+def assert_video_is_visual(server: Server, family: Family, answer: list[int]) -> None:
+    """As many tokens of it as the tower has outputs; marks of time between its frames are text. The same answer."""
+    before = counted(server)
+    assert ask_of_video(server, family) == answer
+    (state, *_), now = states(server), counted(server)
+    assert now[0] - before[0] == family.video * len(state["layers"]) * 4
+
+
 def assert_sound_is_not_visual(server: Server, family: Family, visual: int) -> None:
     """A second of a tone beside a picture of `visual` tokens: sounds share the padding, and count as text."""
     server.flush_cache()
@@ -90,13 +106,13 @@ def assert_sound_is_not_visual(server: Server, family: Family, visual: int) -> N
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_is_served(name, tmp_path):
-    (tmp_path / "torchaudio.py").touch()  # SGLang imports it for any sound, and needs it for other rates than 16 kHz
+def test_a_family_is_served(name):
     family = FAMILIES[name]
     reference = Reference(family.build())
     asked = dict.fromkeys(family.decisive, 0) | (PICTURES if family.slot else {})  # text -> pictures beside it
     with serve(family, "bounded", "--macs-gamma", "1.0", "--macs-min-tokens", str(ALONE)) as server:
         control = {text: ask(server, family, text, pictures).ids for text, pictures in asked.items()}
+        about_video = ask_of_video(server, family) if family.video else []
         for state in states(server):  # so far, MACS has left everything alone
             assert state["planned"] == 0 and state["skipped"]["small"] > 0
         for text in family.decisive:
@@ -106,7 +122,7 @@ def test_a_family_is_served(name, tmp_path):
         assert own(server, "clipped_visual" if family.slot else "clipped_text") > 0
         assert own(server, "rerouted_visual") + own(server, "rerouted_text") > 0
     infinite = ("--macs-gamma", "inf", "--macs-min-tokens", "0")
-    with serve(family, "infinite", *infinite, modules=tmp_path) as server:
+    with serve(family, "infinite", *infinite) as server:
         before = counted(server)
         answers = {text: ask(server, family, text, pictures) for text, pictures in asked.items()}
         assert {text: answer.ids for text, answer in answers.items()} == control
@@ -116,5 +132,7 @@ def test_a_family_is_served(name, tmp_path):
         visual = {text: answer.meta["prompt_tokens"] - around[text] for text, answer in answers.items()}
         assert (min(visual[text] for text in PICTURES) > 100) if family.slot else not any(visual.values())
         assert_marked(server, before, sum(visual.values()), sum(around.values()))
+        if family.video:
+            assert_video_is_visual(server, family, about_video)
         if name == "Qwen3-Omni":
             assert_sound_is_not_visual(server, family, visual[ONE_PICTURE])

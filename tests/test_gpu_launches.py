@@ -1,16 +1,19 @@
 """What the servers of scripts/gpu are started with, as far as it can be seen without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from gpu import gpu_launches
-from gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE
+from gpu import gpu_launches, serve_check
+from gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE, RUNS
 
 from sglang_macs.cpu_compat import environment
+from sglang_macs.plan.places import Places
 
 REINDEX = """
+import json
 import os
 from sglang.srt.platforms.cuda import CudaDeviceMixin
 with CudaDeviceMixin.reindex_device_id(None, 1) as device:
@@ -39,7 +42,47 @@ def test_arguments_say_what_the_name_says(name):
     assert given["--tp"] == given["--ep-size"] == name[0]
     assert given["--deepep-mode"] == launch.mode
     assert ("--disable-cuda-graph" in launch.arguments) != launch.graphs
-    assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == (launch.ranks > 1)
+    has_own_requests = launch.ranks > 1 and not launch.attention_tp
+    assert ("--dp" in given) == ("--enable-dp-attention" in launch.arguments) == has_own_requests
+
+
+# What SGLang's vision towers and processors need; tests/test_families.py serves the same on CPUs.
+ASKED_OF = {"glm4v_moe": "--mm-enable-dp-encoder", "kimi_vl": "--trust-remote-code"}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_family_gets_the_layout_and_flags_without_which_it_is_not_served(name):
+    launch = LAUNCHES[name]
+    assert ASKED_OF.get(launch.kind, "--tp") in launch.arguments
+    assert launch.attention_tp == (launch.kind in ("internvl", "qwen3_omni"))
+    assert ("InternVL3_5" in launch.model_path().name) == (launch.kind == "internvl")
+    assert launch.experts % launch.ranks == 0 and launch.hidden in (2048, 4096)
+
+
+def test_pictures_are_marked_as_the_family_marks_them():
+    asked = serve_check.requests(LAUNCHES["2 ranks, auto, Kimi-VL"])
+    with_pictures = [text for text, image in asked if image]
+    assert len(with_pictures) == 6 and all("<|media_pad|>" in text for text in with_pictures)
+    assert not any("<|media_pad|>" in text for text, image in asked if not image)
+    assert not any(image for _, image in serve_check.requests(LAUNCHES["2 ranks, auto, DeepSeek-V3"]))
+
+
+@pytest.mark.parametrize(("experts", "redundant", "ranks"), [(128, 32, 2), (128, 32, 8), (32, 4, 4)])
+def test_every_rank_has_its_own_experts_and_some_of_the_next(experts, redundant, ranks):
+    layers = json.loads(gpu_launches.expert_location(3, experts, redundant, ranks))["physical_to_logical_map"]
+    assert len(layers) == 3 and all(len(layer) == experts + redundant for layer in layers)
+    places = Places(experts, experts + redundant, ranks, 0, layers[0])
+    linear = [expert // (experts // ranks) for expert in range(experts)]
+    assert all(places.on_ranks[range(experts), linear]), "no skew of the model's is evened out by the placement"
+    assert places.on_ranks.sum(0).tolist() == [(experts + redundant) // ranks] * ranks, "no rank has an expert twice"
+
+
+def test_a_launch_with_copies_has_one_run_without():
+    launch = LAUNCHES["2 ranks, replicas, bounded, EPLB"]
+    assert list(launch.runs) == ["off", "inf", "1.0", "plain"] and list(LAUNCHES["2 ranks, normal"].runs) == list(RUNS)
+    assert {"--enable-eplb", "--init-expert-location", "--ep-num-redundant-experts"} <= set(launch.arguments)
+    assert launch.without_copies.arguments == LAUNCHES["2 ranks, bounded"].arguments
+    assert launch.model_path() == launch.without_copies.model_path()
 
 
 def test_only_ranks_on_one_gpu_are_told_which(monkeypatch):

@@ -15,7 +15,7 @@ LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 
 
 
 def state(rank: int, fused: int) -> dict:
-    own = {"clipped_visual": 5, "clipped_text": 5}
+    own = {"clipped_visual": 5, "clipped_text": 5, "rerouted_visual": 4, "rerouted_text": 4}
     counted = {
         "dispatches": 30,
         "skipped": {"outside": 6},
@@ -45,6 +45,16 @@ def test_a_fused_launch_has_to_say_and_count_that_it_is():
     assert silent == [f"gamma {run}: the log does not say that the fused dispatch carries" for run in ("inf", "1.0")]
 
 
+def test_what_a_launch_was_to_clip_has_to_be_clipped_and_re_routed():
+    found = runs(fused=0, carrier="")
+    for one in found["1.0"]["states"]:
+        one["own"] |= {"rerouted_visual": 0, "clipped_text": 0}
+    launch = LAUNCHES["2 ranks, auto, Kimi-VL"]
+    assert serve_check.judge(launch, found) == ["gamma 1.0: no visual assignment was rerouted"]
+    text = LAUNCHES["2 ranks, auto, DeepSeek-V3"]
+    assert serve_check.judge(text, found) == ["gamma 1.0: no text assignment was clipped"]
+
+
 def test_prefill_of_mode_auto_is_in_normal_mode_and_decode_is_fused():
     auto, found = LAUNCHES["2 ranks, auto, fused"], runs(fused=0)
     assert serve_check.judge(auto, found) == []
@@ -71,6 +81,37 @@ def test_a_launch_with_peers_has_to_say_that_they_sum():
     words = "the log does not say that peers' memory sums the exchange"
     assert serve_check.judge(launch, found) == [f"gamma {run}: {words}" for run in ("inf", "1.0")]
     assert serve_check.judge(launch, {run: of_run | {"by_peers": True} for run, of_run in found.items()}) == []
+
+
+def runs_with_copies() -> dict[str, dict]:
+    found = runs(fused=0, carrier="")
+    found["plain"] = copy.deepcopy(found["off"])
+    for run, of_run in found.items():
+        of_run["tokens"] = [[i, i + 1] for i in range(1, 9)]
+        for one in of_run["states"]:
+            one["own"] = {"clipped_visual": 0, "clipped_text": 0, "moved_visual": 3}
+        if run != "plain":
+            of_run["rebalanced"] = 4
+    return found
+
+
+def test_experts_with_copies_have_to_move_rows_and_keep_most_answers():
+    """Sums over ranks are in another order: a token now and then may differ, at SGLang's own choice too."""
+    launch, found = LAUNCHES["2 ranks, replicas, EPLB"], runs_with_copies()
+    found["inf"]["tokens"][3] = [9, 9]
+    assert serve_check.judge(launch, found) == []
+    assert found["inf"]["equal_to_plain"] == "7 of 8 answers"
+    found["off"]["tokens"] = [[9, 9]] * 8
+    found["1.0"]["rebalanced"] = 0
+    for one in found["1.0"]["states"]:
+        one["own"]["moved_visual"] = 0
+    found["inf"]["states"][1]["own"]["clipped_text"] = 2
+    assert serve_check.judge(launch, found) == [
+        "off: 0 of 8 answers are those without copies",
+        "gamma 1.0: nothing moved to another replica",
+        "infinite gamma clipped 2 assignments",
+        "1.0: EPLB moved nothing",
+    ]
 
 
 def test_other_tokens_violations_and_failures_are_told():

@@ -1,6 +1,7 @@
 """The model lab: its model is transformers', its tasks are what they say, its methods meet the bound they share."""
 
 import json
+import math
 from dataclasses import replace
 
 import evaluate
@@ -9,6 +10,7 @@ import lab_material
 import lab_methods
 import lab_model
 import lab_muon
+import lab_replicas
 import lab_tokens
 import pytest
 import torch
@@ -359,6 +361,41 @@ def test_every_method_meets_the_bound(method, bound, given):
 def test_without_a_bound_nothing_changes(given):
     for method in lab_methods.methods(MODALITY):
         assert torch.equal(method.decide(given, 8.0).ids, given.ids), method.name
+
+
+@pytest.fixture(scope="module")
+def placed():
+    """The default with linear experts, with the same moved, and with copies; for loads like the batch's."""
+    rows = torch.linspace(2, 1, 32).expand(6, 32)
+    return lab_replicas.methods(rows, MODALITY, "softmax")
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_copies_come_before_the_clip_at_the_same_bound(placed, bound, given):
+    most, clipped = int(bound * given.ids.numel() / RANKS), []
+    for method in placed[1:]:
+        outcome = method.decide(given, bound)
+        assert outcome.rows.max() <= most and outcome.rows.sum() == (outcome.ids >= 0).sum()
+        clipped.append(int((outcome.ids != given.ids).sum()))
+        same = outcome.ids == given.ids
+        assert torch.equal(outcome.weights[same], given.weights[same])
+    assert clipped == sorted(clipped, reverse=True) and (clipped[-1] < clipped[0] or clipped[0] == 0)
+
+
+def test_copies_lose_nothing_without_a_bound(placed, given):
+    fullest = []
+    for method in placed[1:]:
+        outcome = method.decide(given, math.inf)
+        assert torch.equal(outcome.ids, given.ids) and torch.equal(outcome.weights, given.weights)
+        fullest.append(int(outcome.rows.max()))
+    assert fullest == sorted(fullest, reverse=True) and fullest[-1] < fullest[0]
+
+
+def test_experts_placed_linearly_are_planned_as_if_nobody_had_placed_them(given):
+    linear = lab_replicas.WithReplicas({}, MODALITY, placements={given.layer: list(range(32))})
+    one, other = linear(given, 1.0), lab_methods.WithPlan({}, MODALITY)(given, 1.0)
+    assert torch.equal(one.ids, other.ids) and torch.equal(one.weights, other.weights)
+    assert torch.equal(one.rows, rank_rows(other.ids, 32))
 
 
 def test_clipping_stays_clipped(given):

@@ -123,7 +123,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
     cases |= {name: {**engine, **keywords} for name, (keywords, _) in ENGINES.items()}
     cases |= {"engine, stock": engine}
     refused = {name: values for name, (values, _) in model_configs.REFUSED.items()}
-    for name, values in (model_configs.MODELS | refused).items():
+    for name, values in (model_configs.MODELS | model_configs.UNTESTED | refused).items():
         path = with_config(folder / name, Path(vl_model), values)
         cases[name] = ["--model-path", path, *EP2, *MACS]
         cases[f"{name}, no re-routing"] = [*cases[name], "--macs-reroute", "none"]
@@ -243,6 +243,15 @@ def test_an_engine_is_refused_by_an_exception_of_one_line(launches, name):
 def test_a_model_family_is_taken_with_and_without_re_routing(launches, name):
     for result in (launches[name], launches[f"{name}, no re-routing"]):
         assert (result["code"], result["raised"], result["backend"]) == (None, None, "customized"), result
+
+
+@pytest.mark.parametrize("name", model_configs.UNTESTED)
+def test_a_model_that_no_test_has_served_is_refused_and_named(launches, name):
+    for result in (launches[name], launches[f"{name}, no re-routing"]):
+        (line,) = our_lines(result)
+        assert (
+            result["code"] == 2 and f"model: got {model_configs.UNTESTED[name]['architectures'][0]}, expected" in line
+        )
 
 
 @pytest.mark.parametrize("name", model_configs.REFUSED)

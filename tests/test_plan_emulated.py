@@ -318,11 +318,13 @@ def test_selection_score_of_1024_experts(launchers: Launchers) -> None:
 
 
 @pytest.mark.parametrize("load", ["rows", "effective"])
-@pytest.mark.parametrize("experts", [16, 192, 320, 640])
-def test_a_selection_orders_candidates_whatever_their_logits(launchers: Launchers, experts: int, load: str) -> None:
-    """One of each instance of the kernel, in the two fused launchers."""
+@pytest.mark.parametrize(("experts", "top_k"), [(16, 4), (192, 4), (320, 4), (512, 10), (896, 16)])
+def test_a_selection_orders_candidates_whatever_their_logits(
+    launchers: Launchers, experts: int, top_k: int, load: str
+) -> None:
+    """One of each instance of the kernel, in the two fused launchers; the last are Qwen3.5's and Kimi K3's sizes."""
     gen = cases.generator(experts)
-    shape = cases.NAMED["imbalanced"] | {"num_tokens": 12, "num_experts": experts, "scoring": "sigmoid"}
+    shape = cases.NAMED["imbalanced"] | {"num_tokens": 12, "num_experts": experts, "scoring": "sigmoid", "top_k": top_k}
     routing = cases.routing(gen, experts, "sigmoid", biased=True, groups=(8, 4))
     group = cases.Group([cases.batch(gen, **shape)], experts, 4, torch.zeros(experts, dtype=torch.int8), routing)
     options = USUAL | {"load": load, "num_ranks": 4, "scoring": "sigmoid", "importance": "gate", "buckets": 32}

@@ -18,6 +18,7 @@ from sglang_macs.dispatch import low_latency
 from sglang_macs.engine import topk
 from sglang_macs.errors import MacsNotActive
 from sglang_macs.plan import batch
+from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
 
 HERE = Path(__file__).resolve().parent
@@ -121,7 +122,7 @@ def test_where_the_fused_dispatch_does_not_plan_it_is_told(monkeypatch, capfd, d
 def test_the_fused_kernels_plan_only_where_logits_order_candidates(monkeypatch, groups):
     """Else the layer's own plan goes before them, and they carry what it has planned."""
     fused = object.__new__(low_latency.FusedLowLatency)
-    fused.planner = SimpleNamespace(plan=SimpleNamespace(routing=Routing(**groups)))
+    fused.planner = SimpleNamespace(plan=Plan(MacsConfig(), 8, 2, routing=Routing(**groups)))
     monkeypatch.setattr(fused, "takes", lambda: True, raising=False)
     with batch.forward(batch.Batch(skip="")):
         assert fused.plans() == (not groups)

@@ -54,6 +54,7 @@ STOCK = ("--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm")
 MACS = ("--moe-a2a-backend", "macs")
 COUNTED, BOUNDED = (*MACS, "--macs-dispatch", "deepep"), (*MACS, "--macs-dispatch", "bounded")
 OFF, INFINITE, RANK = ("--macs-preset", "off"), ("--macs-gamma", "inf"), ("--macs-gamma", "1.05")
+REPLICAS = ("--ep-num-redundant-experts", "32")  # where they lie: `Launch.server`; the others have none
 # The most telling first: with too little time for all, the last are left out.
 VARIANTS = (
     Variant("stock", "deepep", STOCK),
@@ -65,6 +66,8 @@ VARIANTS = (
     Variant("rank-1.05", "deepep", (*COUNTED, *RANK)),
     Variant("off", "deepep", (*COUNTED, *OFF)),
     Variant("inf", "deepep", (*COUNTED, *INFINITE)),
+    Variant("replicas", "bounded", (*BOUNDED, *INFINITE, *REPLICAS)),
+    Variant("replicas-1.05", "bounded", (*BOUNDED, *RANK, *REPLICAS)),
 )
 
 
@@ -278,6 +281,9 @@ class Launch:
         passes.mkdir(parents=True)
         environment = self.environment(variant, passes)
         arguments = [*self.arguments(), *variant.flags]
+        if REPLICAS[0] in variant.flags:
+            sizes = self.layers, TEXT["num_experts"], int(REPLICAS[1]), self.ranks
+            arguments += ["--init-expert-location", gpu_launches.expert_location(*sizes)]
         seconds = gpu_launches.START_SECONDS
         return QuietServer(model, arguments, env=environment, log=folder / "server.log", timeout=seconds)
 

@@ -1,14 +1,16 @@
 """How scripts/gpu starts the real SGLang server: models, ranks, DeepEP modes, and what the runs of a launch differ in.
 
-Models have hidden size 2048 and random weights; their visual tokens prefer the first half of the experts, which are
-rank 0's: image batches are skewed.
+Models have random weights, few layers and hidden sizes that DeepEP takes; their visual tokens prefer the first half of
+the experts, which are rank 0's: image batches are skewed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import paths
@@ -40,10 +42,11 @@ LARGE = (
 )
 RUNS = {
     "off": ["--macs-preset", "off", "--macs-verify", "true"],
-    "inf": ["--macs-gamma", "inf", "--macs-verify", "true"],
+    "inf": ["--macs-gamma", "inf", "--macs-act", "always", "--macs-verify", "true"],
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
+    "MACS_EXPERIMENTAL": "replicas,models",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
@@ -55,16 +58,19 @@ ENVIRONMENT = {
 # A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
 # side, with empty caches, took 180.
 START_SECONDS = 240
+# Every few passes, a layer after the other.
+MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1")
 
 
 @dataclass(frozen=True)
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, copies, intermediate, fp8: of the model; flags: beside the common ones; fused,
-    bounded: what --macs-dispatch asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else
-    group; graphs: decode replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics
-    and trace.
+    kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options: others of its builder;
+    flags: beside the common ones; attention_tp: all ranks share every request; fused, bounded: what --macs-dispatch
+    asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else group; graphs: decode replays
+    CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace; redundant: copies
+    of experts; moves: EPLB moves experts meanwhile.
     """
 
     ranks: int
@@ -74,15 +80,29 @@ class Launch:
     top_k: int = 4
     layers: int = 3
     copies: int = 0
+    hidden: int = 2048
     intermediate: int = 256
     fp8: bool = False
+    options: dict[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = SMALL
+    attention_tp: bool = False
     fused: bool = False
     bounded: bool = False
     peers: bool = False
     graphs: bool = False
     one_gpu: bool = False
     observed: bool = False
+    redundant: int = 0
+    moves: bool = False
+
+    @property
+    def runs(self) -> dict[str, list[str]]:
+        """RUNS; where experts have copies, beside one without them."""
+        return RUNS | ({"plain": RUNS["off"]} if self.redundant else {})
+
+    @property
+    def without_copies(self) -> Launch:
+        return dataclasses.replace(self, redundant=0, moves=False)
 
     @property
     def gpus(self) -> int:
@@ -92,14 +112,19 @@ class Launch:
     def arguments(self) -> list[str]:
         n = str(self.ranks)
         parallel = ["--tp", n, "--ep-size", n]
-        if self.ranks > 1:
-            parallel += ["--dp", n, "--enable-dp-attention"]
-        else:  # one rank has nothing to balance: its experts are bounded
+        if self.ranks == 1:  # it has nothing to balance: its experts are bounded
             parallel += ["--macs-scope", "expert"]
+        elif not self.attention_tp:
+            parallel += ["--dp", n, "--enable-dp-attention"]
         if self.one_gpu:  # pictures would go through memory of a process that is no rank
             parallel += ["--mm-feature-transport", "cpu"]
         graphs = ["--cuda-graph-max-bs-decode", "8"] if self.graphs else ["--disable-cuda-graph"]
-        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags]
+        placed = []
+        if self.redundant:
+            location = expert_location(self.layers + self.copies, self.experts, self.redundant, self.ranks)
+            placed = ["--ep-num-redundant-experts", str(self.redundant), "--init-expert-location", location]
+        moving = MOVING if self.moves else ()
+        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags, *placed, *moving]
 
     @property
     def dispatch(self) -> str:
@@ -109,9 +134,16 @@ class Launch:
         return "bounded" if self.bounded else "deepep"
 
     @property
+    def slot(self) -> str:
+        """What stands for a picture in a prompt; "" for a model that takes none."""
+        return tiny_models.PICTURE_SLOTS.get(self.kind, "")
+
+    @property
     def plans_fused(self) -> bool:
-        """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode."""
-        return self.fused and self.mode == "low_latency"
+        """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode, nor with
+        replicas, which are planned in front.
+        """
+        return self.fused and self.mode == "low_latency" and not self.redundant
 
     def environment(self) -> dict[str, str]:
         if self.gpus > 1:
@@ -122,17 +154,25 @@ class Launch:
     def model_path(self) -> Path:
         """Where the checkpoint lies; launches that differ elsewhere share one."""
         layers = f"-{self.layers + self.copies}" if self.copies else ""
-        return ROOT / "build" / "models" / f"gpu-{self.kind}-{self.experts}{layers}{'-fp8' if self.fp8 else ''}"
+        kind = "InternVL3_5" if self.kind == "internvl" else self.kind  # SGLang looks for that name
+        return ROOT / "build" / "models" / f"gpu-{kind}-{self.experts}{layers}{'-fp8' if self.fp8 else ''}"
 
     def model(self) -> Path:
         """The checkpoint, built if it is not there."""
-        size = {"hidden": 2048, "layers": self.layers, "num_experts": self.experts, "top_k": self.top_k}
-        size["intermediate"] = self.intermediate
+        size = {"hidden": self.hidden, "layers": self.layers, "num_experts": self.experts, "top_k": self.top_k}
+        size |= {"intermediate": self.intermediate, **self.options}
         if self.copies:
             size |= {"copies": self.copies}
         if self.kind == "qwen3_moe":
             size |= {"fp8": self.fp8, "head_dim": 64}
         return tiny_models.ensure(self.model_path(), self.kind, **size)
+
+
+def expert_location(layers: int, experts: int, redundant: int, ranks: int) -> str:
+    """For --init-expert-location: each rank has its own experts, linearly, and the first ones of the next rank."""
+    own, copies = experts // ranks, redundant // ranks
+    of_layer = [(rank * own + i) % experts for rank in range(ranks) for i in range(own + copies)]
+    return json.dumps({"physical_to_logical_map": [of_layer] * layers}, separators=(",", ":"))
 
 
 def _one_gpu_environment() -> dict[str, str]:
@@ -161,6 +201,11 @@ LAUNCHES = {
     "2 ranks, bounded, FP8 blocks": Launch(2, "normal", bounded=True, **FP8),
     "2 ranks, bounded, one GPU": Launch(2, "normal", bounded=True, one_gpu=True),
     "2 ranks, bounded, FP8 blocks, one GPU": Launch(2, "normal", bounded=True, one_gpu=True, **FP8),
+    "2 ranks, replicas": Launch(2, "normal", redundant=32, **REAL),
+    "2 ranks, replicas, bounded": Launch(2, "normal", redundant=32, bounded=True, **REAL),
+    "2 ranks, replicas, EPLB": Launch(2, "normal", redundant=32, moves=True, **REAL),
+    "2 ranks, replicas, bounded, EPLB": Launch(2, "normal", redundant=32, moves=True, bounded=True, **REAL),
+    "2 ranks, replicas, fused": Launch(2, "low_latency", redundant=32, fused=True, **REAL),
     "2 ranks, fused": Launch(2, "low_latency", fused=True),
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),
@@ -179,6 +224,47 @@ LAUNCHES = {
     "2 ranks, auto, fused, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True),
     "2 ranks, auto, fused, FP8 blocks, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True, **FP8),
     "2 ranks, low latency, fused, graphs, one GPU": Launch(2, "low_latency", fused=True, graphs=True, one_gpu=True),
+}
+# Other families as users run them. Heads are as wide as the originals'.
+HEADS = {"head_dim": 128}
+LATENT = {**HEADS, "latent": 512}
+DECODE_IN_GRAPHS = {"ranks": 2, "mode": "auto", "graphs": True}
+LAUNCHES |= {
+    "2 ranks, auto, InternVL3.5": Launch(
+        **DECODE_IN_GRAPHS, kind="internvl", layers=2, options=HEADS, attention_tp=True, **REAL
+    ),
+    "2 ranks, auto, Kimi-VL": Launch(
+        **DECODE_IN_GRAPHS,
+        kind="kimi_vl",
+        experts=64,
+        top_k=6,
+        intermediate=512,
+        options=LATENT,
+        flags=(*SMALL, "--trust-remote-code"),
+    ),
+    "2 ranks, auto, GLM-4.5V": Launch(
+        **DECODE_IN_GRAPHS,
+        kind="glm4v_moe",
+        hidden=4096,
+        experts=64,
+        top_k=8,
+        options=HEADS,
+        flags=(*SMALL, "--mm-enable-dp-encoder"),
+    ),
+    "2 ranks, auto, Qwen3-Omni": Launch(
+        **DECODE_IN_GRAPHS, kind="qwen3_omni", experts=64, top_k=8, options=HEADS, attention_tp=True
+    ),
+    # As many experts as Qwen3.5-397B-A17B has: more than the kernels for small batches take.
+    "2 ranks, auto, Qwen3.5-MoE": Launch(
+        **DECODE_IN_GRAPHS,
+        kind="qwen3_5_moe",
+        experts=512,
+        top_k=10,
+        layers=4,
+        intermediate=128,
+        options={"head_dim": 256},
+    ),
+    "2 ranks, auto, DeepSeek-V3": Launch(**DECODE_IN_GRAPHS, kind="deepseek_v3", experts=64, top_k=8, options=LATENT),
 }
 # On more GPUs, what differs with their number.
 LAUNCHES |= {f"{n} ranks, 128 experts": Launch(n, "low_latency", **REAL) for n in (4, 8)}

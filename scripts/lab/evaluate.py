@@ -22,11 +22,12 @@ import lab_calibration
 import lab_checkpoint
 import lab_material
 import lab_methods
+import lab_replicas
 import lab_result
 import numpy as np
 import torch
 from lab_judge import RANKS, as_batch, by_task, exact
-from lab_methods import Inputs, Layout, Method, rank_rows
+from lab_methods import Inputs, Layout, Method, Outcome, rank_rows
 from lab_model import Embedded, LabModel, Routing
 from lab_pictures import TOKEN
 from lab_tasks import NO_LABEL, Group, Maker
@@ -66,6 +67,7 @@ RESAMPLES = 2000
 SWEPT_AT = 0.7
 IMPORTANCE_AT = (0.7, 1.0, 1.05)
 REDUCED_IMPORTANCE_AT = (0.7, 1.05)
+PARTS = ("main", "stress", "sweeps", "replicas", "importance", "drift")
 # Sweeps, one option at a time: by importance, the preset and its options.
 SWEEPS = {
     "entropy_gate": ("rank", {"delta": (0.0, 0.5, 1.0, 2.0, 4.0), "alpha": (0.0, 0.5, 1.0, 2.0, 4.0)}),
@@ -122,17 +124,18 @@ class Judge:
         outcome = self.method.decide(given, self.bound)
         ids, weights = routing.ids.clone(), routing.weights.clone()
         ids[self.layout.tokens], weights[self.layout.tokens] = outcome.ids, outcome.weights
-        self._count(given, outcome.ids)
+        self._count(given, outcome)
         self.seconds.append(outcome.seconds)
         if self.with_error:
             self._measure_error(routing, ids, weights)
         return ids, weights
 
-    def _count(self, given: Inputs, ids: Tensor) -> None:
-        experts = given.num_experts
+    def _count(self, given: Inputs, outcome: Outcome) -> None:
+        ids, experts = outcome.ids, given.num_experts
+        rows = rank_rows(ids, experts) if outcome.rows is None else outcome.rows
         mean = given.ids.numel() / RANKS
         self.before.append(float(rank_rows(given.ids, experts).max()) / mean)
-        self.after.append(float(rank_rows(ids, experts).max()) / mean)
+        self.after.append(float(rows.max()) / mean)
         for name, which in (("visual", given.visual), ("text", ~given.visual)):
             self.tally.counts[name] += int(which.sum()) * ids.shape[1]
             self.tally.counts[f"{name}_clipped"] += int((ids != given.ids)[which].sum())
@@ -539,7 +542,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this long")
     parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 6 on a GPU)")
     parser.add_argument("--bounds", type=float, nargs="*")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("main", "stress", "sweeps", "importance", "drift"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--shard", help="I/N: only every N-th case from the I-th on, findings kept beside --out")
     parser.add_argument("--merge", action="store_true", help="only put together what workers have left beside --out")
     options = parser.parse_args(arguments)
@@ -570,6 +573,10 @@ def parts_of(options: argparse.Namespace, course: Course, other: Maker, modality
         "stress": Part(few, [(m, b) for b in STRESS for m in compared], errors),
         "sweeps": Part(few, sweep_plans(modality, course.model.arch.scoring)),
     }
+    if "replicas" not in options.skip:
+        recorded = lab_calibration.record(course.model, other, {}, 0, course.dtype).recording.rows.sum((0, 3))
+        placed = lab_replicas.methods(recorded, modality, course.model.arch.scoring)
+        parts["replicas"] = Part(few, [(m, b) for b in (*STRESS, *options.bounds) for m in placed], errors)
     if "importance" not in options.skip:
         norms = lab_calibration.record(course.model, other, MIXES["training"], batches=2, dtype=course.dtype).norms
         bounds = REDUCED_IMPORTANCE_AT if options.reduced else IMPORTANCE_AT
@@ -647,7 +654,7 @@ def main() -> None:
 
 def print_summary(result: dict) -> None:
     """The lines that matter most."""
-    for row in result.get("main", {"rows": []})["rows"]:
+    for row in [row for part in ("main", "replicas") if part in result for row in result[part]["rows"]]:
         if row["bound"] in (None, 1.0, 1.05):
             kept, low, high = (100 * x for x in row["kept"])
             print(

@@ -65,11 +65,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """ids, weights [P, K] to dispatch, and the seconds that the decision took (0 where it is not timed)."""
+    """ids, weights [P, K] to dispatch, and the seconds that the decision took (0 where it is not timed); rows [R] of
+    each rank, where experts do not lie linearly.
+    """
 
     ids: Tensor
     weights: Tensor
     seconds: float = 0.0
+    rows: Tensor | None = None
 
 
 Decide = Callable[[Inputs, float], Outcome]

@@ -22,6 +22,7 @@ from ..comm.peer_status import Watch
 from ..config import MacsConfig
 from ..errors import MacsError
 from ..plan import batch
+from ..plan.plan import Plan
 from .planner import LayerPlanner
 from .transport import row_format
 
@@ -33,12 +34,16 @@ SMALLEST = 256  # rows of a size class
 
 
 class Sizes(NamedTuple):
-    """Of an MoE layer and its group."""
+    """Of an MoE layer and its group; experts are physical ones, copies counted."""
 
     num_ranks: int
     num_experts: int
     top_k: int
     hidden_size: int
+
+    @classmethod
+    def of(cls, plan: Plan, top_k: int, hidden_size: int) -> Sizes:
+        return cls(plan.num_ranks, plan.num_physical, top_k, hidden_size)
 
     @property
     def local(self) -> int:

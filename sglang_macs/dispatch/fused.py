@@ -35,7 +35,9 @@ SCALE_ALIGNMENT = 4  # rows; DeepGEMM reads columns of f32 scales by TMA, at 16 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model's MoE layers and their group; max_tokens: of a rank in one dispatch."""
+    """Of a model's MoE layers and their group; experts are physical ones, copies counted; max_tokens: of a rank in one
+    dispatch.
+    """
 
     num_ranks: int
     num_experts: int

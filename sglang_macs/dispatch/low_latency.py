@@ -65,12 +65,12 @@ class FusedLowLatency:
         return format is not None and self.transport.fits(format) and self.impl.overlap_args is None
 
     def plans(self) -> bool:
-        """Whether the kernels plan it. Not where rows are left alone: they plan every row that they send; and not where
-        candidates are ordered by something else than their logits: those are planned in front.
+        """Whether the kernels plan it. Not where rows are left alone: they plan every row that they send; and not what
+        only a plan in front can decide: that is carried as planned.
         """
         now = batch.current()
-        by_logits = not self.planner.plan.routing.needs_selection
-        return self.takes() and by_logits and not now.skip and not now.leaves_alone
+        by_kernels = not self.planner.plan.made_in_front
+        return self.takes() and by_kernels and not now.skip and not now.leaves_alone
 
     def plan(self, tokens: RoutedTokens) -> PlanResult:
         """In place of `Plan.__call__`: the rows are on their way when it returns."""
@@ -87,7 +87,7 @@ class FusedLowLatency:
         return format
 
     def _note(self, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        experts, ranks = self.planner.plan.num_experts, self.planner.plan.num_ranks
+        experts, ranks = self.planner.plan.num_physical, self.planner.plan.num_ranks
         self._sent = _Sent(topk_ids, topk_weights, (topk_ids.numel() * ranks + experts) // experts)
 
     def _dispatch_a(self, original: Callable, hidden_states: Tensor, topk_output: Any) -> tuple:

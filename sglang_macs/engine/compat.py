@@ -10,31 +10,20 @@ from typing import Any
 
 from ..config import MacsConfig
 from ..errors import MacsError
+from . import families
 
 SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
-# Architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep the ranks in step.
-_SUMS = "it sums its MoE layers' outputs over the ranks once more, after the dispatch"
-_SUMMING = ("Mixtral", "KimiLinear", "Ernie4_5_Moe", "HunYuanMoE", "Cohere2Moe", "GraniteMoe", "Olmoe", "PhiMoE")
-REFUSED_ARCHITECTURES = {
-    "Llama4": "it builds its MoE layers without a dispatcher",
-    "GptOss": "SGLang has not implemented its dispatch",
-    "Ernie4_5_VLMoe": "it branches per rank on whether a batch has images, which can deadlock a collective dispatch",
-    **dict.fromkeys((*_SUMMING, "Grok1", "Lfm2Moe", "Gemma4"), _SUMS),
-}
-
-# Architectures whose vision tower sums over all ranks, and the flag with which it stays on one, if there is any.
-TOWERS_OVER_ALL_RANKS = {"InternVLChat": None, "Glm4vMoe": "mm_enable_dp_encoder"}
-
 
 @dataclass(frozen=True)
 class Launch:
     """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
 
-    top_k: 0 where it does not say. special_routing: `moe_config.special_routing`. context_length: in tokens.
+    top_k: 0 where it does not say; inner: the architecture of its language model, "" likewise.
+    special_routing: `moe_config.special_routing`. context_length: in tokens.
     quantization: of the weights, by flag or checkpoint.
     """
 
@@ -46,6 +35,7 @@ class Launch:
     special_routing: str = ""
     context_length: int = 0
     quantization: str | None = None
+    inner: str = ""
 
     def flag(self, name: str, default: object = None) -> Any:
         return getattr(self.flags, name, default)
@@ -75,10 +65,15 @@ def _on(*names: str) -> Callable[[Launch], bool]:
 
 
 def _architecture(launch: Launch) -> str:
-    for name, reason in REFUSED_ARCHITECTURES.items():
-        if launch.architecture.startswith(name):
-            return f"{launch.architecture}: {reason}"
-    return "" if launch.num_experts else f"{launch.architecture}, which has no experts"
+    if not launch.num_experts:
+        return f"{launch.architecture}, which has no experts"
+    return families.does_not_fit(launch.architecture, launch.inner)
+
+
+def _untested(launch: Launch) -> str:
+    if experimental("models"):
+        return ""
+    return families.untested(launch.architecture, launch.inner, launch.flag("device"))
 
 
 def _sizes(launch: Launch) -> str:
@@ -138,9 +133,6 @@ def _dispatch_algorithm(launch: Launch) -> str:
 
 def _choice_of_replicas(launch: Launch) -> str:
     config = launch.config
-    replicated = _on("enable_eplb", "ep_num_redundant_experts")(launch)
-    if config.dispatch in ("fused", "bounded") and (replicated or _balances(launch)):
-        return f"{config.replicas} with --macs-dispatch {config.dispatch}, which knows no replicas"
     if _balances(launch):
         return config.no_replicas
     if not _placed(launch) or config.is_off:
@@ -171,7 +163,7 @@ def attention_dp(launch: Launch) -> int:
 
 def _vision_tower(launch: Launch) -> str:
     """Attention-DP ranks have requests of their own: one with a picture would wait for others that have none."""
-    for name, alone in TOWERS_OVER_ALL_RANKS.items():
+    for name, alone in families.TOWERS_OVER_ALL_RANKS.items():
         if launch.architecture.startswith(name) and attention_dp(launch) > 1 and not (alone and launch.flag(alone)):
             return f"{launch.architecture}, whose vision tower waits for ranks without a picture"
     return ""
@@ -206,6 +198,17 @@ def _prefill(launch: Launch) -> str:
 
 def _decode_only(launch: Launch) -> bool:
     return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
+
+
+def _eplb_counts(launch: Launch) -> str:
+    """EPLB places experts by the loads that were asked for."""
+    mode = launch.flag("deepep_mode", "auto")
+    if not launch.flag("enable_eplb") or launch.flag("device") != "cuda" or mode == "normal":
+        return ""
+    if mode == "auto":
+        return "--deepep-mode auto, for which SGLang has no recorder of loads"
+    cut = not launch.config.changes_nothing
+    return f"--deepep-mode {mode}, where loads are counted behind the dispatch, which MACS has cut" if cut else ""
 
 
 def _replicas(launch: Launch) -> str:
@@ -243,6 +246,7 @@ def _bounded(launch: Launch) -> str:
 
 def _unbounded(launch: Launch) -> str:
     """Why normal mode counts on the host, or ""."""
+    recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
@@ -250,7 +254,7 @@ def _unbounded(launch: Launch) -> str:
         (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
         (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
         (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
-        (launch.flag("expert_distribution_recorder_mode") is not None, "with a recorder of the expert distribution"),
+        (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
         (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )
@@ -260,8 +264,6 @@ def _unbounded(launch: Launch) -> str:
 def resolved(launch: Launch) -> tuple[MacsConfig, str]:
     """The configuration with what `auto` cannot have here left out, and why, or ""."""
     config = launch.config
-    if config.dispatch.startswith("auto") and _placed(launch):
-        return replace(config, dispatch="deepep"), "experts that do not lie linearly and once each"
     if config.dispatch == "auto" and (why := _unbounded(launch)):
         return replace(config, dispatch="auto_fused"), why
     return config, ""
@@ -279,6 +281,12 @@ RULES = (
     ),
     Rule("--encoder-only", _if(_on("encoder_only"), "an encoder server"), "MoE layers", "Serve it without MACS."),
     Rule("model", _architecture, "a mixture-of-experts model that dispatches", "Serve it without --enable-macs."),
+    Rule(
+        "model",
+        _untested,
+        "one that tests have served (docs/compatibility.md)",
+        f"Serve it without --enable-macs; {EXPERIMENTAL_ENV}=models tries it nevertheless.",
+    ),
     Rule("model", _sizes, f"at most {MOST_EXPERTS} experts and top-{MOST_TOP_K} on a GPU", "Serve it without MACS."),
     Rule(
         "expert parallelism",
@@ -354,12 +362,7 @@ RULES = (
     ),
     Rule(
         "--enable-eplb",
-        _if(
-            lambda x: (
-                bool(x.flag("enable_eplb")) and x.flag("device") == "cuda" and x.flag("deepep_mode", "auto") == "auto"
-            ),
-            "--deepep-mode auto, for which SGLang has no recorder of loads",
-        ),
+        _eplb_counts,
         "normal",
         "Pass --deepep-mode normal.",
     ),

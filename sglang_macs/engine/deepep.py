@@ -7,6 +7,7 @@ with --deepep-mode auto a pass in which any rank prefills is in normal mode on a
 from functools import partial
 from itertools import zip_longest
 
+from ..console import say_once
 from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
@@ -29,8 +30,10 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     # Without a low-latency implementation there is nothing to ask: the mode alone refuses.
     impl = getattr(inners[0], "_low_latency_dispatcher", None)
     tokens = impl.num_max_dispatch_tokens_per_rank if impl is not None else 1
-    sizes = Sizes(plan.num_ranks, plan.num_experts, config.top_k, tokens, config.hidden_size)
+    sizes = Sizes(plan.num_ranks, plan.num_physical, config.top_k, tokens, config.hidden_size)
     transports = worker.current().transports.of(sizes, len(inners), mode, is_sbo_enabled(), group)
+    if transports and plan.places is not None:
+        say_once("the fused dispatch knows no replicas: the plan stands before it")
 
     def note(received):
         get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(received)

@@ -47,7 +47,7 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
         return made
 
     config = moe_runner_config
-    sizes = bounded.Sizes(planner.plan.num_ranks, planner.plan.num_experts, config.top_k, config.hidden_size)
+    sizes = bounded.Sizes.of(planner.plan, config.top_k, config.hidden_size)
     process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)

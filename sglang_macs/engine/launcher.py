@@ -159,6 +159,7 @@ def _check_launch(record, config: MacsConfig) -> MacsConfig:
         moe_config.special_routing(text),
         model.context_len,
         model.quantization,
+        inner=(getattr(text, "architectures", None) or [""])[0],
     )
     compat.check(launch)
     config, why = compat.resolved(launch)

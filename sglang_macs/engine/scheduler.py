@@ -49,7 +49,7 @@ def _rows_that_pay(process, parallel, quantization: str | None) -> int:
     """What a plan must be expected to take off the most loaded rank; 0: every layer is planned. Alike on all ranks."""
     config = process.config
     balances = process.has_replicas and config.act == "auto"  # worth its cost or not at infinite gamma, too
-    while_it_dispatches = process.transports.plans and not process.has_selections
+    while_it_dispatches = process.transports.plans and not process.plans_in_front
     if not (config.may_leave_layers or balances) or while_it_dispatches:
         return 0
     rows = process.config.act_rows

@@ -54,9 +54,9 @@ class Worker:
         return any(planner.plan.places is not None for planner in self.planners.values())
 
     @property
-    def has_selections(self) -> bool:
-        """Whether plans order candidates by something else than their logits: no dispatch does that by itself."""
-        return any(planner.plan.routing.needs_selection for planner in self.planners.values())
+    def plans_in_front(self) -> bool:
+        """Whether there are plans that no dispatch makes by itself."""
+        return any(planner.plan.made_in_front for planner in self.planners.values())
 
     def options_of_the_group(self) -> str:
         """What must be the same on every node, where experts lie included; where files lie may differ."""

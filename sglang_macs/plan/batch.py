@@ -17,6 +17,7 @@ from ..config import MacsConfig
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
+NO_PAD_ID = 0
 # Why a batch is not planned: "off" is the preset, "draft" a draft model, "outside" no forward pass (graph capture).
 SKIP_REASONS = ("decode", "small", "off", "draft", "outside")
 # Of these, where nobody knows what the other ranks run.
@@ -201,8 +202,21 @@ def _visual_segments(forward_batch: Any, config: MacsConfig) -> tuple[Tensor | N
     if not (forward_batch.forward_mode.is_extend() and forward_batch.contains_mm_inputs()):
         return None, 0
     items = [i for inputs in forward_batch.mm_inputs if inputs is not None for i in inputs.mm_items]
-    audio = frozenset(i.pad_value for i in items if i.is_audio())
-    return segments(forward_batch.input_ids, config.entropy_scope, audio)
+    return segments(forward_batch.input_ids, config.entropy_scope, _stand_for(items, config.entropy_scope))
+
+
+def _stand_for(items: Iterable[Any], entropy_scope: str) -> dict[int, int]:
+    """Ids of SGLang's `MultimodalDataItem`s that `segments` must not take as they are, and what it takes instead: text
+    for sounds, which share the padding; for the further ids of an item its first, where items are told apart.
+    """
+    found: dict[int, int] = {}
+    for item in items:
+        ids = getattr(item, "pad_values", None) or (item.pad_value,)  # from SGLang 0.5.23 on several, in turn
+        if item.is_audio():
+            found |= dict.fromkeys(ids, NO_PAD_ID)
+        elif entropy_scope == "image":
+            found |= dict.fromkeys(ids[1:], ids[0])
+    return found
 
 
 def unmarked(items: Iterable[Any], input_ids: Sequence[int]) -> int:
@@ -217,25 +231,32 @@ def unmarked(items: Iterable[Any], input_ids: Sequence[int]) -> int:
     )
 
 
-def segments(input_ids: Tensor, entropy_scope: str, not_visual: frozenset[int] = frozenset()) -> tuple[Tensor, int]:
+def segments(input_ids: Tensor, entropy_scope: str, stand_for: Mapping[int, int] | None = None) -> tuple[Tensor, int]:
     """Segment of each token from the engine's padded ids, and the number of segments.
 
     Args:
         input_ids: [T] integer ids, multimodal positions at `PAD_ID_BASE` + hash of the item.
         entropy_scope: "batch" puts all visual tokens into segment 0; "image" gives each item its own.
-        not_visual: pad ids of items that are not visual (audio shares the padding).
+        stand_for: other ids to take for some of them (`NO_PAD_ID`: text).
     Returns:
         [T] i32, -1 = text; and the number of segments.
     """
+    if stand_for:
+        input_ids = _replaced(input_ids, stand_for)
     visual = input_ids >= PAD_ID_BASE
-    for pad_id in not_visual:
-        visual &= input_ids != pad_id
     segment = torch.full(input_ids.shape, TEXT, dtype=torch.int32, device=input_ids.device)
     if entropy_scope == "batch":
         return segment.masked_fill_(visual, 0), 1
     items, index = torch.unique(input_ids[visual], return_inverse=True)
     segment[visual] = index.int()
     return segment, items.numel()
+
+
+def _replaced(ids: Tensor, by: Mapping[int, int]) -> Tensor:
+    """`ids` [T] with what `by` holds for some of them."""
+    known, others = torch.tensor(sorted(by.items()), dtype=ids.dtype).to(ids.device).unbind(1)
+    place = torch.searchsorted(known.contiguous(), ids).clamp_(max=known.numel() - 1)
+    return torch.where(known[place] == ids, others[place], ids)
 
 
 def align(

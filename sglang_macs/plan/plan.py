@@ -117,6 +117,11 @@ class Plan:
         return self.places.num_physical if self.places else self.num_experts
 
     @property
+    def made_in_front(self) -> bool:
+        """Whether no dispatch can decide it by itself: replicas, or candidates in another order than their logits'."""
+        return self.places is not None or self.routing.needs_selection
+
+    @property
     def cells(self) -> int:
         """Numbers of a histogram, with which begins what is exchanged."""
         return self.num_experts * 2 * self.config.buckets + NUM_SUMS

@@ -17,18 +17,22 @@ from pathlib import Path
 from .common import CHAT_TEMPLATE, SEED
 from .families import build_deepseek_v3, build_glm4v_moe, build_internvl, build_kimi_vl, build_qwen3_omni
 from .qwen3 import PIXELS_PER_TOKEN, build_qwen3_moe, build_qwen3_vl_moe
+from .qwen3_5 import build_qwen3_5_moe
 from .weights import VISUAL_PULL
 
 __all__ = [
     "BUILDERS",
     "CHAT_TEMPLATE",
+    "PICTURE_SLOTS",
     "PIXELS_PER_TOKEN",
     "SEED",
+    "VIDEO_SLOTS",
     "VISUAL_PULL",
     "build_deepseek_v3",
     "build_glm4v_moe",
     "build_internvl",
     "build_kimi_vl",
+    "build_qwen3_5_moe",
     "build_qwen3_moe",
     "build_qwen3_omni",
     "build_qwen3_vl_moe",
@@ -43,7 +47,24 @@ BUILDERS = {
     "kimi_vl": build_kimi_vl,
     "glm4v_moe": build_glm4v_moe,
     "qwen3_omni": build_qwen3_omni,
+    "qwen3_5_moe": build_qwen3_5_moe,
     "deepseek_v3": build_deepseek_v3,
+}
+
+_QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
+PICTURE_SLOTS = {  # what stands for a picture in a prompt, by kind; the others take none
+    "qwen3_vl_moe": _QWEN_SLOT,
+    "internvl": "<image>",
+    "kimi_vl": "<|media_start|>image<|media_content|><|media_pad|><|media_end|>",
+    "glm4v_moe": "<|begin_of_image|><|image|><|end_of_image|>",
+    "qwen3_omni": _QWEN_SLOT,
+    "qwen3_5_moe": _QWEN_SLOT,
+}
+VIDEO_SLOTS = {  # the same for a video
+    "qwen3_vl_moe": "<|vision_start|><|video_pad|><|vision_end|>",
+    "internvl": "<video>",
+    "glm4v_moe": "<|begin_of_video|><|video|><|end_of_video|>",
+    "qwen3_omni": "<|vision_start|><|video_pad|><|vision_end|>",
 }
 
 

@@ -70,6 +70,7 @@ KIMI = {
         "init_pos_emb_width": KIMI_GRID,
     },
 }
+LATENT = 64
 # What configurations on the hub say beside transformers' fields.
 DEEPSEEK_HUB = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 
@@ -113,16 +114,17 @@ def build_internvl(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path:
     return _save_config(out, {**INTERNVL, "llm_config": llm})
 
 
-def build_kimi_vl(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path:
+def build_kimi_vl(out: Path | str, *, seed: int = SEED, latent: int = LATENT, **sizes: int) -> Path:
     """Write a Kimi-VL checkpoint to `out`, its language model, DeepSeek-V3's, to `out`-hfref; returns `out`.
 
-    Serve it with --trust-remote-code: the processor is code in the checkpoint. sizes: as of `_sizes`.
+    Serve it with --trust-remote-code: the processor is code in the checkpoint. latent: width of latent keys and values;
+    sizes: as of `_sizes`.
     """
     allow_torchvision()
     from transformers import DeepseekV3ForCausalLM
 
     tokenizer = make_tokenizer(SPECIAL + KIMI_SPECIAL)
-    config = _deepseek_config(_sizes(tokenizer, **sizes), n_group=1, topk_group=1)
+    config = _deepseek_config(_sizes(tokenizer, **sizes), latent, n_group=1, topk_group=1)
     model = empty(DeepseekV3ForCausalLM, config)
     words = words_of(tokenizer, SPECIAL + KIMI_SPECIAL)
     tower, visual = _moonvit_tower(config.hidden_size), r"projector\.linear_2\.bias"
@@ -142,7 +144,7 @@ def build_glm4v_moe(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path:
     text = _sizes(tokenizer, **sizes)
     text["n_routed_experts"] = text.pop("num_experts")
     text |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "attention_bias": True}
-    text["rope_parameters"] |= {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
+    text["rope_parameters"] |= {"mrope_section": _mrope_section(text["head_dim"], 0.5), "partial_rotary_factor": 0.5}
     vision = {"depth": VISION_LAYERS, "hidden_size": VISION_WIDTH, "num_heads": 2, "image_size": 336, "patch_size": 14}
     vision |= {"out_hidden_size": text["hidden_size"], "intermediate_size": text["intermediate_size"]}
     ids = tokenizer.convert_tokens_to_ids(list(GLM_SPECIAL))
@@ -167,7 +169,7 @@ def build_qwen3_omni(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path
     names = {f"{name}_token": token for name, token in zip(OMNI_TOKENS, OMNI_SPECIAL, strict=True)}
     tokenizer = make_tokenizer(SPECIAL + OMNI_SPECIAL, names)
     text = _sizes(tokenizer, **sizes)
-    text["rope_parameters"] |= {"mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    text["rope_parameters"] |= {"mrope_section": _mrope_section(text["head_dim"]), "mrope_interleaved": True}
     ids = tokenizer.convert_tokens_to_ids(list(OMNI_SPECIAL))
     thinker = {f"{name}_token_id": i for name, i in zip(OMNI_ID_FIELDS, ids, strict=True)}
     thinker |= {"text_config": text, "vision_config": vision_config(text["hidden_size"])}
@@ -185,16 +187,17 @@ def build_qwen3_omni(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path
     return out
 
 
-def build_deepseek_v3(out: Path | str, *, seed: int = SEED, **sizes: int) -> Path:
+def build_deepseek_v3(out: Path | str, *, seed: int = SEED, latent: int = LATENT, **sizes: int) -> Path:
     """Write a text-only DeepSeek-V3 checkpoint, which routes within 2 of 4 groups of experts, to `out`; returns it.
 
-    sizes: as of `_sizes`.
+    latent: width of latent keys and values; sizes: as of `_sizes`.
     """
     allow_torchvision()
     from transformers import DeepseekV3ForCausalLM
 
     out, tokenizer = fresh(out), make_tokenizer(SPECIAL)
-    model = empty(DeepseekV3ForCausalLM, _deepseek_config(_sizes(tokenizer, **sizes), n_group=4, topk_group=2))
+    config = _deepseek_config(_sizes(tokenizer, **sizes), latent, n_group=4, topk_group=2)
+    model = empty(DeepseekV3ForCausalLM, config)
     initialise(tensors_of(model), words_of(tokenizer, SPECIAL), seed)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -202,11 +205,26 @@ def build_deepseek_v3(out: Path | str, *, seed: int = SEED, **sizes: int) -> Pat
 
 
 def _sizes(
-    tokenizer, hidden: int = 128, layers: int = 3, num_experts: int = 16, top_k: int = 4, intermediate: int = 64
+    tokenizer,
+    hidden: int = 128,
+    layers: int = 3,
+    num_experts: int = 16,
+    top_k: int = 4,
+    intermediate: int = 64,
+    head_dim: int = 32,
 ) -> dict:
-    """`text_config` of sizes that can be built; at least 2 layers, of which the first is dense in some families."""
+    """`text_config` of sizes that can be built; at least 2 layers, of which the first is dense in some families.
+
+    head_dim: SGLang's kernels for GPUs take 64 and up.
+    """
     check_sizes(hidden, layers, num_experts, top_k, min_layers=2)
-    return text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate)
+    return text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate, head_dim)
+
+
+def _mrope_section(head_dim: int, partial: float = 1.0) -> list[int]:
+    """Of the rotated pairs of a head, those for time, height and width."""
+    pairs = int(head_dim * partial) // 2
+    return [pairs // 2, pairs // 4, pairs // 4]
 
 
 def _bf16(config):
@@ -214,13 +232,12 @@ def _bf16(config):
     return config
 
 
-def _deepseek_config(sizes: dict, *, n_group: int, topk_group: int):
+def _deepseek_config(sizes: dict, latent: int, *, n_group: int, topk_group: int):
     """transformers' configuration of a DeepSeek-V3: latent attention, one dense layer, one shared expert."""
     from transformers import DeepseekV3Config
 
     sizes = dict(sizes)
-    experts = sizes.pop("num_experts")
-    del sizes["head_dim"]  # has parts of its own
+    experts, head_dim = sizes.pop("num_experts"), sizes.pop("head_dim")
     sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     config = DeepseekV3Config(
         **sizes,
@@ -231,10 +248,10 @@ def _deepseek_config(sizes: dict, *, n_group: int, topk_group: int):
         first_k_dense_replace=1,
         routed_scaling_factor=1.5,
         q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
+        kv_lora_rank=latent,
+        qk_nope_head_dim=head_dim,
+        qk_rope_head_dim=max(32, head_dim // 2),  # DeepSeek's own are 128 and 64
+        v_head_dim=head_dim,
         tie_word_embeddings=False,
     )
     return _bf16(config)

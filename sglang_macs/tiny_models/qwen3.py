@@ -84,7 +84,7 @@ def build_qwen3_vl_moe(
     check_sizes(hidden, layers, num_experts, top_k, min_layers=3)
     out, twin = fresh(out), fresh(f"{Path(out)}-hfref")
     tokenizer = make_tokenizer(SPECIAL + VISION_SPECIAL)
-    _processor(tokenizer).save_pretrained(twin)
+    qwen_processor(tokenizer).save_pretrained(twin)
     text = text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate)
     text["rope_parameters"] |= {"mrope_section": [8, 4, 4], "mrope_interleaved": True}
     ids = dict(zip(VISION_SPECIAL, tokenizer.convert_tokens_to_ids(list(VISION_SPECIAL)), strict=True))
@@ -110,7 +110,7 @@ def build_qwen3_vl_moe(
     return out
 
 
-def _processor(tokenizer):
+def qwen_processor(tokenizer):
     """Qwen3-VL's processor around `tokenizer`."""
     from transformers import Qwen3VLProcessor
 

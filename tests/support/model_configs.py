@@ -1,6 +1,6 @@
 """config.json of one small checkpoint a family, without weights: what the launcher decides by.
 
-`MODELS[name]`: config.
+`MODELS[name]`: config. `UNTESTED[name]`: config of a model that no test has served.
 `REFUSED[name]`: (config, why no launch is taken).
 """
 
@@ -82,13 +82,17 @@ MODELS = {
     "Qwen3-30B-A3B": QWEN3,
     "InternVL3.5-30B-A3B": _INTERNVL,
     "Qwen3-Omni-30B-A3B": _QWEN3_OMNI,
-    "DeepSeek-VL2": _DEEPSEEK_VL2,
-    "MiniMax-M2": {**_LOCAL, **_MINIMAX, "scoring_func": "sigmoid", "use_routing_bias": True},
     "GLM-4.5V": _GLM,
     "Kimi-VL-A3B": _KIMI,
+}
+UNTESTED = {
+    "DeepSeek-VL2": _DEEPSEEK_VL2,
+    "MiniMax-M2": {**_LOCAL, **_MINIMAX, "scoring_func": "sigmoid", "use_routing_bias": True},
     "DeepSeek-V2": {**DEEPSEEK, **_DEEPSEEK_V2, **_GROUPS},
 }
+GPT_OSS = {**_LOCAL, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
 REFUSED = {
     "Mixtral": ({**_LOCAL, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "it sums its MoE layers"),
-    "gpt-oss": ({**_LOCAL, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "has not implemented"),
+    "gpt-oss": (GPT_OSS, "has not implemented"),
+    "InternVL3.5 with gpt-oss inside": ({**_INTERNVL, "llm_config": GPT_OSS}, "GptOssForCausalLM: SGLang has not"),
 }

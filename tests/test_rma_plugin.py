@@ -49,6 +49,10 @@ def test_24_rounds_no_signal_overtakes_its_puts(library, fault):
     assert run(library, 2, rma_ranks.rounds, 5, fault) == [24, 24]
 
 
+def test_memory_and_contexts_are_made_beside_a_thread_that_makes_progress(library):
+    assert run(library, 2, rma_ranks.beside_a_progress_thread) == [6, 6]
+
+
 # ---- Faults on demand, each seen ----
 
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import random
+import threading
 
 from .rma_plugin import CUDA, INC, Memory, Peer, PluginError
 
@@ -94,6 +95,33 @@ def _plan(seed: int, step: int, rank: int, size: int) -> list[tuple[int, int, in
     draw = random.Random(f"{seed} {step} {rank}")
     cuts = sorted(draw.sample(range(size), 2 * draw.randint(1, 40)))
     return [(a, b, draw.randrange(6)) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
+
+
+def beside_a_progress_thread(peer: Peer) -> int:
+    """As in NCCL: one thread makes progress, while the application registers memory and creates contexts."""
+    peer.create_context()
+    ended = threading.Event()
+
+    def progress(context) -> None:
+        while not ended.is_set():
+            peer.plugin.call("progress", context)
+
+    threads, right = [], 0
+    for step in range(6):
+        threads.append(threading.Thread(target=progress, args=(peer.context,)))
+        threads[-1].start()
+        memory = Memory(peer, 4096)
+        memory[:1024] = bytes([1 + step + peer.rank]) * 1024
+        peer.put(1 - peer.rank, memory, 0, 1024, 1024)
+        peer.signal(1 - peer.rank, (memory, 4088))
+        while memory.word(4088) != 1:
+            pass
+        right += memory[1024:2048] == bytes([2 + step - peer.rank]) * 1024
+        peer.create_context()  # another one, for the next step
+    ended.set()
+    for thread in threads:
+        thread.join()
+    return right
 
 
 # ---- Faults ----

@@ -107,6 +107,7 @@ class Peer:
 
     def create_context(self, contexts: int = 4, stride: int = 1) -> None:
         config = (ctypes.c_int * 3)(contexts, -1, stride)
+        self.context = pointer()  # another object: a thread may be at work with the one before
         self.plugin.call("create_context", self.group, config, ctypes.byref(self.context))
 
     def close(self) -> None:

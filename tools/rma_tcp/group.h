@@ -44,12 +44,11 @@ class Context {
   void admit(const Connection&, const Frame&) const;
   void answer(Connection&, const Frame&, const std::vector<char>& payload);
 
-  const int width_;                                 // connections to each peer
-  std::vector<std::vector<Connection*>> to_;        // [ranks][width_], empty where there are none
-  std::vector<std::unique_ptr<Connection>> all_;    // these, and this rank's other ends of those to itself
+  const int width_;                               // connections to each peer
+  std::vector<std::vector<Connection*>> to_;      // [ranks][width_], empty where there are none
+  std::vector<std::unique_ptr<Connection>> all_;  // these, and this rank's other ends of those to itself
   std::map<uint64_t, std::unique_ptr<Request>> open_;
   uint64_t puts_ = 0, signals_ = 0, gets_ = 0, next_request_ = 1;
-  friend class Group;
 };
 
 // Where a group's ranks meet. Calls of register_memory() and of Context's constructor are collective.
@@ -88,8 +87,8 @@ class Group {
   };
 
   const int listener_;
-  std::map<Hello, int> early_;       // connections that came before they were asked for
-  std::vector<int> control_;         // [ranks], -1 for this one
+  std::map<Hello, int> early_;  // connections that came before they were asked for
+  std::vector<int> control_;    // [ranks], -1 for this one
   uint32_t calls_ = 0, registered_ = 0;
   std::map<uint32_t, std::unique_ptr<Region>> regions_;
 };

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -39,11 +40,18 @@ std::string seconds(Clock::duration time) {
 
 }  // namespace
 
-Clock::duration patience() {
+namespace {
+Clock::duration read_patience() {
   const char* text = std::getenv("RMA_TCP_TIMEOUT");
-  const double value = text ? std::atof(text) : 30;
-  if (value <= 0) throw Error(kInvalidArgument, std::string("RMA_TCP_TIMEOUT=") + text + ": expected seconds above 0");
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+  const int value = text ? std::atoi(text) : 30;
+  if (value < 1) throw Error(kInvalidArgument, std::string("RMA_TCP_TIMEOUT=") + text + ": expected whole seconds");
+  return std::chrono::seconds(value);
+}
+}  // namespace
+
+Clock::duration patience() {
+  static const Clock::duration read = read_patience();
+  return read;
 }
 
 Connection::Connection(int fd, int peer, int index) : peer(peer), index(index), fd_(fd) {

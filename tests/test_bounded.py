@@ -174,12 +174,15 @@ def test_layers_left_alone_have_no_bound(monkeypatch) -> None:
     assert [found.rows for found in rooms] == [rows, received.rows, rows]
 
 
-def test_every_layer_is_planned_where_only_a_bound_spares_the_count() -> None:
-    process = Worker(MacsConfig.from_preset("rank", gamma=1.1).on("cpu"))
+@pytest.mark.parametrize("gamma", [1.1, math.inf])
+def test_every_layer_is_planned_where_only_a_bound_spares_the_count(gamma: float) -> None:
+    """Infinite gamma, which balances replicas, gives none."""
+    process = Worker(MacsConfig.from_preset("rank", gamma=gamma).on("cpu"))
     process.bounded = bounded.BoundedDispatch(process.config, print)
     process.acting.decide = lambda now, every_layer: batch.Batch(skip="", halves=(every_layer,))
-    for sizes, tokens, needed in ((Sizes(2, 128, 8, 2048), 2 * 16384, False), (Sizes(8, 256, 8, 7168), 8 * 8192, True)):
+    for sizes, tokens, far in ((Sizes(2, 128, 8, 2048), 2 * 16384, False), (Sizes(8, 256, 8, 7168), 8 * 8192, True)):
         process.bounded.join(sizes, 1)
+        needed = far and gamma < math.inf
         assert process.decide(batch.Batch(skip="", group_tokens=tokens)).halves == (needed,)
 
 

@@ -12,6 +12,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.low_latency import FusedLowLatency
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import deepep
+from sglang_macs.observe.demand import GivenUp
 from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
@@ -245,8 +246,8 @@ def test_a_plan_with_replicas_stands_before_the_fused_dispatch(gamma):
     inner, dispatcher = AutoInner(), MaybeTbo()
     inner._low_latency_dispatcher, dispatcher._inners = implementation, [inner]
     planner = AloneInGroup(0, plan, group=None, counters=counters)
-    fused = FusedLowLatency(implementation, carrier, planner, LowLatencyOutput)
-    deepep.plan_before(dispatcher, planner, [fused])
+    fused, given_up = FusedLowLatency(implementation, carrier, planner, LowLatencyOutput), GivenUp()
+    deepep.plan_before(dispatcher, planner, [fused], given_up)
     hidden, topk = routed()
     with batch.forward(a_prefill()):
         dispatcher.dispatch_a(hidden_states=hidden, topk_output=topk)
@@ -260,6 +261,8 @@ def test_a_plan_with_replicas_stands_before_the_fused_dispatch(gamma):
         dispatcher.dispatch_a(hidden_states=hidden[:30], topk_output=TopK(*(t[:30] for t in topk)))
         assert dispatcher.dispatch_b().expected_m == (2 * 30 * TOP_K + len(first)) // len(first)
     assert torch.equal(carrier.carried[1], topk.topk_ids[:30]), "decode keeps SGLang's choice"
+    (of_layer,) = given_up.take().values()
+    assert int(of_layer.sum()) == (topk.topk_ids >= 0).sum() - (carried >= 0).sum()
 
 
 def a_prefill(**options) -> batch.Batch:

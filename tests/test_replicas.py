@@ -196,6 +196,16 @@ def test_tables_are_refreshed_in_place() -> None:
     assert places.on_ranks.tolist() == [[True, False], [False, True], [True, False]]
 
 
+def test_places_are_on_the_host_whatever_the_default_device_is() -> None:
+    """SGLang builds models with their GPU as the default, and moves experts without one."""
+    with torch.device("meta"):
+        places = Places(4, 6, 2, 0, [0, 1, 2, 3, 0, 1])
+        for given in ([0, 1, 2, 3, 0, 1], [2, 3, 1, 0, 2, 3]):
+            places.refresh(given)
+            kept = (places.logical, places.first, places.on_ranks, places.table(torch.device("cpu")))
+            assert {x.device.type for x in kept} == {"cpu"}
+
+
 def test_tables_of_a_placement_worked_out_by_hand() -> None:
     """Expert 0 on all ranks, twice on rank 0; expert 1 on ranks 0 and 2; expert 3 on 1 and 2; expert 2 on rank 1."""
     table = Places(4, 9, 3, 2, [0, 1, 0, 3, 0, 2, 0, 1, 3]).table(torch.device("cpu")).tolist()

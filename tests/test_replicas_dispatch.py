@@ -21,10 +21,11 @@ from sglang_macs.engine import replicas, scheduler, worker
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import report, trace
 from sglang_macs.observe.recorder import Place, Recorder
-from sglang_macs.observe.stats import CLIPPED_TEXT, KEPT_VISUAL, Recount, Stats, recount
+from sglang_macs.observe.stats import CLIPPED_TEXT, KEPT_VISUAL, Recount, Stats, recount, rows_of
 from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 COUNTS = [60, 0, 40, 25]  # one rank is idle
 FIRST = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 0]
@@ -192,6 +193,46 @@ def test_an_update_of_expert_locations_refreshes_the_layers_that_it_names(monkey
     metadata = SimpleNamespace(physical_to_logical_map_cpu=torch.tensor([[0, 0, 1, 1]] * 4))
     replicas._expert_location_update(None, metadata, None, [1, 2, 3])
     assert [planners[i].plan.places.logical.tolist() for i in (0, 1)] == [[0, 1, 0, 1, -1], [0, 0, 1, 1, -1]]
+
+
+@pytest.mark.parametrize("placement", [None, FIRST, LATER], ids=["linear", "first", "later"])
+def test_a_recorder_behind_the_dispatch_counts_what_was_routed(monkeypatch, placement):
+    """Arrived rows of each copy, and what every rank's tokens have lost: together what the router asked for."""
+    config, world = MacsConfig.from_preset("rank", gamma=0.5), 4
+    mapped = list(range(EXPERTS)) if placement is None else placement
+    plans = [
+        Plan(config, EXPERTS, world, places=placement and Places(EXPERTS, len(mapped), world, rank, mapped))
+        for rank in range(world)
+    ]
+    batches, exchanged = [], []
+    for rank, plan in enumerate(plans):
+        hidden, ids, weights, logits, _ = routed(rank, 5, mapped)
+        segment = torch.where(torch.arange(COUNTS[rank]) % 4 < 3, 0, -1).int()
+        batches.append(RoutedTokens(hidden, ids, weights, logits, segment, 1))
+        plan(batches[-1], lambda own: exchanged.append(own.clone()))
+    group = torch.stack(exchanged).sum(0, dtype=torch.int32)
+    results = [plan(tokens, lambda own: own.copy_(group)) for plan, tokens in zip(plans, batches, strict=True)]
+    arrived = sum(rows_of(result.topk_ids, len(mapped)) for result in results)
+    asked_for = sum(rows_of(tokens.topk_ids, len(mapped)) for tokens in batches)
+    assert arrived.sum() < 0.7 * asked_for.sum()
+
+    recorded = torch.zeros(3, len(mapped), dtype=torch.int32)
+    for rank, (plan, result) in enumerate(zip(plans, results, strict=True)):
+        process = worker.Worker(config)
+        process.planners[1] = SimpleNamespace(plan=plan)
+        process.given_up.add(1, result)
+        monkeypatch.setattr(replicas.worker, "current", lambda process=process: process)
+        own = torch.zeros_like(recorded)
+        local = slice(rank * len(mapped) // world, (rank + 1) * len(mapped) // world)
+        own[1, local] = arrived[local].int()
+        recorded += replicas._collect(lambda self, own=own: {"global_physical_count": own}, None)[
+            "global_physical_count"
+        ]
+        assert not process.given_up.take(), "of one pass alone"
+    of_logical = torch.tensor(mapped)
+    for counts, want in ((recorded[1], asked_for), (recorded[0], torch.zeros_like(asked_for))):
+        logical = [torch.zeros(EXPERTS, dtype=torch.int64).index_add_(0, of_logical, x.long()) for x in (counts, want)]
+        assert torch.equal(*logical)
 
 
 @pytest.mark.parametrize(("act", "replicas", "rows"), [("auto", True, 8), ("always", True, 0), ("auto", False, 0)])

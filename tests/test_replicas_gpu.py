@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import cases, replica_cases
@@ -9,6 +11,11 @@ from test_gpu import EXPERTS, RANKS, batch, to_gpu
 
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch.bounded import Room, Sizes
+from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
@@ -80,3 +87,47 @@ def test_a_captured_plan_sees_experts_move() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_alike(result, plan_of(config, after)(RoutedTokens(*moved, 1)))
+
+
+class AloneInGroup(LayerPlanner):
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        pass
+
+
+class Layer:
+    """One whose output tells to which copies its rows went. `graphs`: it is a CUDA graph where it can be one."""
+
+    def __init__(self, mapped: list[int], graphs: bool) -> None:
+        plan = plan_of(MacsConfig.from_preset("rank", gamma=1.0), mapped)
+        self.planner = AloneInGroup(0, plan, group=None, counters=Stats())
+        normal = SimpleNamespace(
+            planner=self.planner,
+            sizes=Sizes.of(plan, 8, 64),
+            room=lambda: Room(1 << 12, 1 << 15),
+            shared=SimpleNamespace(sent=lambda: None),
+            in_use=lambda: None,
+        )
+        self.call = LayerGraph(LayerGraphs(print), normal, lambda: True) if graphs else lambda forward, *x: forward(*x)
+
+    def forward(self, hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        planned = self.planner(hidden, *routing)
+        kept = planned.topk_weights.masked_fill(planned.topk_ids < 0, 0)
+        return hidden * (kept * (planned.topk_ids + 1)).sum(1, keepdim=True)
+
+    def run(self, now: Batch, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with forward(now):
+            return self.call(self.forward, *given)
+
+
+def test_a_layer_that_is_a_graph_sees_experts_move() -> None:
+    """It gives what its launches give, and is captured once."""
+    placements = [placement(1)] * 3 + [placement(2)] * 2
+    layers = [Layer(placements[0], graphs) for graphs in (True, False)]
+    for step, mapped in enumerate(placements):
+        hidden, ids, weights, logits, segment = to_gpu(*routed(290 + step, mapped))
+        now = Batch(segment, 1, "", group_tokens=len(ids), most_tokens=len(ids))
+        for layer in layers:
+            layer.planner.plan.places.refresh(mapped)
+        graph, launches = (layer.run(now, (hidden, ids, weights, logits)) for layer in layers)
+        assert torch.equal(graph, launches), f"pass {step}"
+    assert layers[0].planner.counters.graphs == len(placements) - 1

@@ -206,6 +206,7 @@ LAUNCHES = {
     "2 ranks, replicas, EPLB": Launch(2, "normal", redundant=32, moves=True, **REAL),
     "2 ranks, replicas, bounded, EPLB": Launch(2, "normal", redundant=32, moves=True, bounded=True, **REAL),
     "2 ranks, replicas, fused": Launch(2, "low_latency", redundant=32, fused=True, **REAL),
+    "2 ranks, replicas, fused, EPLB": Launch(2, "low_latency", redundant=32, moves=True, fused=True, **REAL),
     "2 ranks, fused": Launch(2, "low_latency", fused=True),
     "2 ranks, fused, FP8 blocks": Launch(2, "low_latency", fused=True, **FP8),
     "1 rank, fused": Launch(1, "low_latency", fused=True),

@@ -193,14 +193,18 @@ class BoundedDispatch:
         self._layers.add((sizes, attn_tp_size))
 
     def needs_plan(self, group_tokens: int) -> bool:
-        """Whether layers of such a batch that are left alone would have DeepEP count on the host, for want of a bound:
-        that costs more than a plan.
+        """Whether layers of such a batch that are left alone would have DeepEP count on the host, for want of the bound
+        that a plan gives: that costs more than a plan.
         """
         asked = ((sizes, most_tokens(sizes, group_tokens, attn_tp_size)) for sizes, attn_tp_size in self._layers)
         return any(
-            spare_bytes(sizes, tokens, room(self.config, sizes, tokens, planned=False).rows) > SPARE_BYTES
+            not self._fits(sizes, tokens, planned=False) and self._fits(sizes, tokens, planned=True)
             for sizes, tokens in asked
         )
+
+    def _fits(self, sizes: Sizes, group_rows: int, *, planned: bool) -> bool:
+        rows = room(self.config, sizes, group_rows, planned=planned).rows
+        return spare_bytes(sizes, group_rows, rows) <= SPARE_BYTES
 
     def expect(self, sizes: Sizes, rank_rows: int) -> None:
         """Batches of a layer in which no rank has more than `rank_rows` rows: how many a buffer can have, at most."""

@@ -105,7 +105,7 @@ def experimental(name: str) -> bool:
 
 
 def replicas_on(device: object) -> bool:
-    """Whether plans know replicas there: on GPUs, their kernels have run on the emulated machine alone."""
+    """Whether plans know replicas there: on GPUs, no server with them has been measured."""
     return device == "cpu" or experimental("replicas")
 
 
@@ -198,17 +198,6 @@ def _prefill(launch: Launch) -> str:
 
 def _decode_only(launch: Launch) -> bool:
     return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
-
-
-def _eplb_counts(launch: Launch) -> str:
-    """EPLB places experts by the loads that were asked for."""
-    mode = launch.flag("deepep_mode", "auto")
-    if not launch.flag("enable_eplb") or launch.flag("device") != "cuda" or mode == "normal":
-        return ""
-    if mode == "auto":
-        return "--deepep-mode auto, for which SGLang has no recorder of loads"
-    cut = not launch.config.changes_nothing
-    return f"--deepep-mode {mode}, where loads are counted behind the dispatch, which MACS has cut" if cut else ""
 
 
 def _replicas(launch: Launch) -> str:
@@ -362,8 +351,13 @@ RULES = (
     ),
     Rule(
         "--enable-eplb",
-        _eplb_counts,
-        "normal",
+        _if(
+            lambda x: (
+                bool(x.flag("enable_eplb")) and x.flag("device") == "cuda" and x.flag("deepep_mode", "auto") == "auto"
+            ),
+            "--deepep-mode auto, for which SGLang has no recorder of loads",
+        ),
+        "normal or low_latency",
         "Pass --deepep-mode normal.",
     ),
     Rule(
@@ -411,13 +405,10 @@ RULES = (
     Rule(
         "--expert-distribution-recorder-mode",
         _if_routing_changes(
-            lambda x: (
-                x.flag("expert_distribution_recorder_mode") == "stat_approx"
-                or (x.flag("expert_distribution_recorder_mode") and x.flag("deepep_mode") == "low_latency")
-            ),
-            "loads counted behind the dispatch, where MACS has cut them",
+            lambda x: x.flag("expert_distribution_recorder_mode") == "stat_approx",
+            "stat_approx, loads counted behind the dispatch, where MACS has cut them",
         ),
-        "loads as the router asked for them (stat, per_pass or per_token with --deepep-mode normal)",
+        "loads as the router asked for them (stat, per_pass or per_token)",
         _LEAVE_OUT,
     ),
     Rule(

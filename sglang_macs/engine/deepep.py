@@ -11,6 +11,7 @@ from ..console import say_once
 from ..dispatch.fused import Sizes
 from ..dispatch.low_latency import FusedLowLatency
 from ..dispatch.planner import LayerPlanner
+from ..observe.demand import GivenUp
 from . import worker
 from .hooks import Hook
 from .topk import logits_of, routed_nowhere
@@ -44,12 +45,13 @@ def fused_low_latency(dispatcher, planner, moe_runner_config):
     ]
 
 
-def plan_before(dispatcher, planner: LayerPlanner, fused=()) -> None:
+def plan_before(dispatcher, planner: LayerPlanner, fused=(), given_up: GivenUp | None = None) -> None:
     """Wraps `dispatch_a`, the one funnel of DeepEP's modes and overlaps, on the instance: SGLang checks the class.
 
-    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one.
+    fused: a `FusedLowLatency` for every inner dispatcher, or none; it plans and sends in one. given_up: is told of
+    every plan.
     """
-    halves = _Halves(planner)
+    halves = _Halves(planner, given_up)
     for inner, of_half in zip_longest(dispatcher._inners, fused):
         inner.dispatch_a = partial(halves.plan_first, inner.dispatch_a, inner, of_half)
         inner.dispatch_b = partial(halves.hint_rows, inner.dispatch_b)
@@ -61,8 +63,8 @@ class _Halves:
     there is one for each.
     """
 
-    def __init__(self, planner: LayerPlanner) -> None:
-        self._planner = planner
+    def __init__(self, planner: LayerPlanner, given_up: GivenUp | None) -> None:
+        self._planner, self._given_up = planner, given_up
         self._half: int | None = None  # None: a whole batch
 
     def execute(self, original, name, tbo_subbatch_index=None, **kwargs):
@@ -80,6 +82,8 @@ class _Halves:
         plan = fused.plan if fused is not None and inner._get_impl() is fused.impl and fused.plans() else None
         planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
         planner.measure(ids, planned)
+        if self._given_up is not None and planned.result is not None:
+            self._given_up.add(planner.layer_id, planned.result)
         output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
         return dispatch_a(hidden_states=hidden_states, topk_output=output)
 

@@ -42,7 +42,9 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
         return _cpu_dispatcher(planner)
     dispatcher = original(moe_runner_config, *args, **kwargs)
     deepep_bounded.bound_normal(dispatcher, planner, moe_runner_config)
-    deepep.plan_before(dispatcher, planner, deepep.fused_low_latency(dispatcher, planner, moe_runner_config))
+    given_up = worker.current().given_up if replicas.counts_behind_dispatch() else None
+    fused = deepep.fused_low_latency(dispatcher, planner, moe_runner_config)
+    deepep.plan_before(dispatcher, planner, fused, given_up)
     return dispatcher
 
 

@@ -1,6 +1,10 @@
-"""SGLang's replicas of experts: where they lie, now and after each rebalancing, and what some models lack for EPLB."""
+"""SGLang's replicas of experts: where they lie, now and after each rebalancing, what its recorder counts for EPLB, and
+what some models lack for it.
+"""
 
 from contextlib import nullcontext
+
+import torch
 
 from .. import ops
 from ..config import MacsConfig
@@ -11,6 +15,7 @@ from .compat import replicas_on
 from .hooks import Hook
 from .refusal import or_exit
 
+_RECORDER = "sglang.srt.eplb.expert_distribution"
 _QWEN3_VL_MOE = "sglang.srt.models.qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration"
 
 
@@ -44,6 +49,28 @@ def _expert_location_update(result, self, other, update_layer_ids):
             planner.plan.places.refresh(self.physical_to_logical_map_cpu[layer_id])
 
 
+def counts_behind_dispatch() -> bool:
+    """Whether SGLang's recorder counts the rows that arrive, not those that were routed."""
+    from sglang.srt.runtime_context import get_exec
+
+    moe = get_exec().moe
+    return moe.expert_distribution_recorder_mode in ("stat", "per_pass") and moe.deepep_mode == "low_latency"
+
+
+def _collect(original, self):
+    """AROUND _LayerBasedGpuSinglePassGatherer.collect, at the end of a pass: what was clipped was asked for, too.
+
+    SGLang adds up the counts of all ranks; here each adds what its own tokens have lost, at any copy of the expert.
+    """
+    process, found = worker.current(), original(self)
+    for layer_id, given_up in process.given_up.take().items():
+        places = process.planners[layer_id].plan.places
+        counts = found["global_physical_count"][layer_id]
+        at = torch.arange(len(given_up)) if places is None else places.first
+        counts.index_add_(0, at.to(counts.device), given_up.to(counts.dtype))
+    return found
+
+
 def _moe_block_forward(original, self, *args, **kwargs):
     """AROUND Qwen3MoeSparseMoeBlock.forward: the recorder learns which layer this is, where the model does not say so.
 
@@ -67,6 +94,7 @@ def _routed_experts_weights_of_layer(self):
 
 HOOKS = (
     Hook("sglang.srt.eplb.expert_location.ExpertLocationMetadata.update", _expert_location_update, "after"),
+    Hook(f"{_RECORDER}._LayerBasedGpuSinglePassGatherer.collect", _collect, "around"),
     Hook("sglang.srt.models.qwen3_moe.Qwen3MoeSparseMoeBlock.forward", _moe_block_forward, "around"),
     Hook(f"{_QWEN3_VL_MOE}.routed_experts_weights_of_layer", _routed_experts_weights_of_layer, "missing"),
 )

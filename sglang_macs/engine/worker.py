@@ -15,6 +15,7 @@ from ..dispatch.layer_graph import LayerGraphs
 from ..dispatch.plan_cost import ExpertSizes
 from ..dispatch.planner import LayerPlanner
 from ..dispatch.transport import Transports
+from ..observe.demand import GivenUp
 from ..observe.metrics import Exporter
 from ..observe.recorder import Place, Recorder, agreed_run
 from ..observe.shared_state import SharedState
@@ -35,6 +36,7 @@ class Worker:
         self.profile = profile.load(config.profile) if config.profile else None
         self.planners: dict[int, LayerPlanner] = {}
         self.acting = Acting()
+        self.given_up = GivenUp()  # for a recorder of SGLang's that counts behind the dispatch
         self.transports = Transports(config)
         self.bounded: BoundedDispatch | None = None  # made by the first layer that has one
         self.layer_graphs: LayerGraphs | None = None
@@ -101,6 +103,7 @@ class Worker:
     def tick(self, *, idle: bool = False) -> None:
         """After each forward pass, and when the scheduler is idle. Raises what a dispatch found wrong."""
         self.acting.end_pass()
+        self.given_up.take()  # of a pass that was not recorded
         now = time.monotonic()
         if not idle or now - self._looked >= IDLE_LOOK_SECONDS:
             self._looked = now

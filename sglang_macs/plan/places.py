@@ -17,7 +17,8 @@ class Places:
     holds its address, such as a CUDA graph, sees the new ones. Refresh between two passes, on all ranks alike.
 
     logical [P + 1] i64, of each physical expert, and -1 behind it for the id -1; on_ranks [E, R] bool, which ranks have
-    it: of this moment, new with every refresh, so that what counts late may keep them. On the host.
+    it; first [E] i64, its physical expert on the lowest of them: of this moment, new with every refresh, so that what
+    counts late may keep them. On the host.
 
     Args:
         num_experts, num_physical, num_ranks: E, P and R; E <= P, P % R == 0.
@@ -38,7 +39,7 @@ class Places:
             raise MacsError("expert parallelism", got, "a whole number of copies on each, and every expert once")
         self.num_experts, self.num_physical = num_experts, num_physical
         self.num_ranks, self.rank = num_ranks, rank
-        self._table = torch.zeros(4 + 5 * num_physical, dtype=torch.int32)
+        self._table = torch.zeros(4 + 5 * num_physical, dtype=torch.int32, device="cpu")
         self._elsewhere: dict[torch.device, Tensor] = {}
         self._logical_elsewhere: dict[torch.device, Tensor] = {}
         self.refresh(physical_to_logical)
@@ -70,11 +71,14 @@ class Places:
             )
         first = self._first_copies(logical.tolist())
         self.logical = torch.cat([logical, logical.new_tensor([-1])])
-        self.on_ranks = torch.zeros((self.num_experts, self.num_ranks), dtype=torch.bool)
+        with torch.device("cpu"):  # a model is built with its GPU as the default device, and EPLB moves experts without
+            self.first = torch.tensor([next(iter(of_expert.values())) for of_expert in first])
+            self.on_ranks = torch.zeros((self.num_experts, self.num_ranks), dtype=torch.bool)
+            numbers = torch.tensor(self._numbers(first), dtype=torch.int32)
         for expert, of_expert in enumerate(first):
             self.on_ranks[expert, list(of_expert)] = True
         self._logical_elsewhere.clear()
-        self._table.copy_(torch.tensor(self._numbers(first), dtype=torch.int32))
+        self._table.copy_(numbers)
         for table in self._elsewhere.values():
             table.copy_(self._table)
 

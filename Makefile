@@ -14,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: requirements/cpu.txt requirements/dev.txt scripts/setup_env.sh
+$(VENV)/.installed: requirements/sglang.txt requirements/cpu.txt requirements/dev.txt scripts/setup_env.sh
 	@bash scripts/setup_env.sh $(VENV)
 	@touch $@
 
@@ -93,6 +93,6 @@ check-latency: build  ## is the plan or the CPU dispatch slower than this hardwa
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode
 
-test-compat: build  ## hooks, launches and servers against other releases of SGLang (600 MB on disk; a quarter of an hour)
+test-compat: build  ## hooks, launches, servers and families against other releases of SGLang (600 MB on disk; an hour)
 	@$(PY) scripts/check_compat.py 0.5.23 0.5.22
 	@$(PY) scripts/check_compat.py 0.5.20 --stages refused

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from sglang_macs.plan.batch import NO_GAIN
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "lab"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "lab"))
 
 from lab_questions import Question, questions
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "demo"
 MODEL = ROOT / "models" / "lab-vl-moe"
-# Parts of a whole of the requests, by picture size and task: see scripts/lab/lab_tasks.py.
+# Parts of a whole of the requests, by picture size and task: see lab/lab_tasks.py.
 MIX = {
     "wide": {"read": 10, "compare": 4},
     "square": {"read": 4, "colour": 3, "where": 3},

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from sglang_macs.config import flag_table
 from sglang_macs.engine import families
-from sglang_macs.engine.compat import SGLANG
 from sglang_macs.observe import metrics
 from sglang_macs.simulate import exchange
 from sglang_macs.simulate.machines import MACHINES, MODELS
@@ -463,17 +462,20 @@ def exchange_table() -> str:
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
-    rows = [[SGLANG[0], *["tested by `make test`"] * 3]]
+    pinned = (ROOT / "requirements" / "sglang.txt").read_text(encoding="utf-8").split("sglang==")[1].strip()
+    stages = [
+        stage for stage in ("hooks", "launch", "server", "families") if any(stage in row for row in found["rows"])
+    ]
+    rows = [[pinned, *["tested by `make test`"] * len(stages)]]
     for row in found["rows"]:
         if "refused" in row:
             said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
-            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"'])
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"', *[""] * (len(stages) - 3)])
         else:
-            rows.append(
-                [row["sglang"], *("tested" if row[s]["passed"] else "FAILS" for s in ("hooks", "launch", "server"))]
-            )
+            passed = [row[stage]["passed"] if stage in row else None for stage in stages]
+            rows.append([row["sglang"], *({True: "tested", False: "FAILS", None: "not run"}[each] for each in passed)])
     where = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:9]}, `make test-compat`."
-    return where + "\n\n" + markdown(["release", "hooks", "launch", "server"], rows)
+    return where + "\n\n" + markdown(["release", *stages], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

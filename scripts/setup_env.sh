@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment VENV for SGLang 0.5.21 on a CPU, with the tools for building and testing this project.
+# Makes the virtual environment VENV for SGLang on a CPU, with the tools for building and testing this project. The
+# release is the one in requirements/sglang.txt; SGLANG=0.5.23 takes another.
 #
 #   scripts/setup_env.sh VENV          PYTHON=/path/to/python3.11 chooses the interpreter
 #
@@ -9,8 +10,8 @@ set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: scripts/setup_env.sh VENV" >&2; exit 2; }
 venv=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
-torch='torch==2.13.0'     # the extension is built against it, and SGLang 0.5.21 asks for it
-sglang='sglang==0.5.21'
+sglang=$(grep '^sglang==' "$here/requirements/sglang.txt")
+[ -z "${SGLANG:-}" ] || sglang="sglang==$SGLANG"
 steps=5
 step=0
 
@@ -59,16 +60,25 @@ pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-warn-conflicts "$@"
 }
 
+# What the installed SGLang asks for by version, a line each.
+pins() {
+    "$venv/bin/python" -c "
+import importlib.metadata, re
+for wanted in importlib.metadata.requires('sglang'):
+    if found := re.fullmatch(r'([\w.-]+)(?:\[\w+\])?==([\w.]+)', wanted):
+        print('=='.join(found.groups()))"
+}
+
 check() {
     "$venv/bin/python" -c "
 import importlib.metadata as m
 got = {name: m.version(name).split('+')[0] for name in ('torch', 'sglang', 'transformers')}
-assert got['torch'] == '${torch#*==}' and got['sglang'] == '${sglang#*==}', got
+assert got['sglang'] == '${sglang#*==}' and 'torch==' + got['torch'] == '$torch', got
 import torch, numpy; torch.zeros(2).sum()"
 }
 
 python=$(find_python)
-wanted=$(cat "$here"/requirements/*.txt "$0" <("$python" --version) | "$python" -c \
+wanted=$(cat "$here"/requirements/*.txt "$0" <("$python" --version) <(echo "$sglang") | "$python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 stamp=$venv/.requirements-sha256
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
@@ -79,13 +89,13 @@ fi
 log=$(mktemp)
 constraint=$(mktemp)
 trap 'rm -f "$log" "$constraint"' EXIT
-echo "$torch" >"$constraint"
-
 echo "making $venv with $("$python" --version); 2.5 GB on disk, or 6 GB if the index has no CPU build of torch"
 run "virtual environment" "$python" -m venv "$venv"
-# torch first and by its plain name: what follows must find it there and not fetch another build.
-run "$torch" pip_install "$torch"
 run "$sglang, without its CUDA dependencies" pip_install --no-deps "$sglang"
+pins >"$constraint"
+torch=$(grep '^torch==' "$constraint")
+# torch before the rest and by its plain name: what follows must find it there and not fetch another build.
+run "$torch" pip_install "$torch"
 run "the rest" pip_install -c "$constraint" -r "$here/requirements/cpu.txt" -r "$here/requirements/dev.txt"
 run "check" check
 echo "$wanted" >"$stamp"

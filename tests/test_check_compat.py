@@ -1,12 +1,21 @@
 """The check against other releases, on the one that is installed; others take a download."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import check_compat
 
+from sglang_macs.engine.compat import SGLANG
+
+PINNED = (check_compat.ROOT / "requirements" / "sglang.txt").read_text().split("sglang==")[1].strip()
+
+
+def test_the_pinned_release_is_one_that_hooks_are_made_for():
+    assert PINNED in SGLANG
+
 
 def test_every_hook_takes_in_the_installed_release(tmp_path):
-    assert check_compat.check_hooks("0.5.21", tmp_path) == {"passed": True, "detail": "all took"}
+    assert check_compat.check_hooks(version("sglang"), tmp_path) == {"passed": True, "detail": "all took"}
 
 
 def test_another_release_than_asked_for_is_not_called_tested(tmp_path, monkeypatch):
@@ -20,6 +29,13 @@ def test_a_lost_hook_and_a_crash_are_failures(tmp_path, monkeypatch):
     assert check_compat.check_hooks("1", tmp_path) == {"passed": False, "detail": {"a.b": "gone"}}
     monkeypatch.setattr(check_compat, "HOOKS", "raise SystemExit('no such module')")
     assert check_compat.check_hooks("1", tmp_path) == {"passed": False, "detail": "no such module"}
+
+
+def test_every_stage_names_tests_that_are_there():
+    """Words for `pytest -k` went on to pass where the tests that they meant had moved to another file."""
+    for name in (name for stage in check_compat.STAGES.values() for name in stage):
+        file, _, test = name.partition("::")
+        assert f"def {test}" in (check_compat.ROOT / file).read_text(), name
 
 
 def test_the_release_comes_before_the_installed_one(tmp_path):

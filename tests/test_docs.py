@@ -16,10 +16,11 @@ from sglang_macs.engine import launcher, scheduler_process
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md")
+    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md", "tools/*/README.md")
     for page in ROOT.glob(pattern)
 }
-FOLDERS = ("csrc", "deploy", "docs", "models", "requirements", "scripts", "sglang_macs", "tests")  # of this repository
+# Of this repository.
+FOLDERS = ("csrc", "deploy", "docs", "lab", "models", "requirements", "scripts", "sglang_macs", "tests", "tools")
 
 
 def links(text: str) -> set[str]:
@@ -109,7 +110,7 @@ def test_subcommands_and_their_flags_exist(page):
 def test_flags_of_scripts_exist(page):
     """A script's flags are looked for in its source: importing all of them would take their dependencies."""
     for line in commands(PAGES[page]):
-        if script := re.search(r"python3? (scripts/\S+\.py)(.*)", line):
+        if script := re.search(r"python3? ((?:scripts|lab)/\S+\.py)(.*)", line):
             source = (ROOT / script[1]).read_text(encoding="utf-8")
             if "result_file.add_options" in source:
                 source += (ROOT / "scripts" / "gpu" / "result_file.py").read_text(encoding="utf-8")

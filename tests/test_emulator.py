@@ -1,4 +1,4 @@
-"""The emulator of tests/emulator: what CUDA promises holds, and planted faults are found and named."""
+"""The emulator of tools/emulator: what CUDA promises holds, and planted faults are found and named."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_without_an_extension_everything_imports_and_use_says_where_the_installe
     program = """
 import sglang_macs.engine.plugin
 from sglang_macs import ops
-operators = (lambda: ops.entropy_score(None, None), lambda: ops._ops.clip_apply)
+operators = (lambda: ops.entropy_score(None, None), lambda: ops.library.loaded.clip_apply)
 for use in (ops.check, ops.has_cuda, ops.cuda_backend, *operators):
     try:
         use()

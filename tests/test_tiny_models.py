@@ -70,6 +70,16 @@ def test_kimi_vl_puts_as_many_tokens_as_its_pictures_have(tmp_path):
     assert int((features["input_ids"] == token).sum()) == (rows * columns + 8) // 4
 
 
+def test_norms_of_qwen3_5_are_one_as_sglang_and_transformers_read_them(tmp_path):
+    """Most of its norms' weights are added to one; that of linear attention is not."""
+    weights = load_file(tiny_models.build_qwen3_5_moe(tmp_path / "m") / "model.safetensors")
+    norms = {name: set(weights[name].tolist()) for name in weights if name.endswith("norm.weight")}
+    text = {name: values for name, values in norms.items() if "visual" not in name}
+    ones = {name for name, values in text.items() if values == {1.0}}
+    assert ones == {f"model.language_model.layers.{layer}.linear_attn.norm.weight" for layer in range(3)}
+    assert len(text) == 3 + 2 * 4 + 2 + 1 and all(values == {0.0} for name, values in text.items() if name not in ones)
+
+
 def test_internvl_is_built_where_sglang_knows_it(tmp_path):
     with pytest.raises(ValueError, match="name must contain InternVL3_5, got"):
         tiny_models.build_internvl(tmp_path / "model")

@@ -51,7 +51,7 @@ def test_bad_input_says_what_was_got_and_what_expected(monkeypatch, name, what, 
     from sglang_macs.ops import triton as triton_ops
 
     operator, inputs, settings = test_ops.chain(cases.named("imbalanced"))[name]
-    monkeypatch.setattr(ops, "_ops", SimpleNamespace(**{f.__name__: f for f in triton_ops.OPERATORS}))
+    monkeypatch.setattr(ops.operators, "loaded", SimpleNamespace(**{f.__name__: f for f in triton_ops.OPERATORS}))
     with pytest.raises(ValueError, match=what) as error:
         call(operator, inputs, settings)
     assert ": got " in str(error.value)

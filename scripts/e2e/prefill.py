@@ -91,7 +91,7 @@ class Report:
         result = {
             "gpu": "none, CPU" if self.options.device == "cpu" else result_file.gpu_name() + gpus,
             "commit": self.options.commit,
-            "command": result_file.command_line(sys.argv, "e2e", (*result_file.PLACE_OPTIONS, "--cache")),
+            "command": result_file.command_line(sys.argv, "scripts/e2e", (*result_file.PLACE_OPTIONS, "--cache")),
             "date": datetime.now(UTC).date().isoformat(),
             "rows": list(self.rows.values()),
             "outliers": self.outliers,

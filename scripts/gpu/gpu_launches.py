@@ -264,6 +264,7 @@ LAUNCHES |= {
         layers=4,
         intermediate=128,
         options={"head_dim": 256},
+        flags=(*SMALL, "--disable-radix-cache"),  # states of linear attention are not cached
     ),
     "2 ranks, auto, DeepSeek-V3": Launch(**DECODE_IN_GRAPHS, kind="deepseek_v3", experts=64, top_k=8, options=LATENT),
 }

@@ -66,7 +66,7 @@ def _plan_seconds(planner: LayerPlanner, sizes: ExpertSizes, device: torch.devic
     segment = torch.arange(TOKENS, dtype=torch.int32, device=device) % 2 - 1
 
     tokens = RoutedTokens(hidden, ids, weights, logits, segment, 1)
-    call = partial(planner.plan, tokens, planner.exchange)
+    call: Callable[[], object] = partial(planner.plan, tokens, planner.exchange)
     if launched == "graph":
         call = _captured(call)
     return _fastest(call, device, in_a_row=1 if launched == "waiting" else 8)

@@ -11,28 +11,29 @@ from dataclasses import dataclass
 class Served:
     """One family.
 
-    cpu: the tests that serve it; "": SGLang's CPU path does not.
+    cpu: the tests that serve it; "": SGLang's CPU path does not. shown: what they show it beside text.
     gpu: launches of scripts/gpu/serve_check.py that are recorded in docs/results, without a fault; none: on GPUs it is
     refused.
     """
 
     family: str
     cpu: str
+    shown: str = ""
     gpu: tuple[str, ...] = ()
 
 
-_BY_FAMILY = "tests/test_families.py"
+_BY_FAMILY, _FILMS = "tests/test_families.py", "pictures, a video"
 SERVED = {
     "Qwen3VLMoeForConditionalGeneration": Served(
-        "Qwen3-VL-MoE", "tests/test_server.py", ("2 ranks, normal", "2 ranks, 128 experts", "4 ranks, 128 experts")
+        "Qwen3-VL-MoE", _BY_FAMILY, _FILMS, ("2 ranks, normal", "2 ranks, 128 experts", "4 ranks, 128 experts")
     ),
-    "Qwen3MoeForCausalLM": Served("Qwen3-MoE (text)", _BY_FAMILY, ("2 ranks, FP8 blocks", "2 ranks, two batches")),
-    "InternVLChatModel": Served("InternVL3.5 with Qwen3-MoE inside", _BY_FAMILY),
-    "KimiVLForConditionalGeneration": Served("Kimi-VL", _BY_FAMILY),
-    "Glm4vMoeForConditionalGeneration": Served("GLM-4.5V, GLM-4.6V", _BY_FAMILY),
-    "Qwen3OmniMoeForConditionalGeneration": Served("Qwen3-Omni, its thinker", _BY_FAMILY),
+    "Qwen3MoeForCausalLM": Served("Qwen3-MoE", _BY_FAMILY, gpu=("2 ranks, FP8 blocks", "2 ranks, two batches")),
+    "InternVLChatModel": Served("InternVL3.5 with Qwen3-MoE inside", _BY_FAMILY, _FILMS),
+    "KimiVLForConditionalGeneration": Served("Kimi-VL", _BY_FAMILY, "pictures"),
+    "Glm4vMoeForConditionalGeneration": Served("GLM-4.5V, GLM-4.6V", _BY_FAMILY, _FILMS),
+    "Qwen3OmniMoeForConditionalGeneration": Served("Qwen3-Omni, its thinker", _BY_FAMILY, f"{_FILMS}, a sound"),
     "Qwen3_5MoeForConditionalGeneration": Served("Qwen3.5-MoE", ""),
-    "DeepseekV3ForCausalLM": Served("DeepSeek-V3 (text)", _BY_FAMILY),
+    "DeepseekV3ForCausalLM": Served("DeepSeek-V3", _BY_FAMILY),
 }
 
 # Prefixes of architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep ranks in step.
@@ -78,13 +79,20 @@ def _parts(architecture: str, inner: str) -> tuple[str, ...]:
 
 def served_table() -> str:
     """The families and what shows that they are served, in Markdown."""
-    lines = ["| family | architecture | CPU | GPU |", "| --- | --- | --- | --- |"]
+    header = ["family", "CPU: stock", "CPU: infinite gamma", "CPU: gamma 1.0", "GPU: MACS off, infinite gamma, 1.0"]
+    rows = [header, ["---"] * len(header)]
     for architecture, served in SERVED.items():
-        cpu = f"tested: `{served.cpu}`" if served.cpu else "refused: SGLang's CPU path does not serve it"
+        text = f"text, {served.shown}" if served.shown else "text"
+        cpu = [f"{shown}: `{served.cpu}`" for shown in ("text", text, "load")]
         gpu = ", ".join(f"`{launch}`" for launch in served.gpu)
-        gpu = f"tested: {gpu}" if gpu else "refused: not measured"
-        lines.append(f"| {served.family} | `{architecture}` | {cpu} | {gpu} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                f"{served.family} (`{architecture}`)",
+                *(cpu if served.cpu else ["refused: SGLang's CPU path does not serve it", "refused", "refused"]),
+                gpu or "refused: not measured",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def refused_table() -> str:

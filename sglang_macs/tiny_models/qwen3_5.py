@@ -13,7 +13,7 @@ from .weights import empty, initialise, tensors_of
 
 FULL_ATTENTION_EVERY = 4
 # Norms whose weights are what is added to one; that of linear attention is not one of them.
-ADDED_TO_ONE = re.compile(r"language_model.*(layernorm|[qk]_norm|language_model\.norm)\.weight")
+ADDED_TO_ONE = re.compile(r"language_model\.(norm|.*(layernorm|[qk]_norm))\.weight")
 
 
 def build_qwen3_5_moe(

@@ -1,4 +1,4 @@
-"""Kernels of csrc/cuda compiled for this CPU, on the emulated machine of tests/emulator.
+"""Kernels of csrc/cuda compiled for this CPU, on the emulated machine of tools/emulator.
 
     library = emulated.build("plan", emulated.CUDA / "clip_apply.cu", emulated.CUDA / "capi.cu", defines=["MACS_C_API"])
     library.configure(seed=3)                      # which schedule; the same seed, the same run
@@ -12,7 +12,7 @@ files may be kernels of csrc or of a test; the launchers in them are `extern "C"
 last, and are exported (`__attribute__((visibility("default")))`, as MACS_EXPORT in csrc/cuda/capi.cu).
 
 The device has 4 SMs, which hold 16 blocks each, and clusters of up to 8 blocks, unless `build` is told
-otherwise. One library at a time, from one Python thread. What cannot show here: docs/design/emulator.md.
+otherwise. One library at a time, from one Python thread. What cannot show here: tools/emulator/README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
-EMULATOR = ROOT / "tests" / "emulator"
+EMULATOR = ROOT / "tools" / "emulator"
 BUILD = ROOT / "build" / "emulated"
 # Before csrc/include, so that macs/ptx.cuh is the emulator's.
 INCLUDE = [EMULATOR / "include", ROOT / "csrc" / "include", CUDA]

@@ -60,7 +60,7 @@ FAMILIES = {
         "tiny-qwen3-vl-moe",
         ("hello world", "Why is the sky blue?"),
         around="<|vision_start|><|vision_end|>",
-        video=98,
+        video=200,
     ),
     # InternViT sums over all ranks, so none of them may be without the picture.
     "InternVL3.5": Family(
@@ -68,6 +68,7 @@ FAMILIES = {
         "tiny-InternVL3_5",
         ("Why is the sky blue?", "Once upon a time"),
         around="<img></img>",
+        video=512,  # SGLang shows it 32 frames, whatever the video has
         layout=ATTENTION_TP,
     ),
     "Kimi-VL": Family(
@@ -82,6 +83,7 @@ FAMILIES = {
         "tiny-glm4v-moe",
         ("Who waits for whom?", "List the planets."),
         around="<|begin_of_image|><|end_of_image|>",
+        video=128,
         layout=(*EP2_ARGS, "--mm-enable-dp-encoder"),
     ),
     # The tower of sounds sums over all ranks, as InternViT does.
@@ -90,6 +92,7 @@ FAMILIES = {
         "tiny-qwen3-omni",
         ("Why is the sky blue?", "hello world"),
         around="<|vision_start|><|vision_end|>",
+        video=200,
         layout=ATTENTION_TP,
     ),
     "DeepSeek-V3": Family("deepseek_v3", "tiny-deepseek-v3", ("How far is the moon?", "How does a mill work?")),

@@ -17,7 +17,7 @@ from . import cases
 assert os.environ["TRITON_INTERPRET"] == "1"
 library = triton_ops.register("CPU")
 for operator in triton_ops.OPERATORS:
-    registered = torch._C._dispatch_dump(f"{ops._ops.name}::{operator.__name__}").splitlines()
+    registered = torch._C._dispatch_dump(f"{ops.library.loaded.name}::{operator.__name__}").splitlines()
     assert any(line.startswith("CPU: registered at") and "ops/triton" in line for line in registered)
 for module, sizes in {
     triton_ops.entropy: {"ROW_BLOCK": 512, "TOKEN_BLOCK": 64},

@@ -54,7 +54,8 @@ def routed(gen: torch.Generator, **kind: object) -> dict[str, object]:
     config = TopKConfig(TOP_K, torch_native=True, **kind)
     weights, ids, _ = select_experts(hidden, logits, config)
     groups = (kind["num_expert_group"], kind["topk_group"]) if kind.get("use_grouped_topk") else (1, 1)
-    whole = replace(config, top_k=EXPERTS // groups[0] * groups[1], renormalize=False)
+    bare = {"renormalize": False, "apply_routed_scaling_factor_on_output": False}
+    whole = replace(config, top_k=EXPERTS // groups[0] * groups[1], **bare)
     score, order, _ = select_experts(hidden, logits, whole)
     selection = score if config.correction_bias is None else score + BIAS[order.long()]
     best_first = selection.argsort(1, descending=True)
@@ -74,13 +75,21 @@ class Experts(FusedMoE):
         self.layer_id = 3
 
 
+class Router(TopK):
+    """As a model makes it, without what SGLang has to know of the server by then."""
+
+    def __init__(self, **kind: object) -> None:
+        nn.Module.__init__(self)
+        self.topk_config = TopKConfig(TOP_K, **kind)
+
+
 class Block(nn.Module):
     """A MoE block, its experts and its router in either order."""
 
     def __init__(self, experts_first: bool = False, routers: int = 1, multi_gate: bool = False, **kind: object) -> None:
         super().__init__()
         self.multi_gate = multi_gate
-        made = [(f"topk{i}", TopK(TOP_K, layer_id=3, **kind)) for i in range(routers)]
+        made = [(f"topk{i}", Router(**kind)) for i in range(routers)]
         for name, module in [("experts", Experts()), *made] if experts_first else [*made, ("experts", Experts())]:
             setattr(self, name, module)
 

@@ -1,7 +1,7 @@
 // Everything that CUDA C++ has no word for: one PTX instruction (or special register) per function, nothing else.
 //
 // No other file contains `asm`, so that a machine without these instructions replaces this header and compiles the
-// kernels as they are (tests/emulator does). Names follow PTX: load/store/red . order . scope.
+// kernels as they are (tools/emulator does). Names follow PTX: load/store/red . order . scope.
 #pragma once
 #include <cuda_runtime.h>
 

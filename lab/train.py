@@ -1,6 +1,6 @@
 """Trains the lab's multimodal mixture of experts, on one GPU in under ten minutes.
 
-    python scripts/lab/train.py --out OUT [--minutes 8] [--material material.npz]
+    python lab/train.py --out OUT [--minutes 8] [--material material.npz]
 
 Every step draws fresh pictures on the device; step, pictures included, is one CUDA graph. The learning rate follows the
 clock, so that the budget is used whatever the machine's speed. Writes OUT/model.safetensors (bf16, hub layout) and

@@ -1,6 +1,6 @@
 """The lab's checkpoint on disk: a folder that transformers and SGLang load, and that `lab_model` reads back.
 
-    python scripts/lab/lab_checkpoint.py OUT     # all but the weights: configuration, tokenizer, processor
+    python lab/lab_checkpoint.py OUT     # all but the weights: configuration, tokenizer, processor
 
 The repository holds one copy, in the hub's layout (SGLang reads experts as [E, in, out]); `LabModel` and transformers
 want [E, out, in]. `twin` makes the folder for transformers.
@@ -16,7 +16,7 @@ from lab_model import Architecture, LabModel
 from lab_pictures import MERGE, PATCH, TOKEN
 from lab_tokens import END, IMAGE, PAD, SPECIAL, START, VIDEO, VISION_END, VISION_START, VOCAB, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "models" / "lab-vl-moe"
 TOKENS = (16, 1024)  # visual tokens per picture that the processor leaves as they are
 FUSED = ("experts.gate_up_proj", "experts.down_proj")

@@ -1,8 +1,8 @@
 """Trains and judges the lab's models on one machine with GPUs, each stage in less than ten minutes.
 
-    python3 scripts/lab/gpu_run.py train --out OUT [--seconds 560]
-    python3 scripts/lab/gpu_run.py evaluate --out OUT [--seconds 420]
-    python3 scripts/lab/gpu_run.py both --out OUT --smoke        # two minutes: does everything run here?
+    python3 lab/gpu_run.py train --out OUT [--seconds 560]
+    python3 lab/gpu_run.py evaluate --out OUT [--seconds 420]
+    python3 lab/gpu_run.py both --out OUT --smoke        # two minutes: does everything run here?
 
 Needs torch with CUDA, tokenizers, safetensors, scikit-learn, and nvcc for the operators (without it they are built for
 the CPU alone). `train` builds the operators beside the training; `evaluate` goes on from what `train` left
@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-LAB = ROOT / "scripts" / "lab"
+ROOT = Path(__file__).resolve().parents[1]
+LAB = ROOT / "lab"
 WORK = ROOT / "build" / "lab-run"
 KEEP_EVERY = 20.0  # seconds
 START_UP = 45.0  # seconds of a training before its clock starts: imports, digits, grouped products tried, graph

@@ -1,6 +1,6 @@
 """Calibration on the lab's model: routing and expert output norms by modality, and what drift does to them.
 
-python scripts/lab/lab_calibration.py      # writes the committed profile of the lab's model
+python lab/lab_calibration.py      # writes the committed profile of the lab's model
 """
 
 import argparse

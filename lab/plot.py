@@ -1,6 +1,6 @@
 """Draws docs/results/quality.png and prints the tables of docs/results/quality.md from docs/results/quality.json.
 
-python scripts/lab/plot.py [--json FILE] [--picture FILE]
+python lab/plot.py [--json FILE] [--picture FILE]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from lab_checkpoint import ROOT
 from lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs" / "results"
-MARKS = ("<!-- tables: written by scripts/lab/plot.py -->", "<!-- /tables -->")
+MARKS = ("<!-- tables: written by lab/plot.py -->", "<!-- /tables -->")
 DRAWN = {
     "gate": ("C3", "o-"),
     "entropy_gate": ("C6", "h-"),

@@ -1,10 +1,10 @@
 """What clipping costs: the lab's model under every method, at equal rows of the fullest rank.
 
-    python scripts/lab/evaluate.py [--reduced]        # reduced: 15 minutes on two CPU cores
+    python lab/evaluate.py [--reduced]        # reduced: 15 minutes on two CPU cores
 
 Batches of mixed requests, their tokens on R = 8 virtual source ranks, go through the model; at every MoE layer the
 product's operators (or a baseline) decide what is dispatched. All methods get the same requests, so they are paired.
-Writes docs/results/quality.json (reduced: quality_reduced.json), which scripts/lab/plot.py turns into pictures and
+Writes docs/results/quality.json (reduced: quality_reduced.json), which lab/plot.py turns into pictures and
 tables.
 """
 

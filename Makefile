@@ -50,7 +50,7 @@ test-server: build  ## of `make test-all` what starts a real server
 	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
-	@$(PY) scripts/load_test.py
+	@$(PY) benchmarks/run.py load_test
 
 test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium: apt-get install chromium"; exit 1; }
@@ -60,26 +60,26 @@ test-gpu: build  ## the operators on a CUDA device (without one every test fails
 	@$(PYTEST) -m gpu
 
 sanitize: build  ## compute-sanitizer's memcheck and racecheck over the CUDA kernels
-	@bash scripts/sanitize.sh $(PY)
+	@bash tools/sanitize.sh $(PY)
 
 lint: build  ## ruff, mypy, hadolint, and the checks of the tables in README and docs
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/hadolint deploy/kubernetes/Dockerfile
-	@$(PY) scripts/docs_tables.py --check
+	@$(PY) tools/docs_tables.py --check
 
 format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(PY) scripts/docs_tables.py
+	@$(PY) tools/docs_tables.py
 
 sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
 	@rm -rf dist
 	@$(PY) setup.py -q sdist
 
 bench: build  ## the plan on this CPU against a vectorised torch version
-	@$(PY) scripts/bench_plan.py
+	@$(PY) benchmarks/run.py bench_plan
 
 clean:  ## build products
 	@rm -rf build dist *.egg-info sglang_macs/_C*.so $(VENV)/.built
@@ -88,7 +88,7 @@ distclean: clean  ## and the environment
 	@rm -rf $(VENV)
 
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
-	@$(PY) scripts/check_latency.py
+	@$(PY) benchmarks/run.py check_latency
 
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode

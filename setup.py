@@ -58,7 +58,7 @@ def shared_libstdcxx() -> list[str]:
 def extension():
     cuda, reason = use_cuda()
     print(f"sglang-macs build: {'CPU + CUDA' if cuda else 'CPU only'} ({reason})", file=sys.stderr, flush=True)
-    sources = ["csrc/torch_ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    sources = [*sorted(glob.glob("csrc/torch/*.cpp")), *sorted(glob.glob("csrc/cpu/*.cpp"))]
     # No contraction: the thresholds are defined by IEEE double arithmetic in the order written (docs/design/method.md).
     cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     include = [os.path.abspath("csrc/include")]

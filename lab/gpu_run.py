@@ -9,7 +9,7 @@ the CPU alone). `train` builds the operators beside the training; `evaluate` goe
 in build/lab-run. Every 20 seconds OUT gets NAME.tar.gz of every model: weights, log, profile, findings so far. A run
 that is killed leaves the latest; evaluate.py --merge makes tables of unfinished findings.
 
-Not scripts/gpu/session.py, whose steps end: here stages share what is left of the time, and are ended with it.
+Not benchmarks/gpu/session.py, whose steps end: here stages share what is left of the time, and are ended with it.
 """
 
 import argparse

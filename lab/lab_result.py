@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts" / "gpu"))
+sys.path.append(str(ROOT / "benchmarks" / "gpu"))
 
 import result_file  # noqa: E402
 

@@ -18,13 +18,15 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from bench_plan import commit
-from serving import EP2_ARGS
-
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from bench_plan import commit  # noqa: E402
+from serving import EP2_ARGS  # noqa: E402
+
 COMPAT = ROOT / "build" / "compat"
 REFUSED_PORT = 19872  # nothing ever listens there
 

@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
-from serving import EP2_ARGS, Server, ServerError, data_uri
 from tqdm import tqdm
 
 from sglang_macs.plan.batch import NO_GAIN
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "lab"))
-
-from lab_questions import Question, questions
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "lab")]
+
+from lab_questions import Question, questions  # noqa: E402
+from serving import EP2_ARGS, Server, ServerError, data_uri  # noqa: E402
+
 OUT = ROOT / "build" / "demo"
 MODEL = ROOT / "models" / "lab-vl-moe"
 # Parts of a whole of the requests, by picture size and task: see lab/lab_tasks.py.

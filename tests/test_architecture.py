@@ -11,7 +11,9 @@ PACKAGE = ROOT / "sglang_macs"
 PAGE = (ROOT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
 TABLE = {
     folder: set(re.findall(r"`(\w+)/`", imports))
-    for folder, imports in re.findall(r"^\| `(\w+)/` \|[^|]+\|([^|]*)\|$", PAGE, re.MULTILINE)
+    for folder, imports in re.findall(
+        r"^\| `(\w+)/` \|[^|]+\|([^|]*)\|$", PAGE.split("Module by module")[0], re.MULTILINE
+    )
 }
 STARTERS = {"__init__": "plan", "__main__": "cli", "entry_point": "engine"}  # at the top: the folder it leads into
 

@@ -1,4 +1,4 @@
-"""scripts/bench_plan.py runs, and times only versions that decide alike. Speed is `make bench`'s business."""
+"""benchmarks/bench_plan.py runs, and times only versions that decide alike. Speed is `make bench`'s business."""
 
 import json
 import re

@@ -20,7 +20,7 @@ PAGES = {
     for page in ROOT.glob(pattern)
 }
 # Of this repository.
-FOLDERS = ("csrc", "deploy", "docs", "lab", "models", "requirements", "scripts", "sglang_macs", "tests", "tools")
+FOLDERS = "benchmarks csrc deploy docs lab models requirements scripts sglang_macs tests tools".split()  # noqa: SIM905
 
 
 def links(text: str) -> set[str]:
@@ -29,8 +29,11 @@ def links(text: str) -> set[str]:
 
 
 def paths(text: str) -> set[str]:
-    """Files and folders of this repository that stand in code or commands; NAME and * stand for anything."""
-    found = re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*-]+)", re.sub(r"https?://\S+", "", text))
+    """Files and folders of this repository that stand in code or commands; NAME and * stand for anything. Of a
+    measurement's command, behind its commit, the paths are those of that commit.
+    """
+    text = re.sub(r"https?://\S+|commit \w{7,40}, `[^`]*`|<!-- cost: .*\n.*", "", text)
+    found = re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./*-]+)", text)
     return {re.sub(r"\b[A-Z]+\b(?=\.json)", "*", path.rstrip(".")) for path in found}
 
 
@@ -84,9 +87,20 @@ def test_links_lead_somewhere(page):
     assert not lost
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/log/")])  # paths of their time
 def test_paths_exist(page):
     assert not {path for path in paths(PAGES[page]) if not any(ROOT.glob(path))}
+
+
+def test_pages_that_code_names_exist():
+    named = {}
+    for folder in sorted({*FOLDERS} - {"docs", "models"}):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".sh", ".yaml", ".sbatch", ".h", ".cpp", ".cu", ".cuh"):
+                found = re.findall(r"(?<![\w/.-])docs/[\w/]+\.(?:md|png)", path.read_text(encoding="utf-8"))
+                named |= dict.fromkeys(found, path)
+    lost = {page: path for page, path in named.items() if not (ROOT / page).exists()}
+    assert len(named) > 10 and not lost
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -110,10 +124,10 @@ def test_subcommands_and_their_flags_exist(page):
 def test_flags_of_scripts_exist(page):
     """A script's flags are looked for in its source: importing all of them would take their dependencies."""
     for line in commands(PAGES[page]):
-        if script := re.search(r"python3? ((?:scripts|lab)/\S+\.py)(.*)", line):
+        if script := re.search(r"python3? ((?:benchmarks|scripts|tools|lab)/\S+\.py)(.*)", line):
             source = (ROOT / script[1]).read_text(encoding="utf-8")
             if "result_file.add_options" in source:
-                source += (ROOT / "scripts" / "gpu" / "result_file.py").read_text(encoding="utf-8")
+                source += (ROOT / "benchmarks" / "gpu" / "result_file.py").read_text(encoding="utf-8")
             lost = {flag for flag in re.findall(r"--[a-z][a-z-]+", script[2]) if f'"{flag}"' not in source}
             assert not lost, line
 

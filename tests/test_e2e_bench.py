@@ -20,14 +20,14 @@ from PIL import Image
 from sglang_macs.cpu_compat import allow_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "scripts" / "e2e"
+E2E = ROOT / "benchmarks" / "e2e"
 sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
 
-import docs_tables  # noqa: E402
 import e2e_routing  # noqa: E402
 import kernel_trace  # noqa: E402
 import plot  # noqa: E402
 import prefill  # noqa: E402
+import server_tables  # noqa: E402
 import servers  # noqa: E402
 import standstill  # noqa: E402
 import summary  # noqa: E402
@@ -422,7 +422,7 @@ def test_page_and_picture_show_a_result(tmp_path, monkeypatch):
     clients = {("s",): FakeClient(1.0), ("r",): FakeClient(0.8), ("i",): FakeClient(1.01)}
     found = measured_group(tmp_path, clients, FAKES)
     found["rows"][-1] |= {"ci95": [0.9, 1.1], "share_of_ideal": 0.5, "share_of_ideal_ci95": None, "busy": 0.67}
-    cells = [cell(found["rows"][-1]) for cell in docs_tables.E2E.values()]
+    cells = [cell(found["rows"][-1]) for cell in server_tables.E2E.values()]
     assert cells[:4] == ["128", "1", "inf", "gloo"] and cells[4] == "1.010 [0.900, 1.100]"
     assert cells[6:] == ["50%", "", "67%", "50", "7"]
     (tmp_path / "found.json").write_text(json.dumps(found))
@@ -452,7 +452,7 @@ def test_smoke_run_on_cpu(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert result["command"].startswith("python3 scripts/e2e/prefill.py --device cpu")
+    assert result["command"].startswith("python3 benchmarks/e2e/prefill.py --device cpu")
     rows = {row["case"]["variant"]: row for row in result["rows"]}
     assert set(rows) == {"stock", "balanced", "rank-1.05"}
     expected = {"tokens": 64, "skew": 1.27, "variant": "rank-1.05", "dispatch": "gloo", "layers": 3, "dtype": "bf16"}

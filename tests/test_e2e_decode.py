@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "scripts" / "e2e"
+E2E = ROOT / "benchmarks" / "e2e"
 sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
 
 import decode  # noqa: E402
-import docs_tables  # noqa: E402
+import server_tables  # noqa: E402
 import servers  # noqa: E402
 from decode import Cell, Decoded, Workload, chosen_variants, decoded  # noqa: E402
 from rounds import Run  # noqa: E402
@@ -160,7 +160,7 @@ def test_rounds_become_rows_against_stock(tmp_path):
 
 def test_the_page_shows_a_result(tmp_path):
     found = measured(tmp_path, {("s",): FakeClient(0.010), ("f",): FakeClient(0.009)})
-    cells = [[cell(row) for cell in docs_tables.E2E_DECODE.values()] for row in found["rows"]]
+    cells = [[cell(row) for cell in server_tables.E2E_DECODE.values()] for row in found["rows"]]
     assert cells[1] == ["4", "fused", "9.00", "0.900 [0.900, 0.900]", "889", "500", "1.000 [1.000, 1.000]", "7"]
 
 

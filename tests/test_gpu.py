@@ -304,7 +304,7 @@ def fused_alone(config: MacsConfig, sizes: Sizes) -> FusedDispatch:
 @pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the fused dispatch exists in CUDA only")
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_the_fused_dispatch_decides_as_the_plan_and_its_sums_are_those_of_the_rows(format):
-    """One rank; more of them, faults and every shape: scripts/gpu/check_fused.py."""
+    """One rank; more of them, faults and every shape: benchmarks/gpu/check_fused.py."""
     config = MacsConfig.from_preset("paper", load="rows", gamma=0.6, reroute="global", dispatch="fused")
     sizes = Sizes(num_ranks=1, num_experts=EXPERTS, top_k=8, max_tokens=130, hidden_size=2048)
     fused = fused_alone(config, sizes)
@@ -403,7 +403,7 @@ def test_a_bounded_dispatch_never_makes_the_host_wait():
 
 @pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="the sum over peers exists in CUDA only")
 def test_ranks_sum_over_each_others_memory():
-    """Three ranks on streams of their own; between processes: scripts/gpu/overhead.py."""
+    """Three ranks on streams of their own; between processes: benchmarks/gpu/overhead.py."""
     ranks, size, rounds = 3, 33000, 20
     regions = [
         torch.zeros(ops.peer_reduce_layout(ranks, size).bytes, dtype=torch.uint8, device="cuda") for _ in range(ranks)

@@ -1,4 +1,4 @@
-"""What the servers of scripts/gpu are started with, as far as it can be seen without a GPU."""
+"""What the servers of benchmarks/gpu are started with, as far as it can be seen without a GPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What scripts/gpu makes of servers' answers, on made-up ones. Needs no GPU."""
+"""What benchmarks/gpu makes of servers' answers, on made-up ones. Needs no GPU."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""The scheduler of scripts/gpu/session.py on small programs: order, GPUs, failures, limits. Needs no GPU."""
+"""The scheduler of benchmarks/gpu/session.py on small programs: order, GPUs, failures, limits. Needs no GPU."""
 
 import json
 import os
@@ -75,9 +75,9 @@ def test_a_step_that_needs_one_waits_for_its_end(tmp_path):
 
 
 def test_too_few_gpus_and_missing_programs_are_left_out(tmp_path):
-    missing = Step("fused", [sys.executable, "scripts/gpu/not_there.py"], 9, 1)
+    missing = Step("fused", [sys.executable, "benchmarks/gpu/not_there.py"], 9, 1)
     _, results = run(tmp_path, [step(tmp_path, "two", 2), missing, step(tmp_path, "one", 1)], gpus=1)
-    assert results == {"two": "needs 2 GPUs", "fused": "no scripts/gpu/not_there.py", "one": "ok"}
+    assert results == {"two": "needs 2 GPUs", "fused": "no benchmarks/gpu/not_there.py", "one": "ok"}
 
 
 def test_limits_end_a_step_and_a_session(tmp_path):
@@ -148,7 +148,7 @@ def test_the_archives_hold_results_and_logs(tmp_path, monkeypatch):
     ],
 )
 def test_a_result_names_the_command_without_its_places(argv, said):
-    assert result_file.command_line(argv) == f"python3 scripts/gpu/{said}"
+    assert result_file.command_line(argv) == f"python3 benchmarks/gpu/{said}"
 
 
 def test_what_an_earlier_session_compiled_is_not_compiled_anew(tmp_path, monkeypatch):

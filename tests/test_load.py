@@ -1,4 +1,4 @@
-"""The mix of scripts/load_test.py. test_server_unbounded.py sends a little of it, `make test-load` all."""
+"""The mix of benchmarks/load_test.py. test_server_unbounded.py sends a little of it, `make test-load` all."""
 
 from load_test import KINDS, mix
 

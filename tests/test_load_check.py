@@ -1,4 +1,4 @@
-"""scripts/gpu/load_check.py over servers that are made up: what it lets pass, and what it does not."""
+"""benchmarks/gpu/load_check.py over servers that are made up: what it lets pass, and what it does not."""
 
 from __future__ import annotations
 

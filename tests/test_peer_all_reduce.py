@@ -1,5 +1,5 @@
 """The exchange over peers' memory without a GPU: who uses it, what it says, and what a fault becomes. The kernel is in
-test_peer_all_reduce_emulated.py and test_gpu.py, and between processes in scripts/gpu/overhead.py.
+test_peer_all_reduce_emulated.py and test_gpu.py, and between processes in benchmarks/gpu/overhead.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def recorded() -> dict[str, list[dict]]:
-    """By launch, the runs of every result of scripts/gpu/serve_check.py in docs/results."""
+    """By launch, the runs of every result of benchmarks/gpu/serve_check.py in docs/results."""
     found: dict[str, list[dict]] = {}
     for file in sorted((ROOT / "docs" / "results").glob("serve_*.json")):
         by_launch: dict[str, dict] = {}

@@ -1,4 +1,4 @@
-"""scripts/serving.py without SGLang: a stand-in server, whose processes must all be gone afterwards and no others."""
+"""benchmarks/serving.py without SGLang: a stand-in server, whose processes must all be gone afterwards, no others."""
 
 import os
 import subprocess

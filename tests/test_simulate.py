@@ -308,7 +308,7 @@ def test_the_command_prints_a_table_json_and_a_picture(tmp_path, capsys):
 
 
 def straggler(efficiency: float, clipped_too: bool) -> dict:
-    """What scripts/gpu/straggler.py would have written on a machine of another GEMM efficiency."""
+    """What benchmarks/gpu/straggler.py would have written on a machine of another GEMM efficiency."""
     sizes = {"ranks": 8, "experts": 128, "hidden_size": 2048, "intermediate_size": 768}
     measured_on = check_simulation.cluster_of(sizes, "h200")
     measured_on = replace(measured_on, machine=replace(measured_on.machine, gemm_efficiency=efficiency))

@@ -1,4 +1,4 @@
-// The bounded permutation as plain C functions, for scripts/gpu and the emulated tests; as capi.cu.
+// The bounded permutation as plain C functions, for benchmarks/gpu and the emulated tests; as capi.cu.
 #if defined(MACS_C_API)
 #include "macs/bounded.h"
 #include "macs/cuda.h"

@@ -1,4 +1,4 @@
-// The launchers as plain C functions, for scripts that call them without torch's C++ side (scripts/gpu). Not part of
+// The launchers as plain C functions, for scripts that call them without torch's C++ side (benchmarks/gpu). Not part of
 // the extension. Parameters go by pointer to the structures of macs/params.h; every function answers a cudaError_t.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"

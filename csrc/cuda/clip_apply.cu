@@ -10,7 +10,7 @@
 //              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
 //              no other.
-// Grid:        at most one block per multiprocessor, all at once (cooperative); fewer for few tokens, whose barriers
+// Grid:        at most one block per SM, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
 #include "assignments.cuh"
@@ -442,11 +442,11 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   grid.leave();
 }
 
-// One token per warp, until every multiprocessor has a block; a block per rank has its levels to add up.
+// One token per warp, until every SM has a block; a block per rank has its levels to add up.
 int grid_blocks(const ClipApplyParams& p) {
   const int64_t blocks = (p.in.num_tokens + kWarps - 1) / kWarps;
   const int64_t wanted = blocks > p.in.policy.num_ranks ? blocks : p.in.policy.num_ranks;
-  return static_cast<int>(wanted < num_multiprocessors() ? wanted : num_multiprocessors());
+  return static_cast<int>(wanted < num_sms() ? wanted : num_sms());
 }
 
 template <class Id, int kKeys, bool kWithThreshold, bool kReplicas>
@@ -502,7 +502,7 @@ ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApply
 
 size_t clip_apply_workspace_bytes(const ClipApplyParams& p) {
   return prepared_bytes(p.in.policy.num_experts) +
-         Scratch::bytes(num_bounds(p.in.policy), num_multiprocessors());
+         Scratch::bytes(num_bounds(p.in.policy), num_sms());
 }
 
 cudaError_t launch_clip_apply(const ClipApplyParams& p, void* workspace, cudaStream_t stream) {

@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kGenericThreads) entropy_score_generic_kernel(
   if (threadIdx.x == 0 && args.layout.sums != nullptr) accumulator.flush(args.layout, blockIdx.x);
 }
 
-int grid_for(int64_t work, int blocks_per_multiprocessor) {
-  const int64_t most = static_cast<int64_t>(num_multiprocessors()) * blocks_per_multiprocessor;
+int grid_for(int64_t work, int blocks_per_sm) {
+  const int64_t most = static_cast<int64_t>(num_sms()) * blocks_per_sm;
   return static_cast<int>(work < most ? work : most);
 }
 

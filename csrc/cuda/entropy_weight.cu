@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) entropy_weight_kernel(const __grid_c
 cudaError_t enqueue_zero(const ZeroArgs& args, cudaStream_t stream) {
   const int64_t bytes = args.first_bytes > args.second_bytes ? args.first_bytes : args.second_bytes;
   const int64_t blocks = (bytes / 16 + kThreads - 1) / kThreads;
-  const int most = num_multiprocessors();
+  const int most = num_sms();
   const int grid = static_cast<int>(blocks < 1 ? 1 : (blocks < most ? blocks : most));
   return launch(zero_kernel, {.grid = grid, .block = kThreads}, args, stream);
 }

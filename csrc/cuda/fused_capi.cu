@@ -1,4 +1,4 @@
-// The fused dispatch and combine as plain C functions, for scripts/gpu and the emulated tests; as capi.cu.
+// The fused dispatch and combine as plain C functions, for benchmarks/gpu and the emulated tests; as capi.cu.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"
 #include "macs/fused.h"

@@ -79,7 +79,7 @@ __device__ __forceinline__ void mark_experts(const FusedBlock& b, int n, uint32_
   for (int j = n * each + b.lane; j < (n + 1) * each; j += kWarp) b.fate()[j] = Fate::change(b.fate()[j], mark);
 }
 
-// Where an own assignment stands on its bound: those below the edge are given up.
+// Where an own assignment stands on its bound: those below the edge are clipped.
 __device__ __forceinline__ int standing(int level, int slot) { return level << kSlotBits | (kLastSlot - slot); }
 
 __device__ __forceinline__ RawCut& raw_cut(const FusedBlock& b, int n) { return b.at<RawCut>(b.args.tables.raw)[n]; }

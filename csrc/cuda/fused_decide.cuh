@@ -114,7 +114,7 @@ __device__ __forceinline__ void count_row(const FusedBlock& b, int slot, int exp
   atomicAdd(b.at<uint32_t>(b.args.tables.own_rows) + expert, before ? 0x10001u : 1u);
 }
 
-// The own assignments against their bounds' edges. Returns whether one is given up.
+// The own assignments against their bounds' edges. Returns whether one is clipped.
 __device__ inline bool clip_own(const FusedBlock& b) {
   bool any = false;
 #pragma unroll 2

@@ -9,7 +9,7 @@
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
 //              prefix sum, so that rows are written once, to where the experts read them. docs/design/fused_dispatch.md draws it.
 // Grid:        (blocks of a rank, ranks of this launch), all at once (cooperative); 512 threads, one block a
-//              multiprocessor.
+//              SM.
 // Determinism: all decisions are integers; a row's place depends on (source, token, slot) alone.
 #include <algorithm>
 
@@ -124,7 +124,7 @@ __device__ inline bool tell_weights(const FusedBlock& b) {
   return true;
 }
 
-// What is given up of exceeded bounds and where it goes; then rows per expert anew. False: somebody did not take part.
+// What is clipped of exceeded bounds and where it goes; then rows per expert anew. False: somebody did not take part.
 template <int kKeys>
 __device__ inline bool cut_rows(const FusedBlock& b) {
   find_shifts(b);

@@ -2,7 +2,7 @@
 //
 // Twice at most. The first time goes out before the rows have been read: an assignment's expert, which is all that the
 // rows per expert take, and, where no entropy is asked for, everything else. Only where a bound may be exceeded, and
-// what is given up depends on entropies, are assignments told again with what the entropies say. That is between ranks: all
+// what is clipped depends on entropies, are assignments told again with what the entropies say. That is between ranks: all
 // blocks of a rank know the weights of its tokens, and complete its assignments for themselves.
 #pragma once
 #include <cuda_runtime.h>

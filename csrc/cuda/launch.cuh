@@ -61,8 +61,8 @@ inline int current_device() {
   return device < kMaxDevices ? device : 0;
 }
 
-// Multiprocessors of the current device (under MPS: this client's share).
-inline int num_multiprocessors() {
+// SMs of the current device (under MPS: this client's share).
+inline int num_sms() {
   static int cached[kMaxDevices] = {};
   const int device = current_device();
   if (cached[device] == 0) cudaDeviceGetAttribute(&cached[device], cudaDevAttrMultiProcessorCount, device);

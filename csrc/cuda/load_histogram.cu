@@ -4,7 +4,7 @@
 // Algorithm:   one assignment per lane, one reduction into L2 each: the cells are many and evenly hit, and no block has
 //              to clear or merge a private copy of 128 KB. Fused with the weights (launch_score_histogram) a lane first
 //              finishes its token's weight from the segment sums, or takes 0.5 where nothing was scored.
-// Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per multiprocessor.
+// Grid:        warps walk whole tokens (assignments.cuh), 8 warps per block, at most 4 blocks per SM.
 // Determinism: integer additions only.
 #include "assignments.cuh"
 #include "cut_broadcast.cuh"
@@ -78,7 +78,7 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
   if (in.top_k < 1 || in.top_k > kWarp) return cudaErrorInvalidValue;
   const int64_t tokens_per_block = kWarps * (kWarp / in.top_k);
   const int64_t blocks = (in.num_tokens + tokens_per_block - 1) / tokens_per_block;
-  const int64_t most = static_cast<int64_t>(num_multiprocessors()) * 4;
+  const int64_t most = static_cast<int64_t>(num_sms()) * 4;
   const Shape shape = {.grid = static_cast<int>(blocks < most ? blocks : most), .block = kThreads, .overlap = overlap};
   if (args.layout.sums != nullptr) return enqueue_for_ids<Weights::kFromEntropy>(args, shape, stream);
   if (args.weight.weight != nullptr) return enqueue_for_ids<Weights::kEqual>(args, shape, stream);

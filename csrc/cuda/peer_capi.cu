@@ -1,4 +1,4 @@
-// The sum over peers as plain C functions, for scripts/gpu and the emulated tests; as capi.cu.
+// The sum over peers as plain C functions, for benchmarks/gpu and the emulated tests; as capi.cu.
 #if defined(MACS_C_API)
 #include "macs/cuda.h"
 #include "macs/peer_all_reduce.h"

@@ -5,7 +5,7 @@
 // Algorithm:   the grid's warps own T / W tokens each, in order, in both kernels. The first one, before the exchange, counts
 //              by block; the second adds up the blocks before its own, counts by warp, and numbers a step of 32
 //              assignments at a time (match_any). It also counts, by level, what this source sends to exceeded ranks.
-// Grid:        16 warps a block, a block per multiprocessor at most.
+// Grid:        16 warps a block, a block per SM at most.
 // Determinism: ordered prefixes of integers.
 #include "assignments.cuh"
 #include "launch.cuh"
@@ -19,7 +19,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 
 int grid_blocks(int64_t num_tokens) {
-  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps, most = num_multiprocessors();
+  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps, most = num_sms();
   return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
 }
 

@@ -30,7 +30,7 @@ struct ReplicaScratch {
     const size_t slots = static_cast<size_t>(in.num_tokens) * in.top_k, ranks = places.num_ranks;
     const auto take = [&](size_t bytes) { return static_cast<char*>(memory) + carver.take(bytes); };
     logical = reinterpret_cast<int32_t*>(take(4 * slots));
-    block_counts = reinterpret_cast<int32_t*>(take(8ull * num_multiprocessors() * places.redundant()));
+    block_counts = reinterpret_cast<int32_t*>(take(8ull * num_sms() * places.redundant()));
     chosen = take((in.ids_are_i64 ? 8 : 4) * slots);
     quota = reinterpret_cast<int32_t*>(take(4ull * places.num_physical));
     limits = reinterpret_cast<RankLimit*>(take(sizeof(RankLimit) * ranks));

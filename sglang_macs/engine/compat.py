@@ -273,7 +273,7 @@ RULES = (
     Rule(
         "model",
         _untested,
-        "one that tests have served (docs/compatibility.md)",
+        "one that tests have served (docs/guide/compatibility.md)",
         f"Serve it without --enable-macs; {EXPERIMENTAL_ENV}=models tries it nevertheless.",
     ),
     Rule("model", _sizes, f"at most {MOST_EXPERTS} experts and top-{MOST_TOP_K} on a GPU", "Serve it without MACS."),
@@ -298,7 +298,7 @@ RULES = (
     Rule(
         "--chunked-prefill-size",
         _prefill,
-        "a prefill batch of the EP group whose load histograms hold in 32 bits (docs/method.md, 3)",
+        "a prefill batch of the EP group whose load histograms hold in 32 bits (docs/design/method.md, 3)",
         "Lower it.",
     ),
     Rule(

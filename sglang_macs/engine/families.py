@@ -12,8 +12,8 @@ class Served:
     """One family.
 
     cpu: the tests that serve it; "": SGLang's CPU path does not. shown: what they show it beside text.
-    gpu: launches of scripts/gpu/serve_check.py that are recorded in docs/results, without a fault; none: on GPUs it is
-    refused.
+    gpu: launches of benchmarks/gpu/serve_check.py that are recorded in docs/results, without a fault; none: on GPUs it
+    is refused.
     """
 
     family: str

@@ -35,7 +35,8 @@ from ..errors import MacsError
 from ..plan.places import Places
 from ..plan.plan import PlanResult
 from .stats import rows_of
-from .trace import MAX_LINE, MAX_PICTURES, MAX_SIDE, SCHEMA, file_name
+from .trace import MAX_LINE, MAX_PICTURES, SCHEMA, file_name
+from .untrusted import MAX_SIDE
 
 RUN_ENV = "SGLANG_MACS_TRACE_RUN"  # set by the launcher, inherited by its schedulers
 

@@ -5,7 +5,6 @@ read is bounded by what is really there: a file is read line by line, and what i
 decompressed comes out of a budget that grows with its size.
 """
 
-import base64
 import json
 import os
 import re
@@ -17,15 +16,14 @@ from itertools import chain
 import numpy as np
 
 from ..errors import MacsError
+from .untrusted import Budget, checked_count, jpeg, numbers, unpack
 
 SCHEMA = "sglang-macs/trace/2"
 MAX_PICTURES = 16  # of each rank
-MAX_SIDE = 512  # pixels of a stored picture
 MAX_LINE = 16 << 20  # bytes
 KEPT, CLIPPED, REROUTED = range(3)  # rows of a plan's counts
 
 MAX_CELLS = 1 << 16  # visual tokens of one picture
-MAX_JPEG = 2 << 20  # bytes
 MAX_SIZES = {"ranks": 1024, "experts": 4096, "top_k": 64, "stages": 256, "attn_tp": 1024}
 MAX_LAYERS = 512
 FREE_BYTES, BYTES_A_BYTE = 64 << 20, 64  # what a trace may decompress to: some, and so much for each byte of its files
@@ -117,7 +115,7 @@ def load(folder: str, run: str | None = None, replica: int | None = None) -> Tra
     """
     try:
         run, runs, files = _files_of(folder, run, replica)
-        budget = _Budget(FREE_BYTES + BYTES_A_BYTE * sum(map(os.path.getsize, chain(*files.values()))))
+        budget = Budget(FREE_BYTES + BYTES_A_BYTE * sum(map(os.path.getsize, chain(*files.values()))))
         groups = [group for number, paths in files.items() if (group := _group(number, paths, budget)) is not None]
         if not groups:
             fix = "Send a prefill of --macs-min-tokens tokens, or name an earlier run."
@@ -150,19 +148,6 @@ def _files_of(folder: str, run: str | None, replica: int | None) -> tuple[str, l
     if replica is not None and replica not in files:
         raise MacsError("--replica", replica, f"one of {', '.join(map(str, sorted(files)))}, which run {run} has")
     return run, runs, {number: files[number] for number in sorted(files) if replica in (None, number)}
-
-
-class _Budget:
-    """Bytes that may still come out of a trace."""
-
-    def __init__(self, size: int) -> None:
-        self.left = size
-
-    def take(self, size: int, what: str) -> None:
-        """Raises ValueError where less is left."""
-        self.left -= size
-        if self.left < 0:
-            raise ValueError(f"{what} would take {size} bytes, more than files of this size hold")
 
 
 class _File:
@@ -207,7 +192,7 @@ class _Group:
     full: bool
 
 
-def _group(replica: int, paths: Sequence[str], budget: _Budget) -> _Group | None:
+def _group(replica: int, paths: Sequence[str], budget: Budget) -> _Group | None:
     """One replica's files, pass by pass; None where none of them holds a pass."""
     files: list[_File] = []
     try:
@@ -226,7 +211,7 @@ def _group(replica: int, paths: Sequence[str], budget: _Budget) -> _Group | None
             file.close()
 
 
-def _passes(replica: int, headers: list[dict], files: list[_File], budget: _Budget) -> _Group | None:
+def _passes(replica: int, headers: list[dict], files: list[_File], budget: Budget) -> _Group | None:
     sizes = _sizes(replica, headers)
     stages = _by_stage(replica, headers, sizes)
     layers: list[list[int]] = []  # of each stage
@@ -255,7 +240,7 @@ def _passes(replica: int, headers: list[dict], files: list[_File], budget: _Budg
 
 
 def _sizes(replica: int, headers: list[dict]) -> dict[str, int]:
-    sizes = {name: _count(headers[0][name], most) for name, most in MAX_SIZES.items()}
+    sizes = {name: checked_count(headers[0][name], most) for name, most in MAX_SIZES.items()}
     if any(header[name] != size for header in headers for name, size in sizes.items()):
         raise MacsError("trace", f"ranks of replica {replica} of other sizes", f"{sizes} on each", _FIX)
     if sizes["ranks"] % sizes["attn_tp"]:
@@ -277,10 +262,10 @@ def _by_stage(replica: int, headers: list[dict], sizes: dict[str, int]) -> list[
 def _layer_ids(value: object) -> list[int]:
     if not isinstance(value, list) or not 0 < len(value) <= MAX_LAYERS:
         raise ValueError(f"layers that are no list of 1 to {MAX_LAYERS}")
-    return [_count(layer + 1, 1 << 20) - 1 for layer in value]
+    return [checked_count(layer + 1, 1 << 20) - 1 for layer in value]
 
 
-def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: _Budget) -> Step:
+def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: Budget) -> Step:
     """One pass; its lines by stage and rank."""
     stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
     planned, gain, share, bound, rows, outcomes = (np.concatenate(of) for of in zip(*stages, strict=True))
@@ -288,12 +273,12 @@ def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], 
         raise ValueError("counts that no plan makes")
     before, after = rows[:, 0], rows[:, 1]
     first = by_stage[0]
-    tokens = sum(int(_numbers(line["tokens"], (), 2**31)) for line in first)
-    time = float(_numbers(first[0]["time"], (), 1e12))
+    tokens = sum(int(numbers(line["tokens"], (), 2**31)) for line in first)
+    time = float(numbers(first[0]["time"], (), 1e12))
     return Step(time, tokens, planned, gain, share, bound, before, after, outcomes)
 
 
-def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budget) -> tuple[np.ndarray, ...]:
+def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: Budget) -> tuple[np.ndarray, ...]:
     """planned, gain, visual_share, bound [l]; rows [l, 2, R] before and after, counts [l, 3, 2] by modality, over all
     sources.
     """
@@ -302,23 +287,23 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: _Budge
     for line in lines:
         if line["counts"] == "":  # a rank without tokens
             continue
-        own = _unpack(line["counts"], np.int32, (layers, 3, sizes["experts"], 2), budget)
+        own = unpack(line["counts"], np.int32, (layers, 3, sizes["experts"], 2), budget)
         if own.min() < 0:
             raise ValueError("counts below 0")
         outcomes += own.sum(axis=2, dtype=np.int64)
         rows += _rows_of_ranks(line, own, sizes["ranks"], budget)
     of_line = lines[0]
-    planned = _numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
-    gain = _numbers(of_line.get("gain", [0] * layers), (layers,), 2**33)
-    share, bound = (_numbers(of_line[name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
+    planned = numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
+    gain = numbers(of_line.get("gain", [0] * layers), (layers,), 2**33)
+    share, bound = (numbers(of_line[name], (layers,), top) for name, top in (("visual_share", 1), ("bound", 2**33)))
     if not planned.all():  # then a rank knows of its own tokens alone
-        tokens = [float(_numbers(line["tokens"], (), 2**31)) for line in lines]
-        shares = np.stack([_numbers(line["visual_share"], (layers,), 1) for line in lines])
+        tokens = [float(numbers(line["tokens"], (), 2**31)) for line in lines]
+        shares = np.stack([numbers(line["visual_share"], (layers,), 1) for line in lines])
         share = np.where(planned, share, np.average(shares, axis=0, weights=tokens) if sum(tokens) else share)
     return planned, gain, share, bound, rows, outcomes
 
 
-def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: _Budget) -> np.ndarray:
+def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: Budget) -> np.ndarray:
     """[l, 2, R] before and after of one source's counts [l, 3, E, 2]: as it says, where experts have replicas; else
     experts lie linearly.
     """
@@ -327,7 +312,7 @@ def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: _Budget) -> 
     before_and_after = np.stack([kept + clipped, kept + rerouted], axis=1)
     if "rows" not in line:
         return before_and_after.reshape(*before_and_after.shape[:2], ranks, -1).sum(axis=-1)
-    rows = _unpack(line["rows"], np.int32, (*before_and_after.shape[:2], ranks), budget)
+    rows = unpack(line["rows"], np.int32, (*before_and_after.shape[:2], ranks), budget)
     if rows.min() < 0 or (rows.sum(axis=-1) != before_and_after.sum(axis=-1)).any():
         raise ValueError("rows of ranks that are not those of experts")
     return rows
@@ -339,7 +324,7 @@ def _add_pictures(
     by_stage: list[list[dict]],
     layers: list[int],
     attn_tp: int,
-    budget: _Budget,
+    budget: Budget,
 ) -> None:
     """Puts the parts of one pass into their pictures: parts of chunks, of ranks that share a batch, and of stages."""
     starts = np.cumsum([0, *layers])
@@ -348,7 +333,7 @@ def _add_pictures(
             group = rank // attn_tp * attn_tp  # its first rank
             for part in line["pictures"]:
                 key = (group, str(part["key"]))
-                grid = tuple(_count(side, MAX_CELLS) for side in part["grid"])
+                grid = tuple(checked_count(side, MAX_CELLS) for side in part["grid"])
                 if key not in found:
                     if sum(of == group for of, _ in found) == MAX_PICTURES:
                         raise ValueError(f"more than {MAX_PICTURES} pictures of one rank")
@@ -356,7 +341,7 @@ def _add_pictures(
                 _add_part(found[key], part, slice(starts[stage], starts[stage + 1]), grid, budget)
 
 
-def _blank(replica: int, rank: int, shape: tuple[int, int, int], budget: _Budget) -> Picture:
+def _blank(replica: int, rank: int, shape: tuple[int, int, int], budget: Budget) -> Picture:
     layers, rows, columns = shape
     if rows * columns > MAX_CELLS:
         raise ValueError(f"a picture of {rows} x {columns} tokens, more than {MAX_CELLS}")
@@ -365,30 +350,20 @@ def _blank(replica: int, rank: int, shape: tuple[int, int, int], budget: _Budget
     return Picture(replica, rank, None, np.full(shape, np.nan, dtype=np.float32), blank, blank.copy())
 
 
-def _add_part(one: Picture, part: dict, layers: slice, grid: tuple[int, ...], budget: _Budget) -> None:
+def _add_part(one: Picture, part: dict, layers: slice, grid: tuple[int, ...], budget: Budget) -> None:
     if one.clipped.shape[1:] != grid:
         raise ValueError(f"a picture of {grid} tokens, and of {one.clipped.shape[1:]}")
-    first, cells = int(_numbers(part["first"], (), MAX_CELLS)), grid[0] * grid[1]
+    first, cells = int(numbers(part["first"], (), MAX_CELLS)), grid[0] * grid[1]
     if part["jpeg"] is not None:
-        one.jpeg = _jpeg(part["jpeg"])
+        one.jpeg = jpeg(part["jpeg"])
     count = layers.stop - layers.start
-    level = _unpack(part["importance"], np.uint8, (count, -1), budget, count * max(cells - first, 0))
+    level = unpack(part["importance"], np.uint8, (count, -1), budget, count * max(cells - first, 0))
     where = slice(first, first + level.shape[1])
-    scale = _numbers(part["scale"], (count,), 1e9).astype(np.float32)[:, None]
+    scale = numbers(part["scale"], (count,), 1e9).astype(np.float32)[:, None]
     one.importance.reshape(-1, cells)[layers, where] = level * (scale / 255)
     for name in ("clipped", "dropped"):
         one_of = getattr(one, name).reshape(-1, cells)
-        one_of[layers, where] = _unpack(part[name], np.uint8, level.shape, budget)
-
-
-def _jpeg(text: str) -> bytes:
-    """A JPEG file of at most MAX_SIDE by MAX_SIDE. Raises ValueError for others: a browser would take the memory."""
-    data = base64.b64decode(text, validate=True)
-    frame = re.search(rb"\xff[\xc0\xc1\xc2]\x00.\x08(.{2})(.{2})", data[:4096], re.DOTALL)  # height, width
-    sides = [int.from_bytes(side, "big") for side in frame.groups()] if frame else [0]
-    if len(data) > MAX_JPEG or not data.startswith(b"\xff\xd8") or not all(0 < side <= MAX_SIDE for side in sides):
-        raise ValueError(f"a picture file of {len(data)} bytes and {sides} pixels")
-    return data
+        one_of[layers, where] = unpack(part[name], np.uint8, level.shape, budget)
 
 
 def _together(run: str, runs: list[str], groups: list[_Group]) -> Trace:
@@ -423,29 +398,3 @@ def _each_once(groups: list[_Group]) -> list[Picture]:
             else:
                 other.copies += 1
     return list(best.values())
-
-
-def _count(value: object, most: int) -> int:
-    if type(value) is not int or not 0 < value <= most:  # True is an int, too
-        raise ValueError(f"a size of {str(value)[:40]}, expected 1 to {most}")
-    return value
-
-
-def _numbers(value: object, shape: tuple[int, ...], high: float) -> np.ndarray:
-    """`value` as f64 of `shape`, each in [0, high]. Raises ValueError, TypeError."""
-    numbers = np.array(value, dtype=float).reshape(shape)
-    if not ((numbers >= 0) & (numbers <= high)).all():  # NaN fails, too
-        raise ValueError(f"{str(value)[:80]} beyond 0 to {high:g}")
-    return numbers
-
-
-def _unpack(text: str, dtype: type, shape: tuple[int, ...], budget: _Budget, most: int | None = None) -> np.ndarray:
-    """Raises ValueError for another size. most: values, where `shape` leaves their number open. One byte more than
-    expected is decompressed at most, so no line is a bomb.
-    """
-    size = (int(np.prod(shape)) if most is None else most) * np.dtype(dtype).itemsize
-    raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
-    budget.take(len(raw), "a line")
-    if len(raw) > size or (most is None and len(raw) < size):
-        raise ValueError(f"{len(raw)} bytes in place of {size}")
-    return np.frombuffer(raw, dtype=dtype).reshape(shape)

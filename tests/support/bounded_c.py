@@ -1,5 +1,5 @@
-"""The bounded permutation's launchers through ctypes, with the arguments of `sglang_macs.ops`: for scripts/gpu and the
-emulated tests. `call(name, params)` runs a launcher (kernels_c.py, tests/support/emulated.py).
+"""The bounded permutation's launchers through ctypes, with the arguments of `sglang_macs.ops`: for benchmarks/gpu and
+the emulated tests. `call(name, params)` runs a launcher (kernels_c.py, tests/support/emulated.py).
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Library:
 
 
 class Kernels:
-    """A library's launchers by name and parameters, as the groups of scripts/gpu call them, on stream `stream`."""
+    """A library's launchers by name and parameters, as the groups of benchmarks/gpu call them, on stream `stream`."""
 
     def __init__(self, machine: Library) -> None:
         self.machine, self.library, self.stream = machine, machine.cdll, 0

@@ -120,7 +120,7 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
   return ns;
 }
-// Of this multiprocessor.
+// Of this SM.
 __device__ __forceinline__ uint64_t clock_cycles() {
   uint64_t cycles;
   asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles));

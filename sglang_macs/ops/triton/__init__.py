@@ -1,6 +1,6 @@
 """The operators in Triton, for GPUs where the extension was built without CUDA (docs/design/method.md).
 
-Each takes the arguments of its schema in csrc/torch_ops.cpp and gives the bits of the CPU operator where they are
+Each takes the arguments of its schema in csrc/torch and gives the bits of the CPU operator where they are
 integers. They never make the host wait, launch the same kernels whatever the values are, and use only integer atomics,
 so that they can be captured in a graph and repeat bit for bit.
 """

@@ -1,4 +1,4 @@
-"""What csrc/torch_ops.cpp checks, for the operators that do not pass through it: ValueError with got and expected."""
+"""What csrc/torch/checks.h checks, for the operators that do not pass through it: ValueError with got and expected."""
 
 from types import SimpleNamespace
 

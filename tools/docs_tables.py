@@ -1,0 +1,165 @@
+"""Writes the tables of the documentation: flags and metrics from the code, figures from docs/results.
+
+`--check` only compares.
+
+A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -->`, where NAME is a key of TABLES.
+"""
+
+import re
+import statistics
+import sys
+from collections.abc import Callable
+
+from kernel_tables import (
+    bounded_table,
+    decode_table,
+    fused_table,
+    instructions_table,
+    overhead_several_table,
+    overhead_table,
+    plan_table,
+    scores_table,
+    straggler_table,
+    timeline_table,
+    triton_table,
+)
+from server_tables import bench_table, e2e_decode_table, e2e_table, newcomer_table, serve_table
+from tables import ROOT, markdown, results
+
+from sglang_macs.config import flag_table
+from sglang_macs.engine import families
+from sglang_macs.observe import metrics
+from sglang_macs.simulate import exchange
+from sglang_macs.simulate.machines import MACHINES, MODELS
+
+BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def cost_table() -> str:
+    """What MACS costs a request where nothing is clipped, and what the installed plugin costs."""
+    found, rows = results("cost_cpu"), []
+    for row in found["rows"]:
+        case, sides = row["case"], row["latency"]["seconds_a_request"]
+        ratios = [
+            f"{row[k]['ratio']:.3f} [{row[k]['ci95'][0]:.3f}, {row[k]['ci95'][1]:.3f}]" for k in ("latency", "cpu")
+        ]
+        layer = " > ".join(f"{ms:.2f}" for ms in row["layer_ms"].values()) if "layer_ms" in row else ""
+        share = f"{row['plan_share']:.2%}" if "plan_share" in row else ""
+        figures = [f"{1e3 * sides[0]:.0f}", *ratios, share, layer, f"{row['load_average']:.1f}"]
+        rows.append([case["comparison"], case["model"], row["date"], row["commit"][:9], row["blocks"], *figures])
+    header = ["comparison", "model", "date", "commit", "blocks", "request, ms", "latency, ratio", "CPU time, ratio"]
+    header += ["plan's CPU time", "a layer decides, ms", "load average"]
+    where = f"{found['cpu']}, `{found['command']}`."
+    return where + "\n\n" + markdown(header, rows)
+
+
+def wire_table() -> str:
+    """Bytes on the cable between two hosts, by what they are."""
+    found, rows = results("wire"), []
+    first = found["rows"][0]
+    for row in found["rows"]:
+        clipped, assigned, dropped = (
+            sum(row["own"][f"{name}_{m}"] for m in ("visual", "text")) for name in ("clipped", "assignments", "dropped")
+        )
+        shares = [f"{n / max(assigned, 1):.1%}" for n in (clipped, dropped)]
+        bytes_of = [f"{row[f'{part}bytes'] / 1e6:.1f}" for part in ("", "row_", "exchange_", "other_")]
+        saved = f"{1 - row['row_bytes'] / first['row_bytes']:.1%}" if row is not first else ""
+        rows.append([row["name"], *shares, *bytes_of, saved, f"{statistics.median(row['seconds']):.2f}"])
+    header = ["", "clipped", "dropped", "MB on the cable", "rows", "exchange", "rest", "rows saved", "s a request"]
+    where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
+    return where + "\n\n" + markdown(header, rows)
+
+
+def exchange_table() -> str:
+    """What the plans' exchange costs, measured and simulated."""
+    lines = exchange.table(MACHINES["h200"], MODELS["qwen3-vl-30b-a3b"], (2, 4, 8, 16, 32, 64, 128))
+    return markdown(lines[0], lines[1:])
+
+
+def replicas_table() -> str:
+    """What each choice of replicas leaves, from benchmarks/replicas_study.py."""
+    found = results("replicas")
+    by_case = {tuple(row["case"].values()): row for row in found["rows"]}
+    choices, gammas = ("linear", "static", "balance"), sorted({row["case"]["gamma"] for row in found["rows"]})
+    rows = []
+    for ep, redundant in dict.fromkeys((row["case"]["ep"], row["case"]["redundant"]) for row in found["rows"]):
+        of = {choice: [by_case[ep, redundant, choice, gamma] for gamma in gammas] for choice in choices}
+        cells = [f"{of[choice][0]['max_over_mean']:.3f}" for choice in choices]
+        cells += [" / ".join(f"{100 * row['clipped']:.1f}" for row in of[choice]) for choice in choices]
+        rows.append([f"EP{ep}", redundant, *cells])
+    header = ["", "redundant", "max/mean: linear", "EPLB", "balanced"]
+    header += [f"over gamma {' / '.join(map(str, gammas))}, %: linear", "EPLB", "balanced"]
+    return f"Simulated, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`.\n\n" + markdown(
+        header, rows
+    )
+
+
+def compat_table() -> str:
+    """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
+    found = results("compat")
+    pinned = (ROOT / "requirements" / "sglang.txt").read_text(encoding="utf-8").split("sglang==")[1].strip()
+    stages = [
+        stage for stage in ("hooks", "launch", "server", "families") if any(stage in row for row in found["rows"])
+    ]
+    rows = [[pinned, *["tested by `make test`"] * len(stages)]]
+    for row in found["rows"]:
+        if "refused" in row:
+            said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
+            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"', *[""] * (len(stages) - 3)])
+        else:
+            passed = [row[stage]["passed"] if stage in row else None for stage in stages]
+            rows.append([row["sglang"], *({True: "tested", False: "FAILS", None: "not run"}[each] for each in passed)])
+    where = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:9]}, `make test-compat`."
+    return where + "\n\n" + markdown(["release", *stages], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "flags": flag_table,
+    "metrics": metrics.table,
+    "straggler": straggler_table,
+    "overhead": overhead_table,
+    "overhead_several": overhead_several_table,
+    "serve": serve_table,
+    "bounded": bounded_table,
+    "bench": bench_table,
+    "decode": decode_table,
+    "e2e": e2e_table,
+    "e2e_decode": e2e_decode_table,
+    "newcomer": newcomer_table,
+    "triton": triton_table,
+    "scores": scores_table,
+    "plan": plan_table,
+    "timeline": timeline_table,
+    "instructions": instructions_table,
+    "compat": compat_table,
+    "served": families.served_table,
+    "refused": families.refused_table,
+    "cost": cost_table,
+    "replicas": replicas_table,
+    "wire": wire_table,
+    "exchange": exchange_table,
+    "fused": fused_table,
+}
+
+
+def with_tables(text: str) -> str:
+    """A page with the current tables between their markers."""
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> int:
+    stale = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
+        text = page.read_text(encoding="utf-8")
+        if (current := with_tables(text)) == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"{page.relative_to(ROOT)}: a table differs from its source. Run: make format", file=sys.stderr)
+            stale = 1
+        else:
+            page.write_text(current, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())

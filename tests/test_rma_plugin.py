@@ -1,6 +1,6 @@
 """The RMA plugin over TCP, a tool for tests of NCCL's GIN: between processes of one host, without NCCL and a GPU.
 
-That NCCL and kernels take it is another matter: docs/multinode.md says where that was run.
+That NCCL and kernels take it is another matter: docs/guide/multinode.md says where that was run.
 """
 
 import multiprocessing

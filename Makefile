@@ -9,7 +9,7 @@ SIDE_BY_SIDE := --dist loadfile -n logical --maxprocesses 8
 TWO_SERVERS := --dist loadfile -n 2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format sdist bench clean distclean check-latency check-network test-multinode test-compat
+.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format sdist bench clean distclean check-latency test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -89,9 +89,6 @@ distclean: clean  ## and the environment
 
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
 	@$(PY) benchmarks/run.py check_latency
-
-check-network: build  ## the fused dispatch compiles over NCCL's GIN (needs nvcc; fetches NCCL's headers)
-	@PY=$(PY) bash scripts/check_network.sh
 
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode

@@ -18,7 +18,7 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
-from sglang_macs.simulate import loads, replicas, study, times
+from sglang_macs.simulate import exchange, loads, replicas, study, times
 from sglang_macs.simulate.cuts import cut
 from sglang_macs.simulate.machines import MACHINES, MODELS, SOURCES, Machine
 
@@ -214,6 +214,31 @@ def test_the_exchange_grows_with_nodes_and_size(kind):
     by_size = [times.exchange_us(cluster(r), 128, kind) for r in (8, 16, 32, 64, 128)]
     assert by_size == sorted(by_size) and by_size[0] > 6.8
     assert times.exchange_us(cluster(), 256, kind) > times.exchange_us(cluster(), 32, kind)
+
+
+@pytest.mark.parametrize(("ranks", "nccl", "peer"), exchange.MEASURED_US)
+def test_the_exchange_costs_what_was_measured(ranks, nccl, peer):
+    rows = json.loads((ROOT / "docs" / "results" / f"overhead_h200x{ranks}.json").read_text())["rows"]
+    for field, us in (("exchange_us", nccl), ("exchange_by_peers_us", peer)):
+        assert us == pytest.approx(np.median([row[field] for row in rows if field in row]), abs=0.05)
+    e = exchange.exchange(H200, MODEL, ranks)
+    assert e.nccl_us[0] <= nccl + 1e-9 and e.nccl_us[1] >= nccl - 1e-9 and e.peer_us == pytest.approx(peer)
+
+
+def test_beyond_one_domain_there_is_nccl_alone():
+    found = {ep: exchange.exchange(H200, MODEL, ep) for ep in (8, 16, 128)}
+    assert found[8].peer_us is not None and found[16].peer_us is None and found[128].peer_us is None
+    wide = exchange.exchange(replace(H200, gpus_per_node=72), MODEL, 16)
+    assert wide.peer_us is not None and exchange.exchange(replace(H200, gpus_per_node=72), MODEL, 32).peer_us is None
+    assert found[8].nccl_us[0] < found[16].nccl_us[0] < found[128].nccl_us[0]
+    # 2 x 262,160 bytes to seven peers; a ring's 2 (R - 1) / R of 131,088 through NCCL.
+    assert (found[8].peer_bytes, found[8].nccl_bytes) == (7 * 262_176, 229_404)
+
+
+def test_twice_the_experts_are_twice_the_bytes_to_every_peer():
+    more = exchange.exchange(H200, replace(MODEL, experts=256), 8)
+    fixed = exchange.exchange(H200, MODEL, 1).peer_us
+    assert more.peer_us - fixed == pytest.approx(2 * (exchange.exchange(H200, MODEL, 8).peer_us - fixed))
 
 
 @pytest.mark.parametrize(("machine", "file"), [("h200", "kernels"), ("h100", "kernels_h100")])

@@ -29,6 +29,8 @@ from tables import ROOT, markdown, results
 from sglang_macs.config import flag_table
 from sglang_macs.engine import families
 from sglang_macs.observe import metrics
+from sglang_macs.simulate import exchange
+from sglang_macs.simulate.machines import MACHINES, MODELS
 
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
@@ -66,6 +68,12 @@ def wire_table() -> str:
     header = ["", "clipped", "dropped", "MB on the cable", "rows", "exchange", "rest", "rows saved", "s a request"]
     where = f"{found['cpu']}, {found['date']}, commit {found['commit'][:9]}, `{found['command']}`."
     return where + "\n\n" + markdown(header, rows)
+
+
+def exchange_table() -> str:
+    """What the plans' exchange costs, measured and simulated."""
+    lines = exchange.table(MACHINES["h200"], MODELS["qwen3-vl-30b-a3b"], (2, 4, 8, 16, 32, 64, 128))
+    return markdown(lines[0], lines[1:])
 
 
 def replicas_table() -> str:
@@ -147,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "replicas": replicas_table,
     "quality_replicas": quality_replicas_table,
     "wire": wire_table,
+    "exchange": exchange_table,
     "fused": fused_table,
 }
 

@@ -13,11 +13,6 @@
 #include "macs/peer_view.cuh"
 #include "plan/threshold.cuh"
 
-// The policy is chosen when the kernels are compiled; csrc/cuda holds the direct one.
-#ifndef MACS_NETWORK
-#define MACS_NETWORK DirectNetwork
-#endif
-
 namespace macs::cuda {
 
 constexpr int kFusedThreads = 512;
@@ -109,14 +104,14 @@ struct FusedBlock {
   const FusedRank& me;  // in shared memory; what is asked for all the time, in registers
   const int rank;
   char* const home;  // this rank's region
-  const PeerView<MACS_NETWORK> peers;
+  const PeerView peers;
   unsigned char* const shared;
   const int block, num_blocks, lane, warp;
   const int first, end;  // this block's tokens
   WaitContext wait;
 
   __device__ __forceinline__ FusedBlock(const FusedArgs& a, const FusedRank& described, unsigned char* memory)
-      : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region, a.p.network),
+      : args(a), p(a.p), me(described), rank(me.rank), home(me.region[rank]), peers(me.region),
         shared(memory), block(blockIdx.x), num_blocks(gridDim.x), lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp),
         first(args.by_blocks.divide(me.num_tokens * block)), end(args.by_blocks.divide(me.num_tokens * (block + 1))) {
     wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, 0, p.same_device, p.layer};

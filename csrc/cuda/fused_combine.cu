@@ -36,12 +36,12 @@ struct CombineBlock {
   const FusedCombineParams& p;
   const FusedRank& me;
   char* const home;
-  const PeerView<DirectNetwork> peers;
+  const PeerView peers;
   const int vectors;
   WaitContext wait;
 
   __device__ __forceinline__ CombineBlock(const CombineArgs& a, const FusedRank& described)
-      : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region, nullptr), vectors(p.shape.hidden_size / 8) {
+      : args(a), p(a.p), me(described), home(me.region[me.rank]), peers(me.region), vectors(p.shape.hidden_size / 8) {
     wait = {own<FusedStatus>(p.layout.status), p.timeout_ns, *own<uint32_t>(p.layout.epoch), p.same_device,
                 p.layer};
   }

@@ -22,13 +22,13 @@ constexpr int kInFlight = 8;  // sources
 struct PeerReduce {
   const PeerReduceParams& p;
   char* const home;
-  const PeerView<DirectNetwork> peers;
+  const PeerView peers;
   uint32_t* const epochs;
   const WaitContext wait;
   const int64_t inbox;  // of this epoch
 
   __device__ __forceinline__ explicit PeerReduce(const PeerReduceParams& params)
-      : p(params), home(p.region[p.rank]), peers(p.region, nullptr),
+      : p(params), home(p.region[p.rank]), peers(p.region),
         epochs(reinterpret_cast<uint32_t*>(home + p.layout.epochs) + blockIdx.x),
         wait{reinterpret_cast<FusedStatus*>(home + p.layout.status), p.timeout_ns, *epochs + 1, false},
         inbox(p.layout.inbox + 8 * (wait.epoch & 1) * p.num_ranks * p.size) {}

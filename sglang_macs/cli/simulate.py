@@ -44,14 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--redundant", type=number(int, 0, 1024), default=0, help="copies of experts, placed as EPLB does"
     )
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random batches")
+    parser.add_argument(
+        "--exchange", action="store_true", help="print what the plans' exchange costs, and nothing else"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the study, too")
 
 
 def run(args: argparse.Namespace) -> int:
     from .. import files
-    from ..simulate import picture, study
+    from ..simulate import exchange, picture, study
 
+    if args.exchange:
+        print(study.aligned(exchange.table(_machine(args.machine, args.set), MODELS[args.model], args.ep)))
+        print(f"\nMeasured: {exchange.SOURCE}. All else is simulated.")
+        return 0
     if args.plot is not None:
         if Path(args.plot).suffix != ".png":
             raise MacsError("--plot", repr(args.plot), "a file whose name ends in .png")

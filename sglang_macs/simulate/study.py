@@ -187,6 +187,11 @@ def table(rows: list[Row]) -> str:
         shares = (f"{r.clipped:.1%}", f"{r.dropped:.1%}")
         end = (exchange, f"{r.other_us:.0f}", forward, speedup, f"{r.balanced:.3f}")
         lines.append((str(ep), preset, "" if gamma is None else f"{gamma:g}", load, *shares, *us, *end))
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Cells in columns, for the terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in lines)
 

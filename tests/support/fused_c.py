@@ -68,7 +68,6 @@ class FusedDispatchParams(ctypes.Structure):
         *_fields(_bool, "ids_are_i64 same_device scales_with_rows names_sources"),
         *_fields(_i32, "phase layer"),
         ("timeout_ns", _u64),
-        ("network", _p),
         ("one", FusedRank),
         ("many", _p),
         ("launched", _i32),

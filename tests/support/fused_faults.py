@@ -85,8 +85,8 @@ def forge_rows(group: Group, scales: bool = True) -> None:
     """Rank 1's signal that its rows are here, and their scales (they are the poison)."""
     if scales:
         group.bytes_of(0, "row_scales").fill_(POISON)
-    flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks, 2)
-    flags[0, 1, :, 0] = group.epoch(0) + 1
+    flags = group.part(0, "flags", torch.int32, 2, 2, group.config.blocks)
+    flags[0, 1] = group.epoch(0) + 1
 
 
 def _alone(group: Group) -> None:

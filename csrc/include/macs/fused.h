@@ -22,7 +22,6 @@ constexpr int kMaxFusedBlocks = 256;   // of a rank
 constexpr int kMaxFusedRerouteRounds = 60;
 constexpr int kMinFusedHidden = 2048, kMaxFusedHidden = 8192, kFusedHiddenStep = 512;
 constexpr int kStamps = 24;
-constexpr int kFlagBytes = 8;          // a network adds to 64 bits; the epoch is the lower half
 constexpr int kScaleFeatures = 128;    // features that share an FP8 scale
 
 // What a row looks like on its way. kFp8: e4m3 with an f32 scale per 128 features; kFp8PowerOfTwo: scales rounded up to
@@ -85,7 +84,7 @@ struct FusedShape {
 // Peers write: flags, tokens, entries, weighed, weights, counts, rows, row_scales, sources, and scales where these do not come
 // with the rows. Peers read: outputs. The rest is the rank's own.
 struct FusedLayout {
-  int64_t flags;      // [2, R, blocks] u32 epochs, kFlagBytes apart: rows, outputs
+  int64_t flags;      // [2, R, blocks] u32 epochs: rows, outputs
   int64_t tokens;     // [R] LL words: tokens of each source
   int64_t entries;    // [R, max_tokens * K] LL words: packed assignments (csrc/cuda/fused_entry.cuh)
   int64_t weighed;    // the same with what follows from the entropies, where that decides
@@ -136,7 +135,7 @@ inline FusedLayout fused_layout(const FusedShape& s) {
   Carver<int64_t> region(256);
   const int64_t slots = static_cast<int64_t>(s.max_tokens) * s.top_k, rows = s.max_rows;
   const int64_t local = s.num_experts / s.num_ranks;
-  layout.flags = region.take(2LL * s.num_ranks * s.num_blocks * kFlagBytes);
+  layout.flags = region.take(2 * 4LL * s.num_ranks * s.num_blocks);
   layout.tokens = region.take(8LL * s.num_ranks);
   layout.entries = region.take(8LL * s.num_ranks * slots);
   layout.weighed = region.take(8LL * s.num_ranks * slots);
@@ -198,7 +197,6 @@ struct FusedDispatchParams {
   Phase phase;
   int32_t layer;  // for the record of a fault
   uint64_t timeout_ns;
-  const void* network;     // of the network policy; nullptr where every peer is direct
   FusedRank one;           // the rank of this launch
   const FusedRank* many;   // or [launched] of them in device memory, which it plays all: a row of the grid each
   int32_t launched;

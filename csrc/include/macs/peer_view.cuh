@@ -1,9 +1,8 @@
 // What a block sees of its peers: their regions, and how bytes, signals and waits cross between them.
 //
-// A region is one allocation with the same layout on every rank (fused.h). A rank that this device can address directly
-// (the same GPU, or one behind NVLink whose region CUDA IPC or NCCL's symmetric memory has mapped here) is a base
-// address; the mapping chooses it, so that there is one a peer and no common stride. The network policy is a compile-time
-// parameter: `DirectNetwork` is all that the kernels have been run with.
+// A region is one allocation with the same layout on every rank (fused.h). Every rank is one that this device addresses
+// directly, the same GPU or one behind NVLink whose region CUDA IPC has mapped here: a base address, which the mapping
+// chooses, so that there is one a peer and no common stride. Between nodes there is none (docs/guide/multinode.md).
 //
 // What is short travels as LL words (ll_word.cuh), whose epoch is the dispatch's. Rows are too long for that: they are signalled.
 //
@@ -17,16 +16,6 @@
 #include "macs/ptx.cuh"
 
 namespace macs::cuda {
-
-// Loads and stores reach every peer.
-struct DirectNetwork {
-  __device__ __forceinline__ explicit DirectNetwork(const void*) {}
-  static __device__ __forceinline__ constexpr bool is_direct(int) { return true; }
-  template <class T>
-  __device__ __forceinline__ void write(int, int64_t, T) const {}
-  __device__ __forceinline__ void put(int, int64_t, const uint4*, int, int) const {}
-  __device__ __forceinline__ void signal(int, int64_t, uint32_t) const {}
-};
 
 // What every wait of a block needs: how long it may take, what it waits for, and where a fault goes.
 struct WaitContext {
@@ -104,21 +93,20 @@ enum class Flags : int { kRows = 0, kOutputs = 1 };
 __device__ __forceinline__ int64_t flag_offset(const FusedShape& s, const FusedLayout& layout, Flags kind, int source,
                                                int block) {
   const int64_t row = static_cast<int64_t>(kind) * s.num_ranks + source;
-  return layout.flags + (row * s.num_blocks + block) * kFlagBytes;
+  return layout.flags + 4 * (row * s.num_blocks + block);
 }
 
 // A whole block: until every block of every rank but `skipped` has signalled in `region`, this rank's own. False at once
 // behind a fault, for which the thread looks that has the fewest flags to wait for.
 __device__ inline bool await_flags(const char* region, const FusedShape& s, const FusedLayout& layout, Flags kind,
                                    const WaitContext& wait, Fault fault, int skipped = -1) {
-  const char* const flags = region + flag_offset(s, layout, kind, 0, 0);
+  const uint32_t* const flags = reinterpret_cast<const uint32_t*>(region + flag_offset(s, layout, kind, 0, 0));
   const int skip_from = skipped * s.num_blocks, skip_to = skip_from + s.num_blocks;
   bool ok = threadIdx.x != blockDim.x - 1 || !has_fault(wait);
 #pragma unroll 1
   for (int i = threadIdx.x; i < s.num_ranks * s.num_blocks && ok; i += blockDim.x) {
     if (i >= skip_from && i < skip_to) continue;
-    const uint32_t* const flag = reinterpret_cast<const uint32_t*>(flags + static_cast<int64_t>(i) * kFlagBytes);
-    ok = wait_until(flag, wait.epoch, is_as_late, wait, fault, i / s.num_blocks, i % s.num_blocks);
+    ok = wait_until(flags + i, wait.epoch, is_as_late, wait, fault, i / s.num_blocks, i % s.num_blocks);
   }
   return __syncthreads_and(ok) != 0;
 }
@@ -132,31 +120,20 @@ __device__ inline bool await_word(const uint64_t* address, uint64_t& word, const
   return true;
 }
 
-// A network policy answers `is_direct(peer)`, and for the others carries a value, a warp's vectors of 16 bytes, and a signal
-// that everything its block has sent to that peer before is there.
-template <class Network>
 class PeerView {
  public:
-  // network: what FusedDispatchParams::network points to, for the policy.
-  __device__ __forceinline__ PeerView(char* const (&regions)[kMaxPeers], const void* network)
-      : regions_(regions), network_(network) {}
+  __device__ __forceinline__ explicit PeerView(char* const (&regions)[kMaxPeers]) : regions_(regions) {}
 
-  // Only where the peer is direct; this rank itself always is.
   template <class T>
   __device__ __forceinline__ T* at(int peer, int64_t offset) const {
     return reinterpret_cast<T*>(regions_[peer] + offset);
   }
   template <class T>
   __device__ __forceinline__ void write(int peer, int64_t offset, T value) const {
-    if (network_.is_direct(peer)) {
-      *at<T>(peer, offset) = value;
-    } else {
-      network_.write(peer, offset, value);
-    }
+    *at<T>(peer, offset) = value;
   }
   // One warp: `vectors` of 16 bytes, from this block's shared memory.
   __device__ __forceinline__ void put(int peer, int64_t offset, const uint4* from, int vectors, int lane) const {
-    if (!network_.is_direct(peer)) return network_.put(peer, offset, from, vectors, lane);
     uint4* const to = at<uint4>(peer, offset);
 #pragma unroll 4
     for (int i = lane; i < vectors; i += 32) store_streaming(to + i, from[i]);
@@ -164,12 +141,10 @@ class PeerView {
   // An LL word, or another one that says by itself that it is here.
   template <class T>
   __device__ __forceinline__ void send(int peer, int64_t offset, T word) const {
-    if (!network_.is_direct(peer)) return network_.write(peer, offset, word);
     store_relaxed_sys(at<T>(peer, offset), word);
   }
   // One thread, behind a barrier of its block: what the block wrote before is seen by whoever sees the signal.
   __device__ __forceinline__ void signal(int peer, int64_t offset, const WaitContext& wait) const {
-    if (!network_.is_direct(peer)) return network_.signal(peer, offset, wait.epoch);
     uint32_t* const flag = at<uint32_t>(peer, offset);
     if (wait.same_device) {
       store_release_gpu(flag, wait.epoch);
@@ -180,7 +155,6 @@ class PeerView {
 
  private:
   char* const (&regions_)[kMaxPeers];
-  Network network_;
 };
 
 }  // namespace macs::cuda

@@ -68,8 +68,9 @@ def test_a_server_that_has_done_nothing_shows_gaps_and_no_nan(tmp_path):
         series.append({"series": f'{metric.series}{{model_name="m"{labels}}}', "values": f"{value}+0x20"})
     tests = []
     for title, expr in expressions():
-        label = re.search(r"by \((\w+)\)", expr)
-        rate = {"labels": f'{{{label[1]}="x"}}' if label else "{}", "value": 0}
+        by = re.search(r"by \(([\w, ]+)\)", expr)
+        labels = ", ".join(f'{name}="x"' for name in by[1].split(", ")) if by else ""
+        rate = {"labels": f"{{{labels}}}", "value": int("macs_info" in expr)}
         expected = [] if " / " in expr else [rate | {"value": NOTHING_YET.get(title, rate["value"])}]
         if title.startswith("Most loaded") and " / " not in expr:
             expected[0]["value"] = 1  # gamma

@@ -168,7 +168,8 @@ OTHERS = {
     ("top", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("top", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
 }  # fmt: skip
-NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--off", "--on", "--once"}  # what takes no odd value
+# What takes no odd value.
+NOTHING_OR_YES = {"--help", "--json", "--fp8", "--low-latency", "--off", "--on", "--once", "--exchange"}
 CASES = [
     (command, argument, odd)
     for (command, argument), values in {**NUMBERS, **OTHERS}.items()

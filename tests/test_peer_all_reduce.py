@@ -84,8 +84,8 @@ def test_ranks_that_cannot_reach_each_other_fall_back(two_ranks, monkeypatch, ca
     assert "rank 1 runs on another host" in capsys.readouterr().err
 
 
-def test_the_process_group_is_the_default_and_nobody_is_asked(capsys):
-    assert MacsConfig().all_reduce == "group" and chosen() is None and not capsys.readouterr().err
+def test_with_the_process_group_nobody_is_asked(capsys):
+    assert chosen(all_reduce="group") is None and not capsys.readouterr().err
 
 
 def test_only_histograms_go_that_way(monkeypatch):

@@ -241,7 +241,8 @@ def test_a_lossless_balancer_acts_where_it_pays(act, replicas, rows):
     process = worker.Worker(MacsConfig.from_preset("rank", gamma=float("inf"), act=act).on("cpu"))
     places = Places(2, 4, 2, 0, [0, 1, 0, 1]) if replicas else None
     process.planners[0] = SimpleNamespace(plan=Plan(process.config, 2, 2, places=places))
-    assert scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None) == rows
+    process.rows_that_pay = scheduler._rows_that_pay(process, SimpleNamespace(moe_ep_rank=1), None)
+    assert process.rows_to_act_on == rows
 
 
 def test_ranks_must_agree_where_experts_lie():

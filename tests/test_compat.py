@@ -369,7 +369,25 @@ def test_auto_leaves_it_out_there_and_says_why(flags):
     launch = normal_launch(flags, "auto")
     compat.check(replace(launch, config=launch.config.on(launch.flag("device"))))
     config, why = compat.resolved(launch)
-    assert config.dispatch == "auto_fused" and why
+    assert config.dispatch in ("auto_fused", "deepep") and why
+
+
+NOT_SHOWN = ({"enable_two_batch_overlap": True}, {"enable_single_batch_overlap": True}, {"speculative_algorithm": "X"})
+
+
+@pytest.mark.parametrize("flags", [*NOT_SHOWN, {"deepep_mode": "auto"}], ids=str)
+@pytest.mark.parametrize("dispatch", ["auto", "auto_fused"])
+def test_auto_takes_what_a_server_has_shown(monkeypatch, flags, dispatch):
+    """What is asked for by its name is taken nevertheless."""
+    launch = normal_launch(flags, dispatch)
+    config, why = compat.resolved(launch)
+    alone = flags not in NOT_SHOWN
+    assert (config.dispatch, config.all_reduce) == (("auto_fused", "auto") if alone else ("deepep", "group"))
+    assert ("no server has shown" in why) == (config != launch.config)
+    asked = replace(launch, config=replace(launch.config, dispatch="fused", all_reduce="peer"))
+    assert compat.resolved(asked) == (asked.config, "")
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "auto")
+    assert "no server has shown" not in compat.resolved(launch)[1]
 
 
 BOUNDED = pytest.mark.parametrize(
@@ -386,7 +404,8 @@ BOUNDED = pytest.mark.parametrize(
 
 
 @BOUNDED
-def test_the_bounded_dispatch_is_taken_in_normal_mode(flags):
+def test_the_bounded_dispatch_is_taken_in_normal_mode(monkeypatch, flags):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "auto")
     for dispatch in ("bounded", "auto"):
         launch = normal_launch(flags, dispatch)
         compat.check(launch)

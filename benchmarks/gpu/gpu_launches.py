@@ -46,7 +46,7 @@ RUNS = {
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
-    "MACS_EXPERIMENTAL": "replicas,models",  # what is refused in service is tried here
+    "MACS_EXPERIMENTAL": "replicas,models,auto",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",

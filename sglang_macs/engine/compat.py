@@ -251,11 +251,28 @@ def _unbounded(launch: Launch) -> str:
 
 
 def resolved(launch: Launch) -> tuple[MacsConfig, str]:
-    """The configuration with what `auto` cannot have here left out, and why, or ""."""
-    config = launch.config
+    """The configuration with what `auto` cannot have here left out, or what no server has shown yet, and why, or ""."""
+    config, tried = launch.config, experimental("auto")
+    if config.dispatch.startswith("auto") and not tried and (why := _not_shown(launch)):
+        all_reduce = "group" if config.all_reduce == "auto" else config.all_reduce
+        return replace(config, dispatch="deepep", all_reduce=all_reduce), why
     if config.dispatch == "auto" and (why := _unbounded(launch)):
         return replace(config, dispatch="auto_fused"), why
+    if config.dispatch == "auto" and launch.flag("deepep_mode", "auto") == "auto" and not tried:
+        return replace(
+            config, dispatch="auto_fused"
+        ), "no server has shown bounded prefills beside decode in low latency"
     return config, ""
+
+
+def _not_shown(launch: Launch) -> str:
+    """With what no server has run on GPUs under a dispatch or an exchange of ours, or ""."""
+    names = {
+        "enable_two_batch_overlap": "--enable-two-batch-overlap",
+        "enable_single_batch_overlap": "--enable-single-batch-overlap",
+        "speculative_algorithm": "speculative decoding",
+    }
+    return next((f"no server has shown others with {words}" for name, words in names.items() if launch.flag(name)), "")
 
 
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."

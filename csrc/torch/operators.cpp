@@ -321,9 +321,8 @@ TORCH_LIBRARY_FRAGMENT(sglang_macs, m) {
       "Tensor quota, Tensor limits, float[] policy, Tensor places) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
-  m.impl("replica_balance", &macs::replica_balance);
-  m.impl("replica_choose", &macs::replica_choose);
+// Those that look at their tensors' device themselves.
+static void implement_on_every_device(torch::Library& m) {
   m.impl("entropy_score", &macs::entropy_score);
   m.impl("entropy_weight", &macs::entropy_weight);
   m.impl("load_histogram", &macs::load_histogram);
@@ -332,15 +331,14 @@ TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
   m.impl("selection_score", &macs::selection_score);
 }
 
-#ifdef MACS_WITH_CUDA
-TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) {
-  m.impl("entropy_score", &macs::entropy_score);
-  m.impl("entropy_weight", &macs::entropy_weight);
-  m.impl("load_histogram", &macs::load_histogram);
-  m.impl("clip_threshold", &macs::clip_threshold);
-  m.impl("clip_apply", &macs::clip_apply);
-  m.impl("selection_score", &macs::selection_score);
+TORCH_LIBRARY_IMPL(sglang_macs, CPU, m) {
+  implement_on_every_device(m);
+  m.impl("replica_balance", &macs::replica_balance);
+  m.impl("replica_choose", &macs::replica_choose);
 }
+
+#ifdef MACS_WITH_CUDA
+TORCH_LIBRARY_IMPL(sglang_macs, CUDA, m) { implement_on_every_device(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(sglang_macs, Meta, m) {

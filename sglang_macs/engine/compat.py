@@ -233,6 +233,14 @@ def _bounded(launch: Launch) -> str:
     return f"bounded {words}" if words else ""
 
 
+# Flags under which SGLang does not dispatch a batch as a whole, once a layer.
+_DISPATCHES_OTHERWISE = {
+    "enable_two_batch_overlap": "--enable-two-batch-overlap",
+    "enable_single_batch_overlap": "--enable-single-batch-overlap",
+    "speculative_algorithm": "speculative decoding",
+}
+
+
 def _unbounded(launch: Launch) -> str:
     """Why normal mode counts on the host, or ""."""
     recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
@@ -241,10 +249,8 @@ def _unbounded(launch: Launch) -> str:
         (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
         (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
         (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
-        (bool(launch.flag("enable_two_batch_overlap")), "with --enable-two-batch-overlap"),
-        (bool(launch.flag("enable_single_batch_overlap")), "with --enable-single-batch-overlap"),
+        *((bool(launch.flag(name)), f"with {words}") for name, words in _DISPATCHES_OTHERWISE.items()),
         (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
-        (launch.flag("speculative_algorithm") is not None, "with speculative decoding"),
         (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
     )
     return next((words for refused, words in reasons if refused), "")
@@ -267,12 +273,8 @@ def resolved(launch: Launch) -> tuple[MacsConfig, str]:
 
 def _not_shown(launch: Launch) -> str:
     """With what no server has run on GPUs under a dispatch or an exchange of ours, or ""."""
-    names = {
-        "enable_two_batch_overlap": "--enable-two-batch-overlap",
-        "enable_single_batch_overlap": "--enable-single-batch-overlap",
-        "speculative_algorithm": "speculative decoding",
-    }
-    return next((f"no server has shown others with {words}" for name, words in names.items() if launch.flag(name)), "")
+    words = next((words for name, words in _DISPATCHES_OTHERWISE.items() if launch.flag(name)), "")
+    return f"no server has shown others with {words}" if words else ""
 
 
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."

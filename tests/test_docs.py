@@ -120,14 +120,19 @@ def test_subcommands_and_their_flags_exist(page):
         assert flags <= set(chosen[name]._option_string_actions), f"sglang-macs {words}"
 
 
+# What adds options to a script's, and where these stand. Those may add options of another place, which comes later.
+SHARED_OPTIONS = {"common_options.parser_of": "e2e/common_options.py", "result_file.add_options": "gpu/result_file.py"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_of_scripts_exist(page):
     """A script's flags are looked for in its source: importing all of them would take their dependencies."""
     for line in commands(PAGES[page]):
         if script := re.search(r"python3? ((?:benchmarks|scripts|tools|lab)/\S+\.py)(.*)", line):
             source = (ROOT / script[1]).read_text(encoding="utf-8")
-            if "result_file.add_options" in source:
-                source += (ROOT / "benchmarks" / "gpu" / "result_file.py").read_text(encoding="utf-8")
+            for call, shared in SHARED_OPTIONS.items():
+                if call in source:
+                    source += (ROOT / "benchmarks" / shared).read_text(encoding="utf-8")
             lost = {flag for flag in re.findall(r"--[a-z][a-z-]+", script[2]) if f'"{flag}"' not in source}
             assert not lost, line
 

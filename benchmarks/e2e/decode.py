@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), str(HERE)]
 
+import common_options  # noqa: E402
 import prefill  # noqa: E402
-import result_file  # noqa: E402
 import servers  # noqa: E402
 import summary  # noqa: E402
 from check_serving import interval  # noqa: E402
@@ -200,27 +200,11 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result_file.add_options(parser)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny model, for a smoke run")
-    parser.add_argument("--ranks", type=int, default=2, help="a GPU each")
-    parser.add_argument("--layers", type=int, default=48, help="of 48")
-    parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16", help="of the weights")
+    parser = common_options.parser_of(__doc__, 48, 2, "beside stock: auto, fused, inf; all")
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS, help="of a rank, in the order measured")
-    parser.add_argument("--variants", nargs="+", help="beside stock: fused, inf; all")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=25, help="of a size at most")
-    parser.add_argument("--warm-ups", type=int, default=1, help="rounds of a size that are not counted")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
-    parser.add_argument("--at-once", type=int, default=2, help="servers side by side; 48 layers in bf16 take 57 GB")
-    parser.add_argument("--stagger", type=float, default=3.0, help="seconds between the starts of two servers")
-    parser.add_argument("--attention", help="SGLang's attention backend; fa3 where it is installed, else triton")
-    parser.add_argument("--share-gpu", action="store_true", help="all ranks on the first GPU, by CUDA MPS")
-    parser.add_argument("--cache", type=Path, help="folder for compiled kernels, to be kept for the next run")
-    options = parser.parse_args(argv)
-    options.out = Path(options.out).resolve()
-    options.cache = options.cache and options.cache.resolve()
+    options = common_options.parse(parser, argv)
     if options.output_tokens < SETTLE + 3:
         parser.error(f"--output-tokens {options.output_tokens}: at least {SETTLE + 3}, of which {SETTLE} settle")
     return options

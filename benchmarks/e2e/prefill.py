@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), str(HERE)]
 
+import common_options  # noqa: E402
 import kernel_trace  # noqa: E402
 import mps  # noqa: E402
 import requests  # noqa: E402
@@ -335,37 +336,17 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result_file.add_options(parser)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny model, for a smoke run")
-    parser.add_argument("--ranks", type=int, default=2, help="a GPU each")
-    parser.add_argument("--layers", type=int, default=24, help="of 48")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp8"), default="bf16", help="of the weights; fp8: 128 x 128 blocks"
-    )
+    parser = common_options.parser_of(__doc__, 24, 4, "beside stock and balanced; all that this version has")
     parser.add_argument("--prompts", choices=("text", "images"), default="text")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a rank's pass, in the order measured")
     parser.add_argument("--skews", type=float, nargs="+", default=SKEWS, help="maximum over mean; 1 is uniform")
-    parser.add_argument("--variants", nargs="+", help="beside stock and balanced; all that this version has")
     parser.add_argument("--dispatch", nargs="+", help="only these; all that this version has")
     parser.add_argument("--prompt-tokens", type=int, default=2048, help="tokens of a prompt, at most")
     parser.add_argument("--passes", type=int, help="of a round; 4 to 16, by size")
-    parser.add_argument("--rounds", type=int, default=25, help="of a cell at most")
-    parser.add_argument("--warm-ups", type=int, default=1, help="rounds of a cell that are not counted")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
-    parser.add_argument(
-        "--at-once", type=int, default=4, help="servers side by side; 24 layers in bf16 take about 30 GB"
-    )
-    parser.add_argument("--stagger", type=float, default=3.0, help="seconds between the starts of two servers")
     parser.add_argument("--profile-tokens", type=int, default=8192, help="size that is profiled for `busy`; 0: none")
-    parser.add_argument("--attention", help="SGLang's attention backend; fa3 where it is installed, else triton")
     parser.add_argument("--deepep-mode", choices=("normal", "low_latency"), default="normal")
     parser.add_argument("--prefill-graphs", action="store_true", help="breakable prefill CUDA graphs in every server")
-    parser.add_argument("--share-gpu", action="store_true", help="all ranks on the first GPU, by CUDA MPS: a smoke run")
-    parser.add_argument("--cache", type=Path, help="folder for compiled kernels, to be kept for the next run")
-    options = parser.parse_args(argv)
-    options.out = Path(options.out).resolve()
-    options.cache = options.cache and options.cache.resolve()
+    options = common_options.parse(parser, argv)
     for tokens in options.tokens:
         prompt = min(tokens, options.prompt_tokens)
         if tokens % prompt:

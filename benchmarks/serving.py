@@ -246,8 +246,11 @@ class Server:
         return Generation(list(answer["output_ids"]), answer["text"], answer["meta_info"])
 
     def flush_cache(self) -> None:
-        """Forget all cached prefixes, so that the next request is a full prefill."""
-        self._request("POST", "/flush_cache")
+        """Forget all cached prefixes, so that the next request is a full prefill.
+
+        An answer arrives a moment before its request has ended on the ranks, so the server waits until they are idle.
+        """
+        self._request("POST", "/flush_cache", params={"timeout": 60})
 
     def _request(self, method: str, path: str, *, timeout: float = 120.0, **kwargs) -> requests.Response:
         try:

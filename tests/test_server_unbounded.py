@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import requests
 from load_test import MACS, rank_killed, under_load
 from serving import EP2_ARGS
 from support.reference import QUESTIONS
-from support.servers import ask, assert_bounds_held, own, serve, states
+from support.servers import WORDS, ask, assert_bounds_held, own, serve, states
 
 pytestmark = pytest.mark.server
 
@@ -38,6 +39,13 @@ def test_answers_are_those_of_transformers(server, vl_model, vl_reference):
     )
     seen = sum(state["own"]["assignments_visual"] for state in states(server)) - before
     assert seen == visual * text["num_experts_per_tok"] * text["num_hidden_layers"]
+
+
+def test_the_cache_is_flushed_behind_what_still_runs(server):
+    body = {"text": WORDS, "sampling_params": {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}}
+    with requests.post(f"{server.url}/generate", json=body | {"stream": True}, stream=True, timeout=60) as answer:
+        next(answer.iter_lines())
+        server.flush_cache()
 
 
 def test_mixed_load_changes_no_answer_and_a_killed_rank_ends_the_server(server):

@@ -121,6 +121,7 @@ class MacsConfig:
         "clipped, or keep SGLang's choice",
         ("balance", "keep"),
     )
+    exempt: bool = _opt(True, 'leave requests alone whose custom parameters say so: {"macs": "off"}')
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     verify_every: int = _opt(64, "without that, recount in one of so many planned passes; 0 = never")

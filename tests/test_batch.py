@@ -97,8 +97,9 @@ class Mode:
         return self.name == "MIXED"
 
 
-def ranks(*batches: tuple[str, int]) -> batch.RankBatches:
-    return batch.RankBatches.of_modes([tokens for _, tokens in batches], [Mode(mode) for mode, _ in batches])
+def ranks(*batches: tuple[str, int], exempts: tuple[bool, ...] = ()) -> batch.RankBatches:
+    tokens, modes = [tokens for _, tokens in batches], [Mode(mode) for mode, _ in batches]
+    return batch.RankBatches.of_modes(tokens, modes, exempts)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +156,36 @@ def test_decoded_tokens_beside_a_prefill_are_left_alone(mode, ids, decoding, seg
     assert not asked.leaves_alone and (asked.segment is None or batch.LEFT_ALONE not in asked.segment)
 
 
-def test_ranks_with_different_work_decide_alike():
+@pytest.mark.parametrize("decode", [False, True])
+def test_exempt_requests_are_left_alone_beside_others(decode):
+    config = MacsConfig.from_preset(min_tokens=1, decode=decode)
+    made = batch.of_forward(passing("MIXED", [5, CAT, CAT, 6, 7]), config, 2, None, 1, exempt=((2, 4),))
+    assert made.segment.tolist() == [-1, 0, -2, -2, -1 if decode else -2]
+    assert made.leaves_alone and made.exempt_tokens == 2
+    made = batch.of_forward(passing("DECODE", [5, 6]), config, 2, None, exempt=((0, 1),))
+    assert made.skip == ("" if decode else "decode")
+    assert not decode or (made.segment.tolist() == [-2, -1] and made.leaves_alone)
+
+
+@pytest.mark.parametrize("exempts", [(), (False, False, False, True)])
+def test_ranks_with_different_work_decide_alike(exempts):
     """Whatever each of them runs itself."""
-    everyone = ranks(("EXTEND", 100), ("DECODE", 3), ("IDLE", 0), ("MIXED", 20))
+    everyone = ranks(("EXTEND", 100), ("DECODE", 3), ("IDLE", 0), ("MIXED", 20), exempts=exempts)
     own = [("EXTEND", [CAT] * 100, 0), ("DECODE", [1] * 3, 0), ("IDLE", [], 0), ("MIXED", [1] * 20, 4)]
-    config = MacsConfig.from_preset()
-    made = [batch.of_forward(passing(mode, ids), config, 4, everyone, decoding) for mode, ids, decoding in own]
-    assert len({(one.skip, one.group_tokens, one.leaves_alone) for one in made}) == 1
+    for config in (MacsConfig.from_preset(), MacsConfig.from_preset(decode=True)):
+        made = [
+            batch.of_forward(
+                passing(mode, ids), config, 4, everyone, decoding, [(0, 5)] if exempts and exempts[i] else []
+            )
+            for i, (mode, ids, decoding) in enumerate(own)
+        ]
+        assert {(one.skip, one.group_tokens) for one in made} == {("", 123)}
+        assert {one.leaves_alone for one in made} == {not config.decode or bool(exempts)}
+
+
+def test_where_chosen_requests_begin_and_end():
+    assert batch.spans([True, False, False, True], [3, 1, 4, 2]) == ((0, 3), (8, 10))
+    assert batch.spans([], []) == ()
 
 
 def test_the_current_batch_is_restored_after_an_error():

@@ -14,7 +14,7 @@ from sglang_macs.dispatch.layer_graph import LayerGraphs
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import set_state, worker
 from sglang_macs.engine.compat import Launch
-from sglang_macs.engine.control import Control, agreed_of
+from sglang_macs.engine.control import Control
 from sglang_macs.errors import MacsError
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
@@ -69,7 +69,7 @@ def _asked_at_another_time(rank: int, world: int, delays: list[int], passes: int
             ask(mine, **requests[mine.received])
         told = [torch.zeros(2, dtype=torch.int64) for _ in range(world)]
         dist.all_gather(told, set_state._with(torch.tensor([number + rank]), mine.received))
-        mine.begin_pass(agreed_of(torch.stack(told)))
+        mine.begin_pass(set_state.received_by_all(torch.stack(told)))
         seen.append((mine.settings.now.preset, mine.settings.now.gamma))
     return [seen, mine.state()]
 
@@ -83,7 +83,7 @@ def test_ranks_that_are_asked_at_different_times_change_before_the_same_pass(del
 
 def test_a_rank_that_is_not_there_holds_nobody_up():
     told = torch.stack([set_state._with(torch.zeros(9, dtype=torch.int64), n) for n in (3, set_state.EVERYONE_HAS)])
-    assert agreed_of(told) == 3
+    assert set_state.received_by_all(told) == 3
 
 
 # ---- What a process does with other options -------------------------------------------------------------------------

@@ -79,7 +79,7 @@ EVERY_FIELD |= {"reroute": "none", "reroute_rounds": 2, "exchange": "local", "de
 EVERY_FIELD |= {"c_min": 3.0, "entropy_scope": "image", "protect_text": False, "min_tokens": 7, "decode": True}
 EVERY_FIELD |= {"buckets": 64, "profile": "PROFILE", "verify": True, "trace": "/t", "trace_limit_mb": 8.0}
 EVERY_FIELD |= {"dispatch": "auto", "all_reduce": "auto", "verify_every": 5, "act": "auto", "act_rows": 9}
-EVERY_FIELD |= {"layer_graphs": False, "replicas": "keep"}
+EVERY_FIELD |= {"layer_graphs": False, "replicas": "keep", "exempt": False}
 OPTIONS = {"every field": EVERY_FIELD, "infinity": {"gamma": float("inf")}, "off": {"preset": "off"}, "none": {}}
 FILES = {  # name -> (lines of a --config file, what the record carries; None: no MACS)
     "file, enable-macs": ("enable-macs: true\nmoe-a2a-backend: deepep\nmacs-gamma: 1.25", {"gamma": 1.25}),

@@ -10,8 +10,6 @@ rank has: up to there requests are applied, before that pass, on all of them. Ra
 from collections import deque
 from collections.abc import Callable, Mapping
 
-import torch
-
 from .. import control
 from ..console import say
 from ..control import Settings
@@ -78,8 +76,3 @@ class Control:
             "traced": self.settings.traced,
             "changes": [list(change) for change in self._changes],
         }
-
-
-def agreed_of(told: torch.Tensor) -> int:
-    """How many requests every rank has received, of what the schedulers have told each other, [ranks, fields]."""
-    return int(told[:, -1].min())

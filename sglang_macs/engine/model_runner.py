@@ -4,7 +4,7 @@ from ..config import MacsConfig
 from ..console import say_once
 from ..plan import batch
 from ..plan.plan import check_batch_size
-from . import control, worker
+from . import exempt, set_state, worker
 from .hooks import Hook
 
 
@@ -26,9 +26,10 @@ def _update_gather_batch(result, schedule_batch, sync_info, *args, **kwargs):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     told = sync_info.tp0_info_cpu  # [attention-DP ranks, fields]; None where the exchange was left out
-    schedule_batch.macs_agreed = None if told is None else control.agreed_of(told)
+    schedule_batch.macs_agreed = None if told is None else set_state.received_by_all(told)
     modes = [] if told is None else [ForwardMode(mode) for mode in told[:, 5].tolist()]
-    schedule_batch.macs_ranks = batch.RankBatches.of_modes(told[:, 0].tolist(), modes) if modes else None
+    ranks = batch.RankBatches.of_modes(told[:, 0].tolist(), modes, set_state.exempts_of(told)) if modes else None
+    schedule_batch.macs_ranks = ranks
 
 
 def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
@@ -36,6 +37,7 @@ def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
     result.macs_ranks = getattr(schedule_batch, "macs_ranks", None)
     result.macs_agreed = getattr(schedule_batch, "macs_agreed", None)
     result.macs_decoding = len(schedule_batch.decoding_reqs or ())
+    result.macs_exempt = exempt.spans_of(schedule_batch, result)
     if result.forward_mode.is_extend() and result.contains_mm_inputs():
         _tell_of_unmarked(schedule_batch.reqs or ())
 
@@ -55,7 +57,8 @@ def _batch_of(forward_batch, config: MacsConfig) -> batch.Batch:
     if ranks is None and parallel.attn_dp_size > 1:
         return batch.Batch()  # not from a scheduler
     decoding = getattr(forward_batch, "macs_decoding", 0)
-    return batch.of_forward(forward_batch, config, parallel.moe_ep_size, ranks, decoding)
+    left_alone = getattr(forward_batch, "macs_exempt", ())
+    return batch.of_forward(forward_batch, config, parallel.moe_ep_size, ranks, decoding, left_alone)
 
 
 def _begin_pass(process: worker.Worker, forward_batch) -> None:

@@ -12,6 +12,7 @@ from . import (
     deepep,
     deepep_bounded,
     dispatchers,
+    exempt,
     hooks,
     model_runner,
     replicas,
@@ -24,7 +25,10 @@ from .refusal import exit_with
 
 HOOKS = tuple(
     hook
-    for module in (topk, dispatchers, replicas, model_runner, scheduler, set_state, deepep, deepep_bounded, runner)
+    for module in (
+        *(topk, dispatchers, replicas, model_runner, scheduler, set_state, exempt),
+        *(deepep, deepep_bounded, runner),
+    )
     for hook in module.HOOKS
 )
 here = False  # whether this process is one: the launcher must not import the model stack

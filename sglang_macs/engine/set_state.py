@@ -1,4 +1,6 @@
-"""Requests to change options, from SGLang's schedulers to `Control` and from rank to rank."""
+"""Requests to change options, from SGLang's schedulers to `Control`; and what ranks tell each other before a pass:
+whether they have exempt requests, and how many requests for other options they have received.
+"""
 
 from typing import Any
 
@@ -6,24 +8,36 @@ import torch
 
 from .. import control
 from ..console import say
-from . import worker
+from . import exempt, worker
 from .hooks import Hook
 
 EVERYONE_HAS = 1 << 40  # what a rank that is not there is taken to have received
 
 
 def _local_tensor(original, self, *args, **kwargs):
-    """AROUND MLPSyncBatchInfo._get_local_tensor: beside its tokens, how many requests this rank has received."""
-    return _with(original(self, *args, **kwargs), worker.current().control.received)
+    """AROUND MLPSyncBatchInfo._get_local_tensor: beside a rank's tokens, whether it has exempt requests, and how many
+    requests for other options it has received.
+    """
+    return _with(original(self, *args, **kwargs), exempt.here(), worker.current().control.received)
 
 
 def _fallback_tensor(original, self, *args, **kwargs):
     """AROUND MLPSyncBatchInfo._get_fallback_tensor: a rank that is not there holds nobody up."""
-    return _with(original(self, *args, **kwargs), EVERYONE_HAS)
+    return _with(original(self, *args, **kwargs), False, EVERYONE_HAS)
 
 
-def _with(fields: torch.Tensor, last: int) -> torch.Tensor:
-    return torch.cat([fields, fields.new_tensor([last])])
+def _with(fields: torch.Tensor, *ours: int) -> torch.Tensor:
+    return torch.cat([fields, fields.new_tensor(ours)])
+
+
+def exempts_of(told: torch.Tensor) -> list[bool]:
+    """Which ranks run exempt requests, of what the schedulers have told each other, [ranks, fields]."""
+    return told[:, -2].bool().tolist()
+
+
+def received_by_all(told: torch.Tensor) -> int:
+    """How many requests for other options every rank has received."""
+    return int(told[:, -1].min())
 
 
 def _set_internal_state(original, self, recv_req) -> Any:

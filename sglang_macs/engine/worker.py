@@ -147,6 +147,7 @@ class Worker:
         if not batch.skip:
             needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
             batch = self.acting.decide(batch, every_layer=needed)
+            self.stats.exempt_tokens += batch.exempt_tokens
         return replace(batch, measured=chosen)
 
     def recorder_at(self, place: Place) -> Recorder | None:

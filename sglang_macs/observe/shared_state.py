@@ -20,6 +20,7 @@ SUMMED = (
     "skipped",
     "expected_gain",
     "misaligned",
+    "exempt_tokens",
     "received_rows",
     "remote_rows",
     "runner_calls",

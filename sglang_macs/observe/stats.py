@@ -123,9 +123,11 @@ class Stats:
     graphs: of `bounded`, those whose layer was one launch, a CUDA graph.
     expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
     "planned", and of those left alone for "no_gain".
+    exempt_tokens: of exempt requests, in planned passes.
     measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
     [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after; excess [G], see
-    `excess`.
+    `excess`; exceeded [], in which rows left alone took a rank over gamma times the mean of all rows as
+    they were routed (scope rank, load rows).
     expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
 
     What the backlogs hold is not in it: read it by `to_host` or `snapshot`.
@@ -143,6 +145,7 @@ class Stats:
     remote_rows: int = 0
     runner_calls: int = 0
     changes: int = 0
+    exempt_tokens: int = 0
     observed_passes: int = 0
     observed_seconds: float = 0.0
     observed_share: Tensor | float = 0.0
@@ -156,6 +159,7 @@ class Stats:
     rows: SumsByLayer = field(default_factory=SumsByLayer)
     max_over_mean: SumsByLayer = field(default_factory=SumsByLayer)
     excess: SumsByLayer = field(default_factory=SumsByLayer)
+    exceeded: SumsByLayer = field(default_factory=SumsByLayer)
     expert_rows: dict[int, SumsByLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -204,6 +208,7 @@ class Stats:
         # With exchange=local a rank promises its own share only.
         promised = group if first.config.exchange == "group" else torch.stack([one.own for one in recounts])
         if first.left_alone:
+            self._count_exceeded(first.config, layer_ids, rows)
             planned = promised[:, AFTER] - promised[:, -1]
             promised = torch.cat([promised[:, :AFTER], planned.unsqueeze(1), promised[:, AFTER + 1 : -1]], dim=1)
         per_bound = rows_per_bound(promised, cut.shape[1])
@@ -216,6 +221,12 @@ class Stats:
             clipped_text = promised[:, CLIPPED_TEXT, : on_ranks.shape[1]] > 0
             no_visual = (on_ranks & no_visual.unsqueeze(1)).any(dim=2)
         self._check("text_last", clipped_text & ~no_visual)
+
+    def _count_exceeded(self, config: MacsConfig, layer_ids: Sequence[int], rows: Tensor) -> None:
+        """The bound that all rows would have, [N, 2, R] before and after, with those that no bound speaks of."""
+        if config.scope == "rank" and config.load == "rows":
+            over = rows[:, AFTER].amax(dim=1) * rows.shape[2] > config.gamma * rows[:, BEFORE].sum(dim=1)
+            self.exceeded.add(layer_ids, over.long())
 
     def _prove_bounds(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
         """Holds N recounts [N, S, NB] of planned rows against their bounds [N, NB]."""
@@ -241,7 +252,10 @@ class Stats:
             raw = {name: _plain(value) for name, value in self._values().items()}
         raw["own"] = _outcomes(raw.pop("outcome"))
         measured, *sums = (raw.pop(name) for name in by_layer)
-        raw["layers"] = {str(i): _layer(measured[i], *(of_layer[i] for of_layer in sums)) for i in measured}
+        exceeded = raw.pop("exceeded")
+        raw["layers"] = {
+            str(i): _layer(measured[i], exceeded.get(i, 0), *(of_layer[i] for of_layer in sums)) for i in measured
+        }
         raw["expert_rows"] = {i: rows for of_size in raw["expert_rows"].values() for i, rows in of_size.items()}
         return raw
 
@@ -274,12 +288,13 @@ def _plain(value: object) -> object:
 
 
 def _layer(
-    dispatches: int, cut: int, rows: list[list[int]], max_over_mean: list[float], above: list[float]
+    dispatches: int, exceeded: int, cut: int, rows: list[list[int]], max_over_mean: list[float], above: list[float]
 ) -> dict[str, object]:
     """Of one layer, as it is shown."""
     return {
         "dispatches": dispatches,
         "cut": cut,
+        "exceeded": exceeded,
         "rows_before": rows[0],
         "rows_after": rows[1],
         "max_over_mean_before": max_over_mean[0],

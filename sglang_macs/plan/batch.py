@@ -5,6 +5,7 @@ The engine's hook opens a `Batch` around the forward pass; dispatchers read it. 
 from what every rank of the EP group knows alike (`RankBatches`), because the plan's exchange is collective.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,20 +35,22 @@ class RankBatches:
     """What each attention data-parallel rank runs in one pass, as all ranks of the EP group know it.
 
     tokens: of each rank; prefills: whether it runs a prefill, alone or mixed with decoding; decodes: whether it decodes
-    or verifies speculated tokens, alone or mixed with a prefill.
+    or verifies speculated tokens, alone or mixed with a prefill; exempts: whether it runs an exempt request.
     """
 
     tokens: tuple[int, ...]
     prefills: tuple[bool, ...]
     decodes: tuple[bool, ...]
+    exempts: tuple[bool, ...] = ()
 
     @classmethod
-    def of_modes(cls, tokens: Sequence[int], modes: Sequence[Any]) -> "RankBatches":
+    def of_modes(cls, tokens: Sequence[int], modes: Sequence[Any], exempts: Sequence[bool] = ()) -> "RankBatches":
         """modes: SGLang's `ForwardMode` of each rank."""
         return cls(
             tuple(tokens),
             tuple(mode.is_extend() and not mode.is_target_verify() for mode in modes),
             tuple(mode.is_decode() or mode.is_target_verify() or mode.is_mixed() for mode in modes),
+            tuple(exempts),
         )
 
     @property
@@ -77,7 +80,9 @@ class Batch:
     group_tokens: tokens of the whole EP group, 0 where nobody counted.
     most_tokens: tokens of the fullest of the ranks that have batches of their own, 0 where nobody counted.
     halves: (start, end) token of each half under two-batch overlap, else empty.
-    leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill. All ranks agree.
+    leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill, tokens of exempt
+    requests. All ranks agree.
+    exempt_tokens: of exempt requests, on this rank.
     measured: whether the group's rows are recounted after the plan. All ranks agree.
     no_gain: layers that are not planned though the batch is. All ranks agree.
     gain: by layer, rows that a plan is expected to take off the most loaded rank; a layer of which nothing is known is
@@ -92,6 +97,7 @@ class Batch:
     most_tokens: int = 0
     halves: tuple[tuple[int, int], ...] = ()
     leaves_alone: bool = False
+    exempt_tokens: int = 0
     measured: bool = False
     no_gain: frozenset[int] = frozenset()
     gain: Mapping[int, int] = field(default_factory=dict)
@@ -167,25 +173,32 @@ def skip_reason(config: MacsConfig, ranks: RankBatches, num_ranks: int) -> str:
 
 
 def of_forward(
-    forward_batch: Any, config: MacsConfig, num_ranks: int, ranks: RankBatches | None = None, decoding: int = 0
+    forward_batch: Any,
+    config: MacsConfig,
+    num_ranks: int,
+    ranks: RankBatches | None = None,
+    decoding: int = 0,
+    exempt: Sequence[tuple[int, int]] = (),
 ) -> Batch:
     """What the MoE layers need of one of SGLang's `ForwardBatch`es, before embedding clamps the padded ids away.
 
     num_ranks: of the EP group. ranks: what each of them runs; None where attention is not data-parallel, so that all
-    run this batch. decoding: how many of the last tokens of a mixed batch are decoded ones.
+    run this batch. decoding: how many of the last tokens of a mixed batch are decoded ones. exempt: (start, end) token
+    of each exempt request.
     """
     mode, tokens = forward_batch.forward_mode, forward_batch.input_ids.numel()
-    ranks = ranks or RankBatches.of_modes([tokens], [mode])
+    ranks = ranks or RankBatches.of_modes([tokens], [mode], [bool(exempt)])
     skip = skip_reason(config, ranks, num_ranks)
     if skip not in ("", "off"):
         return Batch(skip=skip, group_tokens=ranks.group_tokens, most_tokens=ranks.most_tokens)
     segment, num_segments = _visual_segments(forward_batch, config)
-    left_alone = 0
+    left_alone = list(exempt)
     if not config.decode:
-        left_alone = decoding if mode.is_mixed() else tokens if mode.is_decode() or mode.is_target_verify() else 0
-    if left_alone:
+        decoded = decoding if mode.is_mixed() else tokens if mode.is_decode() or mode.is_target_verify() else 0
+        left_alone += [(tokens - decoded, tokens)] if decoded else []
+    for start, end in left_alone:
         segment = torch.full_like(forward_batch.input_ids, TEXT, dtype=torch.int32) if segment is None else segment
-        segment[tokens - left_alone :] = LEFT_ALONE
+        segment[start:end] = LEFT_ALONE
     return Batch(
         segment,
         num_segments,
@@ -193,8 +206,15 @@ def of_forward(
         group_tokens=ranks.group_tokens,
         most_tokens=ranks.most_tokens,
         halves=tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ()),
-        leaves_alone=ranks.has_decode and not config.decode,
+        leaves_alone=(ranks.has_decode and not config.decode) or any(ranks.exempts),
+        exempt_tokens=sum(end - start for start, end in exempt),
     )
+
+
+def spans(chosen: Sequence[bool], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(start, end) token of each chosen request of a batch; lengths: tokens of every request in it."""
+    ends = list(itertools.accumulate(lengths))
+    return tuple((end - n, end) for one, n, end in zip(chosen, lengths, ends, strict=False) if one)
 
 
 def _visual_segments(forward_batch: Any, config: MacsConfig) -> tuple[Tensor | None, int]:

@@ -1,0 +1,86 @@
+"""An exempt request on a real server: what others send moves none of its probabilities, and nothing is left of others
+in what it finds cached.
+"""
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from serving import EP2_ARGS, Server, prompt
+from support.reference import QUESTIONS, Question
+from support.servers import MACS, assert_bounds_held, generate, own, serve, states
+
+from sglang_macs import cli
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+ASKED = 40
+OFF = {"macs": "off"}
+
+
+def ask(server: Server, question: Question, custom: dict | None, key: str = "") -> dict:
+    """Four greedy tokens. key: whose prefixes may be used."""
+    sampling = {"temperature": 0, "max_new_tokens": 4, "custom_params": custom}
+    fields = {"sampling_params": sampling, "return_logprob": True, "extra_key": key}
+    return generate(server, question.prompt, question.image, **fields)["meta_info"]
+
+
+def log_probs(answer: dict) -> list[float]:
+    return [value for value, *_ in answer["output_token_logprobs"]]
+
+
+class Others:
+    """Requests with pictures, six at a time."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self._over, self._pool = server, threading.Event(), ThreadPoolExecutor(6)
+
+    def __enter__(self) -> None:
+        self._workers = [self._pool.submit(self._ask, i) for i in range(6)]
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        for worker in self._workers:
+            worker.result()
+
+    def _ask(self, first: int) -> None:
+        for i in itertools.count(first, 6):
+            if self._over.is_set():
+                return
+            generate(self.server, prompt(f"{i} What is this?", images=1), ("china", "flower")[i % 2])
+
+
+def furthest(alone: list[float], answer: dict) -> float:
+    return max(abs(a - b) for a, b in zip(alone, log_probs(answer), strict=True))
+
+
+def moved(server: Server, alone: dict[Question, list[float]], custom: dict | None) -> list[float]:
+    """By how much the furthest probability of each of 40 answers has moved, beside others. Nothing comes from the
+    prefix cache.
+    """
+    with Others(server):
+        asked = enumerate(itertools.islice(itertools.cycle(alone), ASKED))
+        return [furthest(alone[question], ask(server, question, custom, str(i))) for i, question in asked]
+
+
+def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_model):
+    flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="exempt") as server:
+        alone = {question: log_probs(ask(server, question, OFF, "alone")) for question in QUESTIONS[2:]}
+        exempt = moved(server, alone, OFF)
+        clipped = moved(server, alone, None)
+        with Others(server):
+            for question in alone:
+                ask(server, question, None)  # what was moved is in the cache now
+        for cached in (False, True):
+            for question, expected in alone.items():
+                answer = ask(server, question, OFF)
+                assert (answer["cached_tokens"] > 4) == cached and furthest(expected, answer) <= max(exempt), question
+        assert_bounds_held(server)
+        assert own(server, "clipped") > 0
+        for state in states(server):
+            assert state["exempt_tokens"] > 0 and any(layer["exceeded"] for layer in state["layers"].values())
+        assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
+        rounding = max(moved(server, alone, None))  # kernels round otherwise in other batches
+        assert max(exempt) <= 2 * rounding
+        assert sum(by > max(0.005, 2 * rounding) for by in clipped) > ASKED // 2, "without it, answers are moved"

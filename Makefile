@@ -3,13 +3,14 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 IMAGE ?=
+ARCHS ?= 90a,100a
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 # Tests of one file stay together: they share what they build, and servers.
 SIDE_BY_SIDE := --dist loadfile -n logical --maxprocesses 8
 TWO_SERVERS := --dist loadfile -n 2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format sdist bench clean distclean check-latency test-multinode test-compat
+.PHONY: help build demo check test test-all test-fast test-emulated test-server test-load test-browser test-gpu sanitize lint format sdist wheel bench clean distclean check-latency test-multinode test-compat
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -77,6 +78,10 @@ format: build  ## ruff format, and the tables in README and docs
 sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
 	@rm -rf dist
 	@$(PY) setup.py -q sdist
+
+wheel: sdist  ## dist/: a wheel from it, for the GPUs of ARCHS (90a,100a) where there is nvcc, else for CPUs; its name says so
+	@MACS_CUDA_ARCH=$(ARCHS) $(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	@ls dist
 
 bench: build  ## the plan on this CPU against a vectorised torch version
 	@$(PY) benchmarks/run.py bench_plan

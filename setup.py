@@ -2,6 +2,9 @@
 
 `MACS_CUDA=0` or `=1` overrides the choice; `MACS_CUDA_ARCH` (default 90a) names the GPU architectures. `MACS_TORCH`
 names another release of torch to build for than SGLang's: enough for the operators, not for serving.
+
+A wheel fits one torch, CUDA and set of architectures. Its file's name says which, as the build tag of the format:
+`sglang_macs-VERSION-0.torch2.13.cu130.sm90a-cp311-cp311-linux_x86_64.whl`.
 """
 
 import glob
@@ -13,6 +16,7 @@ import sys
 import tomllib
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 # SGLang 0.5.21 asks for the first, 0.5.22 and 0.5.23 for the second.
 TORCH = (os.environ["MACS_TORCH"],) if "MACS_TORCH" in os.environ else ("2.13", "2.14")
@@ -55,6 +59,27 @@ def shared_libstdcxx() -> list[str]:
     return ["-l:libstdc++.so.6"] if found.strip() == name else []
 
 
+def architectures() -> list[str]:
+    """Of GPUs, such as 90a."""
+    return os.environ.get("MACS_CUDA_ARCH", "90a").split(",")
+
+
+def build_tag(torch_version: str, cuda_version: str | None, archs: list[str]) -> str:
+    """What a wheel's name says of the build; begins with a digit, as the format asks. No CUDA version: CPU only."""
+    built_for = ["cpu"] if cuda_version is None else [f"cu{cuda_version.replace('.', '')}", *(f"sm{a}" for a in archs)]
+    return ".".join(["0", "torch" + ".".join(torch_version.split(".")[:2]), *built_for])
+
+
+class Wheel(bdist_wheel):
+    """Named by what it was built for, unless --build-number says otherwise."""
+
+    def finalize_options(self) -> None:
+        if self.build_number is None:
+            cuda = torch.version.cuda if use_cuda()[0] else None
+            self.build_number = build_tag(torch.__version__, cuda, architectures())
+        super().finalize_options()
+
+
 def extension():
     cuda, reason = use_cuda()
     print(f"sglang-macs build: {'CPU + CUDA' if cuda else 'CPU only'} ({reason})", file=sys.stderr, flush=True)
@@ -70,10 +95,9 @@ def extension():
             extra_compile_args={"cxx": cxx},
             extra_link_args=shared_libstdcxx(),
         )
-    arch = os.environ.get("MACS_CUDA_ARCH", "90a")
     # torch's flags take the conversions of half and bfloat16 away, which the kernels use.
     keep = [f"-U__CUDA_NO_{name}__" for name in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF_OPERATORS")]
-    nvcc = ["-O3", "-std=c++20", *keep, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arch.split(","))]
+    nvcc = ["-O3", "-std=c++20", *keep, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures())]
     return CUDAExtension(
         "sglang_macs._C",
         [*sources, *sorted(glob.glob("csrc/cuda/*.cu"))],
@@ -101,5 +125,8 @@ def version() -> dict[str, str]:
 setup(
     **version(),
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
+    cmdclass={
+        "build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None),
+        "bdist_wheel": Wheel,
+    },
 )

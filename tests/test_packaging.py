@@ -1,13 +1,16 @@
 """What pyproject.toml declares: every package that the code imports, and a version that a build without history has."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
 
 from sglang_macs.engine.compat import SGLANG
 
@@ -62,3 +65,51 @@ def test_a_build_without_setuptools_scm_has_a_version_all_the_same(tmp_path):
     done = subprocess.run([sys.executable, "-c", hide], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "0.1.0.dev0"
+
+
+STUB_OF_TORCH = """
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+CUDA_HOME = "/cuda"
+
+
+def CppExtension(name, sources, **_):
+    return Extension(name, [])
+
+
+CUDAExtension = CppExtension
+
+
+class BuildExtension:
+    @staticmethod
+    def with_options(**_):
+        return type("build_ext", (build_ext,), {"run": lambda self: None})
+"""
+
+
+@pytest.mark.parametrize(
+    ("torch", "cuda", "environ", "built_for"),
+    [
+        ("2.13.0+cu130", "13.0", {"MACS_CUDA": "1"}, ["torch2.13", "cu130", "sm90a"]),
+        ("2.14.1", "13.0", {"MACS_CUDA": "1", "MACS_CUDA_ARCH": "90a,100a"}, ["torch2.14", "cu130", "sm90a", "sm100a"]),
+        ("2.13.0+cpu", None, {}, ["torch2.13", "cpu"]),
+        ("2.13.0+cu130", "13.0", {"MACS_CUDA": "0"}, ["torch2.13", "cpu"]),
+    ],
+)
+def test_the_name_of_a_wheel_says_what_it_was_built_for(tmp_path, torch, cuda, environ, built_for):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"))
+    for package in ("sglang_macs", "torch", "torch/utils"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}\n")
+    (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(STUB_OF_TORCH)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MACS_")} | environ
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "dist"]
+    env |= {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    name, _, build, _ = parse_wheel_filename(wheel.name)
+    assert (name, build) == ("sglang-macs", (0, "." + ".".join(built_for)))

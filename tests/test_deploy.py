@@ -183,6 +183,35 @@ def test_kubernetes_documents_fit_together(documents, parsed):
     assert service["ports"][0]["targetPort"] == leader["readinessProbe"]["httpGet"]["port"] == port
 
 
+OWN_KINDS = {"LeaderWorkerSet", "PodMonitor"}  # of operators; Kubernetes itself has no schema of them
+KUBERNETES_VERSION = "1.37.0"
+
+
+def pods_of(document: dict) -> list[dict]:
+    """The pods that a document of an operator's makes, as Kubernetes gets them."""
+    templates = document["spec"].get("leaderWorkerTemplate", {})
+    return [
+        {"apiVersion": "v1", "kind": "Pod", **templates[name]}
+        for name in ("leaderTemplate", "workerTemplate")
+        if name in templates
+    ]
+
+
+def test_every_document_passes_kubernetes_own_schemas():
+    """kubernetes-validate brings the schemas along; kubeconform fetches them at every run."""
+    validator = pytest.importorskip("kubernetes_validate")
+    found = [one for path in KUBERNETES.parent.glob("*.yaml") for one in yaml.safe_load_all(path.read_text())]
+    assert {document["kind"] for document in found} == {"ConfigMap", "Service", *OWN_KINDS}
+    own = [document for document in found if document["kind"] not in OWN_KINDS]
+    pods = [pod for document in found if document["kind"] in OWN_KINDS for pod in pods_of(document)]
+    assert len(pods) == 2
+    for document in own + pods:
+        validator.validate(document, KUBERNETES_VERSION, strict=True)
+    pods[0]["spec"]["containers"][0]["livenessProbes"] = {}
+    with pytest.raises(validator.ValidationError, match="livenessProbes"):
+        validator.validate(pods[0], KUBERNETES_VERSION, strict=True)
+
+
 def test_slurm_asks_for_what_the_launch_needs():
     options = dict(
         line[8:].lstrip("-").split("=")

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_launch import BREAK
@@ -13,6 +17,7 @@ from test_launch import BREAK
 from sglang_macs import cli, extension
 from sglang_macs.cli import doctor
 from sglang_macs.cli.doctor import FAIL, OK, SKIP, WARN, Check
+from sglang_macs.cli.progress import EVERY_SECONDS, Progress
 from sglang_macs.cpu_compat import environment
 from sglang_macs.engine import launcher, scheduler_process
 
@@ -62,7 +67,7 @@ def test_a_lost_hook_and_a_bad_flag_are_named(tmp_path, vl_model):
 def test_the_exit_status_follows_the_checks(monkeypatch, capsys):
     fine = [Check("a", OK, "x"), Check("b", SKIP, "y"), Check("c", WARN, "x", "do y")]
     for checks, status in ((fine, 0), ([Check("a", FAIL, "x", "do z")], 1)):
-        monkeypatch.setattr(doctor, "examine", lambda flags, checks=checks: checks)
+        monkeypatch.setattr(doctor, "examine", lambda *_, checks=checks: checks)
         assert cli.main(["doctor"]) == status
     assert "fix: do z" in capsys.readouterr().out
 
@@ -81,6 +86,73 @@ def test_other_versions_fail(monkeypatch, name, found):
     monkeypatch.setattr(doctor, "_version_of", lambda asked: found if asked == name else doctor.SGLANG[0])
     check = next(check for check in doctor._versions() if check.name == name)
     assert check.status == FAIL and name in check.fix
+
+
+@pytest.mark.parametrize(
+    ("requires", "installed", "found"),
+    [
+        (["numpy", "torch==2.13.0"], "2.14.1", "asks for 2.13.0"),
+        (["torch==2.13.0"], "2.13.1", ""),
+        (["torchvision==0.9", "torch>=2"], "2.14.1", ""),
+        (['torch==2.12.0; extra == "old"', "torch==2.13.0"], "2.14.1", "asks for 2.1"),
+        (None, "2.14.1", ""),
+    ],
+)
+def test_a_torch_that_this_sglang_was_not_made_for_is_named(monkeypatch, requires, installed, found):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requires)
+    monkeypatch.setattr(doctor, "_version_of", lambda name: installed if name == "torch" else doctor.SGLANG[0])
+    warned = [check for check in doctor._versions() if check.status != OK]
+    assert [check.status for check in warned] == [WARN] * bool(found)
+    assert all(found in check.found and "torch==2.1" in check.fix for check in warned)
+
+
+@pytest.mark.parametrize(
+    ("devices", "cuda", "visible", "found"),
+    [
+        (["nvidia0", "nvidia1", "nvidiactl"], None, None, "2 in this machine.*built without CUDA"),
+        (["nvidia0"], "13.0", "", "CUDA_VISIBLE_DEVICES=''"),
+        (["nvidia0"], "13.0", "7", "CUDA_VISIBLE_DEVICES='7'"),
+        (["nvidia0"], "13.0", None, "driver is too old"),
+        (["nvidiactl", "null"], "13.0", None, ""),
+    ],
+)
+def test_why_gpus_are_invisible_is_said(monkeypatch, tmp_path, devices, cuda, visible, found):
+    import torch
+
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(doctor, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    said = SimpleNamespace(stderr="Traceback\nRuntimeError: the driver is too old")
+    monkeypatch.setattr(doctor, "_python", lambda *_: said)
+    first = next(iter(doctor._cpu(asked=False)))
+    assert (first.status, bool(first.fix)) == ((FAIL, True) if found else (SKIP, False))
+    assert re.search(found, first.found)
+    assert next(iter(doctor._cpu(asked=True))).found == "serving on the CPU"
+
+
+def test_a_doctor_who_waits_says_what_for(monkeypatch, capsys):
+    said = threading.Event()
+
+    class Stderr:
+        def write(self, text: str) -> None:
+            if "importing SGLang" in text:
+                said.set()
+
+        def flush(self) -> None: ...
+
+    def in_sglang(*_) -> list[Check]:
+        assert said.wait(60), "not a word"
+        return []
+
+    monkeypatch.setattr(doctor, "_in_sglang", in_sglang)
+    monkeypatch.setattr(doctor, "Progress", partial(Progress, every=0.01))
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    cli.main(["doctor", "--json"])
+    assert json.loads(capsys.readouterr().out) and EVERY_SECONDS < 5
 
 
 @pytest.mark.parametrize(

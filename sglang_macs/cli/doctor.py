@@ -26,11 +26,13 @@ from ..config import TOKENS_THAT_PAY
 from ..engine.compat import SGLANG
 from ..errors import MacsError
 from .arguments import add_server, server_of
+from .progress import Progress
 
 HELP = "check that this machine, and a launch, can serve with MACS; each failure comes with its fix"
 TORCH = ("2.13", "2.14")
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
+DEVICES = Path("/dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
         checks = list(doctor_server.examine(server_of(url, args)))
     else:
-        checks = examine(args.server_flags)
+        with Progress("doctor") as progress:
+            checks = examine(args.server_flags, progress)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))
     else:
@@ -71,13 +74,19 @@ def run(args: argparse.Namespace) -> int:
     return int(any(check.status == FAIL for check in checks))
 
 
-def examine(server_flags: list[str]) -> list[Check]:
+def examine(server_flags: list[str], progress: Progress | None = None) -> list[Check]:
     """Every check, in order; `server_flags` are those of the launch to try, or none."""
+    progress = progress or Progress("")
+    progress.now = "which package a launch here would take"
     imported = _imported()
+    progress.now = "importing torch, and the extension"
     operators = _extension(imported)
     checks, built = [*_versions(), *_package(imported), operators], operators.status == OK
-    on_cpu = "--device=cpu" in server_flags or ("--device", "cpu") in pairwise(server_flags) or not _gpus()
-    checks += _cpu() if on_cpu else _cuda(built)
+    progress.now = "GPUs"
+    asked = "--device=cpu" in server_flags or ("--device", "cpu") in pairwise(server_flags)
+    on_cpu = asked or not _gpus()
+    checks += _cpu(asked) if on_cpu else _cuda(built)
+    progress.now = "importing SGLang as a launcher and as a scheduler, and trying every hook"
     return [*checks, _entry_point(), *_in_sglang(server_flags, on_cpu, built)]
 
 
@@ -91,6 +100,23 @@ def _versions() -> Iterator[Check]:
         ok = found is not None and any((found + ".").startswith(w + ".") for w in wanted)
         fix = f"Install {name} {' or '.join(wanted)}, which this version is made for."
         yield _check(name, ok, found or "not installed", fix)
+    if (asked := _torch_of_sglang()) and (found := _version_of("torch")) and _minor(found) != _minor(asked):
+        what = f"torch {found}, where sglang {_version_of('sglang')} asks for {asked}"
+        yield Check("torch of sglang", WARN, what, f"Install torch=={asked}: SGLang's kernels are built for it.")
+
+
+def _torch_of_sglang() -> str | None:
+    """The release of torch that the installed SGLang pins."""
+    try:
+        requires = metadata.requires("sglang") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    pins = (re.match(r"torch\s*==\s*([\d.]+)\s*(;|$)", line) for line in requires)
+    return next((pin[1] for pin in pins if pin), None)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def _version_of(distribution: str) -> str | None:
@@ -140,8 +166,30 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _cpu() -> Iterator[Check]:
-    yield Check("GPU", SKIP, "serving on the CPU")
+def _invisible() -> Check | None:
+    """Why torch sees none of the GPUs that there are; None where there are none."""
+    import torch
+
+    there = [path.name for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()]
+    if not there:
+        return None
+    what, hidden = f"{len(there)} in this machine, and torch sees none", os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.version.cuda is None:
+        found = f"{what}: torch {torch.__version__} was built without CUDA"
+        return Check("GPU", FAIL, found, "Install torch for CUDA, and build sglang-macs again; or pass --device cpu.")
+    if hidden is not None:
+        found = f"{what}: CUDA_VISIBLE_DEVICES={hidden!r}"
+        return Check("GPU", FAIL, found, "Unset it, or name GPUs that there are (nvidia-smi -L).")
+    said = _last_line(_python("import torch; torch.cuda.init()", dict(os.environ)).stderr)
+    fix = f"Is the driver one for CUDA {torch.version.cuda}, and may this user open /dev/nvidia*? nvidia-smi says."
+    return Check("GPU", FAIL, f"{what}: {said}", fix)
+
+
+def _cpu(asked: bool = True) -> Iterator[Check]:
+    if not asked and (invisible := _invisible()):
+        yield invisible
+        return  # what serving on a CPU takes is not the question
+    yield Check("GPU", SKIP, "serving on the CPU" if asked else "none in this machine or container: serving on the CPU")
     wanted = cpu_compat.environment()
     # By its last names: in a clone it is the clone's, which `_extension` has a word on.
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)

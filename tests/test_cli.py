@@ -146,6 +146,9 @@ OTHERS = {
                             "launch_us=nan", "launch_us=inf", "launch_us=1e300", "launch_us=1e-300",
                             "gpus_per_node=1.5", "name=3", "plan_us=3", "gpus_per_node=" + "9" * 5000),
     ("simulate", "--loads"): ("", "/", "/nowhere", "/dev/zero", "\x1b[2J"),
+    ("simulate", "--from"): ("", "/", "/nowhere", "/nowhere.pt", "/dev/zero", "http://\x1b[2J", "http://127.0.0.1:9"),
+    ("simulate", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("simulate", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
     ("simulate", "--plot"): ("", "/", "/nowhere/a.png", "a.xyz", "/dev/null", ".png/a.png"),
     ("report", "--run"): ("", "no-such", "\x1b[2J", "x" * 5000),
     ("report", "--output"): ("", "/", "/nowhere/page.html", "/dev/full"),
@@ -195,8 +198,9 @@ def usual(command: str, inputs: Path, argument: str) -> dict[str, str]:
     """Arguments with which a command would run for a short while."""
     url = "https://127.0.0.1:9" if argument == "--cacert" else "http://127.0.0.1:9"
     source = {"--dataset": "/nowhere"} if argument == "--dataset" else {"--server": url}
+    loads = {"--from": url} if argument in ("--api-key", "--cacert") else {}
     return {
-        "simulate": {"--ep": "8", "--batches": "1", "--gamma": "1.1", "--presets": "rank"},
+        "simulate": {"--ep": "8", "--batches": "1", "--gamma": "1.1", "--presets": "rank"} | loads,
         "report": {"TRACE": str(inputs / "trace")},
         "top": {"URL": url},
         "set": {"URL": url, "--min-tokens": "1"},
@@ -209,7 +213,8 @@ def test_odd_arguments_end_in_one_line(capsys, inputs, command, argument, odd):
     given = {**usual(command, inputs, argument), argument: odd}
     words = [f"{name}={value}" if name.startswith("--") else value for name, value in given.items()]
     error = ends_in_one_line(capsys, command, *words)
-    wrong = {"URL": "server", "--server": "server", "TRACE": "trace"}.get(argument, argument)
+    of = "server" if odd.startswith("http") else "trace" if odd == "/" else "--from"
+    wrong = {"URL": "server", "--server": "server", "TRACE": "trace", "--from": of}.get(argument, argument)
     assert wrong in error and len(error) < 2000
     assert not (inputs / "p.json").exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import MacsError, printable
 from ..simulate.machines import MACHINES, MODELS, SOURCES
-from .arguments import number, several
+from .arguments import add_server, number, server_of, several
 
 HELP = "what MACS would buy on a cluster, from expert loads and a machine description"
 DEFAULT_MACHINE, DEFAULT_MODEL = "h200", "qwen3-vl-30b-a3b"
@@ -18,9 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=list(MACHINES), default=DEFAULT_MACHINE)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=NUMBER", help="change a machine's figure")
     parser.add_argument("--model", choices=list(MODELS), default=DEFAULT_MODEL)
-    parser.add_argument("--loads", help="JSON of loads (docs/guide/simulate.md); default: the published ones")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--loads", help="JSON of loads (docs/guide/simulate.md); default: the published ones")
+    help = (
+        "loads of a running server, of a folder of --macs-trace, or of a .pt of SGLang's expert distribution recorder"
+    )
+    where.add_argument("--from", dest="source", metavar="URL|FOLDER|FILE.pt", help=help)
+    add_server(parser)
     parser.add_argument(
-        "--visual-share", type=number(float, 0, 1), default=0.9, help="of the tokens, for the published loads"
+        "--visual-share",
+        type=number(float, 0, 1),
+        default=0.9,
+        help="of the tokens, for loads that do not tell modalities apart",
     )
     parser.add_argument(
         "--noise", type=number(float, 0, 2), help="spread of an expert's share between batches, over its mean"
@@ -121,5 +130,19 @@ def _machine(name: str, changes: list[str]):
 def _loads(args: argparse.Namespace):
     from ..simulate import loads
 
-    found = loads.load(args.loads) if args.loads is not None else loads.published(args.visual_share)
+    if args.source is not None:
+        found = _from(args)
+    else:
+        found = loads.load(args.loads) if args.loads is not None else loads.published(args.visual_share)
     return found if args.noise is None else dataclasses.replace(found, noise=args.noise)
+
+
+def _from(args: argparse.Namespace):
+    from . import simulate_from
+
+    kind = simulate_from.source(args.source)
+    if kind == "server":
+        return simulate_from.of_server(server_of(args.source, args))
+    if kind == "trace":
+        return simulate_from.of_trace(args.source)
+    return simulate_from.of_dump(args.source, args.visual_share, MODELS[args.model].top_k)

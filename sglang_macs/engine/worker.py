@@ -199,6 +199,7 @@ class Worker:
         """This rank's counters as plain JSON values; with --macs-trace that of the recorder, too."""
         place = {"rank": self._rank, "ep_size": self._num_ranks}
         acting = {"rows_that_pay": self.acting.rows_that_pay}
+        place["top_k"] = self.top_k
         about = {"version": __version__, **place, "config": self.config.to_json(), "acting": acting}
         if self.config.observes:
             about["observe"] = {"row_us": self.row_seconds * 1e6, "plan_rows": self.rows_that_pay}

@@ -124,10 +124,12 @@ class Stats:
     expected_gain: rows that plans were expected to take off the most loaded rank, summed over dispatches: of those
     "planned", and of those left alone for "no_gain".
     exempt_tokens: of exempt requests, in planned passes.
+    uncached: requests kept out of the prefix cache, with --macs-cache exact.
     measured: dispatches by layer that MACS planned or, where it is off, would have planned; of these, by layer, cut
     [], the group's rows [2, R] and max_over_mean [2] summed over dispatches, each before and after; excess [G], see
-    `excess`; exceeded [], in which rows left alone took a rank over gamma times the mean of all rows as
-    they were routed (scope rank, load rows).
+    `excess`; exceeded [], in which rows of exempt requests (and decoded ones beside them) alone were over a
+    bound; demand [E], the group's rows by expert as they were routed, with
+    --macs-preset observe alone, where `sglang-macs simulate` reads them.
     expert_rows: [E, 2] by layer, for every E; kept at infinite gamma alone, where `sglang-macs calibrate` reads them.
 
     What the backlogs hold is not in it: read it by `to_host` or `snapshot`.
@@ -160,6 +162,7 @@ class Stats:
     max_over_mean: SumsByLayer = field(default_factory=SumsByLayer)
     excess: SumsByLayer = field(default_factory=SumsByLayer)
     exceeded: SumsByLayer = field(default_factory=SumsByLayer)
+    demand: SumsByLayer = field(default_factory=SumsByLayer)
     expert_rows: dict[int, SumsByLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -200,6 +203,8 @@ class Stats:
         self.rows.add(layer_ids, rows)
         self.max_over_mean.add(layer_ids, imbalance(rows))
         self.excess.add(layer_ids, excess(rows[:, BEFORE]))
+        if first.config.observes:
+            self.demand.add(layer_ids, group[:, BEFORE])
         if first.cut is None:
             self.cut.add(layer_ids, rows.new_zeros(len(recounts)))
             return

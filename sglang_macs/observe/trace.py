@@ -47,7 +47,7 @@ class Step:
     more than it would have gained; gain [L]: rows off the most loaded rank that were expected of a plan, 0 where
     nothing was known. visual_share, bound [L]; of a layer left alone an average over the ranks, and no bound. before,
     after [L, R] i64: rows of each rank, experts placed linearly; outcomes [L, 3, 2] i64 kept, clipped, re-routed in, by
-    (visual | text).
+    (visual | text); experts [L, 2, E] i32: rows as they were routed, (visual | text).
     """
 
     time: float
@@ -59,6 +59,7 @@ class Step:
     before: np.ndarray
     after: np.ndarray
     outcomes: np.ndarray
+    experts: np.ndarray
 
 
 @dataclass
@@ -268,22 +269,24 @@ def _layer_ids(value: object) -> list[int]:
 def _step(by_stage: list[list[dict]], layers: list[int], sizes: dict[str, int], budget: Budget) -> Step:
     """One pass; its lines by stage and rank."""
     stages = [_stage(lines, count, sizes, budget) for lines, count in zip(by_stage, layers, strict=True)]
-    planned, gain, share, bound, rows, outcomes = (np.concatenate(of) for of in zip(*stages, strict=True))
+    planned, gain, share, bound, rows, outcomes, experts = (np.concatenate(of) for of in zip(*stages, strict=True))
     if outcomes[:, REROUTED].sum() > outcomes[:, CLIPPED].sum():
         raise ValueError("counts that no plan makes")
     before, after = rows[:, 0], rows[:, 1]
     first = by_stage[0]
     tokens = sum(int(numbers(line["tokens"], (), 2**31)) for line in first)
     time = float(numbers(first[0]["time"], (), 1e12))
-    return Step(time, tokens, planned, gain, share, bound, before, after, outcomes)
+    return Step(time, tokens, planned, gain, share, bound, before, after, outcomes, experts)
 
 
 def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: Budget) -> tuple[np.ndarray, ...]:
-    """planned, gain, visual_share, bound [l]; rows [l, 2, R] before and after, counts [l, 3, 2] by modality, over all
-    sources.
+    """planned, gain, visual_share, bound [l]; rows [l, 2, R] before and after, counts [l, 3, 2] by modality, rows as
+    routed [l, 2, E] by modality, over all sources.
     """
     rows = np.zeros((layers, 2, sizes["ranks"]), dtype=np.int64)
     outcomes = np.zeros((layers, 3, 2), dtype=np.int64)
+    budget.take(layers * 2 * sizes["experts"] * 4, "rows of experts")
+    experts = np.zeros((layers, 2, sizes["experts"]), dtype=np.int32)
     for line in lines:
         if line["counts"] == "":  # a rank without tokens
             continue
@@ -291,6 +294,7 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: Budget
         if own.min() < 0:
             raise ValueError("counts below 0")
         outcomes += own.sum(axis=2, dtype=np.int64)
+        experts += (own[:, KEPT] + own[:, CLIPPED]).swapaxes(1, 2)
         rows += _rows_of_ranks(line, own, sizes["ranks"], budget)
     of_line = lines[0]
     planned = numbers(of_line.get("planned", [1] * layers), (layers,), 1) > 0  # older traces have planned ones alone
@@ -300,7 +304,7 @@ def _stage(lines: list[dict], layers: int, sizes: dict[str, int], budget: Budget
         tokens = [float(numbers(line["tokens"], (), 2**31)) for line in lines]
         shares = np.stack([numbers(line["visual_share"], (layers,), 1) for line in lines])
         share = np.where(planned, share, np.average(shares, axis=0, weights=tokens) if sum(tokens) else share)
-    return planned, gain, share, bound, rows, outcomes
+    return planned, gain, share, bound, rows, outcomes, experts
 
 
 def _rows_of_ranks(line: dict, own: np.ndarray, ranks: int, budget: Budget) -> np.ndarray:

@@ -58,6 +58,16 @@ def max_over_mean(rows: np.ndarray, num_ranks: int) -> np.ndarray:
     return per_rank.max(-1) / per_rank.mean(-1)
 
 
+def noise_of(rows: np.ndarray, num_ranks: int, uneven: np.ndarray, seed: int = 0) -> float:
+    """The spread of an expert's share between batches that makes the sums of many, rows [L, E], as uneven over
+    `num_ranks` ranks as the batches were one by one, `uneven` [L] on average.
+    """
+    rng, spreads = np.random.default_rng(seed), np.linspace(0.05, 1.5, 30)
+    drawn = [rng.gamma(1 / spread**2, spread**2, (64, *rows.shape)) for spread in spreads]
+    found = [max_over_mean(rows, num_ranks), *(max_over_mean(rows * one, num_ranks).mean(0) for one in drawn)]
+    return float([0.0, *spreads][int(np.argmin([np.abs(one - uneven).mean() for one in found]))])
+
+
 def load(path: str) -> Loads:
     """Reads loads from a JSON file. Raises MacsError for a missing, truncated or foreign one.
 
@@ -69,19 +79,27 @@ def load(path: str) -> Loads:
         if raw["schema"] != SCHEMA:
             raise ValueError(f"schema {raw['schema']!r}")
         rows = np.array([raw["layers"][name] for name in sorted(raw["layers"], key=int)], dtype=float)
-        loads = Loads(str(raw["source"]), int(raw["top_k"]), rows)
+        found = Loads(str(raw["source"]), int(raw["top_k"]), rows)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, MacsError):
             raise
         raise MacsError(
             "--loads", f"{path} ({error})", f"JSON of {SCHEMA}", "docs/guide/simulate.md has the format."
         ) from error
+    return checked(found, "--loads", path)
+
+
+def checked(loads: Loads, what: str, path: str) -> Loads:
+    """`loads`, if they can be some. Raises MacsError, in which `what` and `path` name them."""
+    rows = loads.rows
     if rows.ndim != 4 or rows.shape[2] != 2 or not rows.size or len(rows) > MOST_LAYERS:
-        raise MacsError("--loads", f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts]")
+        raise MacsError(what, f"{path} with rows of shape {rows.shape}", "[layers, batches, 2, experts]")
     if not ((rows >= 0) & (rows <= MOST_ROWS)).all():  # NaN fails
-        raise MacsError("--loads", f"{path} with rows beyond 0 to {MOST_ROWS:g}", "numbers of rows")
+        raise MacsError(what, f"{path} with rows beyond 0 to {MOST_ROWS:g}", "numbers of rows")
     if (rows.sum((2, 3)) == 0).any():
-        raise MacsError("--loads", f"{path} with a batch without rows", "rows in every layer and batch")
+        raise MacsError(what, f"{path} with a batch without rows", "rows in every layer and batch")
+    if not 1 <= loads.top_k <= rows.shape[3]:
+        raise MacsError(what, f"{path} with top-{loads.top_k} of {rows.shape[3]} experts", "1 to all of them")
     return loads
 
 

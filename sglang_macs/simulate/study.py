@@ -70,7 +70,9 @@ def run(settings: Settings, loads: Loads) -> list[Row]:
     model = settings.model
     if (loads.num_experts, loads.top_k) != (model.experts, model.top_k):
         found = f"loads of {loads.num_experts} experts, top-{loads.top_k}"
-        raise MacsError("--loads", found, f"{model.experts} experts, top-{model.top_k}", "Choose another --model.")
+        raise MacsError(
+            "--loads or --from", found, f"{model.experts} experts, top-{model.top_k}", "Choose another --model."
+        )
     for ranks in settings.ep:
         per_node = settings.machine.gpus_per_node
         physical = model.experts + settings.redundant

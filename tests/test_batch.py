@@ -161,7 +161,7 @@ def test_exempt_requests_are_left_alone_beside_others(decode):
     config = MacsConfig.from_preset(min_tokens=1, decode=decode)
     made = batch.of_forward(passing("MIXED", [5, CAT, CAT, 6, 7]), config, 2, None, 1, exempt=((2, 4),))
     assert made.segment.tolist() == [-1, 0, -2, -2, -1 if decode else -2]
-    assert made.leaves_alone and made.exempt_tokens == 2
+    assert made.leaves_alone and made.makes_room and made.exempt_tokens == 2
     made = batch.of_forward(passing("DECODE", [5, 6]), config, 2, None, exempt=((0, 1),))
     assert made.skip == ("" if decode else "decode")
     assert not decode or (made.segment.tolist() == [-2, -1] and made.leaves_alone)
@@ -181,6 +181,7 @@ def test_ranks_with_different_work_decide_alike(exempts):
         ]
         assert {(one.skip, one.group_tokens) for one in made} == {("", 123)}
         assert {one.leaves_alone for one in made} == {not config.decode or bool(exempts)}
+        assert {one.makes_room for one in made} == {bool(exempts)}
 
 
 def test_where_chosen_requests_begin_and_end():

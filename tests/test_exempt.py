@@ -11,9 +11,10 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import exempt, set_state, worker
-from sglang_macs.observe.stats import Stats
+from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
+from sglang_macs.plan.tokens import RoutedTokens
 
 EXPERTS, TOP_K, HIDDEN, RANKS = 12, 3, 16, 4
 
@@ -118,54 +119,91 @@ def _trials(rank: int, world: int, trials: int, tenants: tuple[int, ...]) -> lis
 
 
 def _of_preset(rank: int, world: int, options: dict, trials: int, tenants: tuple[int, ...]) -> dict:
-    """Of each trial: what the tenant's tokens got, alone and beside others."""
+    """Of each trial: what the tenant's tokens got, alone and beside others; rows that came, and those of the tenant."""
     config, counters = MacsConfig.from_preset(gamma=1.0, verify=True, **options), Stats()
     dispatcher = MacsDispatcher(LayerPlanner(0, Plan(config, EXPERTS, world), dist.group.WORLD, counters))
     own = a_tenant(rank) if rank in tenants else tuple(part[:0] for part in a_tenant(rank))
-    count, found = len(own[0]), {"alone": [], "beside": []}
+    count, found = len(own[0]), {"alone": [], "beside": [], "rows": []}
 
-    def serve(tokens: tuple[torch.Tensor, ...], skip: str = "") -> torch.Tensor:
+    def serve(tokens: tuple[torch.Tensor, ...], skip: str = "") -> tuple[torch.Tensor, int]:
         segment = torch.where(torch.arange(len(tokens[0])) % 4 < 3, 0, -1).int()
         segment[:count] = batch.LEFT_ALONE
-        with batch.forward(batch.Batch(segment, 1, skip, leaves_alone=True, measured=True)):
+        with batch.forward(batch.Batch(segment, 1, skip, leaves_alone=True, makes_room=True, measured=True)):
             rows, local = dispatcher.dispatch(*tokens)
-        return dispatcher.combine(rows * (local + 1 + rank * EXPERTS // world).unsqueeze(1))
+        out = dispatcher.combine(rows * (local + 1 + rank * EXPERTS // world).unsqueeze(1))
+        return out[:count], len(rows)
 
     for trial in range(trials):
         together = tuple(torch.cat(pair) for pair in zip(own, others(rank, trial), strict=True))
-        found["alone"].append(serve(own, "off")[:count])
-        found["beside"].append(serve(together)[:count])
+        alone, of_tenant = serve(own, "off")
+        beside, came = serve(together)
+        found["alone"].append(alone)
+        found["beside"].append(beside)
+        found["rows"].append((len(together[0]) * TOP_K, came, of_tenant))
     return found | {"stats": counters.snapshot()}
 
 
-def test_no_load_of_others_moves_an_exempt_request_and_others_keep_their_bounds():
+def test_no_load_of_others_moves_an_exempt_request_and_others_make_room_for_it():
     """40 trials; one rank has neither the tenant nor others, one the tenant alone."""
     by_rank = run_ranks(RANKS, _trials, 40, (0, 1, 3))
-    for of_preset in zip(*by_rank, strict=True):
+    for options, of_preset in zip(PRESETS, zip(*by_rank, strict=True), strict=True):
         for found in of_preset:
             assert all(map(torch.equal, found["alone"], found["beside"]))
             assert found["stats"]["checks"]["bound"] == 40 and not any(found["stats"]["violations"].values())
         assert sum(found["stats"]["own"]["clipped_visual"] for found in of_preset) > 0, "others are clipped"
+        if options == {"preset": "rank"}:
+            rows = torch.tensor([found["rows"] for found in of_preset])  # [ranks, trials, 3]
+            bound = rows[..., 0].sum(dim=0) // RANKS
+            assert (rows[..., 1] <= torch.maximum(bound, rows[..., 2])).all()
+            assert (rows[..., 1] == bound).any() and (rows[..., 2] < bound).all()
 
 
-def test_it_is_counted_when_exempt_rows_take_a_rank_over_the_bound_of_all(process):
+@pytest.mark.parametrize("exchange", ["group", "local"])
+@pytest.mark.parametrize("preset", ["rank", "paper", "cai"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_what_exempt_rows_take_the_others_give_up(preset, exchange, share):
+    """On one rank's plan: the bound holds for all rows, or none of the others is left on it."""
+    g = torch.Generator().manual_seed(3)
+    config = MacsConfig.from_preset(preset, gamma=0.9, exchange=exchange)
+    lean = 2 * torch.randn(EXPERTS, generator=g)
+    hidden, logits = torch.randn(64, HIDDEN, generator=g), torch.randn(64, EXPERTS, generator=g) + lean
+    weights, ids = torch.softmax(logits, -1).topk(TOP_K)
+    taken = torch.rand(64, generator=g) < share
+    segment = torch.where(torch.arange(64) % 4 < 3, 0, -1).int().masked_fill(taken, batch.TEXT)
+    result = Plan(config, EXPERTS, RANKS)(RoutedTokens(hidden, ids, weights, logits, segment, 1), None, taken)
+    assert (result.topk_ids[taken] == -1).all() and (result.topk_ids != ids)[~taken].any() == (share < 1)
+    unit = torch.ones(64) if config.load == "rows" else (result.weight * 256).round().clamp(min=1)
+    unit = unit.long().unsqueeze(1).expand(ids.shape)
+    others, exempt_units = (
+        rows_of(kept, EXPERTS, unit).view(len(result.cut), -1).sum(dim=1)
+        for kept in (result.topk_ids, ids.masked_fill(~taken.unsqueeze(1), -1))
+    )
+    bound = result.cut[:, 3]
+    assert ((others + exempt_units <= bound) | (others == 0)).all()
+    assert share < 1 or (exempt_units > bound).any()
+
+
+def test_it_is_counted_when_exempt_rows_alone_are_over_a_bound(process):
     config, counters = MacsConfig.from_preset("rank", gamma=1.0, verify=True), Stats()
     one = LayerPlanner(0, Plan(config, 4, 2), None, counters)
     one.all_reduce = lambda tensor: None
     ids = torch.tensor([[0], [1], [2], [3], [0], [1]], dtype=torch.int32)
-    weights, hidden = torch.ones(6, 1), torch.randn(6, 8)
+    weights, hidden = torch.rand(6, 1) / 2, torch.randn(6, 8)
 
-    def serve(exempt_rows: slice) -> None:
+    def serve(*exempt_rows: int) -> list[int]:
         segment = torch.full((6,), batch.TEXT, dtype=torch.int32)
-        segment[exempt_rows] = batch.LEFT_ALONE
-        with batch.forward(batch.Batch(segment, 1, "", leaves_alone=True, measured=True)):
-            one.measure(ids, one(hidden, ids, weights, None))
+        segment[list(exempt_rows)] = batch.LEFT_ALONE
+        with batch.forward(batch.Batch(segment, 1, "", leaves_alone=True, makes_room=True, measured=True)):
+            planned = one(hidden, ids, weights, None)
+            one.measure(ids, planned)
+        return planned.topk_ids.flatten().tolist()
 
-    serve(slice(4, 6))  # four rows on two ranks, and two exempt ones, both on rank 0: 4 of 6
-    serve(slice(0, 4))  # four exempt ones, even; of the two others, both on rank 0, one is clipped
+    assert sum(i in (0, 1) for i in serve(0, 1)) == 3  # bounds of three: two exempt, one of the two others
+    assert sum(i in (0, 1) for i in serve(0, 1, 4)) == 3
+    assert sum(i in (0, 1) for i in serve(0, 1, 4, 5)) == 4  # all that rank 0 has
     layer = counters.snapshot()["layers"]["0"]
-    assert (layer["exceeded"], layer["dispatches"]) == (1, 2)
-    assert not any(counters.snapshot()["violations"].values())
+    assert (layer["exceeded"], layer["dispatches"]) == (1, 3)
+    assert counters.snapshot()["checks"]["bound"] == 3 and not any(counters.snapshot()["violations"].values())
 
 
 def test_tokens_of_exempt_requests_are_counted(process):

@@ -99,12 +99,14 @@ class LayerPlanner:
                 routed = self._as_routed(hidden_states, topk_ids, topk_weights, planned_segment, now.num_segments)
                 self._record(now, topk_ids, topk_weights, routed, planned=False)
             return Planned(topk_ids, topk_weights, segment, None, left_alone)
-        planned_ids = topk_ids if left_alone is None else topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
+        taken, planned_ids = left_alone if self._makes_room(now) else None, topk_ids
+        if left_alone is not None and taken is None:
+            planned_ids = topk_ids.masked_fill(left_alone.unsqueeze(1), -1)
         tokens = RoutedTokens(
             hidden_states, planned_ids, topk_weights, router_logits, planned_segment, now.num_segments
         )
         start = time.perf_counter()
-        result = plan(tokens) if plan else self.plan(tokens, self.exchange)
+        result = plan(tokens) if plan else self.plan(tokens, self.exchange, taken)
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
@@ -116,6 +118,10 @@ class LayerPlanner:
             recorded = result if left_alone is None else self._with_load(result, topk_ids, left_alone)
             self._record(now, topk_ids, topk_weights, recorded, planned=True)
         return Planned(result.topk_ids, result.topk_weights, segment, result, left_alone)
+
+    def _makes_room(self, now: batch.Batch) -> bool:
+        """Whether others make room for rows left alone. Replicas are chosen and bounded as if these were not there."""
+        return now.makes_room and self.plan.places is None
 
     def count_dispatch(self, now: batch.Batch, half: int | None = None) -> None:
         """One dispatch of the batch `now`, or of one of its halves."""
@@ -204,8 +210,8 @@ class LayerPlanner:
             cut = planned.result.cut if planned.result else None
             left_alone = planned.left_alone is not None
             config, num_ranks, places = self.plan.config, self.plan.num_ranks, self.plan.places
-            on_ranks = None if places is None else places.on_ranks
-            counted = stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone, on_ranks)
+            on_ranks, room = None if places is None else places.on_ranks, self._makes_room(batch.current())
+            counted = stats.Recount(config, self.layer_id, num_ranks, own, group, cut, left_alone, on_ranks, room)
             self.counters.add_recount(counted)
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:

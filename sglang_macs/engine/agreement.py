@@ -43,7 +43,13 @@ class Agreement:
             return
         skip = SKIP_REASONS.index(decided.skip) if decided.skip else -1
         left = _number_of(str(sorted(decided.no_gain)))
-        decision = [skip, decided.group_tokens, decided.leaves_alone, decided.measured, prefill_in_group]
+        decision = [
+            skip,
+            decided.group_tokens,
+            decided.leaves_alone + 2 * decided.makes_room,
+            decided.measured,
+            prefill_in_group,
+        ]
         mine = [self._options, *decision, left, own_tokens]
         everyone = torch.empty((dist.get_world_size(self._group), len(mine)), dtype=torch.int64)
         dist.all_gather(list(everyone.unbind()), torch.tensor(mine), group=self._group)

@@ -112,7 +112,7 @@ METRICS = (
     Metric("cut", "measured dispatches in which a bound cut", _one(lambda s: _layers(s, "cut"))),
     Metric(
         "exceeded",
-        "measured dispatches in which rows left alone took a rank over gamma times the mean",
+        "measured dispatches in which exempt rows alone were over a bound",
         _one(lambda s: _layers(s, "exceeded")),
     ),
     Metric("rows", "rows of this rank in measured dispatches", _rows, ("stage",)),

@@ -96,7 +96,7 @@ class _Plan(NamedTuple):
 class Recount(NamedTuple):
     """What is counted of a dispatch's rows: [S, E] recounts of this rank and of the group; cut [NB, 4] of the plan,
     None without one; left_alone: whether the last row of a recount is of rows that no bound speaks of; on_ranks [E, R]
-    bool, with replicas: which ranks have an expert.
+    bool, with replicas: which ranks have an expert. makes_room: whether bounds are of all rows, those left alone first.
     """
 
     config: MacsConfig
@@ -107,6 +107,7 @@ class Recount(NamedTuple):
     cut: Tensor | None
     left_alone: bool = False
     on_ranks: Tensor | None = None
+    makes_room: bool = False
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Stats:
         self.measured[counted.layer_id] += 1
         cut, group = counted.cut, counted.group
         shapes = [None if part is None else part.shape for part in (cut, counted.on_ranks)]
-        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, *shapes)
+        alike = (counted.config, counted.num_ranks, group.shape, counted.left_alone, counted.makes_room, *shapes)
         self._recounts.add(counted, group.device, alike)
 
     def _count_recounts(self, recounts: Sequence[Recount]) -> None:
@@ -212,12 +213,17 @@ class Stats:
         self.cut.add(layer_ids, (cut[:, :, 0] >= 0).any(dim=1).long())
         # With exchange=local a rank promises its own share only.
         promised = group if first.config.exchange == "group" else torch.stack([one.own for one in recounts])
+        bound = cut[:, :, 3]
         if first.left_alone:
-            self._count_exceeded(first.config, layer_ids, rows)
-            planned = promised[:, AFTER] - promised[:, -1]
+            alone = promised[:, -1]
+            planned = promised[:, AFTER] - alone
             promised = torch.cat([promised[:, :AFTER], planned.unsqueeze(1), promised[:, AFTER + 1 : -1]], dim=1)
+            if first.makes_room:
+                units = rows_per_bound(alone, cut.shape[1]) * (1 if first.config.load == "rows" else WEIGHT_ONE)
+                self.exceeded.add(layer_ids, (units > bound).any(dim=1).long())
+                bound = (bound - units).clamp(min=0)
         per_bound = rows_per_bound(promised, cut.shape[1])
-        self._prove_bounds(first.config, per_bound, cut[:, :, 3])
+        self._prove_bounds(first.config, per_bound, bound)
         if per_bound.shape[1] <= UNITS or not first.config.protect_text:
             return
         clipped_text, no_visual = per_bound[:, CLIPPED_TEXT] > 0, per_bound[:, KEPT_VISUAL] == 0
@@ -226,12 +232,6 @@ class Stats:
             clipped_text = promised[:, CLIPPED_TEXT, : on_ranks.shape[1]] > 0
             no_visual = (on_ranks & no_visual.unsqueeze(1)).any(dim=2)
         self._check("text_last", clipped_text & ~no_visual)
-
-    def _count_exceeded(self, config: MacsConfig, layer_ids: Sequence[int], rows: Tensor) -> None:
-        """The bound that all rows would have, [N, 2, R] before and after, with those that no bound speaks of."""
-        if config.scope == "rank" and config.load == "rows":
-            over = rows[:, AFTER].amax(dim=1) * rows.shape[2] > config.gamma * rows[:, BEFORE].sum(dim=1)
-            self.exceeded.add(layer_ids, over.long())
 
     def _prove_bounds(self, config: MacsConfig, per_bound: Tensor, bound: Tensor) -> None:
         """Holds N recounts [N, S, NB] of planned rows against their bounds [N, NB]."""

@@ -82,6 +82,7 @@ class Batch:
     halves: (start, end) token of each half under two-batch overlap, else empty.
     leaves_alone: whether rows of some rank are left alone: decoded tokens in the pass of a prefill, tokens of exempt
     requests. All ranks agree.
+    makes_room: whether the others make room for rows left alone: some rank has an exempt request. All ranks agree.
     exempt_tokens: of exempt requests, on this rank.
     measured: whether the group's rows are recounted after the plan. All ranks agree.
     no_gain: layers that are not planned though the batch is. All ranks agree.
@@ -97,6 +98,7 @@ class Batch:
     most_tokens: int = 0
     halves: tuple[tuple[int, int], ...] = ()
     leaves_alone: bool = False
+    makes_room: bool = False
     exempt_tokens: int = 0
     measured: bool = False
     no_gain: frozenset[int] = frozenset()
@@ -207,6 +209,7 @@ def of_forward(
         most_tokens=ranks.most_tokens,
         halves=tuple(child.tbo_parent_token_range for child in forward_batch.tbo_children or ()),
         leaves_alone=(ranks.has_decode and not config.decode) or any(ranks.exempts),
+        makes_room=any(ranks.exempts),
         exempt_tokens=sum(end - start for start, end in exempt),
     )
 

@@ -1,6 +1,7 @@
 """The plan of one MoE layer: score -> exchange -> threshold -> apply (docs/design/method.md)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,12 +104,16 @@ class Plan:
 
     def follow(self, routing: Routing) -> None:
         """Re-routes as this router would. On all ranks alike."""
-        self.routing, config = routing, self.config
-        self.policy = policy.of_config(
+        self.routing = routing
+        self.policy = self._policy(self.config)
+        self._without_pressure = self._policy(replace(self.config, alpha=0.0))
+
+    def _policy(self, config: MacsConfig) -> Tensor:
+        return policy.of_config(
             config,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
-            scoring=routing.scoring,
+            scoring=self.routing.scoring,
             needs_entropy=self._needs_entropy,
             importance=config.importance if self._importance is None else "gate",  # takes its scores for gates
             c_min=config.c_min / self.num_ranks if config.exchange == "local" else config.c_min,
@@ -185,20 +190,24 @@ class Plan:
         needless = router_logits is None or not self.config.reroutes
         return None if needless else self.routing.selection(router_logits)
 
-    def __call__(self, tokens: RoutedTokens, all_reduce: AllReduce | None = None) -> PlanResult:
+    def __call__(
+        self, tokens: RoutedTokens, all_reduce: AllReduce | None = None, taken: Tensor | None = None
+    ) -> PlanResult:
         """Plans one dispatch. Collective where `exchange=group`: every rank of the EP group calls it, T = 0 included.
 
         Args:
             tokens: of this rank.
             all_reduce: sums an i32 tensor over the EP group in place; None = this rank is the group. With a
                 `PeerAllReduce` the whole plan is one operator call, else two around it.
+            taken: [T] bool, text rows that stay whatever the bounds: others make room for them. On all ranks or none.
+                The result is that of the others. Not with places.
         """
         if self.config.exchange == "local":
             all_reduce = None
-        if self._importance is not None or not ops.is_whole(tokens.topk_ids):
+        if taken is not None or self._importance is not None or not ops.is_whole(tokens.topk_ids):
             if self.places is not None:
                 raise MacsError("replicas", "Triton's operators", "the extension's, on a GPU", "Build with nvcc.")
-            return self._by_operators(tokens, all_reduce)
+            return self._by_operators(tokens, all_reduce, taken)
         modality = self._modality_on(tokens.topk_ids.device)
         places = self.places.table(tokens.topk_ids.device) if self.places else None
         selection = self._selection(tokens.router_logits)
@@ -223,12 +232,15 @@ class Plan:
             return result
         return result._replace(own=result.own[: self.cells], group=result.group[: self.cells])
 
-    def _by_operators(self, tokens: RoutedTokens, all_reduce: AllReduce | None) -> PlanResult:
+    def _by_operators(
+        self, tokens: RoutedTokens, all_reduce: AllReduce | None, taken: Tensor | None = None
+    ) -> PlanResult:
         """As `__call__`, by the operators one after the other."""
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         weight = self.weight(hidden_states, segment, num_segments)
         order = topk_weights if self._importance is None else importance.scores(self._importance, tokens)
-        own = group = self.histogram(topk_ids, order, weight, segment)
+        counted = order if taken is None else order.masked_fill(taken.unsqueeze(1), torch.inf)
+        own = group = self.histogram(topk_ids, counted, weight, segment)
         if all_reduce is not None:
             group = own.clone()
             all_reduce(group)
@@ -236,11 +248,30 @@ class Plan:
         batch = topk_ids, order, weight, segment
         if self.places is not None:
             return self._with_replicas(*batch, logits, own, group)
-        shift, cut = self.threshold(own, group)
+        if taken is not None:
+            tokens, batch, shift, cut = self._around(tokens, batch, taken, own, group)
+        else:
+            shift, cut = self.threshold(own, group)
         ids, weights, counts = self.apply(*batch, logits, shift, cut)
         if self._importance is not None:
             weights = importance.gates(tokens._replace(router_logits=logits), ids, self.routing.scoring)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+    def _around(
+        self, tokens: RoutedTokens, batch: tuple[Tensor, ...], taken: Tensor, own: Tensor, group: Tensor
+    ) -> tuple[RoutedTokens, tuple[Tensor, ...], Tensor, Tensor]:
+        """Tokens and batch without the rows `taken`, and shift and cut that leave room for them. In the histograms they
+        stand on the highest level, and there is no pressure that would move them down. Where that level is cut
+        they alone may be more than the bound, and nothing else stays.
+        """
+        if self.config.exchange == "local":
+            group = own
+        given = own, group, self._modality_on(own.device), self._without_pressure
+        shift, cut = ops.clip_threshold(*given)
+        highest = self.config.buckets * (2 if self.config.protect_text else 1) - 1
+        cut[:, 1].masked_fill_(cut[:, 0] == highest, 0)
+        hidden = tokens.topk_ids.masked_fill(taken.unsqueeze(1), -1)
+        return tokens._replace(topk_ids=hidden), (hidden, *batch[1:]), shift, cut
 
     def _with_replicas(
         self,

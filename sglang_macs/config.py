@@ -122,6 +122,12 @@ class MacsConfig:
         ("balance", "keep"),
     )
     exempt: bool = _opt(True, 'leave requests alone whose custom parameters say so: {"macs": "off"}')
+    cache: str = _opt(
+        "clipped",
+        "what enters the prefix cache: all keys and values, or those alone of requests that nothing was clipped of "
+        "(exact)",
+        ("clipped", "exact"),
+    )
     profile: str | None = _opt(None, "calibration profile (JSON): which experts serve which modality")
     verify: bool = _opt(False, "recount the group's rows after every plan: one more all-reduce, violations counted")
     verify_every: int = _opt(64, "without that, recount in one of so many planned passes; 0 = never")

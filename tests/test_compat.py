@@ -111,6 +111,7 @@ PROMISES = [
     {"dllm_algorithm": "LowConfidence"},
     {"kt_weight_path": "/weights"},
     {"disaggregation_mode": "decode"},
+    {"disaggregation_mode": "prefill"},
 ]
 
 
@@ -130,7 +131,8 @@ def test_promises_of_other_flags_are_kept_or_the_launch_is_refused(flags):
         {"init_expert_location": "trivial", "ep_dispatch_algorithm": None},
         {"expert_distribution_recorder_mode": "stat", "deepep_mode": "normal"},
         {"expert_distribution_recorder_mode": "stat", "deepep_mode": "low_latency"},
-        {"disaggregation_mode": "prefill"},
+        {"disaggregation_mode": "null"},
+        {"enable_hierarchical_cache": True},
         {"enable_two_batch_overlap": True, "device": "cuda"},
         {"pp_size": 2, "dp_size": 2, "enable_dp_attention": True},
         {"pp_size": 2, "attn_dp_size": 2},
@@ -238,9 +240,12 @@ def test_lossless_balancing_is_not_batch_invariant():
         compat.check(replace(launch(**ON_CPU, **deterministic, enable_eplb=True), config=config))
 
 
-def test_a_decode_server_is_taken_where_decode_is_planned():
-    config = MacsConfig.from_preset(decode=True)
-    compat.check(replace(launch(disaggregation_mode="decode"), config=config))
+def test_disaggregation_is_tried_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "disaggregation")
+    compat.check(launch(disaggregation_mode="prefill"))
+    compat.check(replace(launch(disaggregation_mode="decode"), config=MacsConfig.from_preset(decode=True)))
+    with pytest.raises(MacsError, match="no prefill batches to act on"):
+        compat.check(launch(disaggregation_mode="decode"))
 
 
 @pytest.mark.parametrize(
@@ -316,6 +321,24 @@ def test_the_fused_dispatch_is_refused_where_it_would_carry_nothing(options, fla
 @pytest.mark.parametrize("mode", ["auto", "low_latency"])
 def test_the_fused_dispatch_is_taken_where_there_are_low_latency_batches(options, mode):
     compat.check(fused_launch(options, {"deepep_mode": mode}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"pp_size": 2, "dp_size": 2, "enable_dp_attention": True}, "--pp-size 2"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative decoding"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_exact_cache_is_refused_where_ranks_would_not_insert_alike(monkeypatch, flags, words):
+    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "disaggregation")
+    flags = launch(**flags).flags
+    for options in ({"cache": "clipped"}, {"cache": "exact", "gamma": math.inf}, {"cache": "exact", "preset": "off"}):
+        compat.check(replace(launch(), flags=flags, config=MacsConfig.from_preset(**options)))
+    with pytest.raises(MacsError, match=f"--macs-cache: got {words}.*--macs-cache clipped"):
+        compat.check(replace(launch(), flags=flags, config=MacsConfig.from_preset(cache="exact")))
 
 
 @pytest.mark.parametrize("backend", ["full", "breakable", "disabled"])

@@ -41,7 +41,7 @@ def test_every_field_has_a_flag_that_reaches_it():
     values |= {"decode": "true", "buckets": "64", "profile": "/p.json", "verify": "1", "verify_every": "5"}
     values |= {"trace": "/t", "trace_limit_mb": "8", "dispatch": "fused", "all_reduce": "peer"}
     values |= {"act": "always", "act_rows": "9", "layer_graphs": "false", "replicas": "keep"}
-    values |= {"exempt": "false"}
+    values |= {"exempt": "false", "cache": "exact"}
     names = {f.name for f in dataclasses.fields(MacsConfig)}
     assert names == values.keys()
     parsed = parse(*(arg for name, value in values.items() for arg in (config.flag(name), value)))

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import EP2_ARGS, Server, prompt
+from serving import CPU_ARGS, EP2_ARGS, Server, prompt
 from support.reference import QUESTIONS, Question
 from support.servers import MACS, assert_bounds_held, generate, own, serve, states
 
@@ -21,8 +21,13 @@ OFF = {"macs": "off"}
 def ask(server: Server, question: Question, custom: dict | None, key: str = "") -> dict:
     """Four greedy tokens. key: whose prefixes may be used."""
     sampling = {"temperature": 0, "max_new_tokens": 4, "custom_params": custom}
-    fields = {"sampling_params": sampling, "return_logprob": True, "extra_key": key}
+    fields = {"sampling_params": sampling, "return_logprob": True, "extra_key": key, "routed_dp_rank": 0}
     return generate(server, question.prompt, question.image, **fields)["meta_info"]
+
+
+def is_cached(answer: dict) -> bool:
+    """Whether more than the chat format's first words was found in the prefix cache."""
+    return answer["cached_tokens"] > answer["prompt_tokens"] // 2
 
 
 def log_probs(answer: dict) -> list[float]:
@@ -72,10 +77,10 @@ def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_m
         with Others(server):
             for question in alone:
                 ask(server, question, None)  # what was moved is in the cache now
-        for cached in (False, True):
-            for question, expected in alone.items():
-                answer = ask(server, question, OFF)
-                assert (answer["cached_tokens"] > 4) == cached and furthest(expected, answer) <= max(exempt), question
+        answers = [(question, ask(server, question, OFF)) for question in (*alone, *alone)]
+        assert not is_cached(answers[0][1]), "what others have left there is not for it"
+        assert all(is_cached(answer) for _, answer in answers[len(alone) :])
+        assert max(furthest(alone[question], answer) for question, answer in answers) <= max(exempt)
         assert_bounds_held(server)
         assert own(server, "clipped") > 0
         for state in states(server):
@@ -84,3 +89,31 @@ def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_m
         rounding = max(moved(server, alone, None))  # kernels round otherwise in other batches
         assert max(exempt) <= 2 * rounding
         assert sum(by > max(0.005, 2 * rounding) for by in clipped) > ASKED // 2, "without it, answers are moved"
+
+
+def is_found_again(server: Server, text: str, image: str | None = None) -> bool:
+    """Asked twice of one rank: whether the second finds the first's. Both answers are the same."""
+    fields = {"sampling_params": {"temperature": 0, "max_new_tokens": 4}, "routed_dp_rank": 0}
+    first, second = (generate(server, text, image, **fields) for _ in range(2))
+    assert first["output_ids"] == second["output_ids"]
+    return is_cached(second["meta_info"])
+
+
+LAYOUTS = {"data-parallel": EP2_ARGS, "tensor-parallel": ["--tp", "2", "--ep-size", "2", *CPU_ARGS]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_an_exact_cache_only_what_was_not_clipped_is_found_again(vl_model, layout):
+    """Prompts of one chunk and of several; on ranks that share a batch, all must insert or none."""
+    flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always", "--macs-cache", "exact"]
+    long = prompt(" ".join(f"{i} What is this?" for i in range(60)))
+    with serve(
+        vl_model, *LAYOUTS[layout], *MACS, *flags, "--chunked-prefill-size", "128", log=f"exact-{layout}"
+    ) as server:
+        assert not is_found_again(server, prompt("What is this?", images=1), "china")
+        assert not is_found_again(server, long)
+        assert max(state["uncached"] for state in states(server)) >= 4
+        assert_bounds_held(server)
+        assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
+        assert is_found_again(server, prompt("And this?", images=1), "flower")
+        assert is_found_again(server, "And " + long)

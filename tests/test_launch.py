@@ -80,6 +80,7 @@ EVERY_FIELD |= {"c_min": 3.0, "entropy_scope": "image", "protect_text": False, "
 EVERY_FIELD |= {"buckets": 64, "profile": "PROFILE", "verify": True, "trace": "/t", "trace_limit_mb": 8.0}
 EVERY_FIELD |= {"dispatch": "auto", "all_reduce": "auto", "verify_every": 5, "act": "auto", "act_rows": 9}
 EVERY_FIELD |= {"layer_graphs": False, "replicas": "keep", "exempt": False}
+EVERY_FIELD |= {"cache": "exact"}
 OPTIONS = {"every field": EVERY_FIELD, "infinity": {"gamma": float("inf")}, "off": {"preset": "off"}, "none": {}}
 FILES = {  # name -> (lines of a --config file, what the record carries; None: no MACS)
     "file, enable-macs": ("enable-macs: true\nmoe-a2a-backend: deepep\nmacs-gamma: 1.25", {"gamma": 1.25}),

@@ -174,7 +174,7 @@ class LayerGraph:
         """Of the graph for this rank's batch; None where it takes the launches themselves."""
         if now.skip in batch.UNKNOWN or not (now.most_tokens and tokens and self._carries()):
             return None
-        if now.measured or now.leaves_alone or now.halves or self.planner.recorder is not None:
+        if now.measured or now.leaves_alone or now.halves or now.clipped or self.planner.recorder is not None:
             return None
         rows = size_class(max(tokens, -(-now.most_tokens // self.planner.attn_tp[1])))
         segments = 1 << (now.num_segments - 1).bit_length() if now.num_segments else 0

@@ -110,6 +110,8 @@ class LayerPlanner:
         self.counters.plan_seconds += time.perf_counter() - start
         if left_alone is not None:
             result = result.with_rows(left_alone, topk_ids, topk_weights)
+        if now.clipped is not None:
+            now.clipped.add(half, self._logical(topk_ids), self._logical(result.topk_ids))
         if self._aside is None:
             self.count_plan(result)
         else:

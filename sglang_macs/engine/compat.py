@@ -99,6 +99,17 @@ def _placed(launch: Launch) -> bool:
     return moved or any(launch.flag(name) for name in ("enable_eplb", "ep_num_redundant_experts"))
 
 
+def _exact_cache(launch: Launch) -> str:
+    """Why what was clipped cannot be kept out of the prefix cache: some ranks would insert what others do not."""
+    if launch.config.cache == "clipped" or launch.config.changes_nothing:
+        return ""
+    if launch.flag("pp_size", 1) > 1:
+        return f"--pp-size {launch.flag('pp_size')}, stages that do not know what others clipped"
+    if launch.flag("disaggregation_mode", "null") not in (None, "null"):
+        return f"--disaggregation-mode {launch.flag('disaggregation_mode')}, keys and values that are sent on"
+    return "speculative decoding" if launch.flag("speculative_algorithm") else ""
+
+
 def experimental(name: str) -> bool:
     """Whether the environment asks for what is not fit for service."""
     return name in os.environ.get(EXPERIMENTAL_ENV, "").split(",")
@@ -196,8 +207,13 @@ def _prefill(launch: Launch) -> str:
     return f"{ranks * tokens} tokens a prefill batch ({ranks} x {tokens})" if ranks * tokens > most else ""
 
 
-def _decode_only(launch: Launch) -> bool:
-    return launch.flag("disaggregation_mode") == "decode" and not launch.config.decode
+def _disaggregated(launch: Launch) -> str:
+    mode = launch.flag("disaggregation_mode", "null")
+    if mode in (None, "null") or launch.config.changes_nothing:
+        return ""
+    if mode == "decode" and not launch.config.decode:
+        return "decode, which has no prefill batches to act on"
+    return "" if experimental("disaggregation") else f"{mode}: no such pair has been served with MACS"
 
 
 def _replicas(launch: Launch) -> str:
@@ -322,9 +338,9 @@ RULES = (
     ),
     Rule(
         "--disaggregation-mode",
-        _if_routing_changes(_decode_only, "decode, which has no prefill batches to act on"),
-        "prefill, or --macs-decode true",
-        "Serve this side without MACS.",
+        _disaggregated,
+        "none",
+        f"Serve this side without MACS; {EXPERIMENTAL_ENV}=disaggregation tries it nevertheless.",
     ),
     Rule(
         "--enable-prefill-cp",
@@ -461,6 +477,12 @@ RULES = (
         _bounded,
         "bounded only in DeepEP's normal mode, whole batches, with DeepGEMM's runner in bf16 or FP8 blocks",
         "Or pass --macs-dispatch deepep.",
+    ),
+    Rule(
+        "--macs-cache",
+        _exact_cache,
+        "exact only where a request's whole prefill runs in one scheduler's passes",
+        "Or pass --macs-cache clipped.",
     ),
     Rule("--enable-lora", _if(_on("enable_lora"), "LoRA"), "none on MoE layers", "Leave it out."),
 )

@@ -1,8 +1,8 @@
 """Requests that are exempt: nothing of theirs is clipped. A request asks for it in SGLang's custom parameters,
 `{"macs": "off"}`; `--macs-exempt false` grants it to none.
 
-Rows of exempt requests are left alone, as decoded ones are beside a prefill: no bound speaks of them. That changes what
-a pass exchanges and how it is dispatched, so every rank must know that any of them has such a request. SGLang's
+Rows of exempt requests are left alone, as decoded ones are beside a prefill, and others make room for them. That
+changes how a pass is planned and dispatched, so every rank must know that any of them has such a request. SGLang's
 schedulers tell each other beside their tokens (set_state.py).
 """
 
@@ -52,13 +52,16 @@ def _prepare_sync(original, local_batch, *args, **kwargs):
 def spans_of(schedule_batch, forward_batch) -> tuple[tuple[int, int], ...]:
     """(start, end) token of each exempt request of one of SGLang's batches."""
     exempt = [getattr(req, "macs_exempt", False) for req in schedule_batch.reqs or ()]
-    if not any(exempt):
-        return ()
-    mode = forward_batch.forward_mode
+    return batch.spans(exempt, lengths_of(schedule_batch, forward_batch)) if any(exempt) else ()
+
+
+def lengths_of(schedule_batch, forward_batch) -> list[int]:
+    """Tokens of each request of one of SGLang's batches."""
+    mode, count = forward_batch.forward_mode, len(schedule_batch.reqs or ())
     if mode.is_extend() and not mode.is_target_verify():
-        return batch.spans(exempt, schedule_batch.extend_lens)
+        return schedule_batch.extend_lens[:count]
     each = getattr(forward_batch.spec_info, "draft_token_num", 1) if mode.is_target_verify() else 1
-    return batch.spans(exempt, [each] * len(exempt))
+    return [each] * count
 
 
 HOOKS = (

@@ -4,7 +4,7 @@ from ..config import MacsConfig
 from ..console import say_once
 from ..plan import batch
 from ..plan.plan import check_batch_size
-from . import exempt, set_state, worker
+from . import exempt, prefix_cache, set_state, worker
 from .hooks import Hook
 
 
@@ -38,6 +38,9 @@ def _forward_batch_init_new(result, cls, schedule_batch, *args, **kwargs):
     result.macs_agreed = getattr(schedule_batch, "macs_agreed", None)
     result.macs_decoding = len(schedule_batch.decoding_reqs or ())
     result.macs_exempt = exempt.spans_of(schedule_batch, result)
+    if worker.current().config.cache == "exact":
+        result.macs_reqs = list(schedule_batch.reqs or ())
+        result.macs_lengths = exempt.lengths_of(schedule_batch, result)
     if result.forward_mode.is_extend() and result.contains_mm_inputs():
         _tell_of_unmarked(schedule_batch.reqs or ())
 
@@ -89,6 +92,7 @@ def _forward(original, self, forward_batch, *args, **kwargs):
         process.agreement.check(acts_on, forward_batch.input_ids.numel(), prefill)
     with batch.forward(acts_on), process.recorded(forward_batch, get_parallel().attn_tp_rank):
         result = original(self, forward_batch, *args, **kwargs)
+    prefix_cache.end_pass(acts_on, forward_batch, result)
     process.tick()
     return result
 

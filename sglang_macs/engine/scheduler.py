@@ -11,7 +11,7 @@ from ..dispatch import plan_cost
 from ..dispatch.acting import LOOK_EVERY
 from ..errors import MacsNotActive
 from ..observe.shared_state import SharedState
-from . import compat, moe_config, worker
+from . import compat, moe_config, prefix_cache, worker
 from .agreement import Agreement
 from .hooks import Hook
 
@@ -144,7 +144,10 @@ class _Copied:
 
 
 def _process_batch_result(original, self, batch, result):
-    """AROUND Scheduler.process_batch_result: a pass for which a rank did not come has no tokens that may leave."""
+    """AROUND Scheduler.process_batch_result: a pass for which a rank did not come has no tokens that may leave, and
+    what was clipped must be known before anything is inserted into the prefix cache.
+    """
+    prefix_cache.settle(result)
     transports, copied = worker.current().transports, getattr(result, "copy_done", None)
     if transports.awaits_peers:
         if copied is None:  # without the overlapped schedule, which would wait for the tokens now

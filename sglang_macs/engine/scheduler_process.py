@@ -15,6 +15,7 @@ from . import (
     exempt,
     hooks,
     model_runner,
+    prefix_cache,
     replicas,
     runner,
     scheduler,
@@ -26,7 +27,7 @@ from .refusal import exit_with
 HOOKS = tuple(
     hook
     for module in (
-        *(topk, dispatchers, replicas, model_runner, scheduler, set_state, exempt),
+        *(topk, dispatchers, replicas, model_runner, scheduler, set_state, exempt, prefix_cache),
         *(deepep, deepep_bounded, runner),
     )
     for hook in module.HOOKS

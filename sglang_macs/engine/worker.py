@@ -26,6 +26,7 @@ from ..observe.shared_state import SharedState
 from ..observe.stats import Stats
 from ..plan import profile
 from ..plan.batch import Batch
+from ..plan.clipped import Clipped
 from .agreement import Agreement
 from .compat import Launch
 from .control import Control
@@ -148,6 +149,8 @@ class Worker:
             needed = self.bounded is not None and self.bounded.needs_plan(batch.group_tokens)
             batch = self.acting.decide(batch, every_layer=needed)
             self.stats.exempt_tokens += batch.exempt_tokens
+            if self.config.cache == "exact" and not self.config.changes_nothing:
+                batch = replace(batch, clipped=Clipped())
         return replace(batch, measured=chosen)
 
     def recorder_at(self, place: Place) -> Recorder | None:

@@ -108,6 +108,7 @@ METRICS = (
     Metric("rerouted", "clipped assignments that found another expert", _own("rerouted"), ("modality",)),
     Metric("dropped", "clipped assignments that found none", _own("dropped"), ("modality",)),
     Metric("exempt_tokens", "tokens of exempt requests in planned passes", _one(lambda s: s["exempt_tokens"])),
+    Metric("uncached", "requests kept out of the prefix cache (--macs-cache exact)", _one(lambda s: s["uncached"])),
     Metric("measured", "dispatches whose rows were counted over the group", _one(lambda s: _layers(s, "dispatches"))),
     Metric("cut", "measured dispatches in which a bound cut", _one(lambda s: _layers(s, "cut"))),
     Metric(

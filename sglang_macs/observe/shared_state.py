@@ -20,7 +20,6 @@ SUMMED = (
     "skipped",
     "expected_gain",
     "misaligned",
-    "exempt_tokens",
     "received_rows",
     "remote_rows",
     "runner_calls",

@@ -149,6 +149,7 @@ class Stats:
     runner_calls: int = 0
     changes: int = 0
     exempt_tokens: int = 0
+    uncached: int = 0
     observed_passes: int = 0
     observed_seconds: float = 0.0
     observed_share: Tensor | float = 0.0

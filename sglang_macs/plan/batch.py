@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import MacsConfig
+from .clipped import Clipped
 
 # SGLang pads the positions of multimodal items with ids from here on (managers/schedule_batch.py, MM_PAD_SHIFT_VALUE).
 PAD_ID_BASE = 1_000_000
@@ -88,6 +89,7 @@ class Batch:
     no_gain: layers that are not planned though the batch is. All ranks agree.
     gain: by layer, rows that a plan is expected to take off the most loaded rank; a layer of which nothing is known is
     missing.
+    clipped: notes whose tokens lose assignments, with --macs-cache exact.
     of_rows: whether `segment` is that of a MoE layer's rows already, padded and scattered.
     """
 
@@ -103,6 +105,7 @@ class Batch:
     measured: bool = False
     no_gain: frozenset[int] = frozenset()
     gain: Mapping[int, int] = field(default_factory=dict)
+    clipped: Clipped | None = field(default=None, repr=False, compare=False)
     of_rows: bool = False
     _of_rows: dict[tuple, tuple[Tensor, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _left_alone: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -217,7 +220,7 @@ def of_forward(
 def spans(chosen: Sequence[bool], lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """(start, end) token of each chosen request of a batch; lengths: tokens of every request in it."""
     ends = list(itertools.accumulate(lengths))
-    return tuple((end - n, end) for one, n, end in zip(chosen, lengths, ends, strict=False) if one)
+    return tuple((end - n, end) for one, n, end in zip(chosen, lengths, ends, strict=True) if one)
 
 
 def _visual_segments(forward_batch: Any, config: MacsConfig) -> tuple[Tensor | None, int]:

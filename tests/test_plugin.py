@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_macs.config import CONFIG_ENV, MacsConfig, configure
-from sglang_macs.engine import launcher, model_runner, scheduler_process
+from sglang_macs.engine import launcher, model_runner, scheduler_process, worker
 from sglang_macs.errors import MacsError
 
 
@@ -58,7 +58,8 @@ def test_an_engine_that_starts_schedulers_itself_is_refused():
     assert launcher._launch_subprocesses(lambda cls, args: "started", OtherEngine, record()) == "started"
 
 
-def test_a_picture_without_positions_is_told_of_once(capfd):
+def test_a_picture_without_positions_is_told_of_once(capfd, monkeypatch):
+    monkeypatch.setattr(worker, "_current", worker.Worker(MacsConfig.from_preset()))
     picture = SimpleNamespace(is_audio=lambda: False, offsets=[(1, 2)])
     inputs = SimpleNamespace(mm_items=[picture])
 

@@ -12,7 +12,7 @@ from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import exempt, set_state, worker
 from sglang_macs.observe.stats import Stats, rows_of
-from sglang_macs.plan import batch
+from sglang_macs.plan import batch, importance
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
 
@@ -211,3 +211,24 @@ def test_tokens_of_exempt_requests_are_counted(process):
     for tokens, skip in ((7, ""), (0, ""), (9, "off")):
         process.decide(batch.Batch(None, 0, skip, ranks.group_tokens, exempt_tokens=tokens))
     assert process.state()["exempt_tokens"] == 7
+
+
+@pytest.mark.parametrize("buckets", [32, 64, 128, 256])
+def test_nobody_else_is_in_the_highest_bucket(buckets):
+    greatest = importance.below_highest(buckets)
+    above = float(torch.nextafter(torch.tensor(greatest), torch.tensor(2.0)))
+    weights = torch.tensor([[greatest, above, 1e9, torch.inf]])
+    plan = Plan(MacsConfig.from_preset("rank", buckets=buckets), 4, 1)
+    ids, segment = torch.arange(4, dtype=torch.int32).view(1, 4), torch.zeros(1, dtype=torch.int32)
+    cells = plan.histogram(ids, weights, torch.ones(1), segment)[: plan.cells - 4].view(4, 2, buckets)
+    assert cells[:, 0].argmax(dim=1).tolist() == [buckets - 2, buckets - 1, buckets - 1, buckets - 1]
+
+
+def test_text_gives_no_more_than_exempt_rows_take_where_all_text_is_as_important():
+    """Preset paper: text weighs 1, whatever its gate."""
+    config = MacsConfig.from_preset("paper", gamma=1.0, reroute="none")
+    ids = torch.tensor([[0]] * 6 + [[1]] * 2, dtype=torch.int32)  # bounds of four
+    taken, segment = torch.arange(8) == 0, torch.full((8,), batch.TEXT, dtype=torch.int32)
+    tokens = RoutedTokens(torch.randn(8, HIDDEN), ids, torch.full((8, 1), 0.5), None, segment, 0)
+    sent = Plan(config, 2, 1)(tokens, None, taken).topk_ids.flatten().tolist()
+    assert sent == [-1, 0, 0, 0, -1, -1, 1, 1]

@@ -70,6 +70,13 @@ def _shown(values: object) -> str:
     return f"{values.dtype} {list(values.shape)} on {values.device}"
 
 
+def below_highest(buckets: int) -> float:
+    """The greatest importance that is not in the highest bucket (docs/design/method.md, 3)."""
+    bits = (buckets // 16).bit_length() - 1
+    greatest = (((127 << bits) - 1) << (23 - bits)) - 1
+    return torch.tensor(greatest, dtype=torch.int32).view(torch.float32).item()
+
+
 def gates(tokens: RoutedTokens, topk_ids: Tensor, scoring: str) -> Tensor:
     """[T, K] f32 of what is dispatched (docs/design/method.md 5.3): an assignment that stays keeps its gate, one that
     is re-routed gets its router probability under the scaling of the token's greatest gate, a dropped one 0.

@@ -105,17 +105,18 @@ class Plan:
     def follow(self, routing: Routing) -> None:
         """Re-routes as this router would. On all ranks alike."""
         self.routing = routing
-        self.policy = self._policy(self.config)
-        self._without_pressure = self._policy(replace(self.config, alpha=0.0))
+        own = "gate" if self._importance is not None else self.config.importance  # takes its scores for gates
+        self.policy = self._policy(self.config, own)
+        self._by_order = self._policy(replace(self.config, alpha=0.0), "gate")
 
-    def _policy(self, config: MacsConfig) -> Tensor:
+    def _policy(self, config: MacsConfig, importance: str) -> Tensor:
         return policy.of_config(
             config,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
             scoring=self.routing.scoring,
             needs_entropy=self._needs_entropy,
-            importance=config.importance if self._importance is None else "gate",  # takes its scores for gates
+            importance=importance,
             c_min=config.c_min / self.num_ranks if config.exchange == "local" else config.c_min,
         )
 
@@ -236,42 +237,61 @@ class Plan:
         self, tokens: RoutedTokens, all_reduce: AllReduce | None, taken: Tensor | None = None
     ) -> PlanResult:
         """As `__call__`, by the operators one after the other."""
+        if taken is not None:
+            return self._around(tokens, all_reduce, taken)
         hidden_states, topk_ids, topk_weights, router_logits, segment, num_segments = tokens
         weight = self.weight(hidden_states, segment, num_segments)
         order = topk_weights if self._importance is None else importance.scores(self._importance, tokens)
-        counted = order if taken is None else order.masked_fill(taken.unsqueeze(1), torch.inf)
-        own = group = self.histogram(topk_ids, counted, weight, segment)
-        if all_reduce is not None:
-            group = own.clone()
-            all_reduce(group)
-        logits = None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+        own = self.histogram(topk_ids, order, weight, segment)
+        group = self._summed(own, all_reduce)
+        logits = self._logits(router_logits)
         batch = topk_ids, order, weight, segment
         if self.places is not None:
             return self._with_replicas(*batch, logits, own, group)
-        if taken is not None:
-            tokens, batch, shift, cut = self._around(tokens, batch, taken, own, group)
-        else:
-            shift, cut = self.threshold(own, group)
+        shift, cut = self.threshold(own, group)
         ids, weights, counts = self.apply(*batch, logits, shift, cut)
         if self._importance is not None:
             weights = importance.gates(tokens._replace(router_logits=logits), ids, self.routing.scoring)
         return PlanResult(ids, weights, weight, own, group, cut, counts)
 
-    def _around(
-        self, tokens: RoutedTokens, batch: tuple[Tensor, ...], taken: Tensor, own: Tensor, group: Tensor
-    ) -> tuple[RoutedTokens, tuple[Tensor, ...], Tensor, Tensor]:
-        """Tokens and batch without the rows `taken`, and shift and cut that leave room for them. In the histograms they
-        stand on the highest level, and there is no pressure that would move them down. Where that level is cut
-        they alone may be more than the bound, and nothing else stays.
+    def _around(self, tokens: RoutedTokens, all_reduce: AllReduce | None, taken: Tensor) -> PlanResult:
+        """The plan of the others, which leaves room for the rows `taken`. In the histograms these stand alone on the
+        highest level: no other is as important, and there is no pressure that would move them down. From the clip they
+        are hidden.
         """
-        if self.config.exchange == "local":
-            group = own
-        given = own, group, self._modality_on(own.device), self._without_pressure
-        shift, cut = ops.clip_threshold(*given)
-        highest = self.config.buckets * (2 if self.config.protect_text else 1) - 1
-        cut[:, 1].masked_fill_(cut[:, 0] == highest, 0)
-        hidden = tokens.topk_ids.masked_fill(taken.unsqueeze(1), -1)
-        return tokens._replace(topk_ids=hidden), (hidden, *batch[1:]), shift, cut
+        weight = self.weight(tokens.hidden_states, tokens.segment, tokens.num_segments)
+        order = self._importances(tokens, weight).clamp(max=importance.below_highest(self.config.buckets))
+        counted, rows = order.masked_fill(taken.unsqueeze(1), torch.inf), (weight, tokens.segment)
+        own = ops.load_histogram(tokens.topk_ids, counted, *rows, self._by_order, None)
+        group = self._summed(own, all_reduce)
+        summed = own if self.config.exchange == "local" else group
+        shift, cut = ops.clip_threshold(own, summed, self._modality_on(own.device), self._by_order)
+        logits = self._logits(tokens.router_logits)
+        others = tokens._replace(topk_ids=tokens.topk_ids.masked_fill(taken.unsqueeze(1), -1), router_logits=logits)
+        given = others.topk_ids, order, *rows, logits, shift, cut, self._by_order
+        ids, _, counts = ops.clip_apply(*given, selection=self._selection(logits))
+        weights = importance.gates(others, ids, self.routing.scoring)
+        return PlanResult(ids, weights, weight, own, group, cut, counts)
+
+    def _importances(self, tokens: RoutedTokens, weight: Tensor) -> Tensor:
+        """[T, K] f32 of the assignments, what the options or a function say."""
+        if self._importance is not None:
+            return importance.scores(self._importance, tokens)
+        if self.config.importance == "gate":
+            return tokens.topk_weights
+        of_token = weight.unsqueeze(1).expand(tokens.topk_ids.shape)
+        return of_token if self.config.importance == "entropy" else of_token * tokens.topk_weights
+
+    def _logits(self, router_logits: Tensor | None) -> Tensor | None:
+        return None if self.config.reroute == "none" or router_logits is None else router_logits.float()
+
+    @staticmethod
+    def _summed(own: Tensor, all_reduce: AllReduce | None) -> Tensor:
+        if all_reduce is None:
+            return own
+        group = own.clone()
+        all_reduce(group)
+        return group
 
     def _with_replicas(
         self,

@@ -83,8 +83,10 @@ def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_m
         assert max(furthest(alone[question], answer) for question, answer in answers) <= max(exempt)
         assert_bounds_held(server)
         assert own(server, "clipped") > 0
+        of_ranks = sorted(state["exempt_tokens"] for state in states(server))
+        assert of_ranks[0] == 0 < of_ranks[1], "all are asked of one rank"
         for state in states(server):
-            assert state["exempt_tokens"] > 0 and any(layer["exceeded"] for layer in state["layers"].values())
+            assert any(layer["exceeded"] for layer in state["layers"].values()), "alone on a rank, they are"
         assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
         rounding = max(moved(server, alone, None))  # kernels round otherwise in other batches
         assert max(exempt) <= 2 * rounding

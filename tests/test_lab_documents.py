@@ -1,4 +1,4 @@
-"""The lab of documents: answers follow from what they show, nothing judged was trained on, its model is transformers'."""
+"""The lab of documents: answers follow from what is shown, nothing judged was trained on, logits are transformers'."""
 
 import ast
 import json

@@ -37,6 +37,10 @@ STOCK_BATCHES = 400  # batches' rows that are held on the device; a tenth of it 
 STOCK_SHARE, STOCK_SECONDS = 0.3, 40.0  # of which so much is waited for before the first step, or so long
 
 
+class Restart(Exception):
+    """Why this process has to start anew, and the options that it then gets besides."""
+
+
 @torch.no_grad()
 def judge(model: LabModel, batches: list, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Accuracy by "task/size"; and by layer the mean imbalance of ranks and of experts."""
@@ -205,20 +209,15 @@ def meta_of(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mi
 
 
 def capture_or_restart(trainer: Trainer, options: argparse.Namespace) -> None:
-    """A failed capture can leave the device's generator unusable: then the process starts anew, with less."""
+    """A failed capture can leave the device's generator unusable: then the process has to start anew, with less."""
     try:
         trainer.capture()
         print("step captured as a CUDA graph", flush=True)
     except torch.OutOfMemoryError:
-        restart(f"a batch of {options.batch:g} does not fit", "--batch", str(options.batch / 2))
+        raise Restart(f"a batch of {options.batch:g} does not fit", "--batch", str(options.batch / 2)) from None
     except RuntimeError as error:
         less = ["--no-graph"] if options.experts_by == "dense" else ["--experts-by", "dense"]
-        restart(f"no CUDA graph ({error})", *less)
-
-
-def restart(why: str, *less: str) -> None:
-    print(f"{why}; starting again with {' '.join(less)}", flush=True)
-    os.execv(sys.executable, [sys.executable, *sys.argv, *less])
+        raise Restart(f"no CUDA graph ({error})", *less) from None
 
 
 def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, between) -> None:
@@ -286,8 +285,13 @@ def start_again(options: argparse.Namespace, seconds: float) -> None:
         raise SystemExit("the loss is not finite; lower --lr")
     (options.out / "state.pt").unlink(missing_ok=True)
     less = ["--optimizer", "adamw", "--lr", str(options.lr / 2), "--minutes", f"{seconds / 60:.2f}"]
-    restart("the loss is not finite", *less)
+    raise Restart("the loss is not finite", *less)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Restart as restart:
+        why, *less = restart.args
+        print(f"{why}; starting again with {' '.join(less)}", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.argv, *less])

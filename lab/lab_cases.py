@@ -11,7 +11,7 @@ from lab_judge import as_batch, by_task, exact
 from lab_methods import Inputs, Layout, Method, Outcome, fullest, rank_rows
 from lab_model import LabModel
 from lab_pictures import TOKEN
-from lab_statistics import Findings, Tally
+from lab_statistics import Findings, Tally, so_far
 from lab_suites import Mix
 from lab_tasks import NO_LABEL, Group
 from torch import Tensor
@@ -266,6 +266,8 @@ def run_work(course: Course, parts: dict[str, Part], work: Work, keep: Callable[
             break
         run_case(course, course.case(*spec, parts[name].ranks), parts[name], found[name])
         print(f"  {name} {spec}: {done + 1} of {len(work)}, {time.perf_counter() - start:.0f} s", flush=True)
+        if parts[name].plans:
+            print(f"    {so_far(found[name])}", flush=True)
         keep(found)
     return found
 

@@ -56,6 +56,19 @@ class Findings:
                 mine.counts[name] += count
 
 
+SHOWN = ("gate", "cai", "paper", "visual top-k", "skipping", "gate x redundancy", "random")
+
+
+def so_far(found: Findings) -> str:
+    """Unclipped accuracy, and the divergence of some methods at the bound nearest to 1.05."""
+    right, asked = (sum(sum(row.values()) for row in rows) for rows in (found.right, found.asked))
+    bounds = [bound for _, bound in found.tallies if bound is not None]
+    at = min(bounds, key=lambda bound: abs(bound - 1.05))
+    of = {name: tally.kl for (name, bound), tally in found.tallies.items() if bound == at and name in SHOWN}
+    kl = ", ".join(f"{name} {sum(values) / len(values):.1e}" for name, values in of.items())
+    return f"unclipped {100 * right / max(asked, 1):.1f} % right; KL at {at:g}: {kl}"
+
+
 class Statistics:
     """Confidence intervals by resampling whole batches, paired with the unclipped model.
 

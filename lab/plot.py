@@ -12,11 +12,11 @@ from lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs" / "results"
 MARKS = ("<!-- tables: written by lab/plot.py -->", "<!-- /tables -->")
-# Result, page of its tables, picture; what is missing is left out.
+# Result, page of its tables, picture, the only bound that is shown; what is missing is left out.
 STUDIES = (
-    ("quality", "quality_digits", "quality"),
-    ("quality_documents", "quality_documents", "quality_documents"),
-    ("quality_documents_small_reduced", "quality_documents_small", None),
+    ("quality", "quality_digits", "quality", None),
+    ("quality_documents", "quality_documents", "quality_documents", None),
+    ("quality_documents_small_reduced", "quality_documents_small", None, 1.05),
 )
 DRAWN = {
     "gate": ("C3", "o-"),
@@ -157,16 +157,21 @@ def entropy_table(found: dict) -> str:
     return "\n".join(lines) + f"\n\n{found['cases']} batches; a fifth by chance: KL {chance}."
 
 
-def tables(result: dict) -> str:
-    """Everything between the marks of a page."""
+def tables(result: dict, only: float | None) -> str:
+    """Everything between the marks of a page; at all bounds, or at the one."""
+
+    def bounds_of(part: str) -> list[float]:
+        found = sorted({r["bound"] for r in rows_of(result, part)}) if part in result else []
+        return [bound for bound in found if only in (None, bound)]
+
     found, ocr = [summary(result)], list(result.get("ocr", OCR_TASKS))
     unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
-    for bound in sorted({r["bound"] for r in rows_of(result)}):
+    for bound in bounds_of("main"):
         rows = rows_of(result, bound=bound)
         found.append(f"## Bound {bound:g}\n\n{table(rows, ocr)}\n\n{differing(rows)}")
     found.append(f"## By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped, ocr)}")
     for part, title in PARTS.items():
-        for bound in sorted({r["bound"] for r in rows_of(result, part)}) if part in result else ():
+        for bound in bounds_of(part):
             rows = rows_of(result, part, bound)
             head = (
                 f"## {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
@@ -187,12 +192,12 @@ def write_tables(text: str, path: Path) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for name, page, picture in STUDIES:
+    for name, page, picture, only in STUDIES:
         file = DOCS / f"{name}.json"
         if not file.exists():
             continue
         result = json.loads(file.read_text())
-        write_tables(tables(result), DOCS / f"{page}.md")
+        write_tables(tables(result, only), DOCS / f"{page}.md")
         if picture:
             draw(result, DOCS / f"{picture}.png")
 

@@ -38,8 +38,8 @@ def test_copies_of_experts_lose_less_at_equal_rows_of_the_fullest_rank():
 
 
 def test_the_small_study_of_documents_holds_all_methods_to_the_same_rows():
-    """On 8, 16 and 32 ranks, behind a router with biases and groups; what leaves each token an expert may miss the bound:
-    a visual cut, and skipping where ranks have one expert each.
+    """On 8, 16 and 32 ranks, behind a router with biases and groups; what leaves each token an expert may miss
+    the bound: a visual cut, and skipping where ranks have one expert each.
     """
     result = json.loads((ROOT / "docs" / "results" / "quality_documents_small_reduced.json").read_text())
     assert result["device"] == "cpu" and result["seconds"] < 1200 and result["architecture"]["groups"] > 1

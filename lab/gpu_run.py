@@ -229,14 +229,14 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
         command += ["--device", device]
         jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index)
     jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
-    left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
+    left = options.seconds - (time.monotonic() - start) - 85  # the last case takes up to a minute; merging some seconds
     for index, v in enumerate(variants):
         # Without a GPU the cores are shared out as the GPU's processes are.
         share = 1 if device == "cuda" else os.cpu_count() / sum(x.workers for x in variants)
         workers = max(1, int(v.workers * share))
         command = evaluation(v, options.smoke, device, workers, left)
         jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index)
-    jobs.wait([f"evaluate {v.name}" for v in variants], left + 35, variants)
+    jobs.wait([f"evaluate {v.name}" for v in variants], left + 80, variants)
     for v in variants:
         tail(v.folder / "calibrate.log", 3)
         tail(v.folder / "evaluate.log", 45)

@@ -3,6 +3,7 @@
     python3 lab/gpu_run.py train --variants digits --out OUT [--seconds 560]
     python3 lab/gpu_run.py train --variants documents --out OUT [--minutes 16]; the same with --resume until it is done
     python3 lab/gpu_run.py evaluate --out OUT [--seconds 420]
+    python3 lab/gpu_run.py both --variants documents-small --seconds 580 --out OUT    # two CPU cores, 20 minutes
     python3 lab/gpu_run.py both --out OUT --smoke        # some minutes: does everything run here?
 
 Needs torch with CUDA, tokenizers, safetensors, scikit-learn, and nvcc for the operators (without it they are built for
@@ -38,7 +39,7 @@ START_UP = 45.0  # seconds of a training before its clock starts: imports, digit
 class Variant:
     """A suite's model to train, and how many processes judge it on how many batches a seed and mix.
 
-    minutes: of training, over several calls; None: what one call has.
+    minutes: of training, over several calls; None: what one call has. reduced: what two CPU cores can judge.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Variant:
     workers: int
     batches: int
     minutes: float | None = None
+    reduced: bool = False
 
     @property
     def folder(self) -> Path:
@@ -55,6 +57,13 @@ class Variant:
 VARIANTS = (
     Variant("digits", ("--seed", "7"), workers=8, batches=8),
     Variant("documents", ("--seed", "8"), workers=8, batches=3, minutes=16.0),
+    Variant(
+        "documents-small",
+        ("--seed", "7", "--warmup", "100", "--experts-by", "loop", "--workers", "1", "--device", "cpu"),
+        workers=2,
+        batches=1,
+        reduced=True,
+    ),
 )
 APART = (
     "state.pt",
@@ -249,7 +258,8 @@ def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: floa
     command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
     few = 1 if smoke else max(1, v.batches // 2)
     command += ["--batches", 1 if smoke else v.batches, "--sweep-batches", few]
-    return command + (["--seeds", 1] if smoke else [])
+    command += ["--seeds", 1] if smoke else []
+    return command + (["--reduced"] if v.reduced else [])
 
 
 def _has_weights(folder: Path) -> bool:
@@ -271,13 +281,13 @@ def main() -> None:
     parser.add_argument("stage", choices=("train", "evaluate", "both"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, help="of a stage (training 560, evaluation 420; smoke 100 each)")
-    parser.add_argument("--variants", nargs="*", choices=[v.name for v in VARIANTS])
+    parser.add_argument("--variants", nargs="*", choices=[v.name for v in VARIANTS], default=["digits", "documents"])
     parser.add_argument("--smoke", action="store_true", help="a short training, one batch of each mix")
     parser.add_argument("--minutes", type=float, help="of a training over several calls (default: the variant's)")
     parser.add_argument("--resume", action="store_true", help="go on with what build/lab-run holds")
     parser.add_argument("--rebuild", action="store_true", help="build the operators even if they are there")
     options = parser.parse_args()
-    options.variants = [v for v in VARIANTS if not options.variants or v.name in options.variants]
+    options.variants = [v for v in VARIANTS if v.name in options.variants]
     options.out.mkdir(parents=True, exist_ok=True)
     jobs, given = Jobs(options.out, shared(find_gpus())), options.seconds
     if options.stage in ("train", "both"):

@@ -433,4 +433,4 @@ def test_the_committed_model_answers():
         logits, _ = lab_checkpoint.load(suite.checkpoint)([lab_judge.as_batch(g) for g in groups])
     right = lab_judge.by_task(groups, [lab_judge.exact(x, g.labels) for x, g in zip(logits, groups, strict=True)])
     share = {task: sum(rows) / len(rows) for task, rows in right.items()}
-    assert share["copy/text"] > 0.8 and share["maximum/text"] > 0.8 and share["count/plate"] > 0.35  # chance: 0.2
+    assert share["copy/text"] > 0.8 and share["maximum/text"] > 0.8 and share["count/plate"] > 0.35  # chance: 0.25

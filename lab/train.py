@@ -252,8 +252,8 @@ def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, b
             saved = elapsed
             trainer.save(state, step, before + elapsed, log)
         elapsed = time.perf_counter() - start
-    report(trainer, batches, options.out, log, step, before + elapsed, meta)
     trainer.save(state, step, before + elapsed, log)
+    report(trainer, batches, options.out, log, step, before + elapsed, meta)
 
 
 def describe(trainer: Trainer, mix: Mix, options: argparse.Namespace) -> None:

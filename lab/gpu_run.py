@@ -32,9 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAB = ROOT / "lab"
 WORK = ROOT / "build" / "lab-run"
 KEEP_EVERY = 20.0  # seconds
-START_UP = (
-    45.0  # seconds of a training before its clock starts: imports, digits or stock, grouped products tried, graph
-)
+START_UP = 45.0  # seconds of a training before its clock starts: imports, digits, grouped products tried, graph
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def train(options: argparse.Namespace, jobs: Jobs) -> None:
         minutes = variant.minutes and (left / 60 if options.smoke else options.minutes or variant.minutes)
         command = [sys.executable, LAB / "train.py", "--suite", variant.name, "--out", variant.folder]
         command += ["--minutes", f"{minutes or left / 60:.2f}", "--judge-every", min(60, left / 3), *variant.training]
-        command += ["--call-seconds", f"{left - 45:.0f}", "--resume"] if minutes else []
+        command += ["--call-seconds", f"{max(20.0, left - 45):.0f}", "--resume"] if minutes else []
         jobs.start(variant.name, command, variant.folder / "train.log", index)
     jobs.wait([v.name for v in options.variants], options.seconds - 10, options.variants)
     for variant in options.variants:

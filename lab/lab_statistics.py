@@ -104,8 +104,9 @@ class Statistics:
         return (self.accuracy(right, rows) * asked).sum(-1) / asked.sum(-1)
 
     def kept(self, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Score over the unclipped model's."""
-        return self.score(right, rows) / self.score(self.base, rows)
+        """Score over the unclipped model's; 1 where that has none, and there is nothing to lose."""
+        score, base = np.asarray(self.score(right, rows)), np.asarray(self.score(self.base, rows))
+        return np.divide(score, base, out=np.ones_like(base), where=base > 0)
 
     def kept_at(self, right: np.ndarray, which: np.ndarray) -> float:
         """Of some batches."""

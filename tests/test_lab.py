@@ -445,6 +445,14 @@ def test_bounds_by_layer_keep_their_mean(given):
     assert sum(bounds) / 6 == pytest.approx(1.05)
 
 
+def test_a_model_that_answers_nothing_has_nothing_to_lose():
+    """A smoke run's: its file must be JSON, which has no NaN."""
+    statistics = lab_statistics.Statistics([0, 1], ["x", "x"], [{"a": 0}] * 2, [{"a": 5}] * 2)
+    summary = statistics.summary([{"a": 0}] * 2, reference=[{"a": 0}] * 2)
+    assert summary["kept"] == [1.0] * 3
+    json.dumps(summary, allow_nan=False)
+
+
 def test_statistics_are_paired():
     asked = [{"a": 10, "b": 10, "unlearned": 10}] * 6
     base = [{"a": 10 - i % 2, "b": 10, "unlearned": 2} for i in range(6)]

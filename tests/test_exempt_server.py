@@ -10,6 +10,7 @@ import pytest
 from serving import CPU_ARGS, EP2_ARGS, Server, prompt
 from support.reference import QUESTIONS, Question
 from support.servers import MACS, assert_bounds_held, generate, own, serve, states
+from support.tiers import nightly_but
 
 from sglang_macs import cli
 
@@ -104,7 +105,7 @@ def is_found_again(server: Server, text: str, image: str | None = None) -> bool:
 LAYOUTS = {"data-parallel": EP2_ARGS, "tensor-parallel": ["--tp", "2", "--ep-size", "2", *CPU_ARGS]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", nightly_but(LAYOUTS, "tensor-parallel"))
 def test_with_an_exact_cache_only_what_was_not_clipped_is_found_again(vl_model, layout):
     """Prompts of one chunk and of several; on ranks that share a batch, all must insert or none."""
     flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always", "--macs-cache", "exact"]

@@ -106,7 +106,6 @@ def register_permutation() -> None:
             hidden_states_scale=scales,
             use_masked_gemm=False,
             m_indices=index.expert_end,
-            hidden_states_scale_tma_aligned=True,
             activation_scale_block_size=128,
         )
 
@@ -115,6 +114,15 @@ def register_permutation() -> None:
         received, place = running_state[BOUNDED]
         tokens = received.gather(runner_output.hidden_states, place)
         return DeepEPNormalCombineInput(tokens, received.topk_ids, received.topk_weights)
+
+
+def _align_scale(original, scale):
+    """AROUND tma_align_input_scale: scales that lie as DeepGEMM reads them, as those of a bounded dispatch do, are not
+    copied: columns one behind the other, each at a multiple of 16 bytes.
+    """
+    rows, itemsize = scale.shape[0], scale.element_size()
+    lies_so = scale.stride() == (1, rows) and rows * itemsize % 16 == 0 and scale.data_ptr() % 16 == 0
+    return scale if lies_so else original(scale)
 
 
 def _grouped_gemm(gemm: str):
@@ -148,4 +156,5 @@ HOOKS = (
     Hook("sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _forward_impl, "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_bf16_contig", _grouped_gemm("m_grouped_bf16_gemm_nt_contiguous"), "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_f8f8bf16_contig", _grouped_gemm("m_grouped_fp8_gemm_nt_contiguous"), "around"),
+    Hook("sglang.kernels.ops.moe.ep_moe_kernels.tma_align_input_scale", _align_scale, "around"),
 )

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 
 import pins
+from architectures import dispatching_table
 from kernel_tables import (
     bounded_table,
     decode_table,
@@ -152,6 +153,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instructions": instructions_table,
     "compat": compat_table,
     "served": families.served_table,
+    "dispatching": dispatching_table,
     "refused": families.refused_table,
     "cost": cost_table,
     "replicas": replicas_table,

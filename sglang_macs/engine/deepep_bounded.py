@@ -48,22 +48,13 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
 
     config = moe_runner_config
     sizes = bounded.Sizes.of(planner.plan, config.top_k, config.hidden_size)
-    process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
+    process.bounded.expect(sizes, -(-worker.most_prefill_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
             normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
             if process.layer_graphs is not None:
                 dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
-
-
-def _most_tokens() -> int:
-    """Of a prefill batch."""
-    from sglang.srt.runtime_context import get_schedule
-
-    schedule = get_schedule()
-    chunk = schedule.chunked_prefill_size
-    return chunk if chunk and chunk > 0 else schedule.max_prefill_tokens
 
 
 def _carries(inner, impl) -> bool:

@@ -1,13 +1,16 @@
 """Trains and judges the lab's models on one machine with GPUs, each stage in less than ten minutes.
 
-    python3 lab/gpu_run.py train --out OUT [--seconds 560]
+    python3 lab/gpu_run.py train --variants digits --out OUT [--seconds 560]
+    python3 lab/gpu_run.py train --variants documents --out OUT [--minutes 16]; the same with --resume until it is done
     python3 lab/gpu_run.py evaluate --out OUT [--seconds 420]
-    python3 lab/gpu_run.py both --out OUT --smoke        # two minutes: does everything run here?
+    python3 lab/gpu_run.py both --variants documents-small --seconds 580 --out OUT    # two CPU cores, 20 minutes
+    python3 lab/gpu_run.py both --out OUT --smoke        # some minutes: does everything run here?
 
 Needs torch with CUDA, tokenizers, safetensors, scikit-learn, and nvcc for the operators (without it they are built for
 the CPU alone). `train` builds the operators beside the training; `evaluate` goes on from what `train` left
-in build/lab-run. Every 20 seconds OUT gets NAME.tar.gz of every model: weights, log, profile, findings so far. A run
-that is killed leaves the latest; evaluate.py --merge makes tables of unfinished findings.
+in build/lab-run. Every 20 seconds OUT gets NAME.tar.gz of every model: weights, log, profile, findings so far; weights
+that come in several files lie beside it. A run that is killed leaves the latest, from which a training can be resumed
+where build/lab-run is kept; evaluate.py --merge makes tables of unfinished findings.
 
 Not benchmarks/gpu/session.py, whose steps end: here stages share what is left of the time, and are ended with it.
 """
@@ -34,30 +37,39 @@ START_UP = 45.0  # seconds of a training before its clock starts: imports, digit
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to train, and how many processes judge it on how many batches a seed and mix."""
+    """A suite's model to train, and how many processes judge it on how many batches a seed and mix.
+
+    minutes: of training, over several calls; None: what one call has. reduced: what two CPU cores can judge.
+    """
 
     name: str
     training: tuple[str, ...]
     workers: int
     batches: int
-    skip: tuple[str, ...] = ()
+    minutes: float | None = None
+    reduced: bool = False
 
     @property
     def folder(self) -> Path:
         return WORK / self.name
 
 
-# The second is Kimi-VL's kind: sigmoid scores and a shared expert. It gets a third of the samples, so that both fit.
 VARIANTS = (
-    Variant("main", ("--seed", "7"), workers=8, batches=8),
+    Variant("digits", ("--seed", "7"), workers=8, batches=8),
+    Variant("documents", ("--seed", "8"), workers=8, batches=3, minutes=15.0),
     Variant(
-        "second",
-        ("--seed", "8", "--batch", "0.33", "--scoring", "sigmoid", "--shared", "64"),
-        workers=3,
-        batches=2,
-        skip=("sweeps", "drift"),
+        "documents-small",
+        ("--seed", "7", "--warmup", "100", "--experts-by", "loop", "--workers", "1", "--device", "cpu"),
+        workers=2,
+        batches=1,
+        reduced=True,
     ),
 )
+APART = (
+    "state.pt",
+    "stock",
+    "model-0",
+)  # begin of what goes into no archive: what is resumed from, and weights in parts
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,16 @@ def keep(out: Path, variants: Sequence[Variant]) -> None:
         if variant.folder.exists():
             new = out / f".{variant.name}.new"
             with tarfile.open(new, "w:gz", compresslevel=1) as tar:
-                tar.add(variant.folder, variant.name, filter=lambda f: None if f.name.endswith((".new", "/new")) else f)
+                tar.add(variant.folder, variant.name, filter=_archived)
             os.replace(new, out / f"{variant.name}.tar.gz")
+            for part in variant.folder.glob("model-0*.safetensors"):
+                shutil.copy(part, out / ".part.new")
+                os.replace(out / ".part.new", out / part.name)
+
+
+def _archived(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    name = Path(member.name).name
+    return None if name.endswith(".new") or name.startswith(APART) else member
 
 
 def tail(log: Path, lines: int = 12) -> None:
@@ -180,15 +200,19 @@ def build_command(cuda: bool) -> tuple[list[str], dict[str, str]]:
 
 def train(options: argparse.Namespace, jobs: Jobs) -> None:
     """All variants at once, with the operators' build beside them."""
-    shutil.rmtree(WORK, ignore_errors=True)
-    start = time.monotonic()
+    if not options.resume:
+        for variant in options.variants:
+            shutil.rmtree(variant.folder, ignore_errors=True)
+    start, logs = time.monotonic(), options.variants[0].folder
     if options.rebuild or not _has_operators():
         command, environment = build_command(cuda=bool(jobs.gpus.names))
-        jobs.start("build", command, WORK / "main" / "build.log", **environment)
-    minutes = (options.seconds - START_UP - 25) / 60
+        jobs.start("build", command, logs / "build.log", **environment)
+    left = options.seconds - START_UP - 25
     for index, variant in enumerate(options.variants):
-        command = [sys.executable, LAB / "train.py", "--out", variant.folder, "--minutes", f"{minutes:.2f}"]
-        command += ["--judge-every", min(60, 20 * minutes), *variant.training]
+        minutes = variant.minutes and (left / 60 if options.smoke else options.minutes or variant.minutes)
+        command = [sys.executable, LAB / "train.py", "--suite", variant.name, "--out", variant.folder]
+        command += ["--minutes", f"{minutes or left / 60:.2f}", "--judge-every", min(60, left / 3), *variant.training]
+        command += ["--call-seconds", f"{max(20.0, left - 45):.0f}", "--resume"] if minutes else []
         jobs.start(variant.name, command, variant.folder / "train.log", index)
     jobs.wait([v.name for v in options.variants], options.seconds - 10, options.variants)
     for variant in options.variants:
@@ -196,31 +220,32 @@ def train(options: argparse.Namespace, jobs: Jobs) -> None:
     if "build" in jobs.running:
         left = max(1.0, options.seconds - (time.monotonic() - start) - 5)
         jobs.wait(["build"], left if options.stage == "train" else 120, options.variants)
-        tail(WORK / "main" / "build.log", 3)
+        tail(logs / "build.log", 3)
 
 
 def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     """Calibrates and judges all variants at once."""
-    start = time.monotonic()
+    start, logs = time.monotonic(), options.variants[0].folder
     for cuda in (True, False) if jobs.gpus.names else (False,):  # rather the CPU's operators than none
         if not _has_operators():
             command, environment = build_command(cuda)
-            jobs.start("build", command, WORK / "main" / f"build-{'cuda' if cuda else 'cpu'}.log", **environment)
+            jobs.start("build", command, logs / f"build-{'cuda' if cuda else 'cpu'}.log", **environment)
             jobs.wait(["build"], 150, options.variants)
     device = "cuda" if jobs.gpus.names and _operators_take_cuda() else "cpu"
-    variants = [v for v in options.variants if (v.folder / "model.safetensors").exists()]
+    variants = [v for v in options.variants if _has_weights(v.folder)]
     for index, v in enumerate(variants):
-        command = [sys.executable, LAB / "lab_calibration.py", "--checkpoint", v.folder, "--device", device]
+        command = [sys.executable, LAB / "lab_calibration.py", "--suite", v.name, "--checkpoint", v.folder]
+        command += ["--device", device]
         jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index)
     jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
-    left = options.seconds - (time.monotonic() - start) - 40  # a case takes seconds; merging some more
+    left = options.seconds - (time.monotonic() - start) - 85  # the last case takes up to a minute; merging some seconds
     for index, v in enumerate(variants):
         # Without a GPU the cores are shared out as the GPU's processes are.
         share = 1 if device == "cuda" else os.cpu_count() / sum(x.workers for x in variants)
         workers = max(1, int(v.workers * share))
         command = evaluation(v, options.smoke, device, workers, left)
         jobs.start(f"evaluate {v.name}", command, v.folder / "evaluate.log", index)
-    jobs.wait([f"evaluate {v.name}" for v in variants], left + 35, variants)
+    jobs.wait([f"evaluate {v.name}" for v in variants], left + 80, variants)
     for v in variants:
         tail(v.folder / "calibrate.log", 3)
         tail(v.folder / "evaluate.log", 45)
@@ -228,12 +253,17 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
 
 def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: float) -> list[object]:
     """The command that judges a model."""
-    command = [sys.executable, LAB / "evaluate.py", "--checkpoint", v.folder, "--out", v.folder / "quality.json"]
+    command = [sys.executable, LAB / "evaluate.py", "--suite", v.name, "--checkpoint", v.folder]
+    command += ["--out", v.folder / "quality.json"]
     command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
     few = 1 if smoke else max(1, v.batches // 2)
     command += ["--batches", 1 if smoke else v.batches, "--sweep-batches", few]
     command += ["--seeds", 1] if smoke else []
-    return command + (["--skip", *v.skip] if v.skip else [])
+    return command + (["--reduced"] if v.reduced else [])
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _has_operators() -> bool:
@@ -251,11 +281,13 @@ def main() -> None:
     parser.add_argument("stage", choices=("train", "evaluate", "both"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, help="of a stage (training 560, evaluation 420; smoke 100 each)")
-    parser.add_argument("--variants", nargs="*", choices=[v.name for v in VARIANTS])
+    parser.add_argument("--variants", nargs="*", choices=[v.name for v in VARIANTS], default=["digits", "documents"])
     parser.add_argument("--smoke", action="store_true", help="a short training, one batch of each mix")
+    parser.add_argument("--minutes", type=float, help="of a training over several calls (default: the variant's)")
+    parser.add_argument("--resume", action="store_true", help="go on with what build/lab-run holds")
     parser.add_argument("--rebuild", action="store_true", help="build the operators even if they are there")
     options = parser.parse_args()
-    options.variants = [v for v in VARIANTS if not options.variants or v.name in options.variants]
+    options.variants = [v for v in VARIANTS if v.name in options.variants]
     options.out.mkdir(parents=True, exist_ok=True)
     jobs, given = Jobs(options.out, shared(find_gpus())), options.seconds
     if options.stage in ("train", "both"):
@@ -265,7 +297,7 @@ def main() -> None:
         options.seconds = given or (150 if options.smoke else 420)
         evaluate(options, jobs)
     stop_sharing(jobs.gpus)
-    print(*(f"{p.name} {p.stat().st_size / 2**20:.1f} MiB" for p in sorted(options.out.glob("*.tar.gz"))), sep="\n")
+    print(*(f"{p.name} {p.stat().st_size / 2**20:.1f} MiB" for p in sorted(options.out.iterdir())), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from lab_model import Batch, Routing
+from lab_architecture import Batch, Routing
 from lab_pictures import patches
-from lab_tasks import NO_LABEL, SIZES, Group
+from lab_tasks import NO_LABEL, Group
 from torch import Tensor
 
 RANKS = 8  # virtual expert-parallel ranks; experts are placed linearly
@@ -25,9 +25,8 @@ def by_task(groups: Sequence[Group], right: Sequence[Tensor]) -> dict[str, list[
     """Rows of `right` [n] per group under "task/size"."""
     found: dict[str, list[bool]] = {}
     for group, rows in zip(groups, right, strict=True):
-        name = next(k for k, v in SIZES.items() if v == group.size)
         for (task, _), part in zip(group.tasks, rows.split([n for _, n in group.tasks]), strict=True):
-            found.setdefault(f"{task}/{name}", []).extend(part.tolist())
+            found.setdefault(f"{task}/{group.name}", []).extend(part.tolist())
     return found
 
 

@@ -2,7 +2,7 @@
 
 A method turns a layer's routing into what is dispatched. `bound` is the most rows that a rank may get over the mean of
 the ranks before clipping. Methods with a bound per rank meet it by construction; those with a bound per expert, and the
-visual cut, are given the mildest strength that meets it in this batch and layer (`_mildest`), so that all are compared
+visual cut, are given the mildest strength that meets it in this batch and layer (`mildest`), so that all are compared
 at equal work of the slowest rank. Only prompts are planned: answers are decoded, which MACS leaves alone.
 """
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from lab_judge import RANKS
 from torch import Tensor
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.plan import Plan
-from sglang_macs.plan.routing import Routing
+from sglang_macs.plan.routing import Routing as Router
 
-EFFORT = 9  # halvings of the bracket in which `_mildest` looks
+SOFTMAX = Router()
+EFFORT = 9  # halvings of the bracket in which `mildest` looks
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,16 @@ class Layout:
     num_segments: int = 1
     detail: Tensor | None = None
 
+    @property
+    def ranks(self) -> int:
+        return len(self.sizes)
+
 
 @dataclass(frozen=True)
 class Inputs:
     """One layer's routing, restricted to the layout's tokens: hidden [P, H], logits [P, E], ids, weights [P, K];
-    received [P] f32: attention that later tokens of the request paid to each, where that is recorded.
+    received [P] f32: attention that later tokens of the request paid to each, where that is recorded; router: how the
+    layer chooses and weighs.
     """
 
     layer: int
@@ -49,6 +54,7 @@ class Inputs:
     weights: Tensor
     layout: Layout
     received: Tensor | None = None
+    router: Router = SOFTMAX
 
     @property
     def visual(self) -> Tensor:
@@ -60,7 +66,7 @@ class Inputs:
 
     @property
     def per_rank(self) -> int:
-        return self.num_experts // RANKS
+        return self.num_experts // self.layout.ranks
 
 
 @dataclass(frozen=True)
@@ -86,21 +92,27 @@ class Method:
     decide: Decide
     note: str = ""
     acts_above_bound_only: bool = True  # a batch whose ranks are all within the bound passes unchanged
+    # For a strength that all layers share: makes `decide` from their unclipped routings and the bound.
+    across: Callable[[list[Inputs], float], Decide] | None = None
 
 
-def rank_rows(ids: Tensor, num_experts: int) -> Tensor:
+def rank_rows(ids: Tensor, num_experts: int, ranks: int) -> Tensor:
     """[R] i64: rows of every rank."""
-    per_rank = num_experts // RANKS
-    rank = torch.where(ids >= 0, ids // per_rank, RANKS).flatten()
-    return torch.zeros(RANKS + 1, dtype=torch.long, device=ids.device).scatter_add_(0, rank, torch.ones_like(rank))[:-1]
+    rank = torch.where(ids >= 0, ids // (num_experts // ranks), ranks).flatten()
+    return torch.zeros(ranks + 1, dtype=torch.long, device=ids.device).scatter_add_(0, rank, torch.ones_like(rank))[:-1]
+
+
+def fullest(given: Inputs, ids: Tensor) -> int:
+    """Rows of the fullest rank, if `ids` [P, K] were dispatched."""
+    return int(rank_rows(ids, given.num_experts, given.layout.ranks).max())
 
 
 def limit(given: Inputs, bound: float) -> int:
     """Rows that no rank may exceed."""
-    return int(bound * int((given.ids >= 0).sum()) / RANKS)
+    return int(bound * int((given.ids >= 0).sum()) / given.layout.ranks)
 
 
-def _mildest(fits: Callable[[float], bool], low: float, high: float) -> float:
+def mildest(fits: Callable[[float], bool], low: float, high: float) -> float:
     """About the largest strength in (low, high) that fits, for a strength that gives up less the larger it is."""
     if fits(high):
         return high
@@ -126,7 +138,6 @@ class WithPlan:
     options: dict
     modality: dict[int, Tensor] = field(default_factory=dict)
     importance: Importance | None = None
-    scoring: str = "softmax"  # of the model's router
 
     def __call__(self, given: Inputs, bound: float) -> Outcome:
         gamma = bound if self.config(1.0).scope == "rank" else self.fit(given, bound)
@@ -137,13 +148,14 @@ class WithPlan:
     def fit(self, given: Inputs, bound: float) -> float:
         """The gamma of a bound per expert at which the fullest rank meets `bound`."""
         most = limit(given, bound)
-        whole = replace(given, layout=replace(given.layout, sizes=[len(given.layout.tokens)]))
+        tokens = len(given.layout.tokens)
+        whole = replace(given, layout=replace(given.layout, sizes=[tokens, *[0] * (given.layout.ranks - 1)]))
 
         def fits(inputs: Inputs, gamma: float) -> bool:
-            return int(rank_rows(self.run(inputs, gamma)[0], given.num_experts).max()) <= most
+            return fullest(given, self.run(inputs, gamma)[0]) <= most
 
-        # Searched on one rank with all tokens, which is cheap; on eight the shares are rounded a little differently.
-        gamma = _mildest(lambda g: fits(whole, g), 0.02, 64.0)
+        # Searched with all tokens on one rank, which is cheap; on all the shares are rounded a little differently.
+        gamma = mildest(lambda g: fits(whole, g), 0.02, 64.0)
         while not fits(given, gamma):
             gamma *= 0.98
         return gamma
@@ -156,18 +168,19 @@ class WithPlan:
         config, layout = self.config(gamma), given.layout
         if self.importance is not None:
             config = replace(config, importance="gate")
-        plan = Plan(config, given.num_experts, RANKS, self.modality.get(given.layer), Routing(self.scoring))
+        plan = Plan(config, given.num_experts, layout.ranks, self.modality.get(given.layer), given.router)
         plan._needs_entropy |= self.importance is not None
-        ranks = range(len(layout.sizes))
+        ranks = [r for r, size in enumerate(layout.sizes) if size]
 
         def split(x: Tensor) -> tuple[Tensor, ...]:
             return x.split(layout.sizes)
 
         hidden, segment, ids, logits = map(split, (given.hidden, layout.segment, given.ids, given.logits))
-        weight = [plan.weight(hidden[r], segment[r], layout.num_segments) for r in ranks]
-        gates = split(given.weights if self.importance is None else self.importance(given, torch.cat(weight)))
-        own = [plan.histogram(ids[r], gates[r], weight[r], segment[r]) for r in ranks]
-        group = torch.stack(own).sum(0, dtype=torch.int32)
+        weight = {r: plan.weight(hidden[r], segment[r], layout.num_segments) for r in ranks}
+        whole = torch.cat(list(weight.values()))
+        gates = split(given.weights if self.importance is None else self.importance(given, whole))
+        own = {r: plan.histogram(ids[r], gates[r], weight[r], segment[r]) for r in ranks}
+        group = torch.stack(list(own.values())).sum(0, dtype=torch.int32)
         new_ids, new_weights = [], []
         for r in ranks:
             shift, cut = plan.threshold(own[r], group)
@@ -176,7 +189,7 @@ class WithPlan:
             new_ids.append(a)
             new_weights.append(b)
         chosen, weights = torch.cat(new_ids), torch.cat(new_weights)
-        return chosen, weights if self.importance is None else _true_weights(given, chosen, self.scoring)
+        return chosen, weights if self.importance is None else _true_weights(given, chosen)
 
 
 @dataclass
@@ -187,18 +200,19 @@ class ByLayer:
 
     inner: Callable[[Inputs, float], Outcome]
     slope: float
-    layers: int
+    layers: range
 
     def __call__(self, given: Inputs, bound: float) -> Outcome:
-        place = 2 * given.layer / (self.layers - 1) - 1
+        place = 2 * self.layers.index(given.layer) / (len(self.layers) - 1) - 1
         return self.inner(given, bound * (1 + self.slope * place))
 
 
-def _true_weights(given: Inputs, ids: Tensor, scoring: str) -> Tensor:
+def _true_weights(given: Inputs, ids: Tensor) -> Tensor:
     """[P, K] f32: an original slot's own weight, a re-routed one's by its router probability (method.md 5.3)."""
-    reference = given.logits.gather(1, given.ids[:, :1])  # slots come sorted: the first has the greatest gate
+    reference = given.logits.gather(1, given.ids[:, :1])
     chosen = given.logits.gather(1, ids.clamp(min=0))
-    ratio = chosen.sigmoid() / reference.sigmoid() if scoring == "sigmoid" else (chosen - reference).exp()
+    by_sigmoid = given.router.scoring == "sigmoid"
+    ratio = chosen.sigmoid() / reference.sigmoid() if by_sigmoid else (chosen - reference).exp()
     return torch.where(ids == given.ids, given.weights, given.weights[:, :1] * ratio).masked_fill(ids < 0, 0)
 
 
@@ -216,7 +230,7 @@ def drop_random(given: Inputs, bound: float) -> Outcome:
     most, slots = limit(given, bound), given.ids.numel()
     rank = (given.ids // given.per_rank).flatten()
     order = (rank + torch.rand(slots, device=rank.device, dtype=torch.float64)).argsort()
-    first = torch.searchsorted(rank[order].contiguous(), torch.arange(RANKS, device=rank.device))
+    first = torch.searchsorted(rank[order].contiguous(), torch.arange(given.layout.ranks, device=rank.device))
     place = torch.empty_like(rank)
     place[order] = torch.arange(slots, device=rank.device) - first[rank[order]]
     keep = (place < most).view_as(given.ids)
@@ -237,7 +251,7 @@ def cut_visual(given: Inputs, bound: float) -> Outcome:
         gone = given.visual[:, None] & (slot >= (kept + luck).floor())
         return given.ids.masked_fill(gone, -1)
 
-    kept = _mildest(lambda k: int(rank_rows(cut(k), given.num_experts).max()) <= most, 1.0, float(top_k))
+    kept = mildest(lambda k: fullest(given, cut(k)) <= most, 1.0, float(top_k))
     ids = cut(kept)
     return Outcome(ids, given.weights.masked_fill(ids < 0, 0))
 
@@ -289,9 +303,9 @@ class ByNorm:
 
 @dataclass
 class ByMeanNorm:
-    """Gate times the expert's mean output norm by modality, from calibration: [layers, E, 2], (visual, text)."""
+    """Gate times the expert's mean output norm by modality, from calibration: by layer [E, 2], (visual, text)."""
 
-    norms: Tensor
+    norms: dict[int, Tensor]
 
     def __call__(self, given: Inputs, weight: Tensor) -> Tensor:
         norm = self.norms[given.layer].to(given.ids.device)[given.ids, (~given.visual).long()[:, None]]
@@ -332,11 +346,10 @@ EXPERT_OPTIONS = {
 }
 
 
-def methods(modality: dict[int, Tensor], scoring: str = "softmax") -> list[Method]:
-    """Every method of the comparison."""
+def methods(modality: dict[int, Tensor]) -> list[Method]:
+    """Every method of the comparison that needs no calibration beside the profile."""
     made = [Method("random", drop_random, "per rank, at random"), Method("visual top-k", cut_visual)]
     for name, (options, note) in {**EXPERT_OPTIONS, **RANK_OPTIONS}.items():
-        made.append(
-            Method(name, WithPlan(options, modality, scoring=scoring), note, options.get("exchange") != "local")
-        )
+        made.append(Method(name, WithPlan(options, modality), note, options.get("exchange") != "local"))
+    made.append(Method("gate x redundancy", WithPlan({}, modality, redundancy), "neighbouring visual tokens"))
     return made

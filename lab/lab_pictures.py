@@ -25,10 +25,11 @@ BACKGROUND_ODDS = (0.4, 0.2, 0.2, 0.2)
 
 @dataclass(frozen=True)
 class Size:
-    """A picture's height and width in pixels, multiples of `CELL`."""
+    """Height and width in pixels, multiples of 16, of so many pictures a request; digits lie in cells of `CELL`."""
 
     height: int
     width: int
+    pictures: int = 1
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -41,7 +42,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens."""
+        """Visual tokens of a picture."""
         return (self.height // TOKEN) * (self.width // TOKEN)
 
 
@@ -98,9 +99,9 @@ def paint(scene: Scene, size: Size, material: Material) -> Tensor:
 
 
 def patches(pictures: Tensor) -> Tensor:
-    """[n, P, 3 * 8 * 8]: normalised patches in the processor's order, merge block by merge block."""
+    """[n, P, 3 * 8 * 8]: normalised patches in the processor's order, merge block by merge block; of u8 or f32."""
     n, _, height, width = pictures.shape
-    x = (pictures / 255 - 0.5) / 0.5
+    x = (pictures.float() / 255 - 0.5) / 0.5
     x = x.view(n, 3, height // TOKEN, MERGE, PATCH, width // TOKEN, MERGE, PATCH)
     return x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n, -1, 3 * PATCH * PATCH)
 

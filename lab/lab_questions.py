@@ -7,16 +7,16 @@ import lab_material
 import torch
 from lab_checkpoint import CHECKPOINT
 from lab_tasks import Group, Maker
-from lab_tokens import Vocabulary
+from lab_tokens import VISION_END, Vocabulary
 
 
 @dataclass(frozen=True)
 class Question:
-    """One user turn: its task, text, picture (PNG bytes, or None) and the right answer."""
+    """One user turn: its task, text, pictures (PNG bytes) and the right answer."""
 
     task: str
     text: str
-    picture: bytes | None
+    pictures: tuple[bytes, ...]
     answer: str
 
 
@@ -34,9 +34,11 @@ def of_group(group: Group, words: Vocabulary) -> list[Question]:
     for row, task in enumerate(tasks):
         prompt, length = int(group.prompt[row]), int(group.length[row])
         whole = words.tokenizer.decode(group.ids[row, :prompt].tolist(), skip_special_tokens=False)
-        text = whole.split("<|im_end|>")[0].split("<|vision_end|>")[-1].removeprefix("<|im_start|>user\n")
-        picture = None if group.pictures is None else png(group.pictures[row])
-        found.append(Question(task, text, picture, words.text(group.ids[row, prompt : length - 1])))
+        _, asked = whole.split("<|im_end|>")[0].split("<|im_start|>user\n")
+        shown = () if group.size is None else range(row * group.size.pictures, (row + 1) * group.size.pictures)
+        text = asked.split(words.tokenizer.id_to_token(VISION_END))[-1] if shown else asked
+        pictures = tuple(png(group.pictures[i]) for i in shown)
+        found.append(Question(task, text, pictures, words.text(group.ids[row, prompt : length - 1])))
     return found
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from lab_judge import RANKS
 from lab_methods import Inputs, Method, Outcome, WithPlan, _clock
 from torch import Tensor
 
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
-from sglang_macs.plan.routing import Routing
 from sglang_macs.plan.tokens import RoutedTokens
 from sglang_macs.simulate import replicas
 
-REDUNDANT = (0, 8, 16)  # 0: experts are moved, and none has a copy
+SHARES = (0, 4, 2)  # of as many experts as there are, one in so many has a copy; 0: experts are moved alone
 
 
 @dataclass
@@ -31,15 +29,17 @@ class WithReplicas(WithPlan):
         first = torch.tensor([mapped.index(expert) for expert in range(given.num_experts)], device=given.ids.device)
         physical, weights = self.planned(plans, given, first[given.ids])
         seconds = _clock(given.ids.device) - start
-        width = len(mapped) // RANKS
-        rows = torch.bincount(physical[physical >= 0] // width, minlength=RANKS)
+        ranks = given.layout.ranks
+        width = len(mapped) // ranks
+        rows = torch.bincount(physical[physical >= 0] // width, minlength=ranks)
         return Outcome(places.logical_on(physical.device)[physical], weights, seconds, rows)
 
     def plan_of(self, given: Inputs, gamma: float, rank: int) -> Plan:
         mapped = self.placements[given.layer]
-        places = Places(given.num_experts, len(mapped), RANKS, rank, mapped)
-        modality, routing = self.modality.get(given.layer), Routing(self.scoring)
-        return Plan(self.config(gamma), given.num_experts, RANKS, modality, routing, places)
+        ranks = given.layout.ranks
+        places = Places(given.num_experts, len(mapped), ranks, rank, mapped)
+        modality = self.modality.get(given.layer)
+        return Plan(self.config(gamma), given.num_experts, ranks, modality, given.router, places)
 
     def planned(self, plans: list[Plan], given: Inputs, physical: Tensor) -> tuple[Tensor, Tensor]:
         """ids, weights [P, K] of all ranks. Each plans twice: what it exchanges first, then with everybody's."""
@@ -54,17 +54,23 @@ class WithReplicas(WithPlan):
         return torch.cat([r.topk_ids for r in results]), torch.cat([r.topk_weights for r in results])
 
 
-def placements(rows: Tensor, redundant: int) -> dict[int, list[int]]:
-    """By layer, from the rows [layers, E] of each expert in other batches."""
-    physical = rows.shape[1] + redundant
-    return {i: replicas.placement(layer.numpy(), physical, RANKS).tolist() for i, layer in enumerate(rows.double())}
+def placements(rows: dict[int, Tensor], redundant: int, ranks: int) -> dict[int, list[int]]:
+    """By layer, from the rows [E] of each expert in other batches."""
+    return {
+        layer: replicas.placement(loads.double().numpy(), len(loads) + redundant, ranks).tolist()
+        for layer, loads in rows.items()
+    }
 
 
-def methods(rows: Tensor, modality: dict[int, Tensor], scoring: str) -> list[Method]:
+def methods(rows: dict[int, Tensor], modality: dict[int, Tensor], ranks: int) -> list[Method]:
     """The default where experts lie linearly, and where they are placed by `rows`, without and with copies."""
-    made = [Method("gate", WithPlan({}, modality, scoring=scoring))]
-    for redundant in REDUNDANT:
-        placed = WithReplicas({}, modality, scoring=scoring, placements=placements(rows, redundant))
+    made = [Method("gate", WithPlan({}, modality))]
+    experts = len(next(iter(rows.values())))
+    for share in SHARES:
+        redundant = experts // share if share else 0
+        if redundant % ranks:
+            continue  # as many experts on each rank
+        placed = WithReplicas({}, modality, placements=placements(rows, redundant, ranks))
         name = f"gate, {redundant} copies" if redundant else "gate, placed"
         made.append(Method(name, placed, "another copy, then clip" if redundant else "", acts_above_bound_only=False))
     return made

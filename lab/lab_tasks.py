@@ -56,12 +56,14 @@ CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 @dataclass(frozen=True)
 class Group:
-    """Samples with pictures of one size (`size` None: no pictures).
+    """Samples with pictures of one size, which has a name (`size` None: no pictures).
 
     ids [n, L] i64; labels [n, L] i64: the token to predict there, or `NO_LABEL`; prompt [n] i64: tokens of the prompt;
-    length [n] i64: tokens without padding; pictures [n, 3, height, width] f32 or None; tasks: (name, samples) in order.
+    length [n] i64: tokens without padding; pictures [n * pictures, 3, height, width] or None; tasks: (name, samples) in
+    order.
     """
 
+    name: str
     size: Size | None
     ids: Tensor
     labels: Tensor
@@ -111,6 +113,7 @@ class Maker:
         width = max(r.shape[1] for r in rows)
         pictures = None if size is None else paint(join([a.scene for a in asked]), size, self.material)
         return Group(
+            name,
             size,
             torch.cat([_widen(r, width, PAD) for r in rows]),
             torch.cat([_widen(x, width, NO_LABEL) for x in labels]),

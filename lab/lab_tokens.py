@@ -47,6 +47,31 @@ def train_tokenizer():
     return bpe
 
 
+DOCUMENT_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_image|>", "<|end_of_image|>")
+DOCUMENT_SPECIAL += ("<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>")  # the same ids up to VIDEO
+DOCUMENT_WORDS = """user assistant Read Copy Given What Which How is are the of at in has value bar part row line comes
+after picture shows many shapes circles squares triangles begin end does most highest lowest largest smallest first
+second third colour red green blue orange purple black word and Name
+City Street Code Date Total Phone Room Item Number"""
+
+
+def document_tokenizer():
+    """A byte-level `tokenizers.Tokenizer`: the questions' words whole, all others letter by letter, as a word that is
+    read for the first time has to be.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    words = DOCUMENT_WORDS.split()
+    kept = [*DOCUMENT_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words, *(f"\u0120{w}" for w in words)]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(kept)}, merges=[], ignore_merges=True))
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in DOCUMENT_SPECIAL])
+    assert bpe.get_vocab_size() <= VOCAB
+    return bpe
+
+
 class Vocabulary:
     """Token ids of phrases as constants on one device."""
 

@@ -1,6 +1,6 @@
-"""Draws docs/results/quality.png and prints the tables of docs/results/quality.md from docs/results/quality.json.
+"""Draws docs/results/quality*.png and writes the tables of docs/results/quality_*.md from docs/results/quality*.json.
 
-python lab/plot.py [--json FILE] [--picture FILE]
+python lab/plot.py
 """
 
 import argparse
@@ -12,6 +12,12 @@ from lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs" / "results"
 MARKS = ("<!-- tables: written by lab/plot.py -->", "<!-- /tables -->")
+# Result, page of its tables, picture, the only bound that is shown; what is missing is left out.
+STUDIES = (
+    ("quality", "quality_digits", "quality", None),
+    ("quality_documents", "quality_documents", "quality_documents", None),
+    ("quality_documents_small_reduced", "quality_documents_small", None, 1.05),
+)
 DRAWN = {
     "gate": ("C3", "o-"),
     "entropy_gate": ("C6", "h-"),
@@ -21,6 +27,8 @@ DRAWN = {
     "cai image-first": ("C4", "D--"),
     "cai device": ("C2", "P--"),
     "visual top-k": ("C5", "x:"),
+    "skipping": ("C8", "+:"),
+    "gate x redundancy": ("C9", "d-"),
     "random": ("0.6", "*:"),
 }
 
@@ -67,7 +75,7 @@ def with_interval(values: list[float]) -> str:
     return f"{percent(values[0])} ({percent(values[1])} to {percent(values[2])})"
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], ocr: list[str]) -> str:
     """Methods at one bound, best first."""
     lines = [
         "| method | kept, % (95 % interval) | more than the default, points | OCR, % | clipped / dropped, % | KL "
@@ -76,19 +84,19 @@ def table(rows: list[dict]) -> str:
     ]
     for r in sorted(rows, key=lambda r: -r["kept"][0]):
         more = with_interval(r["kept_more_than_default"]) if "kept_more_than_default" in r else ""
-        ocr = sum(r["accuracy"][t][0] for t in OCR_TASKS) / len(OCR_TASKS)
+        read = sum(r["accuracy"][t][0] for t in ocr) / len(ocr)
         error = "" if r["layer_error"] is None else f"{r['layer_error']:.3f}"
         lines.append(
-            f"| `{r['method']}` | {with_interval(r['kept'])} | {more} | {percent(ocr)} "
+            f"| `{r['method']}` | {with_interval(r['kept'])} | {more} | {percent(read)} "
             f"| {percent(r['share']['clipped'])} / {percent(r['share']['dropped'])} | {r['kl']:.1e} | {error} "
             f"| {r['max_rank_rows_after']['worst']:.3f} |"
         )
     return "\n".join(lines)
 
 
-def task_table(rows: list[dict], unclipped: dict) -> str:
+def task_table(rows: list[dict], unclipped: dict, ocr: list[str]) -> str:
     """Accuracy by task, OCR last."""
-    tasks = sorted(unclipped["accuracy"], key=lambda t: (t in OCR_TASKS, t))
+    tasks = sorted(unclipped["accuracy"], key=lambda t: (t in ocr, t))
     lines = ["| method | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
     for r in [unclipped, *sorted(rows, key=lambda r: -r["kept"][0])]:
         lines.append(f"| `{r['method']}` | " + " | ".join(percent(r["accuracy"][t][0]) for t in tasks) + " |")
@@ -116,23 +124,61 @@ def summary(result: dict) -> str:
     )
 
 
-def tables(result: dict, second: dict | None) -> str:
-    """Everything between the marks of docs/results/quality.md; second: results of the other architecture."""
-    found = [summary(result)]
+PARTS = {
+    "stress": "Below the mean",
+    "ep16": "16 ranks",
+    "ep32": "32 ranks",
+    "replicas": "Copies first",
+    "sweeps": "Sweeps",
+    "importance": "Other importances",
+}
+
+
+def differing(rows: list[dict]) -> str:
+    """The methods that keep more or less than the default by more than the interval."""
+    found = {1: [], -1: []}
+    for r in rows:
+        _, low, high = r.get("kept_more_than_default", (0, 0, 0))
+        if low > 0 or high < 0:
+            found[1 if low > 0 else -1].append(f"`{r['method']}`")
+    said = [f"{what} than the default beyond the interval: {', '.join(found[sign]) or 'none'}" for sign, what in
+            ((1, "More"), (-1, "Less"))]  # fmt: skip
+    return ". ".join(said) + "."
+
+
+def entropy_table(found: dict) -> str:
+    """Visual tokens by fifths of their entropy."""
+    lines = ["| fifth of the visual tokens | lowest entropy | 2 | 3 | 4 | highest |", "| --- |" + " --- |" * 5]
+    for name, row in found["measures"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{x:.3g}" for x in row) + " |")
+    lines.append("| KL without its routed experts | " + " | ".join(f"{x:.1e}" for x in found["kl"]["entropy"]) + " |")
+    lines.append("| right answers kept, % | " + " | ".join(percent(x) for x in found["kept"]["entropy"]) + " |")
+    chance = f"{found['kl']['chance'][0]:.1e}, {percent(found['kept']['chance'][0])} % kept"
+    return "\n".join(lines) + f"\n\n{found['cases']} batches; a fifth by chance: KL {chance}."
+
+
+def tables(result: dict, only: float | None) -> str:
+    """Everything between the marks of a page; at all bounds, or at the one."""
+
+    def bounds_of(part: str) -> list[float]:
+        found = sorted({r["bound"] for r in rows_of(result, part)}) if part in result else []
+        return [bound for bound in found if only in (None, bound)]
+
+    found, ocr = [summary(result)], list(result.get("ocr", OCR_TASKS))
     unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
-    for bound in sorted({r["bound"] for r in rows_of(result)}):
-        found.append(f"### Bound {bound:g}\n\n{table(rows_of(result, bound=bound))}")
-    found.append(f"### By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped)}")
-    for part, title in (("stress", "Below the mean"), ("sweeps", "Sweeps"), ("importance", "Other importances")):
-        for bound in sorted({r["bound"] for r in rows_of(result, part)}) if part in result else ():
+    for bound in bounds_of("main"):
+        rows = rows_of(result, bound=bound)
+        found.append(f"## Bound {bound:g}\n\n{table(rows, ocr)}\n\n{differing(rows)}")
+    found.append(f"## By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped, ocr)}")
+    for part, title in PARTS.items():
+        for bound in bounds_of(part):
             rows = rows_of(result, part, bound)
             head = (
-                f"### {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
+                f"## {title}, bound {bound:g} ({result[part]['batches']} batches, {result[part]['requests']} requests)"
             )
-            found.append(f"{head}\n\n{sweep_table(rows) if part == 'sweeps' else table(rows)}")
-    if second is not None:
-        found.append(f"### The second architecture\n\n{summary(second)}")
-        found += [f"Bound {bound:g}:\n\n{table(rows_of(second, bound=bound))}" for bound in (1.0, 1.05)]
+            found.append(f"{head}\n\n{sweep_table(rows) if part == 'sweeps' else table(rows, ocr)}")
+    if "entropy" in result:
+        found.append(f"## What high-entropy tokens carry\n\n{entropy_table(result['entropy'])}")
     return "\n\n".join(found)
 
 
@@ -145,14 +191,15 @@ def write_tables(text: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=DOCS / "quality.json")
-    parser.add_argument("--second", type=Path, default=DOCS / "quality_second.json")
-    options = parser.parse_args()
-    result = json.loads(options.json.read_text())
-    second = json.loads(options.second.read_text()) if options.second.exists() else None
-    draw(result, DOCS / "quality.png")
-    write_tables(tables(result, second), DOCS / "quality.md")
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    for name, page, picture, only in STUDIES:
+        file = DOCS / f"{name}.json"
+        if not file.exists():
+            continue
+        result = json.loads(file.read_text())
+        write_tables(tables(result, only), DOCS / f"{page}.md")
+        if picture:
+            draw(result, DOCS / f"{picture}.png")
 
 
 if __name__ == "__main__":

@@ -91,14 +91,15 @@ def asked(image: str | None, count: int) -> list[Question]:
         left, top = (i * 37) % (source.width - side + 1), (i * 23) % (source.height - side + 1)
         buffer = io.BytesIO()
         source.crop((left, top, left + side, top + side)).resize((256, 256)).save(buffer, "PNG")
-        found.append(Question("own", OWN_PICTURE[i % len(OWN_PICTURE)], buffer.getvalue(), ""))
+        found.append(Question("own", OWN_PICTURE[i % len(OWN_PICTURE)], (buffer.getvalue(),), ""))
     return found
 
 
 def chat(server: Server, question: Question) -> tuple[float, str]:
     """Milliseconds and answer of one image chat."""
-    picture = {"type": "image_url", "image_url": {"url": data_uri(question.picture, "image/png")}}
-    content = [picture, {"type": "text", "text": question.text}]
+    urls = [data_uri(picture, "image/png") for picture in question.pictures]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": question.text})
     start = time.perf_counter()
     answer = server.chat([{"role": "user", "content": content}], max_tokens=14)
     return (time.perf_counter() - start) * 1e3, answer["choices"][0]["message"]["content"].strip()

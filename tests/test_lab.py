@@ -4,20 +4,24 @@ import json
 import math
 from dataclasses import replace
 
-import evaluate
+import lab_cases
 import lab_checkpoint
+import lab_layers
 import lab_material
 import lab_methods
-import lab_model
 import lab_muon
 import lab_replicas
+import lab_skipping
+import lab_statistics
 import lab_tokens
+import lab_trainer
 import pytest
 import torch
 import train
+from lab_architecture import EXPERTS_BY, GLM, Architecture
 from lab_judge import RANKS, as_batch, by_task, exact
 from lab_methods import Inputs, rank_rows
-from lab_model import EXPERTS_BY, Architecture, LabModel, initialise
+from lab_model import LabModel, initialise
 from lab_pictures import COLOURS
 from lab_tasks import JUDGED, MAX_SLOTS, NO_LABEL, TASKS, TRAIN_MIX, Maker
 
@@ -25,6 +29,7 @@ CHECKPOINT = lab_checkpoint.CHECKPOINT
 TRAINED = (CHECKPOINT / "model.safetensors").exists()
 SMALL = {"text": {"copy": 2, "add": 2}, "wide": {"read": 2}, "square": {"where": 2}, "large": {"scene": 1}}
 BOUNDS = (1.0, 1.2)
+SKIPPING = lab_skipping.methods(0.3, {0: 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +112,13 @@ def test_all_ways_of_running_experts_agree(model, make):
 
 def test_grouped_experts_have_the_gradients_of_dense_ones():
     train.check_grouped(replace(Architecture(), experts=8), torch.device("cpu"), torch.float32)
-    broken = lab_model._Permute.backward
+    broken = lab_layers.Permute.backward
     try:
-        lab_model._Permute.backward = staticmethod(lambda ctx, grad: (grad, None, None))
+        lab_layers.Permute.backward = staticmethod(lambda ctx, grad: (grad, None, None))
         with pytest.raises(SystemExit, match="differ"):
             train.check_grouped(replace(Architecture(), experts=8), torch.device("cpu"), torch.float32)
     finally:
-        lab_model._Permute.backward = broken
+        lab_layers.Permute.backward = broken
 
 
 def test_muons_step_is_orthogonal_and_as_large_as_adamws():
@@ -134,9 +139,9 @@ def test_muons_step_is_orthogonal_and_as_large_as_adamws():
 
 
 def test_every_weight_is_stepped_by_one_optimiser():
-    model = LabModel(replace(Architecture(), layers=1, shared=64))
+    model = LabModel(replace(Architecture(), family=GLM, layers=2, dense=1, shared=64))
     for kind in ("muon", "adamw"):
-        optimizers = train._optimizers(model, 1e-3, kind, torch.device("cpu"))
+        optimizers = lab_trainer.optimizers_of(model, 1e-3, kind, torch.device("cpu"))
         stepped = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
         assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
@@ -153,22 +158,6 @@ def test_attention_received_is_what_later_tokens_pay(make):
     for row, length in zip(received, group.length.tolist(), strict=True):
         assert 0 < row.sum() < length and row[0] > row[1:length].mean()  # the first token is seen by all
         assert (row[length - 1 :] == 0).all()
-
-
-def test_a_shared_expert_and_sigmoid_scores_make_another_model(make):
-    batch = [as_batch(g) for g in groups_of(make, {"text": {"copy": 2}})]
-    model = LabModel(replace(Architecture(), layers=1, scoring="sigmoid", shared=64))
-    initialise(model, 0)
-    with torch.no_grad():
-        whole, (routing,) = model(batch)
-        none, _ = model(batch, lambda r: (torch.full_like(r.ids, -1), r.weights))
-        torch.nn.init.zeros_(model.model["language_model"].layers[0].mlp.shared_expert.down_proj.weight)
-        neither, _ = model(batch, lambda r: (torch.full_like(r.ids, -1), r.weights))
-    expected = routing.logits.sigmoid().topk(4).values
-    expected = expected / expected.sum(1, keepdim=True)
-    valid = routing.ids[:, 0] >= 0
-    torch.testing.assert_close(routing.weights[valid], expected[valid])
-    assert not torch.allclose(none[0], neither[0], atol=1e-3) and not torch.allclose(whole[0], none[0], atol=1e-3)
 
 
 @torch.no_grad()
@@ -314,7 +303,10 @@ def test_a_greedy_answer_is_right_only_if_every_token_is(make):
 def given(make) -> Inputs:
     """A layer's routing over a mixed batch, made so that visual tokens crowd on the first ranks."""
     groups = groups_of(make, {"text": {"lookup": 16}, "wide": {"read": 24}, "square": {"count": 24}})
-    layout = evaluate.lay_out(groups)
+    return made_routing(lab_cases.lay_out(groups, RANKS))
+
+
+def made_routing(layout) -> Inputs:
     tokens, experts = len(layout.tokens), 32
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(tokens, experts, generator=generator)
@@ -327,7 +319,7 @@ def given(make) -> Inputs:
 
 def test_the_layout_plans_prompts_and_nothing_else(make):
     groups = groups_of(make, SMALL)
-    layout = evaluate.lay_out(groups)
+    layout = lab_cases.lay_out(groups, RANKS)
     assert len(layout.tokens) == len(set(layout.tokens.tolist())) == sum(int(g.prompt.sum()) for g in groups)
     assert sum(layout.sizes) == len(layout.tokens) and len(layout.sizes) == RANKS
     flat = torch.cat([g.ids.flatten() for g in groups])[layout.tokens]
@@ -338,14 +330,15 @@ MODALITY = {0: torch.tensor([1] * 8 + [0] * 16 + [-1] * 8, dtype=torch.int8)}
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("method", lab_methods.methods(MODALITY), ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*lab_methods.methods(MODALITY), *SKIPPING], ids=lambda m: m.name)
 def test_every_method_meets_the_bound(method, bound, given):
     """And does not do so by giving up far more than needed: the fullest rank stays near the bound."""
     torch.manual_seed(0)
-    before = rank_rows(given.ids, 32)
+    before = rank_rows(given.ids, 32, RANKS)
     assert before.max() > 1.3 * before.float().mean(), "a batch that no method has to touch proves nothing"
-    outcome = method.decide(given, bound)
-    after = rank_rows(outcome.ids, 32)
+    decide = method.decide if method.across is None else method.across([given], bound)
+    outcome = decide(given, bound)
+    after = rank_rows(outcome.ids, 32, RANKS)
     most = int(bound * given.ids.numel() / RANKS)
     assert after.max() <= most
     if not method.name.endswith("exchange=local"):  # each rank holds its own share, rounded down
@@ -359,15 +352,39 @@ def test_every_method_meets_the_bound(method, bound, given):
 
 
 def test_without_a_bound_nothing_changes(given):
+    for method in [*lab_methods.methods(MODALITY), *SKIPPING]:
+        decide = method.decide if method.across is None else method.across([given], 8.0)
+        assert torch.equal(decide(given, 8.0).ids, given.ids), method.name
+
+
+def test_one_threshold_skips_more_where_a_layer_matters_less(given):
+    """And all layers together have as many rows on their fullest ranks as the bound says."""
+    layers = [replace(given, layer=layer) for layer in (0, 1)]
+    skipping = lab_skipping.Skipping(0.3, {0: 1.0, 1: 0.5})
+    decide = skipping.across(layers, 1.0)
+    outcomes = [decide(layer, 1.0) for layer in layers]
+    skipped = [int((o.ids < 0).sum()) for o in outcomes]
+    assert skipped[0] < skipped[1]
+    fullest = [int(rank_rows(o.ids, 32, RANKS).max()) for o in outcomes]
+    assert 0.95 <= sum(fullest) / 2 / (given.ids.numel() / RANKS) <= 1.0
+
+
+@pytest.mark.parametrize("ranks", [16, 32])
+def test_the_bound_is_met_on_more_ranks(ranks, make):
+    """One expert a rank at 32 of them, and fewer requests than ranks."""
+    groups = groups_of(make, {"text": {"lookup": 10}, "wide": {"read": 10}})
+    given = made_routing(lab_cases.lay_out(groups, ranks))
+    assert given.layout.ranks == ranks and (0 in given.layout.sizes) == (ranks == 32)
     for method in lab_methods.methods(MODALITY):
-        assert torch.equal(method.decide(given, 8.0).ids, given.ids), method.name
+        if method.name in ("gate", "cai", "cai device", "random", "gate x redundancy"):
+            after = rank_rows(method.decide(given, 1.2).ids, 32, ranks)
+            assert 0.9 * 1.2 * given.ids.numel() / ranks <= after.max() <= 1.2 * given.ids.numel() / ranks, method.name
 
 
 @pytest.fixture(scope="module")
 def placed():
     """The default with linear experts, with the same moved, and with copies; for loads like the batch's."""
-    rows = torch.linspace(2, 1, 32).expand(6, 32)
-    return lab_replicas.methods(rows, MODALITY, "softmax")
+    return lab_replicas.methods({0: torch.linspace(2, 1, 32)}, MODALITY, RANKS)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -395,7 +412,7 @@ def test_experts_placed_linearly_are_planned_as_if_nobody_had_placed_them(given)
     linear = lab_replicas.WithReplicas({}, MODALITY, placements={given.layer: list(range(32))})
     one, other = linear(given, 1.0), lab_methods.WithPlan({}, MODALITY)(given, 1.0)
     assert torch.equal(one.ids, other.ids) and torch.equal(one.weights, other.weights)
-    assert torch.equal(one.rows, rank_rows(other.ids, 32))
+    assert torch.equal(one.rows, rank_rows(other.ids, 32, RANKS))
 
 
 def test_clipping_stays_clipped(given):
@@ -421,17 +438,25 @@ def test_custom_importance_gives_true_weights(given):
 
 def test_bounds_by_layer_keep_their_mean(given):
     bounds = []
-    made = lab_methods.ByLayer(lambda _, bound: bounds.append(bound), 0.1, layers=6)
-    for layer in range(6):
+    made = lab_methods.ByLayer(lambda _, bound: bounds.append(bound), 0.1, layers=range(1, 7))
+    for layer in range(1, 7):
         made(replace(given, layer=layer), 1.05)
     assert bounds[0] == pytest.approx(0.945) and bounds[-1] == pytest.approx(1.155)
     assert sum(bounds) / 6 == pytest.approx(1.05)
 
 
+def test_a_model_that_answers_nothing_has_nothing_to_lose():
+    """A smoke run's: its file must be JSON, which has no NaN."""
+    statistics = lab_statistics.Statistics([0, 1], ["x", "x"], [{"a": 0}] * 2, [{"a": 5}] * 2)
+    summary = statistics.summary([{"a": 0}] * 2, reference=[{"a": 0}] * 2)
+    assert summary["kept"] == [1.0] * 3
+    json.dumps(summary, allow_nan=False)
+
+
 def test_statistics_are_paired():
     asked = [{"a": 10, "b": 10, "unlearned": 10}] * 6
     base = [{"a": 10 - i % 2, "b": 10, "unlearned": 2} for i in range(6)]
-    statistics = evaluate.Statistics([0, 0, 1, 1, 2, 2], ["x", "y"] * 3, base, asked)
+    statistics = lab_statistics.Statistics([0, 0, 1, 1, 2, 2], ["x", "y"] * 3, base, asked)
     same = statistics.summary(base)
     assert same["kept"] == [1.0, 1.0, 1.0] and same["accuracy"]["a"][0] == 0.95
     fewer = [
@@ -443,25 +468,25 @@ def test_statistics_are_paired():
 
 
 @torch.no_grad()
-def test_shards_put_together_are_one_run(model, make, monkeypatch, tmp_path):
+def test_shards_put_together_are_one_run(model, make):
     """Cases shared out give the figures that one process gives, times and intervals' draws apart; through JSON."""
-    monkeypatch.setattr(evaluate, "MIXES", {"small": {"text": {"copy": 4}, "wide": {"read": 6}}})
+    mixes = {"small": {"text": {"copy": 4}, "wide": {"read": 6}}}
     model.experts_by = "loop"
     plans = [(method, 1.0) for method in lab_methods.methods({}) if method.name in ("gate", "cai", "random")]
-    course = evaluate.Course(model, make, torch.float32, (0, 1), float("inf"))
-    parts = {"main": evaluate.Part(1, plans), "again": evaluate.Part(1, plans[:1])}
-    work = evaluate.work_of(course, parts)
+    course = lab_cases.Course(model, make, mixes, torch.float32, (0, 1), float("inf"))
+    parts = {"main": lab_cases.Part(1, plans), "again": lab_cases.Part(1, plans[:1])}
+    work = lab_cases.work_of(course, parts)
     assert [name for name, _ in work[:2]] == ["main", "again"] and len(work) == 4
 
     def figures(shares: list[list]) -> list[dict]:
-        found = [evaluate.run_work(course, parts, share, lambda _: None) for share in shares]
+        found = [lab_cases.run_work(course, parts, share, lambda _: None) for share in shares]
         shards = [{"findings": {k: json.loads(json.dumps(f.to_json())) for k, f in each.items()}} for each in found]
-        rows = evaluate.merged(shards)["main"]["rows"]
+        rows = lab_statistics.merged(shards)["main"]["rows"]
         own = ("milliseconds_per_layer", "accuracy", "score", "kept", "kept_more_than_default")
         keep = [{k: v for k, v in row.items() if k not in own} for row in rows]
         return sorted(keep, key=lambda row: (row["bound"] or 0, row["method"]))
 
-    one, two = figures([work]), figures([evaluate.share_of(work, i, 2) for i in range(2)])
+    one, two = figures([work]), figures([lab_cases.share_of(work, i, 2) for i in range(2)])
     model.experts_by = "dense"
     assert one == two and len(one) == 4
     assert max(row["share"]["clipped"] for row in one) > 0
@@ -470,23 +495,24 @@ def test_shards_put_together_are_one_run(model, make, monkeypatch, tmp_path):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_every_worker_gets_its_share_of_every_part(workers):
     """Parts cost differently: whoever had all of the costly ones would be last by far."""
-    parts = {name: evaluate.Part(1, []) for name in ("main", "stress", "sweeps", "importance")}
-    work = evaluate.work_of(evaluate.Course(None, None, torch.float32, (0, 1, 2), 0.0), parts)
-    shares = [evaluate.share_of(work, i, workers) for i in range(workers)]
+    parts = {name: lab_cases.Part(1, []) for name in ("main", "stress", "sweeps", "importance")}
+    work = lab_cases.work_of(
+        lab_cases.Course(None, None, {"a": {}, "b": {}, "c": {}}, torch.float32, (0, 1, 2), 0.0), parts
+    )
+    shares = [lab_cases.share_of(work, i, workers) for i in range(workers)]
     assert sorted(x for share in shares for x in share) == sorted(work)
     for name in parts:
         counts = [sum(part == name for part, _ in share) for share in shares]
         assert max(counts) - min(counts) <= 1, (name, counts)
 
 
-def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make, monkeypatch):
-    monkeypatch.setattr(evaluate, "MIXES", {"small": {"text": {"copy": 2}}})
-    course, kept = evaluate.Course(model, make, torch.float32, (0, 1, 2), 0.0), []
-    parts = {"main": evaluate.Part(1, [])}
+def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make):
+    course, kept = lab_cases.Course(model, make, {"small": {"text": {"copy": 2}}}, torch.float32, (0, 1, 2), 0.0), []
+    parts = {"main": lab_cases.Part(1, [])}
     with torch.no_grad():
-        found = evaluate.run_work(course, parts, evaluate.work_of(course, parts), kept.append)
+        found = lab_cases.run_work(course, parts, lab_cases.work_of(course, parts), kept.append)
     assert not found["main"].seeds and not kept
-    assert "main" not in evaluate.merged([{"findings": {"main": found["main"].to_json()}}])
+    assert "main" not in lab_statistics.merged([{"findings": {"main": found["main"].to_json()}}])
 
 
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")

@@ -85,8 +85,9 @@ def test_the_fingerprint_is_the_routers(tmp_path):
         calibration.routers(tmp_path)
 
 
-def test_the_committed_profile_is_of_the_committed_model():
-    model = Path(__file__).resolve().parent.parent / "models" / "lab-vl-moe"
+@pytest.mark.parametrize("name", ["lab-vl-moe", "lab-documents-small"])
+def test_the_committed_profile_is_of_the_committed_model(name):
+    model = Path(__file__).resolve().parent.parent / "models" / name
     made, routers = profile.load(str(model / "profile.json")), calibration.routers(model)
     assert made.evidence.fingerprint == routers.fingerprint
     calibration.check_layers(made.modality, routers.layers)

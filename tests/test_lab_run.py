@@ -14,7 +14,7 @@ import pytest
 def variant(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "WORK", tmp_path / "work")
     made = replace(gpu_run.VARIANTS[0], name="one")
-    (made.folder / "new").mkdir(parents=True)
+    made.folder.mkdir(parents=True)
     (made.folder / "model.safetensors").write_bytes(b"weights")
     (made.folder / "quality.shard-0.json").write_text("{}")
     (made.folder / "quality.shard-0.new").write_text("half")
@@ -27,7 +27,7 @@ def names(archive: Path) -> set[str]:
 
 
 def test_out_gets_all_that_is_finished_and_nothing_half_written(variant, tmp_path):
-    (variant.folder / "new" / "model.safetensors").write_bytes(b"half")
+    (variant.folder / "model.new").write_bytes(b"half")
     gpu_run.keep(tmp_path, [variant, replace(variant, name="not begun")])
     assert names(tmp_path / "one.tar.gz") == {"one/model.safetensors", "one/quality.shard-0.json"}
     assert sorted(p.name for p in tmp_path.glob("*.tar.gz")) == ["one.tar.gz"]
@@ -56,10 +56,21 @@ def test_processes_are_dealt_out_over_the_gpus_that_are_left(monkeypatch):
     assert gpu_run.Gpus().of(0) == {}
 
 
+def test_weights_in_parts_lie_beside_the_archive_and_what_is_resumed_from_stays(variant, tmp_path):
+    """So that no file that comes back is larger than a part, which tests/test_lab_documents.py bounds."""
+    (variant.folder / "model-00001-of-00002.safetensors").write_bytes(b"first")
+    (variant.folder / "state.pt").write_bytes(b"optimiser")
+    (variant.folder / "stock").mkdir()
+    (variant.folder / "stock" / "sheet-0-0.npz").write_bytes(b"pictures")
+    gpu_run.keep(tmp_path, [variant])
+    assert names(tmp_path / "one.tar.gz") == {"one/model.safetensors", "one/quality.shard-0.json"}
+    assert (tmp_path / "model-00001-of-00002.safetensors").read_bytes() == b"first"
+
+
 def test_variants_are_models_that_the_trainer_takes():
     import train
 
     for variant in gpu_run.VARIANTS:
-        options = train.options_of(["--out", "x", *variant.training])
-        assert options.seed and options.scoring in ("softmax", "sigmoid")
+        options = train.options_of(["--out", "x", "--suite", variant.name, *variant.training])
+        assert options.seed and options.suite == variant.name
     assert len({v.name for v in gpu_run.VARIANTS}) == len(gpu_run.VARIANTS)

@@ -198,7 +198,7 @@ struct Walk {
     atomicAdd(storage.counts() + (kind * storage.experts + expert) * 2 + (text ? 1 : 0), 1);
   }
   // Whether an assignment that was routed stays.
-  __device__ __forceinline__ void count_fate(const State& state, bool stays) const {
+  __device__ __forceinline__ void count_outcome(const State& state, bool stays) const {
     count(stays ? 0 : 1, state.slot.expert, state.slot.text());
     if (kReplicas && stays && state.moved) {
       atomicAdd(storage.moved(kWarps) + state.slot.expert * 2 + (state.slot.text() ? 1 : 0), 1);
@@ -219,7 +219,7 @@ __device__ __forceinline__ bool clip_pass(Walk& walk) {
       any = true;
       atomicAdd(walk.storage.own_running() + walk.bound_of(state), walk.units(slot));
     } else if (slot.expert >= 0) {
-      walk.count_fate(state, side > 0);
+      walk.count_outcome(state, side > 0);
     }
   });
   return __any_sync(kFullMask, any);
@@ -237,7 +237,7 @@ __device__ __forceinline__ void quota_pass(Walk& walk) {
     const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.storage.own_running(), limit);
     if (!pending) return;
     if (!stays) walk.put(state, -1, 0.0f);
-    walk.count_fate(state, stays);
+    walk.count_outcome(state, stays);
   });
 }
 

@@ -1,4 +1,4 @@
-// What the blocks of threshold_apply tell each other about its cuts, in place of a barrier over the grid and of reading
+// What the blocks of threshold_apply send each other of its cuts, in place of a barrier over the grid and of reading
 // what was written before it: LL words whose epoch is the number of the launch (grid.cuh).
 #pragma once
 #include <cuda_runtime.h>

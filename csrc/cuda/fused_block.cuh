@@ -38,8 +38,8 @@ MACS_HOST_DEVICE int scale_chunks(const FusedShape& s) {
 struct FusedTables {
   int rank;         // FusedRank
   int group_rows;   // [named] u32: rows of all sources, and << 16 those before this block's: lower sources', own blocks'
-  int group_units;  // [named] i32, once weights are told
-  int fate;         // [named] u32: what a pass over assignments asks of their expert (fused_cut.cuh)
+  int group_units;  // [named] i32, once weights are sent
+  int expert_cut;   // [named] u32: what a pass over assignments asks of their expert (fused_cut.cuh)
   int own_rows;     // [E] u32, behind a cut: rows of this rank that stay, and << 16 those before this block's tokens
   int bound_of;     // [E]
   int modality;     // [E]
@@ -68,7 +68,7 @@ struct FusedTables {
 
 struct FusedScalars {
   int sums[kNumSums];
-  int claims[2];                     // of LL words to be heard, by exchange
+  int claims[2];                     // of LL words to be received, by exchange
   int listed;                        // own slots, more than there is room for included
   bool faulty;                       // this rank has a fault on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
@@ -128,7 +128,7 @@ struct FusedBlock {
   __device__ __forceinline__ uint32_t* group_rows() const { return at<uint32_t>(args.tables.group_rows); }
   __device__ __forceinline__ int* group_units() const { return at<int>(args.tables.group_units); }
   __device__ __forceinline__ int* headroom() const { return at<int>(args.tables.headroom); }
-  __device__ __forceinline__ uint32_t* fate() const { return at<uint32_t>(args.tables.fate); }
+  __device__ __forceinline__ uint32_t* expert_cut() const { return at<uint32_t>(args.tables.expert_cut); }
   __device__ __forceinline__ int* listed() const { return at<int>(args.tables.listed); }
   __device__ __forceinline__ int* running(int of_warp) const {
     return at<int>(args.tables.running) + of_warp * (args.bounds + 1);
@@ -142,7 +142,7 @@ struct FusedBlock {
   __device__ __forceinline__ const uint64_t* words_of(int64_t words, int source) const {
     return own<uint64_t>(words) + static_cast<int64_t>(source) * most_slots();
   }
-  // Of what a source tells of its rows per expert in this epoch.
+  // Of what a source sends of its rows per expert in this epoch.
   __device__ __forceinline__ int64_t counts_of(int source) const {
     const int row = (wait.epoch & 1) * p.shape.num_ranks + source;
     return p.layout.counts + 8LL * row * p.shape.num_experts;
@@ -151,7 +151,7 @@ struct FusedBlock {
     return at<uint32_t>(args.tables.entries) + (args.keeps_group ? source * most_slots() : 0);
   }
   __device__ __forceinline__ Entry own_entry(int slot) const { return {entries_of(rank)[slot]}; }
-  // Where assignments are told that hold all that decides.
+  // Where assignments are sent that hold all that decides.
   __device__ __forceinline__ int64_t whole_words() const {
     return p.policy.needs_entropy ? p.layout.weighed : p.layout.entries;
   }

@@ -3,7 +3,7 @@
 // Problem:     R ranks of one NVLink domain, 1 to 128 tokens each as a rule (up to 1023); [T, H] bf16 in, rows by expert out.
 //              Bound by latency: a load of the ids, one way of a word between the ranks, one way of the rows.
 // Algorithm:   a rank's rows per expert are all that the others have to know: every block counts them from the rank's own ids,
-//              and tells them in LL words. An expert's rows lie by source, beginning behind its own rank, which is the last:
+//              and sends them as LL words. An expert's rows lie by source, beginning behind its own rank, which is the last:
 //              so the first source waits for nobody, of two ranks none for what crosses NVLink, and a rank waits longest for
 //              what it writes into its own memory. A block has a share of the rank's assignments and reads the rows of their
 //              tokens while counts are under way; a warp that has a part of a row waits for that row's counts alone.
@@ -25,7 +25,7 @@
 namespace macs::cuda {
 namespace {
 
-// What a rank tells in place of a count behind an id that names no expert: all of them give up.
+// What a rank sends in place of a count behind an id that names no expert: all of them give up.
 constexpr uint32_t kNoCount = 0xffffffffu;
 
 // A block's share of the rank's assignments, and the tokens that they are of.
@@ -72,7 +72,7 @@ __device__ __forceinline__ bool count_own(const FusedBlock& b, const CarryShare&
 }
 
 // Those counts to the other ranks, a peer a block.
-__device__ __forceinline__ void tell_counts(const FusedBlock& b, bool wrong) {
+__device__ __forceinline__ void send_counts(const FusedBlock& b, bool wrong) {
   const int experts = b.p.shape.num_experts;
 #pragma unroll 1
   for (int peer = b.block; peer < b.p.shape.num_ranks; peer += b.num_blocks) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void tell_counts(const FusedBlock& b, bool wrong) {
 }
 
 // One thread: how many rows another rank sends to an expert. -1: it did not say, or cannot be right.
-__device__ __forceinline__ int hear_count(const FusedBlock& b, int source, int expert) {
+__device__ __forceinline__ int receive_count(const FusedBlock& b, int source, int expert) {
   const uint64_t* const address = b.own<uint64_t>(b.counts_of(source)) + expert;
   uint64_t word = load_relaxed_sys(address);
   if (!await_word(address, word, b.wait, Fault::kCounts, source)) return -1;
@@ -103,13 +103,13 @@ __device__ __forceinline__ int source_at(const FusedBlock& b, int owner, int pla
   return source < b.p.shape.num_ranks ? source : source - b.p.shape.num_ranks;
 }
 
-// One warp: the row of this block's assignment `i` at its expert's rank. -1: a rank before it did not tell its count.
+// One warp: the row of this block's assignment `i` at its expert's rank. -1: a rank before it did not send its count.
 __device__ __forceinline__ int row_of(const FusedBlock& b, int i, int expert, int owner) {
   const int before = b.rank > owner ? b.rank - owner - 1 : b.rank - owner - 1 + b.p.shape.num_ranks;
-  const int told = b.lane < before ? hear_count(b, source_at(b, owner, b.lane), expert) : 0;
-  if (__any_sync(kFullMask, told < 0)) return -1;
+  const int count = b.lane < before ? receive_count(b, source_at(b, owner, b.lane), expert) : 0;
+  if (__any_sync(kFullMask, count < 0)) return -1;
   int row = (expert - owner * b.args.per_rank) * b.p.shape.expert_rows + static_cast<int>(own_rows(b)[expert] >> 16);
-  row += __reduce_add_sync(kFullMask, told);
+  row += __reduce_add_sync(kFullMask, count);
   const int* const ids = b.at<int>(b.args.tables.ids);
 #pragma unroll 1
   for (int base = 0; base < i; base += kWarp) {
@@ -175,7 +175,7 @@ __device__ inline bool carry_rows(const FusedBlock& b, const CarryShare& share, 
 }
 
 // What comes to this rank's experts: rows of each, and where it begins. Behind a barrier. False: a rank did not say.
-__device__ inline bool hear_received(const FusedBlock& b) {
+__device__ inline bool receive_all_counts(const FusedBlock& b) {
   const int base = b.rank * b.args.per_rank;
   bool ok = true;
 #pragma unroll 1
@@ -183,7 +183,7 @@ __device__ inline bool hear_received(const FusedBlock& b) {
     uint32_t rows = own_rows(b)[base + j] & 0xffffu;
 #pragma unroll 1
     for (int place = 0; place < b.p.shape.num_ranks - 1 && ok; ++place) {
-      const int count = hear_count(b, source_at(b, b.rank, place), base + j);
+      const int count = receive_count(b, source_at(b, b.rank, place), base + j);
       ok = count >= 0;
       rows += ok ? count : 0;
     }
@@ -203,7 +203,7 @@ __device__ inline void drop_positions(const FusedBlock& b, const CarryShare& sha
 
 // By the last block: what has come, and in the phase that does both when all of it has.
 __device__ inline void receive(const FusedBlock& b, bool ok) {
-  ok = ok && hear_received(b);
+  ok = ok && receive_all_counts(b);
   write_received(b, ok);
   if (b.p.phase == Phase::kSend || !ok) return;
   if (!b.await_all(Flags::kRows, Fault::kRows)) return write_received(b, false);
@@ -213,9 +213,9 @@ __device__ inline void receive(const FusedBlock& b, bool ok) {
 // The scales that come with rows, by the blocks that do not wait for the rows' signals; by the last one, if it is alone.
 __device__ inline void receive_scales(const FusedBlock& b) {
   const int sharers = max(b.num_blocks - 1, 1), base = b.rank * b.args.per_rank;
-  if (b.block >= sharers || !hear_received(b)) return;
+  if (b.block >= sharers || !receive_all_counts(b)) return;
   place_scales(b, b.group_rows() + base, b.at<int>(b.args.tables.starts) + base, b.block, sharers);
-  __syncthreads();  // the one block of a rank hears again
+  __syncthreads();  // the one block of a rank receives again
 }
 
 template <int kVectors, bool kExact>
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_carry_kernel(const __g
   if (ok) {
     const bool wrong = count_own(b, share);
     b.stamp(1);
-    tell_counts(b, wrong);
+    send_counts(b, wrong);
     ok = !wrong;
   }
   first.read(b);

@@ -8,7 +8,7 @@
 // in order over a grid (plan/threshold.cuh, plan/accept.cuh). Both give the same bits; bounds, shifts, quota and headroom
 // are the same code.
 //
-// From kCutsAtOnce bounds on the rank's blocks take a share each and tell each other by LL words.
+// From kCutsAtOnce bounds on the rank's blocks take a share each and exchange cuts as LL words.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -24,11 +24,11 @@ namespace macs::cuda {
 // The bounds that a block cuts: all, or a share of many.
 struct CutShare {
   int first, end;
-  bool told;  // to the rank's other blocks, which cut others
+  bool several;  // blocks, each with its own: they send each other what they cut
 
   __device__ __forceinline__ explicit CutShare(const FusedBlock& b) : first(0), end(b.args.bounds) {
-    told = end >= kCutsAtOnce;
-    if (!told) return;
+    several = end >= kCutsAtOnce;
+    if (!several) return;
     first = b.args.by_blocks.divide(b.args.bounds * b.block);
     end = b.args.by_blocks.divide(b.args.bounds * (b.block + 1));
   }
@@ -45,9 +45,9 @@ constexpr int kLevelBits = 9, kSlotBits = 14;
 constexpr int kLastSlot = (1 << kSlotBits) - 1;
 static_assert(kMaxFusedSlots <= kLastSlot);
 
-// An expert's word in `fate`: how far its buckets move down, and above that what the pass is about. While bounds are cut, the
-// mark of its bound if that is one of those; to clip, the bound's edge.
-struct Fate {
+// What a pass knows of an expert, a word each: how far its buckets move down, and above that what the pass is about. While
+// bounds are cut, the mark of its bound if that is one of those; to clip, the bound's edge.
+struct ExpertCut {
   static constexpr int kShiftBits = 8;
 
   uint32_t word;
@@ -58,7 +58,7 @@ struct Fate {
     return about << kShiftBits | (word & (1u << kShiftBits) - 1);
   }
 };
-static_assert(kLevelBits + kSlotBits + 1 + Fate::kShiftBits <= 32);  // an edge is at most one above all that may stand
+static_assert(kLevelBits + kSlotBits + 1 + ExpertCut::kShiftBits <= 32);  // an edge is at most one above all that may stand
 
 // That an expert's bound is the one at `at` of those that are cut now, and at which level, once that is known.
 __device__ __forceinline__ uint32_t mark_of(int at, int level = 0) {
@@ -66,17 +66,22 @@ __device__ __forceinline__ uint32_t mark_of(int at, int level = 0) {
 }
 
 // Which of those, -1: none.
-__device__ __forceinline__ int marked_at(const Fate& fate) { return static_cast<int>(fate.about() >> kLevelBits) - 1; }
+__device__ __forceinline__ int marked_at(const ExpertCut& cut) { return static_cast<int>(cut.about() >> kLevelBits) - 1; }
 
-__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry, const Fate& fate) {
-  return level_of(entry.bucket(), fate.shift(), entry.text(), b.p.policy);
+__device__ __forceinline__ int level_of_entry(const FusedBlock& b, const Entry& entry, const ExpertCut& cut) {
+  return level_of(entry.bucket(), cut.shift(), entry.text(), b.p.policy);
+}
+
+__device__ __forceinline__ void set_about(const FusedBlock& b, int expert, uint32_t about) {
+  uint32_t& word = b.expert_cut()[expert];
+  word = ExpertCut::change(word, about);
 }
 
 // One warp: marks the experts of bound `n`.
 __device__ __forceinline__ void mark_experts(const FusedBlock& b, int n, uint32_t mark) {
   const int each = experts_of_bound(b);
 #pragma unroll 1
-  for (int j = n * each + b.lane; j < (n + 1) * each; j += kWarp) b.fate()[j] = Fate::change(b.fate()[j], mark);
+  for (int j = n * each + b.lane; j < (n + 1) * each; j += kWarp) set_about(b, j, mark);
 }
 
 // Where an own assignment stands on its bound: those below the edge are clipped.
@@ -174,8 +179,8 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
   for (int first = begin; first < end; first += kWarp) {
     const int slot = first + b.lane;
     const Entry entry = slot < b.slots() ? b.own_entry(slot) : Entry::nobody();
-    const Fate fate = {entry.in(b.fate())};
-    const bool equal = fate.about() == mark_of(at, level) && level_of_entry(b, entry, fate) == level;
+    const ExpertCut cut = {entry.in(b.expert_cut())};
+    const bool equal = cut.about() == mark_of(at, level) && level_of_entry(b, entry, cut) == level;
     const int upto = before + warp_inclusive_sum(equal ? entry.units(b.p.policy.load) : 0);
     const unsigned over = __ballot_sync(kFullMask, upto > quota);
     if (over != 0) return standing(level, first + __ffs(over) - 1) + 1;
@@ -187,7 +192,7 @@ __device__ __forceinline__ int find_edge(const FusedBlock& b, int n, const CutCe
 __device__ __forceinline__ void set_edge(const FusedBlock& b, int n, int edge) { b.at<int>(b.args.tables.edge)[n] = edge; }
 
 // One warp: a cut to the rank's other blocks.
-__device__ __forceinline__ void tell_cut(const FusedBlock& b, int n, int edge) {
+__device__ __forceinline__ void send_cut(const FusedBlock& b, int n, int edge) {
   const RawCut& raw = raw_cut(b, n);
   if (b.lane >= kCutWords) return;
   uint32_t word = edge;
@@ -212,34 +217,34 @@ __device__ __forceinline__ void cut_some(const FusedBlock& b, int first, int now
   if (cuts) mark_experts(b, n, mark_of(b.warp));
   if (__syncthreads_or(cuts) == 0) return;
   for_each_assignment<false>(b, false, [&](const Entry& entry, int own_slot) {
-    const Fate fate = {entry.in(b.fate())};
-    const int at = marked_at(fate), level = level_of_entry(b, entry, fate), units = entry.units(b.p.policy.load);
+    const ExpertCut cut = {entry.in(b.expert_cut())};
+    const int at = marked_at(cut), level = level_of_entry(b, entry, cut), units = entry.units(b.p.policy.load);
     if (at < 0) return;
     atomicAdd(cells.group(at) + level, units);
     if (own_slot < 0) return;
     atomicAdd(cells.own(at) + level, units);
-    if (share.told) list(b, own_slot);
+    if (share.several) list(b, own_slot);
   });
   __syncthreads();
   if (cuts) find_level(b, n, cells, b.warp);
   __syncthreads();
   b.stamp(21);
   const int log = slots_of_cell(b);
-  for_each_assignment<true>(b, share.told && b.scalars().listed <= kMostListed, [&](const Entry& entry, int own_slot) {
-    const Fate fate = {entry.in(b.fate())};
-    const int at = marked_at(fate), level = level_of_entry(b, entry, fate);
-    if (own_slot < 0 || at < 0 || fate.about() != mark_of(at, level)) return;
+  for_each_assignment<true>(b, share.several && b.scalars().listed <= kMostListed, [&](const Entry& entry, int own_slot) {
+    const ExpertCut cut = {entry.in(b.expert_cut())};
+    const int at = marked_at(cut), level = level_of_entry(b, entry, cut);
+    if (own_slot < 0 || at < 0 || cut.about() != mark_of(at, level)) return;
     atomicAdd(cells.slots(at) + (kSlotCells - 1 - (own_slot >> log)), entry.units(b.p.policy.load));
   });
   __syncthreads();
   if (!cuts) return;
   const int edge = find_edge(b, n, cells, b.warp);
-  if (share.told) return tell_cut(b, n, edge);
+  if (share.several) return send_cut(b, n, edge);
   if (b.lane == 0) set_edge(b, n, edge), raw_cut(b, n).cut.z = 0;
 }
 
-// The cuts that this block does not make itself, and those that it does. False: one was not told.
-__device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
+// The cuts that this block does not make itself, and those that it does. False: one did not arrive.
+__device__ __forceinline__ bool receive_cuts(const FusedBlock& b) {
   bool ok = true;
 #pragma unroll 1
   for (int n = threadIdx.x; n < b.args.bounds; n += kFusedThreads) {
@@ -261,13 +266,13 @@ __device__ __forceinline__ bool hear_cuts(const FusedBlock& b) {
 
 // What the next pass asks of each expert: about(expert). A barrier of the block is in it.
 template <class About>
-__device__ __forceinline__ void set_fates(const FusedBlock& b, About about) {
+__device__ __forceinline__ void set_expert_cuts(const FusedBlock& b, About about) {
 #pragma unroll 1
-  for (int j = threadIdx.x; j < b.p.shape.num_experts; j += kFusedThreads) b.fate()[j] = Fate::change(b.fate()[j], about(j));
+  for (int j = threadIdx.x; j < b.p.shape.num_experts; j += kFusedThreads) set_about(b, j, about(j));
   __syncthreads();
 }
 
-// The cuts of all exceeded bounds. False: a block of this rank did not tell its own.
+// The cuts of all exceeded bounds. False: a block of this rank did not send its own.
 __device__ inline bool cut_bounds(const FusedBlock& b) {
   const CutShare share(b);
 #pragma unroll 1
@@ -276,15 +281,15 @@ __device__ inline bool cut_bounds(const FusedBlock& b) {
       __syncthreads();
       if (threadIdx.x == 0) b.scalars().listed = 0;
       clear_cells(b, share.end - first, threadIdx.x);
-      set_fates(b, [](int) { return 0u; });
+      set_expert_cuts(b, [](int) { return 0u; });
     }
     cut_some(b, first, min(share.end - first, kCutsAtOnce), share);
   }
   b.stamp(22);
   __syncthreads();  // nobody looks for exceeded bounds any more
-  if (__syncthreads_and(!share.told || hear_cuts(b)) == 0) return false;
+  if (__syncthreads_and(!share.several || receive_cuts(b)) == 0) return false;
   const int* const edge = b.at<int>(b.args.tables.edge);
-  set_fates(b, [&](int j) { return static_cast<uint32_t>(edge[b.bound_of()[j]]); });
+  set_expert_cuts(b, [&](int j) { return static_cast<uint32_t>(edge[b.bound_of()[j]]); });
   return true;
 }
 

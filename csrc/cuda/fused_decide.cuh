@@ -44,7 +44,7 @@ __device__ __forceinline__ bool set_bound(const FusedBlock& b, int n, int units,
 }
 
 // Every bound against its units; whether any is exceeded. `known`: the weights are. Else every row weighs the most it can, and
-// the group's mix is the worst: a no is certain, and with rows a yes as well, but where rho tells experts apart. It is the
+// the group's mix is the worst: a no is certain, and with rows a yes as well, but where rho differs between experts. It is the
 // same on all ranks. So is an expert that does not exist, and counts as exceeded here.
 __device__ inline bool find_exceeded(const FusedBlock& b, bool known) {
   const ClipThresholdParams& t = b.args.threshold;
@@ -83,7 +83,7 @@ __device__ inline void find_shifts(const FusedBlock& b) {
 #pragma unroll 1
   for (int j = threadIdx.x; j < t.policy.num_experts; j += kFusedThreads) {
     const double rows = static_cast<double>(units_of_expert(b, j, weighed)) * (weighed ? 1.0 / kWeightOne : 1.0);
-    b.fate()[j] = pressure_shift(rows, capacity.of_expert(t, b.modality()[j]), t.policy.alpha, t.policy.bucket_bits);
+    b.expert_cut()[j] = pressure_shift(rows, capacity.of_expert(t, b.modality()[j]), t.policy.alpha, t.policy.bucket_bits);
   }
   __syncthreads();
 }
@@ -120,9 +120,9 @@ __device__ inline bool clip_own(const FusedBlock& b) {
 #pragma unroll 2
   for (int slot = threadIdx.x; slot < b.slots(); slot += kFusedThreads) {
     const Entry entry = b.own_entry(slot);
-    const Fate fate = {entry.in(b.fate())};
+    const ExpertCut cut = {entry.in(b.expert_cut())};
     const bool present = entry.present();
-    const bool stays = standing(level_of_entry(b, entry, fate), slot) >= static_cast<int>(fate.about());
+    const bool stays = standing(level_of_entry(b, entry, cut), slot) >= static_cast<int>(cut.about());
     b.current()[slot] = static_cast<int16_t>(!present ? kEmptySlot : stays ? entry.expert() : kUnplaced);
     if (present && stays) count_row(b, slot, entry.expert());
     any |= present && !stays;
@@ -130,7 +130,7 @@ __device__ inline bool clip_own(const FusedBlock& b) {
   return __syncthreads_or(any) != 0;
 }
 
-// The unplaced slots of this block's tokens, a token a warp: what each wants is told to the rank's other blocks.
+// The unplaced slots of this block's tokens, a token a warp: what each wants is sent to the rank's other blocks.
 template <int kKeys>
 __device__ inline void propose_own(const FusedBlock& b, int32_t* wanted) {
   const int top_k = b.p.shape.top_k, experts = b.p.shape.num_experts;

@@ -2,9 +2,9 @@
 //
 // Problem:     R ranks of one NVLink domain with up to 1023 tokens each; [T, H] bf16 in, rows packed by expert out. Bound by
 //              latency at small T, by reading a row and writing its copies at large T.
-// Algorithm:   a block sends for its tokens' rows, and while they come tells every rank what its assignments are (an LL word
+// Algorithm:   a block sends for its tokens' rows, and while they come sends every rank its assignments (an LL word
 //              each). Rows are read once, scored, cast and kept in shared memory. Rows per expert, which all blocks count
-//              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are told
+//              from everybody's LL words, mostly show that no bound is exceeded. Where one may be, assignments are sent
 //              again with their weights, and all blocks derive the same cuts; what re-routing changes is agreed upon
 //              within the rank, and then between ranks as rows per expert. Every row's place at its receiver is then a
 //              prefix sum, so that rows are written once, to where the experts read them. docs/design/fused_dispatch.md draws it.
@@ -25,7 +25,7 @@
 namespace macs::cuda {
 namespace {
 
-// Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which tell.
+// Tables that start from zero, or are known. Not by the first threads, which read rows, nor by the last, which send.
 __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, thread = (threadIdx.x + kFusedThreads - kRowThreads) % kFusedThreads;
   static_assert(kNamedExperts <= kFusedThreads);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   if (thread < kNamedExperts) {
     b.group_rows()[thread] = 0;
     b.group_units()[thread] = 0;
-    b.fate()[thread] = 0;
+    b.expert_cut()[thread] = 0;
   }
   if (thread < experts) {
     b.at<uint32_t>(b.args.tables.own_rows)[thread] = 0;
@@ -95,13 +95,13 @@ class RowReader {
       ask(b);
       if (score_) {
         __syncthreads();
-        if (token < end_ && share_.first == 0) tell_entropy(b, token, visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f);
+        if (token < end_ && share_.first == 0) send_entropy(b, token, visual ? entropy_of_parts<kRowWarps>(parts) : 0.0f);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void tell_entropy(const FusedBlock& b, int token, float entropy) const {
+  __device__ __forceinline__ void send_entropy(const FusedBlock& b, int token, float entropy) const {
     b.peers.send(b.rank, b.p.layout.entropy + 8LL * token, make_ll_word(__float_as_uint(entropy), b.wait.epoch));
   }
 
@@ -114,11 +114,11 @@ class RowReader {
 
 // Behind the first exchange, if weights may decide: those of the rank's tokens, to the other ranks with its assignments.
 // False: somebody did not score.
-__device__ inline bool tell_weights(const FusedBlock& b) {
+__device__ inline bool exchange_weights(const FusedBlock& b) {
   if (!weigh_tokens(b)) return false;
   clear_cells(b, CutShare(b).size(), threadIdx.x);
   b.stamp(5);
-  tell_weighed(b);
+  send_weighed(b);
   __syncthreads();
   b.stamp(6);
   return true;
@@ -144,9 +144,9 @@ __device__ inline Decision decide(const FusedBlock& b) {
   Decision decision = {false, false, !b.p.policy.needs_entropy};
 #pragma unroll 1  // the second time is the same code
   for (int exchange = 0;; ++exchange) {
-    const bool heard = hear_assignments(b, exchange) && !b.scalars().faulty;
+    const bool received = receive_assignments(b, exchange) && !b.scalars().faulty;
     b.stamp(exchange == 0 ? 3 : 7);
-    if (__syncthreads_and(heard) == 0) return {};
+    if (__syncthreads_and(received) == 0) return {};
     b.stamp(exchange == 0 ? 4 : 8);
     decision.cut = find_exceeded(b, decision.weighed);
     if (decision.cut && __syncthreads_or(counts_unknown(b)) != 0) {
@@ -155,7 +155,7 @@ __device__ inline Decision decide(const FusedBlock& b) {
     }
     if (!decision.cut || decision.weighed) break;
     decision.weighed = true;
-    if (!tell_weights(b)) return {};
+    if (!exchange_weights(b)) return {};
   }
   b.stamp(12);
   if (decision.cut && !cut_rows<kKeys>(b)) return {};
@@ -235,8 +235,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_dispatch_kernel(const 
   clear_tables(b);
   __syncthreads();
   if (!b.scalars().faulty) {
-    tell_tokens(b);
-    slots.tell(b);
+    send_tokens(b);
+    slots.send_all(b);
   }
   b.stamp(1);
   prefetch_logits(b);
@@ -304,7 +304,7 @@ FusedTables make_tables(const FusedDispatchParams& p, const FusedArgs& args, int
       .rank = shared.take(sizeof(FusedRank)),
       .group_rows = shared.take(4 * kNamedExperts),
       .group_units = shared.take(4 * kNamedExperts),
-      .fate = shared.take(4 * kNamedExperts),
+      .expert_cut = shared.take(4 * kNamedExperts),
       .own_rows = shared.take(4 * experts),
       .bound_of = shared.take(4 * experts),
       .modality = shared.take(4 * experts),

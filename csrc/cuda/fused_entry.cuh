@@ -1,4 +1,4 @@
-// An assignment as the ranks of a group tell each other of it: everything that decides its fate, in 32 bits.
+// An assignment as the ranks of a group exchange it: everything that decides what becomes of it, in 32 bits.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ struct Entry {
   static constexpr uint32_t kPresent = 1u, kLeads = 1u << 1, kVisual = 1u << 13, kVisualLeads = 1u << 14;
   static constexpr int kExpertAt = 2, kBucketAt = 15, kFixedAt = 23, kTallyBits = 13;
 
-  static_assert(kMaxPeers * (kMaxFusedSlots / 32) < 1 << kTallyBits);  // a warp may have to hear all of them
+  static_assert(kMaxPeers * (kMaxFusedSlots / 32) < 1 << kTallyBits);  // a warp may have to receive all of them
 
   uint32_t bits;
 

@@ -1,8 +1,8 @@
-// How the ranks of a group tell each other of their assignments.
+// How the ranks of a group exchange their assignments.
 //
 // Twice at most. The first time goes out before the rows have been read: an assignment's expert, which is all that the
 // rows per expert take, and, where no entropy is asked for, everything else. Only where a bound may be exceeded, and
-// what is clipped depends on entropies, are assignments told again with what the entropies say. That is between ranks: all
+// what is clipped depends on entropies, are assignments sent again with what the entropies say. That is between ranks: all
 // blocks of a rank know the weights of its tokens, and complete its assignments for themselves.
 #pragma once
 #include <cuda_runtime.h>
@@ -33,7 +33,7 @@ class OwnSlots {
   }
 
   // Every slot into shared memory, as an LL word to every rank, and as what comes out if nothing is cut.
-  __device__ __forceinline__ void tell(const FusedBlock& b) {
+  __device__ __forceinline__ void send_all(const FusedBlock& b) {
 #pragma unroll 1
     for (; base_ < b.end; base_ += kFusedWarps * step_.tokens, load(b)) {
       const bool present = slot_.expert >= 0;
@@ -67,7 +67,7 @@ class OwnSlots {
                             : load_slot<int32_t, false>(in_, step_, base_, b.end);
   }
 
-  // An expert that does not exist is told as it is, so that every block of every rank gives up.
+  // An expert that does not exist is sent as it is, so that every block of every rank gives up.
   __device__ __forceinline__ Entry entry_of(const FusedBlock& b, bool leads) {
     const int expert = min(slot_.expert, kMostNamed);
     if (slot_.expert >= in_.policy.num_experts) {
@@ -90,7 +90,7 @@ class OwnSlots {
 };
 
 // How many tokens this rank has, to the others.
-__device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
+__device__ __forceinline__ void send_tokens(const FusedBlock& b) {
   if (b.block != 0) return;
 #pragma unroll 1
   for (int peer = kFusedThreads - 1 - threadIdx.x; peer < b.p.shape.num_ranks; peer += kFusedThreads) {
@@ -100,15 +100,15 @@ __device__ __forceinline__ void tell_tokens(const FusedBlock& b) {
 
 // An own assignment with what the entropies say. The weights of all of the rank's tokens are known.
 __device__ __forceinline__ Entry weighed_entry(const FusedBlock& b, int slot, float gate) {
-  const Entry told = b.own_entry(slot);
-  if (!told.present()) return told;
+  const Entry first = b.own_entry(slot);
+  if (!first.present()) return first;
   const int token = b.args.by_top_k.divide(slot);
-  const Slot whole = {token, told.expert(), told.text() ? -1 : 0, gate, b.at<float>(b.args.tables.weight)[token], true};
-  return Entry::of(told.expert(), bucket_of_slot(options_of(b), whole), told.text(), told.leads(), fixed_weight(whole.weight));
+  const Slot whole = {token, first.expert(), first.text() ? -1 : 0, gate, b.at<float>(b.args.tables.weight)[token], true};
+  return Entry::of(first.expert(), bucket_of_slot(options_of(b), whole), first.text(), first.leads(), fixed_weight(whole.weight));
 }
 
 // This block's assignments again, to the other ranks. A barrier has to follow: nobody has completed them here yet.
-__device__ inline void tell_weighed(const FusedBlock& b) {
+__device__ inline void send_weighed(const FusedBlock& b) {
   if (b.p.shape.num_ranks == 1) return;
   const int first = b.first * b.p.shape.top_k, end = b.end * b.p.shape.top_k;
 #pragma unroll 1
@@ -118,7 +118,7 @@ __device__ inline void tell_weighed(const FusedBlock& b) {
 }
 
 // One warp: how many tokens rank `lane` has. -1: it did not say, or more than there may be.
-__device__ inline int hear_tokens(const FusedBlock& b) {
+__device__ inline int receive_tokens(const FusedBlock& b) {
   int tokens = b.lane == b.rank ? b.me.num_tokens : 0;
   if (b.lane < b.p.shape.num_ranks && b.lane != b.rank) {
     const uint64_t* const address = b.own<uint64_t>(b.p.layout.tokens) + b.lane;
@@ -187,7 +187,7 @@ struct Claimed {
 // What a thread counts of the assignments that it sees, and where.
 class Tally {
  public:
-  // What an exchange tells: rows per expert the first, units and sums whichever tells weights. Where that is the second,
+  // What an exchange carries: rows per expert the first, units and sums whichever carries weights. Where that is the second,
   // visual tokens weigh nothing in the first.
   __device__ __forceinline__ Tally(const FusedBlock& b, int exchange)
       : again_(exchange != 0), in_units_(again_ || (b.p.policy.load != Load::kRows && !b.p.policy.needs_entropy)) {}
@@ -234,10 +234,10 @@ class Tally {
 // that are busy with rows are not waited for. The first LL words are sent for before it is known how many there are, and the
 // next ones before the first are counted: counting them takes as long as their way. False: a rank did not send them. A warp
 // at a time: a barrier of the block has to follow.
-__device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Tally& tally) {
+__device__ __forceinline__ bool receive_words(const FusedBlock& b, int exchange, Tally& tally) {
   const int ranks = b.p.shape.num_ranks, top_k = b.p.shape.top_k;
   Claimed next(b, exchange);
-  const int tokens = exchange == 0 ? hear_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.tables.tokens)[b.lane] : 0);
+  const int tokens = exchange == 0 ? receive_tokens(b) : (b.lane < ranks ? b.at<int>(b.args.tables.tokens)[b.lane] : 0);
   if (__any_sync(kFullMask, tokens < 0)) return false;
   const int longest = __reduce_max_sync(kFullMask, tokens) * top_k;
   // Otherwise every warp claims once, in the order in which they come.
@@ -267,7 +267,7 @@ __device__ __forceinline__ bool hear_words(const FusedBlock& b, int exchange, Ta
   return true;
 }
 
-// Own assignments with what the entropies say, behind tell_weighed's barrier.
+// Own assignments with what the entropies say, behind send_weighed's barrier.
 __device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
 #pragma unroll 1
   for (int first = threadIdx.x; first < b.slots(); first += kClaim * kFusedThreads) {
@@ -290,10 +290,10 @@ __device__ inline void weigh_own(const FusedBlock& b, Tally& tally) {
 }
 
 // The group's assignments, with their weights the second time. A barrier has to follow.
-__device__ inline bool hear_assignments(const FusedBlock& b, int exchange) {
+__device__ inline bool receive_assignments(const FusedBlock& b, int exchange) {
   Tally tally(b, exchange);
   if (exchange != 0) weigh_own(b, tally);
-  const bool ok = exchange != 0 && b.p.shape.num_ranks == 1 || hear_words(b, exchange, tally);
+  const bool ok = exchange != 0 && b.p.shape.num_ranks == 1 || receive_words(b, exchange, tally);
   tally.finish(b);
   return ok;
 }

@@ -22,11 +22,11 @@ __device__ __forceinline__ void put_part(const FusedBlock& b, int peer, int loca
   const int vectors = RowBytes(s).features / 16;
   const int from = vectors * part >> split, upto = vectors * (part + 1) >> split;
   const int64_t offset = b.p.layout.rows + (static_cast<int64_t>(row) * vectors + from) * 16;
-  const bool tells = part == 0 && scales_with_rows(b);
-  if (tells) tell_scales(b, peer, row, staged);
+  const bool sends_scales = part == 0 && scales_with_rows(b);
+  if (sends_scales) send_scales(b, peer, row, staged);
   b.peers.put(peer, offset, reinterpret_cast<const uint4*>(staged) + from, upto - from, b.lane);
   if (part != 0) return;
-  if (!tells && is_fp8(s.format)) put_scales(b, peer, local, row, staged);
+  if (!sends_scales && is_fp8(s.format)) put_scales(b, peer, local, row, staged);
   if (b.p.names_sources && b.lane == 0) b.peers.write(peer, b.p.layout.sources + 4LL * row, b.rank << 16 | token);
 }
 

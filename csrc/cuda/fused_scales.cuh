@@ -49,7 +49,7 @@ __device__ __forceinline__ void put_scales(const FusedBlock& b, int peer, int lo
 }
 
 // One warp: the scales of a staged row in one piece. Before its features, so that they are there long before these.
-__device__ __forceinline__ void tell_scales(const FusedBlock& b, int peer, int row, const unsigned char* staged) {
+__device__ __forceinline__ void send_scales(const FusedBlock& b, int peer, int row, const unsigned char* staged) {
   const FusedShape& s = b.p.shape;
   const int words = static_cast<int>(scale_words(s));
   const int64_t offset = arriving_scales(b, row);

@@ -12,7 +12,7 @@
 namespace macs::cuda {
 
 // One thread: what every rank sends to an expert, `own` this one.
-__device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own) {
+__device__ inline bool receive_counts(const FusedBlock& b, int expert, uint32_t own) {
   constexpr int kInFlight = 4;
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const int* const tokens = b.at<int>(b.args.tables.tokens);
@@ -44,7 +44,7 @@ __device__ inline bool hear_counts(const FusedBlock& b, int expert, uint32_t own
   return true;
 }
 
-// After a cut only a rank itself knows what it sends: it tells the others. `group_rows` are then the rows after the plan.
+// After a cut only a rank itself knows what it sends: it sends that to the others. `group_rows` are then the rows after the plan.
 __device__ inline bool exchange_counts(const FusedBlock& b) {
   const int experts = b.p.shape.num_experts, ranks = b.p.shape.num_ranks;
   const uint32_t* const own = b.at<uint32_t>(b.args.tables.own_rows);
@@ -59,7 +59,7 @@ __device__ inline bool exchange_counts(const FusedBlock& b) {
   }
   bool ok = true;
 #pragma unroll 1
-  for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= hear_counts(b, j, own[j]);
+  for (int j = threadIdx.x; j < experts; j += kFusedThreads) ok &= receive_counts(b, j, own[j]);
   return __syncthreads_and(ok) != 0;
 }
 

@@ -64,7 +64,7 @@ __device__ __forceinline__ int* limbs_of(const FusedBlock& b, int segment) {
 }
 
 // The rank's entropies into shared memory; added up by segment as they come, where there is room for all segments.
-__device__ inline bool hear_entropies(const FusedBlock& b) {
+__device__ inline bool receive_entropies(const FusedBlock& b) {
   const uint64_t* const words = b.own<uint64_t>(b.p.layout.entropy);
   float* const entropies = b.at<float>(b.args.tables.entropies);
   bool ok = true;
@@ -98,7 +98,7 @@ __device__ __forceinline__ SegmentSums warp_segment_sums(const FusedBlock& b, in
   return sums;
 }
 
-// body(token, weight) for the rank's tokens, behind hear_entropies: a thread a token, or a warp where the sums of its segment
+// body(token, weight) for the rank's tokens, behind receive_entropies: a thread a token, or a warp where the sums of its segment
 // are yet to be made.
 template <class Body>
 __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void for_each_weight(const FusedBlock& b, Body body) 
 
 // The weights of all of the rank's tokens. False: a block of this rank never scored its own.
 __device__ inline bool weigh_tokens(const FusedBlock& b) {
-  if (!hear_entropies(b)) return false;
+  if (!receive_entropies(b)) return false;
   float* const weights = b.at<float>(b.args.tables.weight);
   for_each_weight(b, [&](int token, float weight) { weights[token] = weight; });
   __syncthreads();
@@ -128,7 +128,7 @@ __device__ inline bool weigh_tokens(const FusedBlock& b) {
 // By one of the rank's blocks, where the weights decide nothing and are only reported: those of all of the rank's tokens,
 // and the group's sums. Rows are on their way by then. Ranks may be an epoch apart here, so that the LL words alternate.
 __device__ inline bool report_weights(const FusedBlock& b) {
-  if (!hear_entropies(b)) return false;
+  if (!receive_entropies(b)) return false;
   for_each_weight(b, [&](int token, float weight) {
     b.me.weight[token] = weight;
     bool counts = false;

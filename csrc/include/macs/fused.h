@@ -34,9 +34,9 @@ enum class Phase : int32_t { kBoth = 0, kSend = 1, kReceive = 2 };
 // Where a wait gave up, or what was found wrong.
 enum class Fault : int32_t {
   kNone = 0,
-  kEntropies,    // a block of this rank never scored its tokens, or a peer never told what its tokens weigh
+  kEntropies,    // a block of this rank never scored its tokens, or a peer never sent what its tokens weigh
   kAssignments,  // a peer never sent its assignments
-  kCuts,         // a block of this rank never told its cuts
+  kCuts,         // a block of this rank never sent its cuts
   kProposals,    // a block of this rank never proposed
   kCounts,       // a peer never sent its rows per expert
   kRows,         // a peer never finished its rows

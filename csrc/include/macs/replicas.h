@@ -48,7 +48,7 @@ MACS_HOST_DEVICE int64_t replica_exchange_size(const Places& p) {
   return p.any() ? p.num_ranks + 2LL * p.num_ranks * p.redundant() : 0;
 }
 
-// Of each rank, what replica_balance tells replica_choose; kNotExceeded: its bound holds as it is.
+// Of each rank, what replica_balance passes to replica_choose; kNotExceeded: its bound holds as it is.
 struct RankLimit {
   int32_t limit, first, room, bound;  // rows that this source may keep, counted from level `first` on; room as in `cut`
 };

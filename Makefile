@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: requirements/sglang.txt requirements/cpu.txt requirements/dev.txt scripts/setup_env.sh
+$(VENV)/.installed: sglang_macs/releases.py requirements/cpu.txt requirements/dev.txt scripts/setup_env.sh
 	@bash scripts/setup_env.sh $(VENV)
 	@touch $@
 

@@ -10,6 +10,7 @@ A wheel fits one torch, CUDA and set of architectures. Its file's name says whic
 import glob
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import tomllib
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-# SGLang 0.5.21 asks for the first, 0.5.22 and 0.5.23 for the second.
-TORCH = (os.environ["MACS_TORCH"],) if "MACS_TORCH" in os.environ else ("2.13", "2.14")
+RELEASES = runpy.run_path("sglang_macs/releases.py")  # importing the package would take what it needs
+TORCH = (os.environ["MACS_TORCH"],) if "MACS_TORCH" in os.environ else RELEASES["TORCH"]
 
 
 def fail(what: str, got: str, expected: str, fix: str) -> None:

@@ -3,10 +3,10 @@
     python scripts/check_compat.py [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
     python scripts/check_compat.py 0.5.20 --stages refused
 
-Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION without
-its dependencies (pip --target), before the installed one; everything else is shared. The stage `refused` is for a
-release that lacks a hook's target: a launch with MACS must end and say so. Exit 0 if every stage of every release
-passes. docs/guide/compatibility.md has the table.
+Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION, before
+the installed one, and with it what it pins and is installed here in another version (transformers, tokenizers); torch
+and everything else are shared. The stage `refused` is for a release that lacks a hook's target: a launch with MACS must
+end and say so. Exit 0 if every stage of every release passes. docs/guide/compatibility.md has the table.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
-from sglang_macs.engine.compat import SGLANG
+from sglang_macs.releases import SGLANG
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -70,10 +70,34 @@ def others() -> list[str]:
 def install(version: str) -> Path:
     """The folder that holds this release. Raises CalledProcessError."""
     folder = COMPAT / version
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     if not (folder / "sglang").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, "--target", str(folder), f"sglang=={version}"], check=True)
+    if missing := own_pins(folder):
+        subprocess.run([*pip, "--target", str(folder), *missing], check=True)
     return folder
+
+
+def own_pins(folder: Path) -> list[str]:
+    """NAME==VERSION of what the release in `folder` pins and this environment has in another version, but for torch:
+    this project's extension is built for the installed one.
+    """
+    there = {of(one.name): one.version for one in metadata.distributions(path=[str(folder)])}
+    (release,) = (one for one in metadata.distributions(path=[str(folder)]) if of(one.name) == "sglang")
+    found = []
+    for wanted in release.requires or ():
+        pin = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?==([\w.]+)", wanted)
+        if pin is None or of(pin[1]) == "torch" or there.get(of(pin[1])) == pin[2]:
+            continue
+        installed = {of(one.name): one.version for one in metadata.distributions(name=pin[1])}.get(of(pin[1]))
+        if installed not in (None, pin[2]):
+            found.append("==".join(pin.groups()))
+    return found
+
+
+def of(name: str) -> str:
+    """A distribution's name as every index spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def environment_of(folder: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment VENV for SGLang on a CPU, with the tools for building and testing this project. The
-# release is the one in requirements/sglang.txt; SGLANG=0.5.23 takes another.
+# release is PINNED in sglang_macs/releases.py; SGLANG=0.5.23 takes another.
 #
 #   scripts/setup_env.sh VENV          PYTHON=/path/to/python3.11 chooses the interpreter
 #
@@ -10,8 +10,6 @@ set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: scripts/setup_env.sh VENV" >&2; exit 2; }
 venv=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
-sglang=$(grep '^sglang==' "$here/requirements/sglang.txt")
-[ -z "${SGLANG:-}" ] || sglang="sglang==$SGLANG"
 steps=5
 step=0
 
@@ -78,6 +76,8 @@ import torch, numpy; torch.zeros(2).sum()"
 }
 
 python=$(find_python)
+pinned=$("$python" -c "import runpy, sys; print(runpy.run_path(sys.argv[1])['PINNED'])" "$here/sglang_macs/releases.py")
+sglang="sglang==${SGLANG:-$pinned}"
 wanted=$(cat "$here"/requirements/*.txt "$0" <("$python" --version) <(echo "$sglang") | "$python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 stamp=$venv/.requirements-sha256

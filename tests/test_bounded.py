@@ -309,6 +309,21 @@ def test_sglangs_runner_finds_the_permutation() -> None:
     assert done.stdout.strip().endswith("carried"), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("scale", "lies_so"),
+    [
+        (torch.empty(16, 256).t(), True),  # [M, H / 128], as `Received.permute` makes them
+        (torch.empty(256, 16), False),
+        (torch.empty(16, 255).t(), False),
+        (torch.empty(16, 260).t()[:256], False),
+        (torch.empty(16 * 256 + 1)[1:].view(16, 256).t(), False),
+    ],
+)
+def test_scales_are_copied_unless_they_lie_as_deepgemm_reads_them(scale: torch.Tensor, lies_so: bool) -> None:
+    copy = torch.empty(1)
+    assert deepep_bounded._align_scale(lambda given: copy, scale) is (scale if lies_so else copy)
+
+
 def test_the_grouped_gemm_is_told_the_ends_alone_by_a_bounded_dispatch(monkeypatch) -> None:
     calls = []
     gemm = SimpleNamespace(gemm=lambda *given, **more: calls.append(("ends", given[3], more)))

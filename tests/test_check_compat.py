@@ -5,14 +5,6 @@ from pathlib import Path
 
 import check_compat
 
-from sglang_macs.engine.compat import SGLANG
-
-PINNED = (check_compat.ROOT / "requirements" / "sglang.txt").read_text().split("sglang==")[1].strip()
-
-
-def test_the_pinned_release_is_one_that_hooks_are_made_for():
-    assert PINNED in SGLANG
-
 
 def test_the_others_are_all_but_the_installed_one(monkeypatch):
     monkeypatch.setattr(check_compat, "SGLANG", ("0.5.1", "0.5.2", "0.5.3"))

@@ -20,6 +20,7 @@ from sglang_macs.cli.doctor import FAIL, OK, SKIP, WARN, Check
 from sglang_macs.cli.progress import EVERY_SECONDS, Progress
 from sglang_macs.cpu_compat import environment
 from sglang_macs.engine import launcher, scheduler_process
+from sglang_macs.releases import PINNED
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
 PACKAGE = extension.PACKAGE
@@ -59,7 +60,7 @@ def test_a_lost_hook_and_a_bad_flag_are_named(tmp_path, vl_model):
     failed = [check for name in checks for check in checks[name] if check["status"] == FAIL]
     hook, launch = sorted(failed, key=lambda check: check["name"])
     assert "sglang.srt.model_executor.model_runner.ModelRunner.forward is gone" in hook["found"]
-    assert "sglang==0.5.21" in hook["fix"]
+    assert f"sglang=={PINNED}" in hook["fix"]
     assert launch["found"] == "--macs-gamma: got 0.0, expected a number above 0"
     assert launch["fix"] == "inf turns clipping off."
 

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import subprocess
 import sys
 import tomllib
@@ -12,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 
-from sglang_macs.engine.compat import SGLANG
+from sglang_macs.releases import SGLANG, TORCH
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -42,9 +41,7 @@ def test_the_extras_hold_what_their_parts_import():
     assert third_party("tiny_models") - {"numpy", "torch"} <= {one.name for one in EXTRAS["tiny-models"]}
     served = {one.name: one.specifier for one in EXTRAS["serve"]}
     assert all(version in served["sglang"] for version in SGLANG) and "0.5.20" not in served["sglang"]
-    source = (ROOT / "setup.py").read_text(encoding="utf-8")
-    for minor in re.search(r"else \((.*)\)", source)[1].replace('"', "").split(", "):
-        assert f"{minor}.0" in served["torch"]
+    assert all(f"{minor}.0" in served["torch"] for minor in TORCH)
 
 
 def test_a_build_without_setuptools_scm_has_a_version_all_the_same(tmp_path):
@@ -52,8 +49,9 @@ def test_a_build_without_setuptools_scm_has_a_version_all_the_same(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"))
     (tmp_path / "sglang_macs").mkdir()
+    (tmp_path / "sglang_macs" / "releases.py").write_text((ROOT / "sglang_macs" / "releases.py").read_text())
     (tmp_path / "torch" / "utils").mkdir(parents=True)
-    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.13.0'\nclass version: cuda = None\n")
+    (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = '{TORCH[-1]}.0'\nclass version: cuda = None\n")
     (tmp_path / "torch" / "utils" / "__init__.py").touch()
     stub = "from setuptools import Extension\nCUDA_HOME = CUDAExtension = None\n"
     stub += "def CppExtension(name, sources, **_): return Extension(name, [])\n"

@@ -1,4 +1,5 @@
-"""Writes the tables of the documentation: flags and metrics from the code, figures from docs/results.
+"""Writes the tables of the documentation: flags and metrics from the code, figures from docs/results. And the pinned
+release of SGLang, wherever it stands by name (pins.py).
 
 `--check` only compares.
 
@@ -10,6 +11,8 @@ import statistics
 import sys
 from collections.abc import Callable
 
+import pins
+from architectures import dispatching_table
 from kernel_tables import (
     bounded_table,
     decode_table,
@@ -29,6 +32,7 @@ from tables import ROOT, markdown, results
 from sglang_macs.config import flag_table
 from sglang_macs.engine import families
 from sglang_macs.observe import metrics
+from sglang_macs.releases import PINNED
 from sglang_macs.simulate import exchange
 from sglang_macs.simulate.machines import MACHINES, MODELS
 
@@ -114,12 +118,9 @@ def quality_replicas_table() -> str:
 def compat_table() -> str:
     """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
     found = results("compat")
-    pinned = (ROOT / "requirements" / "sglang.txt").read_text(encoding="utf-8").split("sglang==")[1].strip()
-    stages = [
-        stage for stage in ("hooks", "launch", "server", "families") if any(stage in row for row in found["rows"])
-    ]
-    rows = [[pinned, *["tested by `make test`"] * len(stages)]]
-    for row in found["rows"]:
+    stages = ("hooks", "launch", "server", "families")
+    rows = [[PINNED, *["tested by `make test`"] * len(stages)]]
+    for row in (row for row in reversed(found["rows"]) if row["sglang"] != PINNED):
         if "refused" in row:
             said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
             rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"', *[""] * (len(stages) - 3)])
@@ -150,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instructions": instructions_table,
     "compat": compat_table,
     "served": families.served_table,
+    "dispatching": dispatching_table,
     "refused": families.refused_table,
     "cost": cost_table,
     "replicas": replicas_table,
@@ -167,12 +169,14 @@ def with_tables(text: str) -> str:
 
 def main() -> int:
     stale = 0
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
+    pinned = [ROOT / name for name in pins.FILES]
+    for page in sorted({*pinned, *(ROOT / "docs").glob("**/*.md")}):
         text = page.read_text(encoding="utf-8")
-        if (current := with_tables(text)) == text:
+        current = with_tables(text) if page.suffix == ".md" else text
+        if (current := pins.with_pins(current) if page in pinned else current) == text:
             continue
         if "--check" in sys.argv[1:]:
-            print(f"{page.relative_to(ROOT)}: a table differs from its source. Run: make format", file=sys.stderr)
+            print(f"{page.relative_to(ROOT)}: a table or a pin differs. Run: make format", file=sys.stderr)
             stale = 1
         else:
             page.write_text(current, encoding="utf-8")

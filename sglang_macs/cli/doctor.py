@@ -23,13 +23,12 @@ from typing import Any
 
 from .. import cpu_compat, extension
 from ..config import TOKENS_THAT_PAY
-from ..engine.compat import SGLANG
 from ..errors import MacsError
+from ..releases import PINNED, SGLANG, TORCH
 from .arguments import add_server, server_of
 from .progress import Progress
 
 HELP = "check that this machine, and a launch, can serve with MACS; each failure comes with its fix"
-TORCH = ("2.13", "2.14")
 OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
 DEVICES = Path("/dev")
@@ -308,7 +307,7 @@ def _in_sglang(server_flags: list[str], on_cpu: bool, built: bool) -> list[Check
 
 
 def _hooks(side: str, done: subprocess.CompletedProcess) -> list[Check]:
-    fix = f"Install sglang=={SGLANG[0]}, or a version of sglang-macs that is made for {_version_of('sglang')}."
+    fix = f"Install sglang=={PINNED}, or a version of sglang-macs that is made for {_version_of('sglang')}."
     if (hooks := _said("HOOKS ", done)) is not None:
         return [_check(f"{side} hook", not trouble, trouble or target, fix) for target, trouble in hooks.items()]
     if refusals := _refusals(done):

@@ -97,6 +97,11 @@ def never_capturing() -> bool:
     return False
 
 
+def captures_nothing(original) -> bool:
+    """`torch.cuda.is_current_stream_capturing`, in place of `original`, which asks a driver that is not there."""
+    return False
+
+
 def padded_seq_len(self) -> int:
     """Length given to a padded sequence. 1, as in the AMX backend: attention over 0 keys has no softmax."""
     return 1
@@ -178,6 +183,13 @@ GAPS = (
         kind="missing",
         why="a recorder of the expert distribution that is not recording asks for it in every layer",
         until="torch.cpu has it, or the recorder asks",
+    ),
+    Gap(
+        target="torch.cuda.is_current_stream_capturing",
+        value=captures_nothing,
+        kind="around",
+        why="a CUDA build of torch is asked instead of torch.cpu, and dies where there is no driver",
+        until="the recorder asks the device that serves",
     ),
     Gap(
         target="sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value",

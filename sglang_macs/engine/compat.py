@@ -12,8 +12,8 @@ from ..config import MacsConfig
 from ..errors import MacsError
 from . import families
 
-SGLANG = ("0.5.21", "0.5.22", "0.5.23")  # releases whose internals are hooked and tested; pins name the first
 A2A_BACKENDS = ("macs", "deepep")
+V2 = "deepep_v2"  # only where the environment asks for it: it has not run on GPUs
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
@@ -244,6 +244,20 @@ def _decode_in_graphs(launch: Launch) -> str:
     return "" if backend == "disabled" else "true, and decode replays CUDA graphs, in which nothing would be planned"
 
 
+def _v2(launch: Launch) -> str:
+    """What DeepEP V2 is not planned with, or "". SGLang refuses the rest: other runners, overlaps, other models."""
+    reasons = (
+        (launch.flag("device") == "cpu", "on the CPU"),
+        (launch.flag("nnodes", 1) > 1, "between hosts"),
+        (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
+        (_placed(launch), "with replicated or moved experts"),
+        (launch.config.decode and not launch.config.is_off, "with --macs-decode true"),
+        (launch.config.dispatch == "fused", "with --macs-dispatch fused"),
+        (bool(launch.flag("speculative_algorithm")), "with speculative decoding"),
+    )
+    return next((words for refused, words in reasons if refused), "") if launch.flag("moe_a2a_backend") == V2 else ""
+
+
 def _bounded(launch: Launch) -> str:
     words = _unbounded(launch) if launch.config.dispatch == "bounded" else ""
     return f"bounded {words}" if words else ""
@@ -275,6 +289,10 @@ def _unbounded(launch: Launch) -> str:
 def resolved(launch: Launch) -> tuple[MacsConfig, str]:
     """The configuration with what `auto` cannot have here left out, or what no server has shown yet, and why, or ""."""
     config, tried = launch.config, experimental("auto")
+    if launch.flag("moe_a2a_backend") == V2 and config.dispatch.startswith("auto"):
+        words, all_reduce = _unbounded(launch), "group" if config.all_reduce == "auto" else config.all_reduce
+        why = words or "what DeepEP V2 can be dispatched by"
+        return replace(config, dispatch="deepep" if words else "bounded", all_reduce=all_reduce), why
     if config.dispatch.startswith("auto") and not tried and (why := _not_shown(launch)):
         all_reduce = "group" if config.all_reduce == "auto" else config.all_reduce
         return replace(config, dispatch="deepep", all_reduce=all_reduce), why
@@ -414,6 +432,12 @@ RULES = (
         "Pass these.",
     ),
     Rule(
+        "--moe-a2a-backend deepep_v2",
+        _v2,
+        "one host, experts in their own order in bf16 or FP8 blocks, and prefills alone planned",
+        "Pass --moe-a2a-backend macs.",
+    ),
+    Rule(
         "--enforce-shared-experts-fusion",
         _if(_on("enforce_shared_experts_fusion"), "fused shared experts"),
         "shared experts of their own: a fused one must not be clipped",
@@ -490,7 +514,10 @@ RULES = (
 
 def check_a2a(backend: str) -> None:
     """Raises MacsError unless the asked-for all-to-all backend is one that MACS plans for."""
-    if backend not in A2A_BACKENDS:
+    if backend == V2 and not experimental("v2"):
+        expected, fix = "macs or deepep: V2 has not run under MACS", f"{EXPERIMENTAL_ENV}=v2 tries it nevertheless."
+        raise MacsError("--moe-a2a-backend", V2, expected, fix)
+    if backend not in (*A2A_BACKENDS, V2):
         raise MacsError(
             "--moe-a2a-backend", repr(backend), "macs or deepep with --enable-macs", "Pass --moe-a2a-backend macs."
         )

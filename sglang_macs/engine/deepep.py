@@ -58,6 +58,15 @@ def plan_before(dispatcher, planner: LayerPlanner, fused=(), given_up: GivenUp |
     dispatcher._execute = partial(halves.execute, dispatcher._execute)
 
 
+def planned(planner: LayerPlanner, hidden_states, topk_output, half=None, plan=None):
+    """(the top-k as it is sent, the plan's result or None), measured and proved. half, plan: `LayerPlanner`'s."""
+    topk_output = routed_nowhere(topk_output, hidden_states.shape[0])
+    ids, weights = topk_output.topk_ids, topk_output.topk_weights
+    found = planner(hidden_states, ids, weights, logits_of(topk_output), half, plan)
+    planner.measure(ids, found)
+    return topk_output._replace(topk_ids=found.topk_ids, topk_weights=found.topk_weights), found.result
+
+
 class _Halves:
     """What is wrapped around a layer's dispatchers, and which half of the batch they dispatch: under two-batch overlap
     there is one for each.
@@ -74,17 +83,12 @@ class _Halves:
 
     def plan_first(self, dispatch_a, inner, fused, hidden_states, topk_output):
         """AROUND `dispatch_a`: what is planned is sent, and proved."""
-        planner = self._planner
-        topk_output = routed_nowhere(topk_output, hidden_states.shape[0])
-        ids, weights = topk_output.topk_ids, topk_output.topk_weights
         if fused is not None:
             fused.in_halves = self._half is not None
         plan = fused.plan if fused is not None and inner._get_impl() is fused.impl and fused.plans() else None
-        planned = planner(hidden_states, ids, weights, logits_of(topk_output), self._half, plan)
-        planner.measure(ids, planned)
-        if self._given_up is not None and planned.result is not None:
-            self._given_up.add(planner.layer_id, planned.result)
-        output = topk_output._replace(topk_ids=planned.topk_ids, topk_weights=planned.topk_weights)
+        output, result = planned(self._planner, hidden_states, topk_output, self._half, plan)
+        if self._given_up is not None and result is not None:
+            self._given_up.add(self._planner.layer_id, result)
         return dispatch_a(hidden_states=hidden_states, topk_output=output)
 
     def hint_rows(self, dispatch_b):

@@ -48,22 +48,13 @@ def bound_normal(dispatcher, planner, moe_runner_config) -> None:
 
     config = moe_runner_config
     sizes = bounded.Sizes.of(planner.plan, config.top_k, config.hidden_size)
-    process.bounded.expect(sizes, -(-_most_tokens() // planner.attn_tp[1]))
+    process.bounded.expect(sizes, -(-worker.most_prefill_tokens() // planner.attn_tp[1]))
     for inner in dispatcher._inners:
         impl = getattr(inner, "_normal_dispatcher", None)
         if impl is not None:
             normal = bounded.BoundedNormal(impl, process.bounded, planner, sizes, make_output)
             if process.layer_graphs is not None:
                 dispatcher.macs_graph = LayerGraph(process.layer_graphs, normal, partial(_carries, inner, impl))
-
-
-def _most_tokens() -> int:
-    """Of a prefill batch."""
-    from sglang.srt.runtime_context import get_schedule
-
-    schedule = get_schedule()
-    chunk = schedule.chunked_prefill_size
-    return chunk if chunk and chunk > 0 else schedule.max_prefill_tokens
 
 
 def _carries(inner, impl) -> bool:
@@ -106,7 +97,6 @@ def register_permutation() -> None:
             hidden_states_scale=scales,
             use_masked_gemm=False,
             m_indices=index.expert_end,
-            hidden_states_scale_tma_aligned=True,
             activation_scale_block_size=128,
         )
 
@@ -115,6 +105,15 @@ def register_permutation() -> None:
         received, place = running_state[BOUNDED]
         tokens = received.gather(runner_output.hidden_states, place)
         return DeepEPNormalCombineInput(tokens, received.topk_ids, received.topk_weights)
+
+
+def _align_scale(original, scale):
+    """AROUND tma_align_input_scale: scales that lie as DeepGEMM reads them, as those of a bounded dispatch do, are not
+    copied: columns one behind the other, each at a multiple of 16 bytes.
+    """
+    rows, itemsize = scale.shape[0], scale.element_size()
+    lies_so = scale.stride() == (1, rows) and rows * itemsize % 16 == 0 and scale.data_ptr() % 16 == 0
+    return scale if lies_so else original(scale)
 
 
 def _grouped_gemm(gemm: str):
@@ -148,4 +147,5 @@ HOOKS = (
     Hook("sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.forward_impl", _forward_impl, "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_bf16_contig", _grouped_gemm("m_grouped_bf16_gemm_nt_contiguous"), "around"),
     Hook(f"{_DEEP_GEMM}.grouped_gemm_nt_f8f8bf16_contig", _grouped_gemm("m_grouped_fp8_gemm_nt_contiguous"), "around"),
+    Hook("sglang.kernels.ops.moe.ep_moe_kernels.tma_align_input_scale", _align_scale, "around"),
 )

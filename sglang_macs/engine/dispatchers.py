@@ -6,7 +6,7 @@ from ..dispatch.planner import LayerPlanner
 from ..errors import MacsNotActive
 from ..observe.recorder import Place
 from ..plan.plan import Plan
-from . import deepep, deepep_bounded, replicas, worker
+from . import compat, deepep, deepep_bounded, deepep_v2, replicas, worker
 from .hooks import Hook
 from .refusal import or_exit
 from .topk import logits_of
@@ -33,7 +33,8 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     backend = get_moe_a2a_backend()
-    if not (backend.is_customized() or backend.is_deepep()):
+    is_v2 = backend.value == compat.V2
+    if not (backend.is_customized() or backend.is_deepep() or is_v2):
         return original(moe_runner_config, *args, **kwargs)
     if moe_runner_config.num_fused_shared_experts:
         raise MacsNotActive("fused shared experts must not be clipped; pass --disable-shared-experts-fusion")
@@ -41,6 +42,9 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     if backend.is_customized():
         return _cpu_dispatcher(planner)
     dispatcher = original(moe_runner_config, *args, **kwargs)
+    if is_v2:
+        deepep_v2.plan_before(dispatcher, planner, moe_runner_config)
+        return dispatcher
     deepep_bounded.bound_normal(dispatcher, planner, moe_runner_config)
     given_up = worker.current().given_up if replicas.counts_behind_dispatch() else None
     fused = deepep.fused_low_latency(dispatcher, planner, moe_runner_config)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..errors import MacsNotActive
-from .compat import SGLANG
+from ..releases import PINNED, SGLANG
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ def is_wrapped_by(now: Any, function: Callable[..., Any]) -> bool:
 
 def _versions() -> str:
     made_for = ", ".join(SGLANG)
-    return f"sglang {version('sglang')}, made for {made_for}: update sglang-macs or pin sglang=={SGLANG[0]}"
+    return f"sglang {version('sglang')}, made for {made_for}: update sglang-macs or pin sglang=={PINNED}"

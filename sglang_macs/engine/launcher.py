@@ -16,7 +16,7 @@ from ..console import say
 from ..errors import MacsError, MacsNotActive
 from ..observe import recorder
 from ..plan import importance, profile
-from . import compat, hooks, moe_config, runner
+from . import compat, deepep_v2, hooks, moe_config, runner
 from .hooks import Hook
 from .refusal import exit_with
 from .scheduler_process import run_scheduler_process
@@ -139,7 +139,10 @@ def _translate_for_cuda(record) -> None:
     if not ops.has_cuda():
         fix = "Build it where nvcc and a CUDA torch are, or serve with --device cpu."
         raise MacsError("sglang_macs._C", "no CUDA operators", "a build with CUDA for a GPU server", fix)
-    record.moe_a2a_backend = "deepep"
+    if record.moe_a2a_backend == compat.V2:
+        deepep_v2.register_models()
+    else:
+        record.moe_a2a_backend = "deepep"
     if record.moe_runner_backend in ("auto", runner.RUNNER):
         record.moe_runner_backend = "deep_gemm"
 

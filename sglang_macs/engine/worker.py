@@ -226,3 +226,12 @@ def current() -> Worker:
     if _current is None:
         _current = Worker(configured())
     return _current
+
+
+def most_prefill_tokens() -> int:
+    """Of a rank's prefill batch, as SGLang schedules them."""
+    from sglang.srt.runtime_context import get_schedule
+
+    schedule = get_schedule()
+    chunk = schedule.chunked_prefill_size
+    return chunk if chunk and chunk > 0 else schedule.max_prefill_tokens

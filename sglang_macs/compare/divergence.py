@@ -62,7 +62,7 @@ def divergence(base: Mapping[str, float], other: Mapping[str, float]) -> float:
     left_p, left_q = (max(1 - sum(side[token] for token in both), TINY) for side in (p, q))
     own = min(sum(p[token] for token in only), left_p)
     most = min(len(only) * min(q.values()), left_q)
-    theirs = max(min(most, left_q * own / left_p), TINY)
+    theirs = min(most, left_q * own / left_p)
     total = sum(p[token] * (base[token] - other[token]) for token in both)
     total += _term(own, theirs) + _term(left_p - own, left_q - theirs)
     return max(total, 0.0)

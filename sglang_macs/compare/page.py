@@ -17,18 +17,29 @@ LOWEST = 1e-9  # of a logarithmic axis
 
 
 def as_text(found: Result) -> str:
-    """A table of all groups, and the verdict as the last line."""
-    width = max([len(row.group) for row in found.rows] or [0])
-    lines = []
-    for measure in MEASURES:
-        if all(math.isnan(row.on[measure].mean) for row in found.rows):
-            continue
-        lines.append(NAMES[measure])
-        for row in found.rows:
-            on, floor, beyond = (_interval(measure, side[measure]) for side in (row.on, row.floor, row.beyond))
-            lines.append(f"  {row.group:<{width}} {row.requests:>6}  on {on}  floor {floor}  beyond it {beyond}")
-    lines += [printable(part) for part in _notes(found)]
-    return "\n".join([*lines, printable(found.line, 1000)])
+    """A table of all groups, what else there is to say, and the verdict as the last line."""
+    lines = _aligned([_HEAD, *(_cells(row) for row in found.rows)]) if found.rows else []
+    return "\n".join(printable(part, 1000) for part in (*lines, *_notes(found), found.line))
+
+
+_HEAD = ("", "requests", "divergence on", "off", "differ on", "off", "right lost")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    figures = [_interval("divergence", row.on["divergence"]), shown("divergence", row.floor["divergence"].mean)]
+    figures += [_interval("changed", row.on["changed"]), shown("changed", row.floor["changed"].mean)]
+    return (row.group, str(row.requests), *figures, _interval("lost", row.on["lost"]))
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    ]
 
 
 def _interval(measure: str, one: Estimate) -> str:
@@ -64,7 +75,7 @@ def page(found: Result, title: str) -> str:
         _tiles(found),
         section("Divergence by group", _GROUPS_NOTE, _forest(found.rows)),
         section("Divergence over requests", _SPREAD_NOTE, _spread(found.cases)),
-        section("Requests that changed most", _CASES_NOTE, _cases(found.cases)),
+        section("Requests that changed most", _CASES_NOTE, _most_changed(found.cases)),
         section("Figures", _FIGURES_NOTE, _table(found.rows)),
     ]
     words = "; ".join([title, *_notes(found)])
@@ -149,7 +160,7 @@ def _spread(cases: Sequence[Case]) -> str:
 _CASES_NOTE = "By divergence, those whose answers differ first. Line: of the file of requests."
 
 
-def _cases(cases: Sequence[Case]) -> str:
+def _most_changed(cases: Sequence[Case]) -> str:
     chosen = sorted(cases, key=lambda c: (c.first is None, -c.on["divergence"]))[:MOST_CASES]
     head = "".join(f"<th>{name}</th>" for name in ("line", "divergence", "question", "off", "on", "reference"))
     lines = []

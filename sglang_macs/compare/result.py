@@ -220,7 +220,9 @@ def _idle_line() -> str:
 
 
 def _line(status: int, findings: dict[str, Finding], needed: int | None, requests: int) -> str:
-    each = "; ".join(_words(name, finding) for name, finding in findings.items())
+    # Of a loss, on what it is one.
+    told = {name: finding for name, finding in findings.items() if status != 1 or finding.status == 1}
+    each = "; ".join(_words(name, finding) for name, finding in told.items())
     if status == 1:
         return f"loss found beyond the noise floor: {each}"
     if status == 0:

@@ -145,7 +145,8 @@ def test_options_are_put_back_whatever_happens(asked, preset):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_and_put_options_back(asked, number, monkeypatch):
+def test_signals_end_it_and_put_options_back(asked, number, monkeypatch, capsys):
+    answers = str(asked.parent / "answers.jsonl")
     with serving(ChatServer()) as server:
         chat = server.chat
 
@@ -155,8 +156,9 @@ def test_signals_end_it_and_put_options_back(asked, number, monkeypatch):
             return chat(body)
 
         monkeypatch.setattr(server, "chat", interrupting)
-        assert compare(asked, server.url, "--gamma", "0.5") == 130
+        assert compare(asked, server.url, "--gamma", "0.5", "--answers", answers) == 130
         assert server.in_force == ("rank", 1.1)
+    assert "the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -6,7 +6,8 @@ import json
 import signal
 from collections.abc import Iterator
 
-from ..errors import MacsError
+from ..console import say
+from ..errors import MacsError, printable
 from ..observe.server_info import Server
 from .arguments import add_admin, add_server, admin_of, gamma, number, server_of
 
@@ -56,8 +57,13 @@ def run(args: argparse.Namespace) -> int:
     what |= {"gamma": None if args.gamma is None else f"{args.gamma:g}", "concurrency": args.concurrency}
     kept = Kept(args.answers, what)
     if len(complete(kept, blocks)) < len(blocks):
-        with _ended_by_signals():
-            _ask(args, servers, {server: model_of(server) for server in servers}, blocks, kept)
+        try:
+            with _ended_by_signals():
+                _ask(args, servers, {server: model_of(server) for server in servers}, blocks, kept)
+        except KeyboardInterrupt:
+            if args.answers is not None:
+                say(f"{len(kept.passes)} passes are in {printable(args.answers)}; the same command goes on")
+            raise
     allowed = {"divergence": args.most_divergence, "lost": args.most_lost}
     found = result.evaluate(kept, blocks, complete(kept, blocks), allowed, args.match == "contains", args.other is None)
     print(page.as_text(found))

@@ -231,14 +231,23 @@ def test_beyond_one_domain_there_is_nccl_alone():
     wide = exchange.exchange(replace(H200, gpus_per_node=72), MODEL, 16)
     assert wide.peer_us is not None and exchange.exchange(replace(H200, gpus_per_node=72), MODEL, 32).peer_us is None
     assert found[8].nccl_us[0] < found[16].nccl_us[0] < found[128].nccl_us[0]
-    # 2 x 262,160 bytes to seven peers; a ring's 2 (R - 1) / R of 131,088 through NCCL.
-    assert (found[8].peer_bytes, found[8].nccl_bytes) == (7 * 262_176, 229_404)
+    # Two ways of 7 / 8 of 262,176 bytes; a ring's 2 (R - 1) / R of 131,088 through NCCL.
+    assert (found[8].peer_bytes, found[8].nccl_bytes) == (2 * 7 * 262_176 // 8, 229_404)
+
+
+def test_with_more_ranks_than_four_the_bytes_to_peers_hardly_grow():
+    wide = replace(H200, gpus_per_node=72)
+    four, five, sixteen = (exchange.exchange(wide, MODEL, ep) for ep in (4, 5, 16))
+    assert five.peer_bytes < sixteen.peer_bytes < 2 * 262_176 < four.peer_bytes == 3 * 262_176
+    assert sixteen.peer_us < 2 * four.peer_us
+    header = (ROOT / "csrc" / "include" / "macs" / "peer_all_reduce.h").read_text()
+    assert f"kMostRanksOfOneHop = {exchange.MOST_RANKS_OF_ONE_HOP};" in header
 
 
 def test_twice_the_experts_are_twice_the_bytes_to_every_peer():
-    more = exchange.exchange(H200, replace(MODEL, experts=256), 8)
+    more = exchange.exchange(H200, replace(MODEL, experts=256), 4)
     fixed = exchange.exchange(H200, MODEL, 1).peer_us
-    assert more.peer_us - fixed == pytest.approx(2 * (exchange.exchange(H200, MODEL, 8).peer_us - fixed))
+    assert more.peer_us - fixed == pytest.approx(2 * (exchange.exchange(H200, MODEL, 4).peer_us - fixed))
 
 
 @pytest.mark.parametrize(("machine", "file"), [("h200", "kernels"), ("h100", "kernels_h100")])

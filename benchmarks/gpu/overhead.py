@@ -40,11 +40,11 @@ ROUNDS, REPLAYS = 8, 60  # rounds in a graph, over as many batches; replays of e
 
 
 @cache
-def peers() -> PeerAllReduce:
-    """The sum over peers' memory, which gives NCCL's bits. Collective at first."""
+def peers(hops: int = 0) -> PeerAllReduce:
+    """The sum over peers' memory, in one hop or two, which gives NCCL's bits. Collective at first."""
     size = Plan(MacsConfig(), EXPERTS, dist.get_world_size()).histogram_size
     needed = PeerAllReduce.region_bytes(dist.get_world_size(), size)
-    found = PeerAllReduce(peer_memory.share(needed, dist.group.WORLD), size)
+    found = PeerAllReduce(peer_memory.share(needed, dist.group.WORLD), size, hops)
     for seed in range(20):
         generator = torch.Generator(device="cuda").manual_seed(1000 * dist.get_rank() + seed)
         own = torch.randint(-(2**31), 2**31 - 1, (size,), generator=generator, device="cuda").int()
@@ -187,7 +187,8 @@ def measure_low_latency(tokens: int, hidden_size: int, fp8: bool, clipped: float
     if layer.group_size > 1:
         own = torch.zeros(plan.histogram_size, dtype=torch.int32, device="cuda")
         graphs["exchange"] = capture(lambda b: dist.all_reduce(own), layer.batches)
-        graphs["exchange_by_peers"] = capture(lambda b: peers()(own), layer.batches)
+        graphs["exchange_by_peers"] = capture(lambda b: peers(1)(own), layer.batches)
+        graphs["exchange_over_owners"] = capture(lambda b: peers(2)(own), layer.batches)
         graphs["plan_by_peers"] = capture(lambda b: layer.plan(plan, b, True), layer.batches)
         graphs["planned_by_peers"] = capture(
             lambda b: layer.round_trip(b["hidden"], *layer.plan(plan, b, True)), layer.batches
@@ -334,6 +335,7 @@ MORE = {
     "plan_by_peers_us": "by peers: plan {:6.1f}",
     "overhead_by_peers_us": "over {:6.1f} us",
     "exchange_by_peers_us": "exchange {:5.1f}",
+    "exchange_over_owners_us": "over owners {:5.1f}",
 }
 
 

@@ -226,7 +226,7 @@ Tensor fused_combine(const Tensor& region, at::IntArrayRef peers, int64_t rank, 
 }  // namespace
 
 void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, const Tensor& sum,
-                    int64_t timeout_ns) {
+                    int64_t timeout_ns, int64_t hops) {
   const auto num_ranks = static_cast<int64_t>(peers.size());
   check_peers(num_ranks);
   check_like(values, "values", at::kInt, {values.numel()}, region);
@@ -240,6 +240,7 @@ void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, c
   p.sum = sum.mutable_data_ptr<int32_t>();
   p.size = values.numel();
   p.num_ranks = static_cast<int32_t>(num_ranks), p.rank = static_cast<int32_t>(rank);
+  p.hops = static_cast<int32_t>(hops);
   p.timeout_ns = static_cast<uint64_t>(timeout_ns);
   check_launch(cuda::launch_peer_all_reduce(p, stream_of(region)), "peer_all_reduce");
 }
@@ -247,16 +248,17 @@ void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, c
 namespace {
 
 // Sums in place.
-void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, int64_t timeout_ns) {
+void peer_all_reduce(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, int64_t timeout_ns,
+                     int64_t hops) {
   const DeviceGuard guard(region.device());
-  sum_over_peers(region, peers, rank, values, values, timeout_ns);
+  sum_over_peers(region, peers, rank, values, values, timeout_ns, hops);
 }
 
 #else
 
 }  // namespace
 
-void sum_over_peers(const Tensor& region, at::IntArrayRef, int64_t, const Tensor&, const Tensor&, int64_t) {
+void sum_over_peers(const Tensor& region, at::IntArrayRef, int64_t, const Tensor&, const Tensor&, int64_t, int64_t) {
   TORCH_CHECK_VALUE(false, "region: got one on ", region.device(), ", expected none: this build has no CUDA kernels");
 }
 
@@ -297,7 +299,7 @@ Tensor fused_combine_meta(const Tensor& region, at::IntArrayRef, int64_t, at::In
                           region.options().dtype(at::kBFloat16));
 }
 
-void peer_all_reduce_meta(const Tensor& region, at::IntArrayRef, int64_t, const Tensor& values, int64_t) {
+void peer_all_reduce_meta(const Tensor& region, at::IntArrayRef, int64_t, const Tensor& values, int64_t, int64_t) {
   check_device("values", values, region);
 }
 
@@ -319,7 +321,7 @@ TORCH_LIBRARY_FRAGMENT(sglang_macs, m) {
   m.def(
       "fused_combine(Tensor(a!) region, int[] peers, int rank, int[] shape, Tensor topk_ids, Tensor topk_weights, "
       "Tensor? outputs, int phase, int timeout_ns, int layer) -> Tensor");
-  m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns) -> ()");
+  m.def("peer_all_reduce(Tensor(a!) region, int[] peers, int rank, Tensor(b!) values, int timeout_ns, int hops=0) -> ()");
 #ifdef MACS_WITH_CUDA
   m.def("allocate_shared(int bytes) -> (Tensor, Tensor)", &macs::allocate_shared);
   m.def("open_shared(Tensor handle) -> int", &macs::open_shared);

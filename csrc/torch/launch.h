@@ -19,7 +19,7 @@ inline const cpu::ParallelFor kParallelFor{[](int64_t n, int64_t grain, cpu::Par
 
 // This rank's part of a sum over peers' memory (fused.cpp).
 void sum_over_peers(const Tensor& region, at::IntArrayRef peers, int64_t rank, const Tensor& values, const Tensor& sum,
-                    int64_t timeout_ns);
+                    int64_t timeout_ns, int64_t hops = 0);
 
 #ifdef MACS_WITH_CUDA
 

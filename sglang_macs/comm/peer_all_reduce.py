@@ -23,10 +23,11 @@ class PeerAllReduce:
     Args:
         memory: `region_bytes` of every rank, zero-filled.
         size: numbers of a tensor.
+        hops: as `ops.peer_all_reduce` has it.
     """
 
-    def __init__(self, memory: PeerMemory, size: int) -> None:
-        self.memory, self.size = memory, size
+    def __init__(self, memory: PeerMemory, size: int, hops: int = 0) -> None:
+        self.memory, self.size, self.hops = memory, size, hops
         self.peers = ops.Peers(memory.own, memory.addresses, memory.rank, TIMEOUT_NS)  # for `ops.plan`
         self._watch = peer_status.Watch()
 
@@ -40,7 +41,7 @@ class PeerAllReduce:
 
     def __call__(self, values: Tensor) -> None:
         """[size] i32. What never came is left out, and `check` raises."""
-        ops.peer_all_reduce(self.peers, values)
+        ops.peer_all_reduce(self.peers, values, self.hops)
 
     def check(self) -> None:
         """Raises MacsError once a wait has given up; never makes the host wait."""

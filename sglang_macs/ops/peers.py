@@ -22,12 +22,15 @@ def peer_reduce_layout(num_ranks: int, size: int) -> PeerReduceLayout:
     return PeerReduceLayout(*loaded.peer_reduce_layout(num_ranks, size))
 
 
-def peer_all_reduce(peers: Peers, values: Tensor) -> None:
+def peer_all_reduce(peers: Peers, values: Tensor, hops: int = 0) -> None:
     """Sums [size] i32 values over the ranks in place, in one launch; sums wrap. Collective. On CUDA.
+
+    hops: 1, every value to every peer; 2, over the rank that adds it up, whose bytes do not grow with the ranks; 0, by
+    their number. The same on all ranks and in every call over these regions.
 
     Source: csrc/cuda/peer_all_reduce.cu.
     """
-    loaded.peer_all_reduce(peers.region, peers.addresses, peers.rank, values, peers.timeout_ns)
+    loaded.peer_all_reduce(peers.region, peers.addresses, peers.rank, values, peers.timeout_ns, hops)
 
 
 def allocate_shared(size: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ SOURCE = "docs/results/overhead_h200x2.json and overhead_h200x4.json"
 MEASURED_US = ((2, 11.6, 5.7), (4, 18.3, 9.6))
 MEASURED_EXPERTS, BUCKETS = 128, 128
 MOST_PEERS = 16  # kMaxPeers of csrc/include/macs/fused.h
+MOST_RANKS_OF_ONE_HOP = 4  # kMostRanksOfOneHop of csrc/include/macs/peer_all_reduce.h
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,11 @@ class Exchange:
 
 
 def exchange(machine: Machine, model: Model, ep: int) -> Exchange:
-    """NCCL: its latency model, scaled. Peers: a line through what was measured, its slope by the histogram's bytes."""
+    """NCCL: its latency model, scaled. Peers: a line through what was measured, its slope by the bytes of a rank.
+
+    With more ranks than four, values go over the rank that adds them up: one way more. It counts as the line's start
+    does, a launch and one way.
+    """
     by_model = _nccl_us(machine, model, ep)
     on = {ranks: _nccl_us(machine, model, ranks, MEASURED_EXPERTS) for ranks, _, _ in MEASURED_US}
     ratios = [us / on[ranks] for ranks, us, _ in MEASURED_US]
@@ -37,7 +42,7 @@ def exchange(machine: Machine, model: Model, ep: int) -> Exchange:
         (by_model * min(ratios), by_model * max(ratios)),
         _peer_us(model, ep) if direct else None,
         round(2 * size * (ep - 1) / ep),
-        2 * size * (ep - 1) if direct else None,
+        round(2 * size * _histograms(ep)) if direct else None,
     )
 
 
@@ -46,10 +51,17 @@ def _nccl_us(machine: Machine, model: Model, ep: int, experts: int | None = None
     return float(exchange_us(cluster, BUCKETS, "flat"))
 
 
+def _histograms(ep: int) -> float:
+    """How many whole ones a rank sends over peers' memory."""
+    return ep - 1 if ep <= MOST_RANKS_OF_ONE_HOP else 2 * (ep - 1) / ep
+
+
 def _peer_us(model: Model, ep: int) -> float:
     (few, _, least), (more, _, most) = MEASURED_US
     each = (most - least) / (more - few)
-    return least - each * (few - 1) + each * (ep - 1) * model.experts / MEASURED_EXPERTS
+    start = least - each * (few - 1)
+    hops = 1 if ep <= MOST_RANKS_OF_ONE_HOP else 2
+    return hops * start + each * _histograms(ep) * model.experts / MEASURED_EXPERTS
 
 
 def table(machine: Machine, model: Model, eps: tuple[int, ...]) -> list[tuple[str, ...]]:

@@ -30,6 +30,7 @@ class PeerReduceParams(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("num_ranks", ctypes.c_int32),
         ("rank", ctypes.c_int32),
+        ("hops", ctypes.c_int32),
         ("timeout_ns", ctypes.c_uint64),
     ]
 
@@ -37,8 +38,9 @@ class PeerReduceParams(ctypes.Structure):
 class ReduceGroup:
     """kernels: launchers (`kernels("peer_all_reduce", params)`) with a `library`; on one device or the emulated one."""
 
-    def __init__(self, kernels, num_ranks: int, size: int, device: str, timeout_ns: int = 10**9) -> None:
+    def __init__(self, kernels, num_ranks: int, size: int, device: str, timeout_ns: int = 10**9, hops: int = 0) -> None:
         self.kernels, self.num_ranks, self.size, self.timeout_ns = kernels, num_ranks, size, timeout_ns
+        self.hops = hops
         if kernels.library.macs_peer_reduce_sizeof() != ctypes.sizeof(PeerReduceParams):
             raise RuntimeError("PeerReduceParams: another size in C than here")
         self.layout = PeerReduceLayout()
@@ -74,6 +76,7 @@ class ReduceGroup:
             size=self.size,
             num_ranks=self.num_ranks,
             rank=rank,
+            hops=self.hops,
             timeout_ns=self.timeout_ns,
         )
 
@@ -83,6 +86,11 @@ class ReduceGroup:
     def values(self, rank: int) -> torch.Tensor:
         """[size] i32 of the rank: its own, then the sum."""
         return self._values[rank][GUARD:-GUARD].view(torch.int32)
+
+    def inbox(self, rank: int) -> torch.Tensor:
+        """[2, R, size] i64: LL words, by the epoch's last bit and the source."""
+        words = self._regions[rank][GUARD + self.layout.inbox : -GUARD].view(torch.int64)
+        return words.view(2, self.num_ranks, self.size)
 
     def expected(self) -> torch.Tensor:
         return torch.stack(self.own).sum(dim=0, dtype=torch.int32)

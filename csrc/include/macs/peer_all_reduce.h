@@ -13,6 +13,9 @@ namespace macs {
 #endif
 constexpr int kMostReduceBlocks = MACS_REDUCE_BLOCKS;
 
+// With more, values go over their owners: by the line through what two and four ranks took, one way more is the cheaper.
+constexpr int kMostRanksOfOneHop = 4;
+
 // Byte offsets into a rank's region; every rank has the same. Zero-filled before the first launch. Peers write `inbox`.
 struct PeerReduceLayout {
   int64_t status;  // FusedStatus
@@ -34,6 +37,7 @@ struct PeerReduceParams {
   int32_t* sum;             // [size] out, may be `values`; not written where a peer's part never came
   int64_t size;             // the same in every launch over these regions, so that a value is always the same block's
   int32_t num_ranks, rank;
+  int32_t hops;             // 1 or 2, the same on all ranks in every launch over these regions; 0: by the number of ranks
   uint64_t timeout_ns;
 };
 

@@ -1,4 +1,4 @@
-"""`sglang-macs compare` on a real server with the trained model: a planted loss is found, and none in off against off."""
+"""`sglang-macs compare` on a real server with the trained model: a planted loss is found, and none in off and off."""
 
 import json
 

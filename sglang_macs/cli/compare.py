@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise MacsError("--gamma", "it beside two servers", "one server, which is switched", "Launch the second so.")
     asked = requests.load(args.requests, args.max_tokens)
     servers = [server_of(url, args) for url in (args.url, args.other) if url is not None]
+    admin = admin_of(servers[0], args)
     blocks = blocks_of(asked, args.concurrency)
     what = {"requests": requests.fingerprint(asked), "servers": [server.url for server in servers]}
     what |= {"gamma": None if args.gamma is None else f"{args.gamma:g}", "concurrency": args.concurrency}
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if len(complete(kept, blocks)) < len(blocks):
         try:
             with _ended_by_signals():
-                _ask(args, servers, {server: model_of(server) for server in servers}, blocks, kept)
+                _ask(args, servers, admin, {server: model_of(server) for server in servers}, blocks, kept)
         except KeyboardInterrupt:
             if args.answers is not None:
                 say(f"{len(kept.passes)} passes are in {printable(args.answers)}; the same command goes on")
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     return found.status
 
 
-def _ask(args: argparse.Namespace, servers: list[Server], models: dict[Server, str], blocks, kept) -> None:
+def _ask(
+    args: argparse.Namespace, servers: list[Server], admin: Server, models: dict[Server, str], blocks, kept
+) -> None:
     from ..compare.answers import ask
     from ..compare.arms import OneServer, TwoServers
     from ..compare.run import run
@@ -87,7 +90,7 @@ def _ask(args: argparse.Namespace, servers: list[Server], models: dict[Server, s
     def once() -> None:
         ask(server, models[server], blocks[0][0], "warm")
 
-    with OneServer(server, admin_of(server, args), args.gamma, kept.own, once) as switched:
+    with OneServer(server, admin, args.gamma, kept.own, once) as switched:
         kept.begin(switched.own)
         run(switched, models, blocks, args.concurrency, kept)
 

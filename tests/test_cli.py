@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import traces
+from support.chat_server import ChatServer, questions, serving
 from support.info_server import answering, body
 
 from sglang_macs import __version__, cli
@@ -51,7 +52,7 @@ def run_alone(allowed: str, *arguments: str) -> subprocess.CompletedProcess:
     [
         ["--version"],
         ["--help"],
-        *([name, "--help"] for name in ("calibrate", "doctor", "report", "set", "simulate", "top")),
+        *([name, "--help"] for name in ("calibrate", "compare", "doctor", "report", "set", "simulate", "top")),
     ],
     ids=" ".join,
 )
@@ -71,6 +72,14 @@ def test_report_needs_numpy_alone(tmp_path):
     traces.record(tmp_path / "trace")
     done = run_alone("numpy", "report", str(tmp_path / "trace"), "-o", str(tmp_path / "page.html"))
     assert done.returncode == 0 and "<html" in (tmp_path / "page.html").read_text(), done.stderr
+
+
+def test_compare_needs_numpy_alone(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(questions(48))
+    with serving(ChatServer()) as server:
+        words = ["compare", server.url, "--gamma", "0.5", "--requests", str(tmp_path / "chats.jsonl")]
+        done = run_alone("numpy", *words, "--concurrency", "4", "-o", str(tmp_path / "page.html"))
+    assert done.returncode == 1 and "loss found" in done.stdout, done.stderr
 
 
 def test_simulate_needs_numpy_alone():
@@ -123,6 +132,11 @@ NUMBERS = {
     ("calibrate", "--patience"): ("-1", "inf"),
     ("report", "--row-us"): ("-1", "inf"),
     ("report", "--replica"): ("-1", "7", "1.5", "inf"),
+    ("compare", "--gamma"): ("0", "-1", "1e-9"),
+    ("compare", "--concurrency"): ("0", "-1", "1.5", "inf", "100000"),
+    ("compare", "--max-tokens"): ("0", "-1", "1.5", "inf", "100000"),
+    ("compare", "--most-divergence"): ("-1", "inf"),
+    ("compare", "--most-lost"): ("-1", "1.1", "inf"),
     ("set", "--gamma"): ("0", "-1", "1e-9"),
     ("set", "--min-tokens"): ("-1", "1.5", "inf", "10000000000"),
     ("set", "--verify-every"): ("-1", "1.5", "inf", "10000000000"),
@@ -160,6 +174,15 @@ OTHERS = {
     ("calibrate", "--out"): ("", "/", "/nowhere/p.json", "/dev/null"),
     ("calibrate", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
     ("calibrate", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
+    ("compare", "URL"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
+    ("compare", "OTHER"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
+    ("compare", "--requests"): ("", "/", "/nowhere", "/dev/zero", "/dev/null"),
+    ("compare", "--match"): ("", "regex", "\x1b[2J"),
+    ("compare", "--answers"): ("", "/", "/nowhere/a.jsonl", "/dev/null"),
+    ("compare", "--output"): ("", "/", "/nowhere/page.html", "/dev/full"),
+    ("compare", "--api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("compare", "--admin-api-key"): ("\x1b[2J", "a\nb", "ключ"),
+    ("compare", "--cacert"): ("", "/", "/nowhere", "/dev/zero"),
     ("set", "URL"): ("", "x", "file:///etc/passwd", "http://\x1b[2J", "http://127.0.0.1:9"),
     ("set", "--preset"): ("", "fast", "\x1b[2J"),
     ("set", "--importance"): ("", "os:getcwd", "\x1b[2J"),
@@ -191,6 +214,7 @@ def inputs(tmp_path_factory):
     (folder / "model" / "config.json").write_text('{"architectures": ["A"], "model_type": "no such type"}')
     save_file({"model.layers.0.mlp.gate.weight": torch.ones(2, 2)}, str(folder / "model" / "model.safetensors"))
     traces.record(folder / "trace")
+    (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     return folder
 
 
@@ -199,7 +223,9 @@ def usual(command: str, inputs: Path, argument: str) -> dict[str, str]:
     url = "https://127.0.0.1:9" if argument == "--cacert" else "http://127.0.0.1:9"
     source = {"--dataset": "/nowhere"} if argument == "--dataset" else {"--server": url}
     loads = {"--from": url} if argument in ("--api-key", "--cacert") else {}
+    other = {"OTHER": url} if argument == "OTHER" else {}  # beside URL: argparse takes no flag between them
     return {
+        "compare": {"URL": url, **other, "--requests": str(inputs / "chats.jsonl")},
         "simulate": {"--ep": "8", "--batches": "1", "--gamma": "1.1", "--presets": "rank"} | loads,
         "report": {"TRACE": str(inputs / "trace")},
         "top": {"URL": url},
@@ -214,7 +240,8 @@ def test_odd_arguments_end_in_one_line(capsys, inputs, command, argument, odd):
     words = [f"{name}={value}" if name.startswith("--") else value for name, value in given.items()]
     error = ends_in_one_line(capsys, command, *words)
     of = "server" if odd.startswith("http") else "trace" if odd == "/" else "--from"
-    wrong = {"URL": "server", "--server": "server", "TRACE": "trace", "--from": of}.get(argument, argument)
+    names = {"URL": "server", "OTHER": "server", "--server": "server", "TRACE": "trace", "--from": of}
+    wrong = names.get(argument, argument)
     assert wrong in error and len(error) < 2000
     assert not (inputs / "p.json").exists()
 

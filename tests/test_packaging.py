@@ -101,6 +101,7 @@ def test_the_name_of_a_wheel_says_what_it_was_built_for(tmp_path, torch, cuda, e
     for package in ("sglang_macs", "torch", "torch/utils"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
+    shutil.copy(ROOT / "sglang_macs" / "releases.py", tmp_path / "sglang_macs")
     (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = {torch!r}\nclass version: cuda = {cuda!r}\n")
     (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(STUB_OF_TORCH)
     env = {name: value for name, value in os.environ.items() if not name.startswith("MACS_")} | environ

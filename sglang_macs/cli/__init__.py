@@ -13,7 +13,7 @@ from .. import __version__
 from ..errors import MacsError
 from .arguments import Parser
 
-COMMANDS = ("calibrate", "doctor", "report", "set", "simulate", "top")
+COMMANDS = ("calibrate", "compare", "doctor", "report", "set", "simulate", "top")
 
 
 def build_parser() -> argparse.ArgumentParser:

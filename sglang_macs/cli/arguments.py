@@ -1,13 +1,16 @@
 """Arguments of the commands: numbers within limits, and a parser whose errors are one line."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 from ..errors import printable
 from ..observe.server_info import API_KEY_ENV, Server
 
+ADMIN_KEY_ENV = "SGLANG_ADMIN_API_KEY"
 MOST_VALUES = 64  # of a list
 
 
@@ -41,6 +44,11 @@ def number(of: type[int] | type[float], low: float, high: float) -> Callable[[st
     return parse
 
 
+def gamma(text: str) -> float:
+    """A type for argparse: a capacity factor."""
+    return math.inf if text == "inf" else number(float, 1e-6, 1e6)(text)
+
+
 def several(of: Callable[[str], object]) -> Callable[[str], tuple]:
     """A type for argparse: one or more values of a type, with commas between them."""
 
@@ -64,3 +72,15 @@ def server_of(url: str, args: argparse.Namespace) -> Server:
     """The server at `url`, with the key and the certificates that the arguments and the environment give."""
     key = args.api_key if args.api_key is not None else os.environ.get(API_KEY_ENV, "")
     return Server(url, key.strip() or None, args.cacert)
+
+
+def add_admin(parser: argparse.ArgumentParser) -> None:
+    """--admin-api-key, for `admin_of`."""
+    help = f"of a server that has one beside --api-key; default: the environment's {ADMIN_KEY_ENV}"
+    parser.add_argument("--admin-api-key", metavar="KEY", help=help)
+
+
+def admin_of(server: Server, args: argparse.Namespace) -> Server:
+    """The same server for requests that its --admin-api-key guards, where it has one."""
+    key = args.admin_api_key if args.admin_api_key is not None else os.environ.get(ADMIN_KEY_ENV, "")
+    return replace(server, api_key=key.strip() or server.api_key)

@@ -1,24 +1,20 @@
 """`sglang-macs set URL --gamma 1.05`: changes options of a running server, on all ranks before the same pass."""
 
 import argparse
-import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from .. import control
 from ..choices import IMPORTANCES
 from ..config import PRESETS
 from ..errors import MacsError, printable
-from ..observe.server_info import Server
-from .arguments import add_server, number, server_of
+from ..observe.server_info import Server, applied, changes, refusal
+from .arguments import add_admin, add_server, admin_of, gamma, number, server_of
 
 HELP = "change options of a running server, off and on among them, without a restart"
 SECONDS_BETWEEN = 0.2
-ADMIN_KEY_ENV = "SGLANG_ADMIN_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     power.add_argument("--on", action="store_true", help="back to the options that were in force before --off")
     power.add_argument("--preset", choices=sorted(PRESETS), help="with its own options; the launch's with the launch's")
     count = number(int, 0, 1 << 31)
-    parser.add_argument("--gamma", type=_gamma, help="capacity factor; inf = never clip")
+    parser.add_argument("--gamma", type=gamma, help="capacity factor; inf = never clip")
     parser.add_argument("--importance", choices=IMPORTANCES, help="what is clipped last")
     parser.add_argument("--min-tokens", type=count, metavar="N", help="act on batches of so many tokens per rank")
     parser.add_argument("--verify", choices=("true", "false"), help="recount the rows after every plan")
@@ -39,12 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wait = number(float, 0, 3600)
     parser.add_argument("--wait", type=wait, default=5.0, help="seconds for the next pass (default: %(default)s)")
     add_server(parser)
-    help = f"of a server that has one beside --api-key; default: the environment's {ADMIN_KEY_ENV}"
-    parser.add_argument("--admin-api-key", metavar="KEY", help=help)
-
-
-def _gamma(text: str) -> float:
-    return math.inf if text == "inf" else number(float, 1e-6, 1e6)(text)
+    add_admin(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,11 +43,10 @@ def run(args: argparse.Namespace) -> int:
     if not options:
         raise MacsError("set", "no option", "one to change, such as --gamma 1.05 or --off")
     server = server_of(args.url, args)
-    key = args.admin_api_key if args.admin_api_key is not None else os.environ.get(ADMIN_KEY_ENV, "")
-    admin = replace(server, api_key=key.strip() or server.api_key)
+    admin = admin_of(server, args)
     before = server.states()
     if not admin.change(control.encode(options)):
-        print(f"sglang-macs set: refused, {_refusal(server.states())}", file=sys.stderr)
+        print(f"sglang-macs set: refused, {refusal(server.states())}", file=sys.stderr)
         return 2
     print(outcome(before, _settled(server, args.wait)))
     return 0
@@ -74,32 +64,19 @@ def _settled(server: Server, seconds: float) -> list[dict[str, Any]]:
     deadline = time.monotonic() + seconds
     while True:
         states = server.states()
-        if all(_applied(state) for state in states) or time.monotonic() >= deadline:
+        if all(applied(state) for state in states) or time.monotonic() >= deadline:
             return states
         time.sleep(SECONDS_BETWEEN)
 
 
-def _control(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = state.get("control")
-    return found if isinstance(found, Mapping) else {}
-
-
-def _applied(state: Mapping[str, Any]) -> bool:
-    return _control(state).get("applied") == _control(state).get("received")
-
-
-def _refusal(states: Sequence[Mapping[str, Any]]) -> str:
-    return next((printable(str(why)) for state in states if (why := _control(state).get("refused"))), "and no reason")
-
-
 def outcome(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
     """In one line, what has changed or will."""
-    if not all(_applied(state) for state in after):
+    if not all(applied(state) for state in after):
         return "received; it takes effect before the next pass, which an idle server has not had yet"
     old, new = (states[0].get("config") for states in (before, after))
     words = []
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         words = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
-    changes = _control(after[0]).get("changes")
-    last = changes[-1][1] if isinstance(changes, list) and changes else "?"
+    made = changes(after[0])
+    last = made[-1][1] if made else "?"
     return printable(f"{', '.join(words) or 'nothing else than before'}; on all ranks from pass {last} on")

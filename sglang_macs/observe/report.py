@@ -3,40 +3,33 @@ Drawn by hand: it needs numpy alone.
 """
 
 import base64
-import html
 import struct
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from string import Template
 
 import numpy as np
 
-from .. import __version__
 from ..choices import MODALITIES
+from .page import WIDTH, key, label, line, path, section, svg, text, tiles, whole
 from .trace import CLIPPED, KEPT, REROUTED, Picture, Trace
 
-WIDTH = 960  # of charts, in pixels
 MAX_POINTS = 240  # of a chart over time; longer traces are averaged
 MAX_PICTURES = 12
 MAX_LAYER_VIEWS = 6
 PANEL = 300  # pixels of a picture's longer side
 BEFORE, AFTER, SHARE = "#94a3b8", "#0f766e", "#b45309"
 DROPPED, REROUTED_COLOUR = (220, 38, 38), (245, 158, 11)
-TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def page(trace: Trace, row_us: float | None = None) -> str:
     """The page. row_us: microseconds that one row costs its rank, to give the time saved; None leaves it in rows."""
     sections = [
         _tiles(trace, row_us),
-        _section("Load of each rank, layer by layer", _BY_LAYER_NOTE, _by_layer(trace)),
-        _section("The slowest rank, pass by pass", _OVER_TIME_NOTE, _over_time(trace)),
+        section("Load of each rank, layer by layer", _BY_LAYER_NOTE, _by_layer(trace)),
+        section("The slowest rank, pass by pass", _OVER_TIME_NOTE, _over_time(trace)),
         _pictures(trace),
-        _section("Figures", "", _table(trace)),
+        section("Figures", "", _table(trace)),
     ]
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(subtitle=_text(_subtitle(trace)), sections="\n".join(sections), version=__version__)
+    return whole("What MACS did", _subtitle(trace), sections)
 
 
 def _subtitle(trace: Trace) -> str:
@@ -52,14 +45,6 @@ def _subtitle(trace: Trace) -> str:
     left = np.concatenate([~step.planned for step in trace.steps])
     alone = f" {left.mean():.0%} of the dispatches were left alone: expected to gain too little." if left.any() else ""
     return f"{what}; {size}; run {trace.run}: {passes}.{alone}{full}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _section(title: str, note: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{f'<p>{_text(note)}</p>' if note else ''}{content}</section>"
 
 
 # ---- Key figures ---------------------------------------------------------------------------------------------------
@@ -86,7 +71,7 @@ def _tiles(trace: Trace, row_us: float | None) -> str:
     saved = slow_before - slow_after
     outcomes = _outcomes(trace).sum(axis=0)
     planned, lost = outcomes[KEPT] + outcomes[CLIPPED], outcomes[CLIPPED] - outcomes[REROUTED]
-    tiles = [
+    boxes = [
         (
             f"{_imbalance(before).mean():.2f} → {_imbalance(after).mean():.2f}",
             "most loaded rank over mean, per dispatch",
@@ -94,13 +79,12 @@ def _tiles(trace: Trace, row_us: float | None) -> str:
         (_share(saved, slow_before), f"of the slowest rank's rows saved ({saved:,} of {slow_before:,})"),
     ]
     if row_us is not None:
-        tiles.append((f"{saved * row_us / 1e3:,.1f} ms", f"straggler time saved, at {row_us:g} µs a row"))
+        boxes.append((f"{saved * row_us / 1e3:,.1f} ms", f"straggler time saved, at {row_us:g} µs a row"))
     for i, modality in enumerate(MODALITIES):
         clipped, dropped = _share(outcomes[CLIPPED, i], planned[i]), _share(lost[i], planned[i])
-        tiles.append((clipped, f"of {modality} assignments clipped, {dropped} dropped"))
-    tiles.append((f"{np.mean([step.visual_share for step in trace.steps]):.2f}", "mean visual share R_v"))
-    boxes = (f"<div class='tile'><b>{figure}</b><span>{_text(meaning)}</span></div>" for figure, meaning in tiles)
-    return f"<div class='tiles'>{''.join(boxes)}</div>"
+        boxes.append((clipped, f"of {modality} assignments clipped, {dropped} dropped"))
+    boxes.append((f"{np.mean([step.visual_share for step in trace.steps]):.2f}", "mean visual share R_v"))
+    return tiles(boxes)
 
 
 # ---- Load by layer -------------------------------------------------------------------------------------------------
@@ -127,20 +111,20 @@ def _by_layer(trace: Trace) -> str:
     def x_of(value: float) -> float:
         return axis[0] + (value - low) / (high - low) * (axis[1] - axis[0])
 
-    parts = [_label(left[i], 14, name) for i, name in enumerate(("routed", "dispatched"))]
+    parts = [label(left[i], 14, name) for i, name in enumerate(("routed", "dispatched"))]
     bottom = 26 + layers * height
     for tick in np.linspace(low, high, 4):
-        parts.append(_line(x_of(tick), 24, x_of(tick), bottom, "#e2e8f0"))
-        parts.append(_label(x_of(tick), 14, f"{tick:.2f}", "middle"))
+        parts.append(line(x_of(tick), 24, x_of(tick), bottom, "#e2e8f0"))
+        parts.append(label(x_of(tick), 14, f"{tick:.2f}", "middle"))
     for i, layer in enumerate(trace.layers):
         y = 26 + i * height
-        parts.append(_label(56, y + height / 2 + 4, f"layer {layer}", "end"))
+        parts.append(label(56, y + height / 2 + 4, f"layer {layer}", "end"))
         for side in (0, 1):
             parts += _cells(relative[side][i], left[side], y, block, height)
         a, b, middle = x_of(worst[0][i]), x_of(worst[1][i]), y + height / 2
-        parts.append(_line(b, middle, a, middle, "#cbd5e1", 3))
+        parts.append(line(b, middle, a, middle, "#cbd5e1", 3))
         parts += [f"<circle cx='{x:.1f}' cy='{middle:.1f}' r='4.5' fill='{c}'/>" for x, c in ((a, BEFORE), (b, AFTER))]
-    return _key((BEFORE, "as routed"), (AFTER, "as dispatched")) + _svg(bottom + 8, parts, "load by layer")
+    return key((BEFORE, "as routed"), (AFTER, "as dispatched")) + svg(bottom + 8, parts, "load by layer")
 
 
 def _cells(values: np.ndarray, x: float, y: float, block: float, height: float) -> list[str]:
@@ -157,7 +141,7 @@ def _cells(values: np.ndarray, x: float, y: float, block: float, height: float) 
         box += f" rx='{3 * gap:.1f}'"
         parts.append(f"<rect {box} fill='rgb{colour}'>{title}</rect>")
         if width >= 32:
-            parts.append(_label(x + (rank + 0.5) * width, y + height / 2 + 4, f"{value:.2f}", "middle", "#0f172a"))
+            parts.append(label(x + (rank + 0.5) * width, y + height / 2 + 4, f"{value:.2f}", "middle", "#0f172a"))
     return parts
 
 
@@ -181,18 +165,18 @@ def _over_time(trace: Trace) -> str:
         return [point for i, y in enumerate(ys) for point in ((xs[i], y), (xs[i + 1], y))]
 
     parts = []
-    for y, text in ((middle, "0"), (top, f"{most:,.0f}"), (bottom, "0"), (middle + 30, "1")):
-        parts += [_line(left, y, right, y, "#e2e8f0"), _label(left - 8, y + 4, text, "end")]
+    for y, words in ((middle, "0"), (top, f"{most:,.0f}"), (bottom, "0"), (middle + 30, "1")):
+        parts += [line(left, y, right, y, "#e2e8f0"), label(left - 8, y + 4, words, "end")]
     upper, lower = stairs(before / most, middle, middle - top), stairs(after / most, middle, middle - top)
-    parts.append(f"<path d='{_path(upper + lower[::-1])}Z' fill='{AFTER}' fill-opacity='.14'/>")
+    parts.append(f"<path d='{path(upper + lower[::-1])}Z' fill='{AFTER}' fill-opacity='.14'/>")
     for points, colour in ((upper, BEFORE), (lower, AFTER)):
-        parts.append(f"<path d='{_path(points)}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        parts.append(f"<path d='{path(points)}' fill='none' stroke='{colour}' stroke-width='2'/>")
     area = stairs(share, bottom, bottom - middle - 30)
-    parts.append(f"<path d='{_path([(left, bottom), *area, (right, bottom)])}Z' fill='{SHARE}' fill-opacity='.18'/>")
-    parts.append(f"<path d='{_path(area)}' fill='none' stroke='{SHARE}' stroke-width='2'/>")
-    parts += [_label(left, bottom + 18, "first pass"), _label(right, bottom + 18, "last pass", "end")]
-    key = _key((BEFORE, "slowest rank, as routed"), (AFTER, "as dispatched"), (SHARE, "visual share R_v"))
-    return key + _svg(bottom + 26, parts, "the slowest rank over time")
+    parts.append(f"<path d='{path([(left, bottom), *area, (right, bottom)])}Z' fill='{SHARE}' fill-opacity='.18'/>")
+    parts.append(f"<path d='{path(area)}' fill='none' stroke='{SHARE}' stroke-width='2'/>")
+    parts += [label(left, bottom + 18, "first pass"), label(right, bottom + 18, "last pass", "end")]
+    legend = key((BEFORE, "slowest rank, as routed"), (AFTER, "as dispatched"), (SHARE, "visual share R_v"))
+    return legend + svg(bottom + 26, parts, "the slowest rank over time")
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
@@ -231,10 +215,10 @@ def _pictures_note(trace: Trace) -> str:
 def _pictures(trace: Trace) -> str:
     title = "What was clipped, and where in the picture"
     if not trace.pictures:
-        return _section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
+        return section(title, "No picture was recorded: none came, or this model's processor makes no plain grid.", "")
     chosen = sorted(trace.pictures, key=lambda p: -int(p.clipped.sum()))[:MAX_PICTURES]
     note = f"{_pictures_note(trace)} {len(chosen)} of {len(trace.pictures)} recorded pictures."
-    return _section(title, note, "".join(_card(trace, picture) for picture in chosen))
+    return section(title, note, "".join(_card(trace, picture) for picture in chosen))
 
 
 def _card(trace: Trace, picture: Picture) -> str:
@@ -282,7 +266,7 @@ def _view(picture: Picture, width: float, height: float, overlay: bytes | None, 
     if overlay is not None:
         images += f"<img class='grid' alt='' src='data:image/png;base64,{base64.b64encode(overlay).decode()}'>"
     box = f"<div class='view' style='width:{width:.0f}px;height:{height:.0f}px'>{images}</div>"
-    return f"<figure>{box}<figcaption>{_text(caption)}</figcaption></figure>"
+    return f"<figure>{box}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def _importance_png(importance: np.ndarray) -> bytes:
@@ -334,29 +318,3 @@ def _table(trace: Trace) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
     return f"<details><summary>by layer</summary><table><tr>{head}</tr>{rows}</table></details>"
-
-
-# ---- SVG -----------------------------------------------------------------------------------------------------------
-
-
-def _svg(height: float, parts: Sequence[str], name: str) -> str:
-    size = f"viewBox='0 0 {WIDTH} {height:.0f}' width='{WIDTH}' height='{height:.0f}'"
-    return f"<svg {size} role='img' aria-label='{_text(name)}'>{''.join(parts)}</svg>"
-
-
-def _label(x: float, y: float, text: str, anchor: str = "start", fill: str = "#64748b") -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{fill}'>{_text(text)}</text>"
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:
-    ends = f"x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'"
-    return f"<line {ends} stroke='{colour}' stroke-width='{width}'/>"
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def _key(*entries: tuple[str, str]) -> str:
-    spans = (f"<span><i style='background:{colour}'></i>{_text(text)}</span>" for colour, text in entries)
-    return f"<div class='key'>{''.join(spans)}</div>"

@@ -1,5 +1,5 @@
-"""A running server's counters, `GET /server_info`, and options, `POST /set_internal_state`, over HTTP or HTTPS,
-with an API key where it asks for one.
+"""A running server over HTTP or HTTPS, with an API key where it asks for one: its counters, `GET /server_info`,
+options, `POST /set_internal_state`, and what else `Server.ask` is told.
 
 Nothing that a server answers is trusted: what is read is bounded, and whoever shows its texts passes them through
 `errors.printable`.
@@ -17,14 +17,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .. import __version__, files
-from ..errors import MacsError
+from ..errors import MacsError, printable
 
 API_KEY_ENV = "SGLANG_API_KEY"
 MAX_BYTES = 256 << 20  # of an answer: 128 ranks of 94 layers and 128 experts at infinite gamma take a tenth of it
 WAIT_S = 30  # for a sign of life: a scheduler answers between batches
 WHOLE_ANSWER_S = 120
+MOST_OF_A_REFUSAL = 1 << 16  # bytes of its body that are read
 
 State = dict[str, Any]
+
+
+class RefusedError(MacsError):
+    """A server refused one request for what is in it, and will the next time, too."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Server:
     def states(self) -> list[State]:
         """The `macs` state of every scheduler that answers. Raises MacsError where there is none."""
         try:
-            info = json.loads(self._get(f"{self.url.rstrip('/')}/server_info"))
+            info = json.loads(self.ask("/server_info"))
         except (ValueError, RecursionError) as error:
             if isinstance(error, MacsError):
                 raise
@@ -74,17 +79,21 @@ class Server:
 
     def change(self, server_args: Mapping[str, float]) -> bool:
         """Asks for other options (`control.encode`); False where a scheduler refuses them. Raises MacsError."""
-        body = json.dumps({"server_args": server_args}).encode()
-        raw = self._get(f"{self.url.rstrip('/')}/set_internal_state", body)
+        raw = self.ask("/set_internal_state", {"server_args": server_args})
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise self._error(f"no JSON: {error}") from error
         return isinstance(answer, list) and all(updated is True for updated in answer)
 
-    def _get(self, url: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(url, body, headers={"User-Agent": f"sglang-macs/{__version__}"})
-        if body is not None:
+    def ask(self, path: str, body: Mapping[str, Any] | None = None, wait_s: float = WAIT_S) -> bytes:
+        """What it answers to GET, or with a body to POST. Raises RefusedError for a body that it does not take,
+        MacsError for anything else.
+        """
+        url = f"{self.url.rstrip('/')}{path}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, headers={"User-Agent": f"sglang-macs/{__version__}"})
+        if data is not None:
             request.add_header("Content-Type", "application/json")
         if self.api_key:
             request.add_header("Authorization", f"Bearer {self.api_key}")
@@ -93,7 +102,7 @@ class Server:
             handlers.append(urllib.request.HTTPSHandler(context=self._trusted()))
         opener = urllib.request.build_opener(*handlers)
         try:
-            with opener.open(request, timeout=WAIT_S) as answer:
+            with opener.open(request, timeout=wait_s) as answer:
                 return self._body(answer)
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
@@ -126,7 +135,7 @@ class Server:
             raise MacsError("--cacert", f"{self.cacert} ({error})", "certificates in PEM") from error
 
     def _refused(self, error: urllib.error.HTTPError) -> MacsError:
-        error.close()
+        why = _reason(error)
         if error.code in (401, 403):
             fix = f"Pass the server's with --api-key, or in {API_KEY_ENV}."
             got = "another API key" if self.api_key else "no API key"
@@ -135,7 +144,10 @@ class Server:
             )
         if 300 <= error.code < 400:
             return self._error(f"a redirection to {error.headers.get('Location')}", "Pass that address.")
-        return self._error(f"HTTP {error.code} {error.reason}")
+        got = f"HTTP {error.code} {error.reason}{f': {why}' if why else ''}"
+        if error.code in (400, 413, 422):
+            return RefusedError("server", f"{self.url} ({got})", "a request that it takes")
+        return self._error(got)
 
     def _unreachable(self, reason: object) -> MacsError:
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -158,6 +170,40 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: object) -> None:
         return None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What a refusal says in its body: SGLang's and OpenAI's message, or nothing."""
+    try:
+        said = json.loads(error.read(MOST_OF_A_REFUSAL))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        return ""
+    finally:
+        error.close()
+    said = said.get("error", said) if isinstance(said, dict) else {}
+    message = said.get("message") if isinstance(said, dict) else None
+    return message if isinstance(message, str) else ""
+
+
+def applied(state: Mapping[str, Any]) -> bool:
+    """Whether every request for other options has taken effect."""
+    return _control(state).get("applied") == _control(state).get("received")
+
+
+def refusal(states: Sequence[Mapping[str, Any]]) -> str:
+    """Why the last request for other options was refused."""
+    return next((printable(why) for state in states if (why := _control(state).get("refused"))), "and no reason")
+
+
+def changes(state: Mapping[str, Any]) -> list[Any]:
+    """[request, pass] of the last changes."""
+    found = _control(state).get("changes")
+    return found if isinstance(found, list) else []
+
+
+def _control(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = state.get("control")
+    return found if isinstance(found, Mapping) else {}
 
 
 def ranks(states: Sequence[Mapping[str, Any]]) -> tuple[list[int], int | None]:

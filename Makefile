@@ -29,7 +29,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 build: $(VENV)/.built  ## environment in .venv and the extension
 
 demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=path for your own picture)
-	@$(PY) scripts/demo.py $(if $(IMAGE),--image "$(IMAGE)")
+	@$(PY) -m scripts.demo $(if $(IMAGE),--image "$(IMAGE)")
 
 check: lint  ## before a commit: lint, types, tests of units, and one real server (4 minutes on two cores)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "smoke or not (gpu or server or emulated or nightly)"
@@ -51,7 +51,7 @@ test-server: build  ## of `make test-all` what starts a real server
 	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
-	@$(PY) benchmarks/run.py load_test
+	@$(PY) -m benchmarks.run load_test
 
 test-browser: build  ## the report in a real browser (needs Chromium: apt-get install chromium)
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "no Chromium: apt-get install chromium"; exit 1; }
@@ -68,12 +68,12 @@ lint: build  ## ruff, mypy, hadolint, and the checks of the tables in README and
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/hadolint deploy/kubernetes/Dockerfile
-	@$(PY) tools/docs_tables.py --check
+	@$(PY) -m tools.docs_tables --check
 
 format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
-	@$(PY) tools/docs_tables.py
+	@$(PY) -m tools.docs_tables
 
 sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
 	@rm -rf dist
@@ -84,7 +84,7 @@ wheel: sdist  ## dist/: a wheel from it, for the GPUs of ARCHS (90a,100a) where 
 	@ls dist
 
 bench: build  ## the plan on this CPU against a vectorised torch version
-	@$(PY) benchmarks/run.py bench_plan
+	@$(PY) -m benchmarks.run bench_plan
 
 clean:  ## build products
 	@rm -rf build dist *.egg-info sglang_macs/_C*.so $(VENV)/.built
@@ -93,11 +93,11 @@ distclean: clean  ## and the environment
 	@rm -rf $(VENV)
 
 check-latency: build  ## is the plan or the CPU dispatch slower than this hardware's baseline? (exit 2: cannot be said)
-	@$(PY) benchmarks/run.py check_latency
+	@$(PY) -m benchmarks.run check_latency
 
 test-multinode: build  ## one server over two network namespaces, a cable cut (root; minutes)
 	@$(PYTEST) -m multinode
 
 test-compat: build  ## hooks, launches, servers and families against other releases of SGLang (600 MB on disk; an hour)
-	@$(PY) scripts/check_compat.py
-	@$(PY) scripts/check_compat.py 0.5.20 --stages refused
+	@$(PY) -m scripts.check_compat
+	@$(PY) -m scripts.check_compat 0.5.20 --stages refused

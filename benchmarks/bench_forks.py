@@ -1,6 +1,6 @@
 """Runs SGLang's bench_serving again and again: what it imports takes longer than a run, so it is imported once.
 
-    python benchmarks/bench_forks.py < LINES
+    python -m benchmarks.bench_forks < LINES
 
 Every line of standard input is a list of arguments as JSON, and is run in a forked child; its answer is a line of JSON:
 exit status, and the end of what the child printed. check_serving.py starts this. Requests that were made once, which

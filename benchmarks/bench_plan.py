@@ -1,7 +1,7 @@
 """The C++ scorer and plan against a vectorised torch version of the same, in the same run, on this machine's CPU.
 
-    python benchmarks/bench_plan.py [--json] [--out FILE]
-    python benchmarks/bench_plan.py --importance MODULE:FUNCTION      a plan by the gate, and by that function
+    python -m benchmarks.bench_plan [--json] [--out FILE]
+    python -m benchmarks.bench_plan --importance MODULE:FUNCTION      a plan by the gate, and by that function
 
 Both compute docs/design/method.md; before timing, their integer results are compared. Times are medians; ratios are
 what counts.
@@ -191,7 +191,7 @@ def main() -> int:
         "gpu": "none",
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "commit": commit(),
-        "command": "python benchmarks/bench_plan.py --json",
+        "command": "python -m benchmarks.bench_plan --json",
         "date": datetime.now(UTC).date().isoformat(),
         "rows": rows,
     }

@@ -1,7 +1,7 @@
 """What MACS costs the requests of a real server (CPU, two ranks) where it has nothing to clip.
 
-    python benchmarks/check_cost.py plan [--model wide|tiny] [--seconds 240] [--most 0.01] [--out FILE.json]
-    python benchmarks/check_cost.py installed ...
+    python -m benchmarks.check_cost plan [--model wide|tiny] [--seconds 240] [--most 0.01] [--out FILE.json]
+    python -m benchmarks.check_cost installed ...
 
 `plan`: one server at infinite gamma. Whether it plans a request or leaves it alone, as with preset off, is switched
 from request to request, so that both sides share one process, its memory and its threads. `installed`: two servers of
@@ -24,10 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import requests
-from bench_plan import commit
-from check_serving import KINDS, OUT, Interval, ask, crops, interval, verdict
-from serving import EP2_ARGS, Server, ServerError
 
+from benchmarks.bench_plan import commit
+from benchmarks.check_serving import KINDS, OUT, Interval, ask, crops, interval, verdict
+from benchmarks.serving import EP2_ARGS, Server, ServerError
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +204,7 @@ def save(path: Path, new: dict) -> None:
 
     rows = [old for old in rows if measured(old, old["commit"]) != measured(new, ran["commit"])]
     head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", **ran}
-    head |= {"command": "python benchmarks/check_cost.py"}
+    head |= {"command": "python -m benchmarks.check_cost"}
     path.write_text(json.dumps({**head, "rows": [*rows, {**new, **ran}]}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Has the plan or the CPU dispatch become slower? Ratios to a torch reference in the same process, never times.
 
-    python benchmarks/check_latency.py                 compare with benchmarks/baselines/
-    python benchmarks/check_latency.py --write FILE    measure this machine's baseline in several processes
+    python -m benchmarks.check_latency                 compare with benchmarks/baselines/
+    python -m benchmarks.check_latency --write FILE    measure this machine's baseline in several processes
 
 Exit 0: no row is slower by more than max(5 %, 3 x MAD). Exit 1: one is, measured twice. Exit 2: nothing can be said;
 no baseline for this hardware, a row missing on either side, or too much noise. docs/guide/regression.md explains.
@@ -20,11 +20,10 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-import bench_plan
-import paired
 import torch
 import torch.distributed as dist
 
+from benchmarks import bench_plan, paired
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.cpu import MacsDispatcher
 from sglang_macs.dispatch.planner import LayerPlanner
@@ -211,7 +210,8 @@ def _measured(name: str, seconds: float) -> paired.Ratio:
 
 def measured_apart(names: list[str], seconds: float) -> dict[str, paired.Ratio]:
     """Rows measured in a process of their own: memory that lies otherwise is part of the noise."""
-    command = [sys.executable, __file__, "--raw", "--seconds", str(seconds), "--rows", ",".join(names)]
+    command = [sys.executable, "-m", "benchmarks.check_latency", "--raw"]
+    command += ["--seconds", str(seconds), "--rows", ",".join(names)]
     done = subprocess.run(command, env={**os.environ, **KEEP_MEMORY}, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing on stderr"]

@@ -1,8 +1,8 @@
 """Two servers against each other: what MACS costs, or buys, in the requests of a running server.
 
-    python benchmarks/check_serving.py --compare off inf            tiny model, CPU, both servers on this machine
-    python benchmarks/check_serving.py --urls URL URL --model M      two servers that run already
-    python benchmarks/check_serving.py ... --measure bench           SGLang's own bench_serving, image workload
+    python -m benchmarks.check_serving --compare off inf            tiny model, CPU, both servers on this machine
+    python -m benchmarks.check_serving --urls URL URL --model M      two servers that run already
+    python -m benchmarks.check_serving ... --measure bench           SGLang's own bench_serving, image workload
 
 `requests` sends the same image chat to both servers, one after the other, and looks at the ratio of the two latencies;
 `bench` runs `sglang.bench_serving` on them in turn (A B B A ...) and looks at TTFT, ITL and throughput. Both report the
@@ -29,8 +29,8 @@ from pathlib import Path
 import requests
 from PIL import Image
 from scipy import stats
-from serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files
 
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """How far `sglang-macs simulate` is from what was measured: the expert stage of the slowest rank.
 
-    python benchmarks/check_simulation.py [docs/results/straggler_h200.json] [--machine h200] [--when alone|together]
+    python -m benchmarks.check_simulation [docs/results/straggler_h200.json] [--machine h200] [--when alone|together]
 
 Reads what benchmarks/gpu/straggler.py wrote: eight ranks on one GPU, each with its share of the SMs and, timed
 alone, of nothing else. So the machine's GEMM rate is divided by the ranks, its memory bandwidth is not. Rows of single

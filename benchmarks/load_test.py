@@ -1,7 +1,7 @@
 """Load and faults on the real server, two expert-parallel ranks on this CPU.
 
-    python benchmarks/load_test.py                  # 500 mixed requests at concurrency 16, three times, and faults
-    python benchmarks/load_test.py --requests 40    # a quick look
+    python -m benchmarks.load_test                  # 500 mixed requests at concurrency 16, three times, and faults
+    python -m benchmarks.load_test --requests 40    # a quick look
 
 First without planning, for comparison; then at infinite gamma, where every certified question must get the answer it
 gets alone; then at gamma 1, where bounds are cut and must hold. Then the faults: bad images, a profile swapped for a
@@ -29,14 +29,13 @@ from pathlib import Path
 
 import requests
 from PIL import Image
-from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
 
+from benchmarks.questions import NEW_TOKENS, QUESTIONS, Question
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
 from sglang_macs import tiny_models
 from sglang_macs.plan import profile
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
-from support.reference import NEW_TOKENS, QUESTIONS, Question  # noqa: E402
 
 OUT = ROOT / "build" / "load"
 MODEL = ROOT / "build" / "models" / "tiny-qwen3-vl-moe"

@@ -1,6 +1,6 @@
 """Two hosts on one machine, network namespaces joined by a veth pair, and one SGLang server over both.
 
-    python benchmarks/multinode.py [--rate 100mbit] [--model wide] [--out FILE.json]
+    python -m benchmarks.multinode [--rate 100mbit] [--model wide] [--out FILE.json]
 
 As root: bytes on the wire, seconds and bounds, without and with clipping. What the kernel counts on the cable is split
 into rows of the all-to-all, the plans' exchange, and the rest: both parts follow exactly from the servers' counters.
@@ -26,11 +26,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import requests
-from bench_plan import commit
-from check_cost import MODELS
-from check_serving import crops
-from serving import EP2_ARGS, Server, ServerError, prompt
 
+from benchmarks.bench_plan import commit
+from benchmarks.check_cost import MODELS
+from benchmarks.check_serving import crops
+from benchmarks.serving import EP2_ARGS, Server, ServerError, prompt
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,7 +295,7 @@ def measured(options: argparse.Namespace, model: Path, name: str) -> dict:
 
 def save(options: argparse.Namespace, rows: list[dict]) -> None:
     head = {"gpu": "none", "cpu": f"{os.uname().machine}, {os.cpu_count()} threads", "commit": commit()}
-    head |= {"command": f"python benchmarks/multinode.py --model {options.model} --rate {options.rate}"}
+    head |= {"command": f"python -m benchmarks.multinode --model {options.model} --rate {options.rate}"}
     head |= {"date": datetime.now(UTC).date().isoformat(), "requests": options.requests}
     options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

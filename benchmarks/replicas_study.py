@@ -1,6 +1,6 @@
 """What replicas buy on published expert loads: the fullest rank, and what is left over a bound.
 
-    python benchmarks/replicas_study.py [--batches 48] [--out docs/results/replicas.json]
+    python -m benchmarks.replicas_study [--batches 48] [--out docs/results/replicas.json]
 
 Loads of the first eight layers of Qwen3-VL-30B-A3B (sglang_macs/simulate): layers 0 and 3 have their published rows of
 each expert, the others rows of these dealt so that eight ranks come out as uneven as published. A batch multiplies
@@ -132,7 +132,7 @@ def main() -> None:
     given = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {"commit": commit.stdout.strip(), "date": date.today().isoformat(), "gpu": "none, simulated"}
-    about["command"] = f"python benchmarks/replicas_study.py --batches {given.batches}"
+    about["command"] = f"python -m benchmarks.replicas_study --batches {given.batches}"
     rows = study(given.batches)
     given.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""All that measures, by name: `python benchmarks/run.py` lists it, `python benchmarks/run.py NAME OPTIONS` runs it."""
+"""All that measures, by name: `python -m benchmarks.run` lists it, `python -m benchmarks.run NAME OPTIONS` runs it."""
 
 import ast
 import os
@@ -32,10 +32,11 @@ def main(argv: list[str]) -> int:
         print(__doc__, *(f"  {name:{width}}  {summary(path)}" for name, path in found.items()), sep="\n")
         return 0
     if argv[0] not in found:
-        print(f"benchmarks/run.py: got {argv[0]}, expected one of {', '.join(found)}", file=sys.stderr)
+        print(f"benchmarks.run: got {argv[0]}, expected one of {', '.join(found)}", file=sys.stderr)
         return 2
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(found[argv[0]]), *argv[1:]])
+    module = f"benchmarks.{argv[0].replace('/', '.')}"
+    os.execv(sys.executable, [sys.executable, "-m", module, *argv[1:]])
 
 
 if __name__ == "__main__":

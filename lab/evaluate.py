@@ -1,8 +1,8 @@
 """What clipping costs: a lab's model under every method, at equal rows of the fullest rank.
 
-    python lab/evaluate.py [--suite digits] [--reduced]        # reduced: 15 minutes on two CPU cores
-    python lab/evaluate.py --suite documents --checkpoint FOLDER
-    python lab/evaluate.py --suite documents-small --reduced   # the model that a CPU trains, on a CPU
+    python -m lab.evaluate [--suite digits] [--reduced]        # reduced: 15 minutes on two CPU cores
+    python -m lab.evaluate --suite documents --checkpoint FOLDER
+    python -m lab.evaluate --suite documents-small --reduced   # the model that a CPU trains, on a CPU
 
 Batches of mixed requests, their tokens on virtual source ranks (8; 16 and 32 in parts of their own), go through the
 model; at every MoE layer the product's operators (or a baseline) decide what is dispatched. All methods get the same
@@ -18,17 +18,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import lab_calibration
-import lab_checkpoint
-import lab_entropy
-import lab_plans
-import lab_result
 import torch
-from lab_cases import Course, run_work, share_of, work_of
-from lab_judge import RANKS
-from lab_statistics import LEARNED, MASTERED, Findings, merged
-from lab_suites import SUITES
 
+from lab import lab_calibration, lab_checkpoint, lab_entropy, lab_plans, lab_result
+from lab.lab_cases import Course, run_work, share_of, work_of
+from lab.lab_judge import RANKS
+from lab.lab_statistics import LEARNED, MASTERED, Findings, merged
+from lab.lab_suites import SUITES
 from sglang_macs.plan import profile
 
 
@@ -120,7 +116,7 @@ def run_workers(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for old in shard_files(options.out):
         old.unlink()
-    command = [sys.executable, __file__, *sys.argv[1:], "--shard"]
+    command = [sys.executable, *sys.orig_argv[1:], "--shard"]
     workers = [subprocess.Popen([*command, f"{i}/{options.workers}"]) for i in range(options.workers)]
     failed = [w.args[-1] for w in workers if w.wait() != 0]
     if failed:

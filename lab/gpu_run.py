@@ -1,10 +1,10 @@
 """Trains and judges the lab's models on one machine with GPUs, each stage in less than ten minutes.
 
-    python3 lab/gpu_run.py train --variants digits --out OUT [--seconds 560]
-    python3 lab/gpu_run.py train --variants documents --out OUT [--minutes 16]; the same with --resume until it is done
-    python3 lab/gpu_run.py evaluate --out OUT [--seconds 420]
-    python3 lab/gpu_run.py both --variants documents-small --seconds 580 --out OUT    # two CPU cores, 20 minutes
-    python3 lab/gpu_run.py both --out OUT --smoke        # some minutes: does everything run here?
+    python3 -m lab.gpu_run train --variants digits --out OUT [--seconds 560]
+    python3 -m lab.gpu_run train --variants documents --out OUT [--minutes 16]; the same with --resume until it is done
+    python3 -m lab.gpu_run evaluate --out OUT [--seconds 420]
+    python3 -m lab.gpu_run both --variants documents-small --seconds 580 --out OUT    # two CPU cores, 20 minutes
+    python3 -m lab.gpu_run both --out OUT --smoke        # some minutes: does everything run here?
 
 Needs torch with CUDA, tokenizers, safetensors, scikit-learn, and nvcc for the operators (without it they are built for
 the CPU alone). `train` builds the operators beside the training; `evaluate` goes on from what `train` left
@@ -210,7 +210,7 @@ def train(options: argparse.Namespace, jobs: Jobs) -> None:
     left = options.seconds - START_UP - 25
     for index, variant in enumerate(options.variants):
         minutes = variant.minutes and (left / 60 if options.smoke else options.minutes or variant.minutes)
-        command = [sys.executable, LAB / "train.py", "--suite", variant.name, "--out", variant.folder]
+        command = [sys.executable, "-m", "lab.train", "--suite", variant.name, "--out", variant.folder]
         command += ["--minutes", f"{minutes or left / 60:.2f}", "--judge-every", min(60, left / 3), *variant.training]
         command += ["--call-seconds", f"{max(20.0, left - 45):.0f}", "--resume"] if minutes else []
         jobs.start(variant.name, command, variant.folder / "train.log", index)
@@ -234,7 +234,7 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
     device = "cuda" if jobs.gpus.names and _operators_take_cuda() else "cpu"
     variants = [v for v in options.variants if _has_weights(v.folder)]
     for index, v in enumerate(variants):
-        command = [sys.executable, LAB / "lab_calibration.py", "--suite", v.name, "--checkpoint", v.folder]
+        command = [sys.executable, "-m", "lab.lab_calibration", "--suite", v.name, "--checkpoint", v.folder]
         command += ["--device", device]
         jobs.start(f"calibrate {v.name}", command, v.folder / "calibrate.log", index)
     jobs.wait([f"calibrate {v.name}" for v in variants], 120, variants)
@@ -253,7 +253,7 @@ def evaluate(options: argparse.Namespace, jobs: Jobs) -> None:
 
 def evaluation(v: Variant, smoke: bool, device: str, workers: int, seconds: float) -> list[object]:
     """The command that judges a model."""
-    command = [sys.executable, LAB / "evaluate.py", "--suite", v.name, "--checkpoint", v.folder]
+    command = [sys.executable, "-m", "lab.evaluate", "--suite", v.name, "--checkpoint", v.folder]
     command += ["--out", v.folder / "quality.json"]
     command += ["--device", device, "--workers", workers, "--seconds", int(seconds)]
     few = 1 if smoke else max(1, v.batches // 2)

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from lab_pictures import Size
 from torch import Tensor
+
+from lab.lab_pictures import Size
 
 QWEN, GLM = "qwen3_vl_moe", "glm4v_moe"  # transformers' names of the two families
 

@@ -1,22 +1,22 @@
 """Calibration on a lab's model: routing and expert output norms by modality, and what drift does to them.
 
-python lab/lab_calibration.py [--suite documents --checkpoint FOLDER]      # writes FOLDER's profile.json
+python -m lab.lab_calibration [--suite documents --checkpoint FOLDER]      # writes FOLDER's profile.json
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import lab_checkpoint
 import torch
 import torch.nn.functional as F
-from lab_architecture import GLM, QWEN, Routing
-from lab_judge import as_batch
-from lab_methods import Inputs
-from lab_model import LabModel
-from lab_suites import SUITES, Mix
 from torch import Tensor
 
+from lab import lab_checkpoint
+from lab.lab_architecture import GLM, QWEN, Routing
+from lab.lab_judge import as_batch
+from lab.lab_methods import Inputs
+from lab.lab_model import LabModel
+from lab.lab_suites import SUITES, Mix
 from sglang_macs.observe import calibration
 from sglang_macs.plan import profile
 

@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import lab_methods
 import torch
-from lab_architecture import Embedded, Routing, picture_spans, visual_columns
-from lab_judge import as_batch, by_task, exact
-from lab_methods import Inputs, Layout, Method, Outcome, fullest, rank_rows
-from lab_model import LabModel
-from lab_pictures import TOKEN
-from lab_statistics import Findings, Tally, so_far
-from lab_suites import Mix
-from lab_tasks import NO_LABEL, Group
 from torch import Tensor
 
+from lab import lab_methods
+from lab.lab_architecture import Embedded, Routing, picture_spans, visual_columns
+from lab.lab_judge import as_batch, by_task, exact
+from lab.lab_methods import Inputs, Layout, Method, Outcome, fullest, rank_rows
+from lab.lab_model import LabModel
+from lab.lab_pictures import TOKEN
+from lab.lab_statistics import Findings, Tally, so_far
+from lab.lab_suites import Mix
+from lab.lab_tasks import NO_LABEL, Group
 from sglang_macs.plan.routing import Routing as Router
 
 UNCLIPPED = Method("unclipped", lab_methods.keep_all, acts_above_bound_only=False)

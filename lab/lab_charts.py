@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from lab_canvas import COLOURS, FONTS, GREY, INK, PAPERS, Canvas, Colour
-from lab_sample import SIZES, TURNS, Dice, Sample
+
+from lab.lab_canvas import COLOURS, FONTS, GREY, INK, PAPERS, Canvas, Colour
+from lab.lab_sample import SIZES, TURNS, Dice, Sample
 
 TOPS = (10, 20, 50, 100)  # of a value axis; values are tenths of it, gridlines fifths
 AXIS, HEAD, FOOT = 30.0, 14.0, 24.0  # pixels left of, above and below the plotted area

@@ -1,6 +1,6 @@
 """The lab's held-out questions as JSON lines of OpenAI chats with their answers, for `sglang-macs compare`.
 
-python lab/lab_chats.py questions.jsonl --count 192
+python -m lab.lab_chats questions.jsonl --count 192
 """
 
 import argparse
@@ -8,7 +8,7 @@ import base64
 import json
 from pathlib import Path
 
-from lab_questions import Question, questions
+from lab.lab_questions import Question, questions
 
 # Of 16 questions, by picture size and task: see lab_tasks.py. A picture has 48 to 256 visual tokens.
 MIX = {

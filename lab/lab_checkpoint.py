@@ -1,6 +1,6 @@
 """The lab's checkpoints on disk: folders that transformers and SGLang load, and that `lab_model` reads back.
 
-    python lab/lab_checkpoint.py OUT     # all but the weights: configuration, tokenizer, processor
+    python -m lab.lab_checkpoint OUT     # all but the weights: configuration, tokenizer, processor
 
 Qwen3-VL-MoE: one file in the hub's layout (SGLang reads experts as [E, in, out]); `LabModel` and transformers want
 [E, out, in], and `twin` makes the folder for transformers. GLM-4.5V: one layout serves all, every expert by itself, in
@@ -14,10 +14,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from lab_architecture import GLM, Architecture
-from lab_model import LabModel
-from lab_pictures import MERGE, PATCH, TOKEN
-from lab_tokens import (
+
+from lab.lab_architecture import GLM, Architecture
+from lab.lab_model import LabModel
+from lab.lab_pictures import MERGE, PATCH, TOKEN
+from lab.lab_tokens import (
     DOCUMENT_SPECIAL,
     END,
     IMAGE,

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import lab_charts
-import lab_pages
 import numpy as np
 import torch
-from lab_sample import HELD_OUT, SIZES, TRAIN, Dice, Sample, Task
-from lab_tasks import NO_LABEL, Group
-from lab_tokens import IMAGE, PAD, VISION_END, VISION_START, Vocabulary
+
+from lab import lab_charts, lab_pages
+from lab.lab_sample import HELD_OUT, SIZES, TRAIN, Dice, Sample, Task
+from lab.lab_tasks import NO_LABEL, Group
+from lab.lab_tokens import IMAGE, PAD, VISION_END, VISION_START, Vocabulary
 
 TASKS: dict[str, Task] = {
     task.__name__: task

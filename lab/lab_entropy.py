@@ -5,11 +5,11 @@ lose without their routed experts.
 from collections.abc import Callable, Sequence
 
 import torch
-from lab_architecture import Routing
-from lab_cases import Case, Course, divergence, inputs_of, kept_of
-from lab_methods import Inputs, WithPlan
 from torch import Tensor
 
+from lab.lab_architecture import Routing
+from lab.lab_cases import Case, Course, divergence, inputs_of, kept_of
+from lab.lab_methods import Inputs, WithPlan
 from sglang_macs.plan.plan import Plan
 
 FIFTHS = 5

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from lab_architecture import Batch, Routing
-from lab_pictures import patches
-from lab_tasks import NO_LABEL, Group
 from torch import Tensor
+
+from lab.lab_architecture import Batch, Routing
+from lab.lab_pictures import patches
+from lab.lab_tasks import NO_LABEL, Group
 
 RANKS = 8  # virtual expert-parallel ranks; experts are placed linearly
 

@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from lab_architecture import GLM, Architecture, Routing
 from torch import Tensor, nn
+
+from lab.lab_architecture import GLM, Architecture, Routing
 
 
 def linear(x: Tensor, layer: nn.Linear, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """What the lab's pictures are made of: scikit-learn's handwritten digits and its two photographs.
 
-    python lab/lab_material.py OUT.npz     # for a machine without scikit-learn
+    python -m lab.lab_material OUT.npz     # for a machine without scikit-learn
 
 A quarter of the digits is held out: no picture that a model is judged on shows a digit that it was trained on. Digits
 that a cross-validated classifier misreads are left out of both parts, since nobody can say what they are.

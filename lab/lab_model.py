@@ -15,7 +15,9 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from lab_architecture import (
+from torch import Tensor, nn
+
+from lab.lab_architecture import (
     GLM,
     Architecture,
     Batch,
@@ -27,11 +29,10 @@ from lab_architecture import (
     picture_spans,
     visual_columns,
 )
-from lab_layers import Attention, FeedForward, MoE, RMSNorm, linear
-from lab_pictures import MERGE, Size
-from lab_tokens import VOCAB
-from lab_towers import GlmVision, QwenVision
-from torch import Tensor, nn
+from lab.lab_layers import Attention, FeedForward, MoE, RMSNorm, linear
+from lab.lab_pictures import MERGE, Size
+from lab.lab_tokens import VOCAB
+from lab.lab_towers import GlmVision, QwenVision
 
 
 class _Layer(nn.Module):

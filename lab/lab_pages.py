@@ -4,9 +4,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from lab_canvas import COLOURS, FONTS, GREY, PAPERS, Canvas, text_width
-from lab_charts import bars
-from lab_sample import SIZES, TURNS, Dice, Sample
+
+from lab.lab_canvas import COLOURS, FONTS, GREY, PAPERS, Canvas, text_width
+from lab.lab_charts import bars
+from lab.lab_sample import SIZES, TURNS, Dice, Sample
 
 FIELDS = ("Name", "City", "Street", "Code", "Date", "Total", "Phone", "Room", "Item", "Number")
 NUMBERS = ("Code", "Date", "Total", "Phone", "Room", "Number")  # fields that hold digits

@@ -6,8 +6,9 @@ All shapes depend on sizes alone, so that a training step with its pictures fits
 from dataclasses import dataclass
 
 import torch
-from lab_material import GLYPH, Material
 from torch import Tensor
+
+from lab.lab_material import GLYPH, Material
 
 PATCH, MERGE = 8, 2
 TOKEN = PATCH * MERGE  # pixels per side of a visual token

@@ -3,18 +3,15 @@
 import argparse
 from collections.abc import Sequence
 
-import lab_calibration
-import lab_methods
-import lab_replicas
-import lab_skipping
 import torch
-from lab_architecture import Routing
-from lab_cases import Course, Judge, Part, divergence
-from lab_methods import Method
-from lab_model import LabModel
-from lab_statistics import Tally
 from torch import Tensor
 
+from lab import lab_calibration, lab_methods, lab_replicas, lab_skipping
+from lab.lab_architecture import Routing
+from lab.lab_cases import Course, Judge, Part, divergence
+from lab.lab_methods import Method
+from lab.lab_model import LabModel
+from lab.lab_statistics import Tally
 from sglang_macs.plan import profile
 
 BOUNDS = (1.0, 1.05, 1.1, 1.2, 1.5)

@@ -3,11 +3,12 @@
 import io
 from dataclasses import dataclass
 
-import lab_material
 import torch
-from lab_checkpoint import CHECKPOINT
-from lab_tasks import Group, Maker
-from lab_tokens import VISION_END, Vocabulary
+
+from lab import lab_material
+from lab.lab_checkpoint import CHECKPOINT
+from lab.lab_tasks import Group, Maker
+from lab.lab_tokens import VISION_END, Vocabulary
 
 
 @dataclass(frozen=True)

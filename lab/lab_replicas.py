@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from lab_methods import Inputs, Method, Outcome, WithPlan, _clock
 from torch import Tensor
 
+from lab.lab_methods import Inputs, Method, Outcome, WithPlan, _clock
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens

@@ -7,10 +7,9 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks" / "gpu"))
+from benchmarks.gpu import result_file
 
-import result_file  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PLACE_OPTIONS = ("--out", "--checkpoint", "--material")  # of whoever ran it
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from lab_pictures import Size
+
+from lab.lab_pictures import Size
 
 SIZES = {
     "text": None,

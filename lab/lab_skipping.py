@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from lab_methods import Decide, Inputs, Method, Outcome, fullest, limit, mildest
 from torch import Tensor
+
+from lab.lab_methods import Decide, Inputs, Method, Outcome, fullest, limit, mildest
 
 RATIOS = (0.1, 0.3, 1.0)  # text's threshold over visual tokens'; the best is taken by calibration
 

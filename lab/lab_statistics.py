@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-import lab_methods
 import numpy as np
+
+from lab import lab_methods
 
 MASTERED = 0.9  # unclipped accuracy from which on a task counts: what is not learned cannot be lost
 LEARNED = 0.5  # the same for tasks that are made to be hard

@@ -1,6 +1,6 @@
 """Training samples that other processes draw while a model is trained on them.
 
-    python lab/lab_stock.py --folder F --tokenizer FILE --mix '{"sheet": {"table_cell": 4}}' --worker 3
+    python -m lab.lab_stock --folder F --tokenizer FILE --mix '{"sheet": {"table_cell": 4}}' --worker 3
 
 Workers write files of rows and pictures to a folder; the trainer takes them up into rings on its device and deletes
 them. A step picks rows of the rings at random: shapes are static, and so are addresses, as a CUDA graph needs.
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab_documents import Documents, padded, pixels, width_of
-from lab_sample import SIZES, TRAIN
-from lab_tasks import NO_LABEL, Group
-from lab_tokens import PAD, Vocabulary
 from torch import Tensor
+
+from lab.lab_documents import Documents, padded, pixels, width_of
+from lab.lab_sample import SIZES, TRAIN
+from lab.lab_tasks import NO_LABEL, Group
+from lab.lab_tokens import PAD, Vocabulary
 
 WAITING = 24  # files of a worker that nobody has taken up: then it rests
 BATCHES = 2  # batches' samples of a size in a file
@@ -105,7 +106,8 @@ class Stock:
 
 def start_workers(count: int, mix: dict, folder: Path, tokenizer: Path, seed: int) -> list[subprocess.Popen]:
     """So many processes that draw into `folder`; they end with the one that started them."""
-    command = [sys.executable, __file__, "--folder", folder, "--tokenizer", tokenizer, "--mix", json.dumps(mix)]
+    command = [sys.executable, "-m", "lab.lab_stock", "--folder", folder, "--tokenizer", tokenizer]
+    command += ["--mix", json.dumps(mix)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen([*map(str, command), "--worker", str(i), "--seed", str(seed)], env=env) for i in range(count)

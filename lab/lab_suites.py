@@ -3,14 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lab_checkpoint
-import lab_documents
-import lab_material
-import lab_tasks
 import torch
-from lab_architecture import GLM, Architecture
-from lab_sample import HELD_OUT, TRAIN
-from lab_tokens import Vocabulary
+
+from lab import lab_checkpoint, lab_documents, lab_material, lab_tasks
+from lab.lab_architecture import GLM, Architecture
+from lab.lab_sample import HELD_OUT, TRAIN
+from lab.lab_tokens import Vocabulary
 
 Mix = dict[str, dict[str, int]]  # samples of each task by picture size
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from lab_material import Material
-from lab_pictures import BACKGROUNDS, COLOURS, Scene, Size, draw_background, join, paint
-from lab_tokens import END, HOLE, IMAGE, LETTERS, PAD, VISION_END, VISION_START, Vocabulary, close_up, join_columns
 from torch import Tensor
+
+from lab.lab_material import Material
+from lab.lab_pictures import BACKGROUNDS, COLOURS, Scene, Size, draw_background, join, paint
+from lab.lab_tokens import END, HOLE, IMAGE, LETTERS, PAD, VISION_END, VISION_START, Vocabulary, close_up, join_columns
 
 NO_LABEL = -100
 SIZES = {

@@ -5,10 +5,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from lab_architecture import Architecture, Batch
-from lab_layers import FeedForward, RMSNorm, attend, linear, rotate
-from lab_pictures import MERGE, PATCH, Size
 from torch import Tensor, nn
+
+from lab.lab_architecture import Architecture, Batch
+from lab.lab_layers import FeedForward, RMSNorm, attend, linear, rotate
+from lab.lab_pictures import MERGE, PATCH, Size
 
 
 class _LayerNorm(nn.LayerNorm):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lab_architecture import GLM, Architecture, Routing
-from lab_judge import as_batch, expert_rows, max_over_mean
-from lab_layers import scores
-from lab_model import LabModel, initialise
-from lab_muon import Muon
-from lab_tasks import NO_LABEL, Group
 from torch import Tensor
+
+from lab.lab_architecture import GLM, Architecture, Routing
+from lab.lab_judge import as_batch, expert_rows, max_over_mean
+from lab.lab_layers import scores
+from lab.lab_model import LabModel, initialise
+from lab.lab_muon import Muon
+from lab.lab_tasks import NO_LABEL, Group
 
 WARMUP_STEPS = 400
 DECAY = 0.1  # of weight matrices

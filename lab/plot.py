@@ -1,14 +1,14 @@
 """Draws docs/results/quality*.png and writes the tables of docs/results/quality_*.md from docs/results/quality*.json.
 
-python lab/plot.py
+python -m lab.plot
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from lab_checkpoint import ROOT
-from lab_tasks import OCR_TASKS
+from lab.lab_checkpoint import ROOT
+from lab.lab_tasks import OCR_TASKS
 
 DOCS = ROOT / "docs" / "results"
 MARKS = ("<!-- tables: written by lab/plot.py -->", "<!-- /tables -->")

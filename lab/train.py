@@ -1,8 +1,8 @@
 """Trains the lab's models on one GPU: that of digits in under ten minutes, that of documents in twenty.
 
-    python lab/train.py --out OUT [--suite digits] [--minutes 8] [--material material.npz]
-    python lab/train.py --out OUT --suite documents --minutes 20 [--call-seconds 500 --resume]
-    python lab/train.py --out OUT --suite documents-small --minutes 12      # two CPU cores
+    python -m lab.train --out OUT [--suite digits] [--minutes 8] [--material material.npz]
+    python -m lab.train --out OUT --suite documents --minutes 20 [--call-seconds 500 --resume]
+    python -m lab.train --out OUT --suite documents-small --minutes 12      # two CPU cores
 
 Digits are drawn on the device; documents by other processes (lab_stock.py). The step is one CUDA graph. The learning
 rate follows the clock, so that the budget is used whatever the machine's speed. Writes the weights (bf16) and
@@ -20,17 +20,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import lab_checkpoint
-import lab_material
-import lab_stock
 import torch
-from lab_architecture import EXPERTS_BY, GLM, Architecture
-from lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
-from lab_model import LabModel, initialise
-from lab_suites import SUITES, Mix, Suite
-from lab_tasks import Maker
-from lab_tokens import Vocabulary, document_tokenizer, train_tokenizer
-from lab_trainer import BALANCE, BALANCE_OVER, BIAS_BAND, BIAS_STEP, TARGET, Trainer
+
+from lab import lab_checkpoint, lab_material, lab_stock
+from lab.lab_architecture import EXPERTS_BY, GLM, Architecture
+from lab.lab_judge import RANKS, as_batch, by_task, exact, expert_rows, max_over_mean
+from lab.lab_model import LabModel, initialise
+from lab.lab_suites import SUITES, Mix, Suite
+from lab.lab_tasks import Maker
+from lab.lab_tokens import Vocabulary, document_tokenizer, train_tokenizer
+from lab.lab_trainer import BALANCE, BALANCE_OVER, BIAS_BAND, BIAS_STEP, TARGET, Trainer
 
 SAVE_EVERY = 120.0  # seconds
 STOCK_BATCHES = 400  # batches' rows that are held on the device; a tenth of it on a CPU
@@ -86,7 +85,7 @@ def grouped_works(suite: Suite, device: torch.device) -> bool:
     """Whether grouped products give what the dense ones give here, forwards and backwards; tried in a process of its
     own, for a failure on a GPU can take its process along.
     """
-    call = [sys.executable, __file__, "--check-grouped", "--device", str(device), "--suite", suite.name]
+    call = [sys.executable, "-m", "lab.train", "--check-grouped", "--device", str(device), "--suite", suite.name]
     # Outside of MPS, where a fault would end all processes that share the GPU.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_MPS")}
     try:
@@ -294,4 +293,4 @@ if __name__ == "__main__":
     except Restart as restart:
         why, *less = restart.args
         print(f"{why}; starting again with {' '.join(less)}", flush=True)
-        os.execv(sys.executable, [sys.executable, *sys.argv, *less])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *less])

@@ -1,7 +1,7 @@
 """The product against other releases of SGLang: hooks, launches and routers, servers, families of models.
 
-    python scripts/check_compat.py [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
-    python scripts/check_compat.py 0.5.20 --stages refused
+    python -m scripts.check_compat [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python -m scripts.check_compat 0.5.20 --stages refused
 
 Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION, before
 the installed one, and with it what it pins and is installed here in another version (transformers, tokenizers); torch
@@ -19,15 +19,13 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.bench_plan import commit
+from benchmarks.serving import EP2_ARGS
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
 from sglang_macs.releases import SGLANG
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from bench_plan import commit  # noqa: E402
-from serving import EP2_ARGS  # noqa: E402
 
 COMPAT = ROOT / "build" / "compat"
 REFUSED_PORT = 19872  # nothing ever listens there

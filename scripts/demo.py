@@ -20,13 +20,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri
+from lab.lab_questions import Question, questions
 from sglang_macs.plan.batch import NO_GAIN
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "lab")]
-
-from lab_questions import Question, questions  # noqa: E402
-from serving import EP2_ARGS, Server, ServerError, data_uri  # noqa: E402
 
 OUT = ROOT / "build" / "demo"
 MODEL = ROOT / "models" / "lab-vl-moe"

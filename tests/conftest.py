@@ -35,7 +35,7 @@ def text_model() -> Path:
 @pytest.fixture(scope="session")
 def vl_reference(vl_model):
     """transformers' greedy answers for the VL model, cached for the session."""
-    from support.reference import Reference
+    from tests.support.reference import Reference
 
     return Reference(vl_model)
 
@@ -43,7 +43,7 @@ def vl_reference(vl_model):
 @pytest.fixture(scope="session")
 def text_reference(text_model):
     """transformers' greedy answers for the text model, cached for the session."""
-    from support.reference import Reference
+    from tests.support.reference import Reference
 
     return Reference(text_model)
 

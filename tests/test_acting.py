@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch import plan_cost
@@ -23,6 +22,7 @@ from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
+from tests.support.ranks import run_ranks
 
 EXPERTS, RANKS, TOP_K, TOKENS = 8, 2, 2, 512
 CONFIG = MacsConfig.from_preset("rank", gamma=1.1, verify=True)

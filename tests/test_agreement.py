@@ -1,11 +1,11 @@
 """Ranks that would not decide alike are found in the first pass, on every one of them, instead of waiting for ever."""
 
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs.engine.agreement import PASSES, Agreement
 from sglang_macs.errors import MacsNotActive
 from sglang_macs.plan.batch import Batch
+from tests.support.ranks import run_ranks
 
 FLAGS = "--moe-dense-tp-size=1 --enable-dp-lm-head=True"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from serving import reserve_port
 
+from benchmarks.serving import reserve_port
 from sglang_macs.cpu_compat import environment
 from sglang_macs.observe import metrics
 

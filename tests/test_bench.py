@@ -3,10 +3,10 @@
 import json
 import re
 
-import bench_plan
 import pytest
 import torch
 
+from benchmarks import bench_plan
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import run
+
+from benchmarks import run
 
 RUN = [sys.executable, str(run.HERE / "run.py")]
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import bounded_case
-from support.bounded_case import CASES, Case
 
+from reference import bounded_case
+from reference.bounded_case import CASES, Case
 from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS
 from sglang_macs.config import MacsConfig

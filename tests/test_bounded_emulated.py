@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support import bounded_c, bounded_case, emulated
-from support.bounded_case import CASES, Case
-from support.emulated import Kernels
 
+from reference import bounded_c, bounded_case
+from reference.bounded_case import CASES, Case
 from sglang_macs import ops
+from tests.support import emulated
+from tests.support.emulated import Kernels
 
 pytestmark = pytest.mark.emulated
 SOURCES = [emulated.CUDA / f"bounded_{name}.cu" for name in ("permute", "gather", "capi")]

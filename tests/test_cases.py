@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cases
+
+from reference import cases
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 1.25, 2.0, 4.0])

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs import control
 from sglang_macs.config import MacsConfig
@@ -19,6 +18,7 @@ from sglang_macs.errors import MacsError
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.ranks import run_ranks
 
 LAUNCH = MacsConfig.from_preset("rank", gamma=1.2, min_tokens=8).on("cpu")
 

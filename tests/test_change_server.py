@@ -6,11 +6,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import EP2_ARGS, Server, data_uri, photograph_files
-from support.reference import NEW_TOKENS, QUESTIONS
-from support.servers import MACS, ask, serve, states
 
+from benchmarks.questions import NEW_TOKENS, QUESTIONS
+from benchmarks.serving import EP2_ARGS, Server, data_uri, photograph_files
 from sglang_macs import cli
+from tests.support.servers import MACS, ask, serve, states
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 # No prefix cache: it would hand keys and values that were computed under one set of options to requests under another.

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-import check_compat
+from scripts import check_compat
 
 
 def test_the_others_are_all_but_the_installed_one(monkeypatch):

@@ -2,10 +2,10 @@
 
 import json
 
-import check_cost
-import multinode
 import pytest
-from serving import ServerError
+
+from benchmarks import check_cost, multinode
+from benchmarks.serving import ServerError
 
 
 class MadeUp:

@@ -9,12 +9,11 @@ import sys
 import types
 from pathlib import Path
 
-import bench_forks
-import check_serving
 import pytest
-from check_serving import Interval, interval, verdict
-from serving import Server
 
+from benchmarks import bench_forks, check_serving
+from benchmarks.check_serving import Interval, interval, verdict
+from benchmarks.serving import Server
 from sglang_macs.cpu_compat import environment
 
 SCHEDULER_WITHOUT_MACS = """
@@ -90,6 +89,7 @@ def test_repeated_requests_are_the_same_in_every_run_and_no_prefix_is_dropped():
     assert arguments(3) != arguments(4) and "--flush-cache" not in arguments(3, repeated=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.server
 def test_one_server_against_itself(vl_model, server_log, capsys):
     """SGLang as it is, with the plugin installed and not asked for: requests and bench_serving both get through."""

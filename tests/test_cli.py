@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import traces
-from support.chat_server import ChatServer, questions, serving
-from support.info_server import answering, body
 
 from sglang_macs import __version__, cli
 from sglang_macs.errors import MacsError, printable
 from sglang_macs.simulate import loads
+from tests.support import traces
+from tests.support.chat_server import ChatServer, questions, serving
+from tests.support.info_server import answering, body
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.planner import LayerPlanner
@@ -14,6 +13,7 @@ from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch, clipped
 from sglang_macs.plan.clipped import Clipped
 from sglang_macs.plan.plan import Plan
+from tests.support.ranks import run_ranks
 
 
 def noted(*layers: tuple[list[int], int | None]) -> Clipped:

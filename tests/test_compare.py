@@ -8,12 +8,12 @@ import threading
 
 import numpy as np
 import pytest
-from support.chat_server import ChatServer, questions, serving
 
 from sglang_macs import cli
 from sglang_macs.compare import divergence, requests, run, statistics
 from sglang_macs.compare.divergence import Token
 from sglang_macs.errors import MacsError
+from tests.support.chat_server import ChatServer, questions, serving
 
 KEY, ADMIN_KEY = "a-key-of-clients", "a-key-of-admins"
 

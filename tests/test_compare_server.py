@@ -2,13 +2,12 @@
 
 import json
 
-import lab_chats
-import lab_checkpoint
 import pytest
-from serving import EP2_ARGS, Server
-from support.servers import states
 
+from benchmarks.serving import EP2_ARGS, Server
+from lab import lab_chats, lab_checkpoint
 from sglang_macs import cli
+from tests.support.servers import states
 
 TRAINED = (lab_checkpoint.CHECKPOINT / "model.safetensors").exists()
 ARGUMENTS = [*EP2_ARGS, "--sleep-on-idle", "--moe-a2a-backend", "macs"]
@@ -16,6 +15,7 @@ ARGUMENTS += ["--macs-gamma", "1.05", "--macs-min-tokens", "0"]
 
 pytestmark = [
     pytest.mark.server,
+    pytest.mark.nightly,  # five minutes
     pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here"),
     pytest.mark.timeout(1800),
 ]
@@ -55,7 +55,6 @@ def test_a_planted_loss_is_found_and_none_in_off_against_off(server, tmp_path):
     assert abs(quiet["groups"][0]["beyond"]["divergence"]["mean"]) < 1e-5
 
 
-@pytest.mark.nightly
 @pytest.mark.timeout(7200)
 def test_ten_times_out_of_ten(server, tmp_path):
     for seed in range(1, 11):

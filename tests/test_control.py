@@ -9,9 +9,9 @@ MACS.
 from pathlib import Path
 
 import pytest
-from serving import CPU_ARGS, Server, ServerError, data_uri, photograph_files
-from support.reference import QUESTIONS, TEXT_QUESTIONS, Question
 
+from benchmarks.questions import QUESTIONS, TEXT_QUESTIONS, Question
+from benchmarks.serving import CPU_ARGS, Server, ServerError, data_uri, photograph_files
 from sglang_macs.cpu_compat import SITE_DIR
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]

@@ -25,7 +25,7 @@ TOKENS = (0, 5, 70)  # of tests/support/v2_program.py
 def found() -> dict:
     """What the program says, by way; in a process of its own, since what is registered with SGLang stays."""
     env = {**os.environ, **environment(1)}
-    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(ROOT), str(ROOT / "tests")])
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(ROOT)])
     command = [sys.executable, str(ROOT / "tests" / "support" / "v2_program.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     lines = [line[6:] for line in done.stdout.splitlines() if line.startswith("FOUND ")]

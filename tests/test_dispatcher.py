@@ -5,7 +5,6 @@ arrive.
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.cpu import AllToAll, MacsDispatcher
@@ -13,6 +12,7 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
+from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K, HIDDEN = 12, 3, 16
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_launch import BREAK
 
 from sglang_macs import cli, extension
 from sglang_macs.cli import doctor
@@ -21,6 +20,7 @@ from sglang_macs.cli.progress import EVERY_SECONDS, Progress
 from sglang_macs.cpu_compat import environment
 from sglang_macs.engine import launcher, scheduler_process
 from sglang_macs.releases import PINNED
+from tests.test_launch import BREAK
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
 PACKAGE = extension.PACKAGE

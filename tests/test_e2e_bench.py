@@ -17,24 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.e2e import kernel_trace, plot, prefill, servers, standstill, summary
+from benchmarks.e2e.rounds import Run, Workload, picture_tokens
+from benchmarks.e2e.routing_site import e2e_routing
+from benchmarks.e2e.servers import STOCK, Variant, chosen_variants, grouped
+from benchmarks.e2e.summary import Samples
+from benchmarks.serving import ServerError
 from sglang_macs.cpu_compat import allow_torchvision
+from tools import server_tables
 
 ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "benchmarks" / "e2e"
-sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
-
-import e2e_routing  # noqa: E402
-import kernel_trace  # noqa: E402
-import plot  # noqa: E402
-import prefill  # noqa: E402
-import server_tables  # noqa: E402
-import servers  # noqa: E402
-import standstill  # noqa: E402
-import summary  # noqa: E402
-from rounds import Run, Workload, picture_tokens  # noqa: E402
-from servers import STOCK, Variant, chosen_variants, grouped  # noqa: E402
-from serving import ServerError  # noqa: E402
-from summary import Samples  # noqa: E402
 
 CASE = {"tokens": 8192, "variant": "rank-1.05"}
 
@@ -233,7 +225,9 @@ def test_copies_of_experts_are_placed_where_a_variant_has_them(tmp_path):
 
 def test_plugin_needs_nothing_of_this_project():
     program = "import sys; import e2e_routing; assert not [m for m in sys.modules if m.startswith('sglang')]"
-    subprocess.run([sys.executable, "-c", program], cwd=E2E / "routing_site", env={"PATH": ""}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks" / "e2e" / "routing_site", env={"PATH": ""}, check=True
+    )
 
 
 def test_every_group_has_stock_and_only_so_many_servers():
@@ -448,11 +442,11 @@ def test_smoke_run_on_cpu(tmp_path):
     out = tmp_path / "e2e.json"
     flags = "--device cpu --layers 3 --tokens 64 --prompt-tokens 32 --passes 2 --skews 1.27 --variants rank-1.05"
     flags += " --rounds 2 --warm-ups 1 --minutes 8 --stagger 0 --profile-tokens 0"
-    command = [sys.executable, str(E2E / "prefill.py"), "--out", str(out), *flags.split()]
+    command = [sys.executable, "-m", "benchmarks.e2e.prefill", "--out", str(out), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert result["command"].startswith("python3 benchmarks/e2e/prefill.py --device cpu")
+    assert result["command"].startswith("python3 -m benchmarks.e2e.prefill --device cpu")
     rows = {row["case"]["variant"]: row for row in result["rows"]}
     assert set(rows) == {"stock", "balanced", "rank-1.05"}
     expected = {"tokens": 64, "skew": 1.27, "variant": "rank-1.05", "dispatch": "gloo", "layers": 3, "dtype": "bf16"}

@@ -8,17 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-E2E = ROOT / "benchmarks" / "e2e"
-sys.path[:0] = [str(E2E), str(E2E / "routing_site")]
+from benchmarks.e2e import decode, servers
+from benchmarks.e2e.decode import Cell, Decoded, Workload, chosen_variants, decoded
+from benchmarks.e2e.rounds import Run
+from benchmarks.e2e.servers import Variant
+from benchmarks.serving import ServerError
+from tools import server_tables
 
-import decode  # noqa: E402
-import server_tables  # noqa: E402
-import servers  # noqa: E402
-from decode import Cell, Decoded, Workload, chosen_variants, decoded  # noqa: E402
-from rounds import Run  # noqa: E402
-from servers import Variant  # noqa: E402
-from serving import ServerError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 OUTPUT = 12
 WORK = Workload(requests=4, ranks=2, prompt=8, output=OUTPUT)
@@ -186,7 +183,7 @@ def test_smoke_run_on_cpu(tmp_path):
     """Two servers of the tiny model decode in one go."""
     out = tmp_path / "e2e.json"
     flags = "--device cpu --layers 3 --requests 2 --prompt-tokens 16 --output-tokens 12 --rounds 2 --stagger 0"
-    command = [sys.executable, str(E2E / "decode.py"), "--out", str(out), *flags.split()]
+    command = [sys.executable, "-m", "benchmarks.e2e.decode", "--out", str(out), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["case"]["variant"]: row for row in json.loads(out.read_text())["rows"]}

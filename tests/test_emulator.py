@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import emulated
+
+from tests.support import emulated
 
 pytestmark = pytest.mark.emulated
 THREADS, WARP = 128, 32

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.cpu import MacsDispatcher
@@ -15,6 +14,7 @@ from sglang_macs.observe.stats import Stats, rows_of
 from sglang_macs.plan import batch, importance
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K, HIDDEN, RANKS = 12, 3, 16, 4
 

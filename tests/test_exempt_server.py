@@ -7,12 +7,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import CPU_ARGS, EP2_ARGS, Server, prompt
-from support.reference import QUESTIONS, Question
-from support.servers import MACS, assert_bounds_held, generate, own, serve, states
-from support.tiers import nightly_but
 
+from benchmarks.questions import QUESTIONS, Question
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt
 from sglang_macs import cli
+from tests.support.servers import MACS, assert_bounds_held, generate, own, serve, states
+from tests.support.tiers import nightly_but
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 ASKED = 40

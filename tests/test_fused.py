@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support import fused_c as fc
-from support.ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from reference import fused_c as fc
 from sglang_macs import ops
 from sglang_macs.comm import peer_memory, peer_status
 from sglang_macs.comm.peer_memory import PeerMemory
@@ -35,6 +34,7 @@ from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.ranks import run_ranks
 
 SIZES = Sizes(num_ranks=2, num_experts=8, top_k=2, max_tokens=64, hidden_size=2048)
 MEDIUM = Sizes(num_ranks=8, num_experts=128, top_k=8, max_tokens=128, hidden_size=2048)

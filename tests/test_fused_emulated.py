@@ -11,12 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import emulated
-from support import fused_c as fc
-from support.emulated import Kernels
-from support.fused_case import FusedConfig, Group, make_group, masked
-from support.fused_checks import check_guards, describe, fresh_outputs, output, play
-from support.fused_faults import (
+
+from reference import fused_c as fc
+from reference.fused_case import FusedConfig, Group, make_group, masked
+from reference.fused_checks import check_guards, describe, fresh_outputs, output, play
+from reference.fused_faults import (
     PAIR,
     PAIRS,
     SCENARIOS,
@@ -26,9 +25,11 @@ from support.fused_faults import (
     forge_rows,
     forge_weight,
 )
-from support.kernel_case import POISON, Config
-from support.kernel_reference import fixed
-from support.tiers import nightly_but
+from reference.kernel_case import POISON, Config
+from reference.kernel_reference import fixed
+from tests.support import emulated
+from tests.support.emulated import Kernels
+from tests.support.tiers import nightly_but
 
 pytestmark = pytest.mark.emulated
 SOURCES = ("fused_dispatch.cu", "fused_carry.cu", "fused_combine.cu", "fused_capi.cu")

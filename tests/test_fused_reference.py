@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import fused_reference as reference
-from support import operators
-from support.fused_case import FusedConfig, make_group, masked
-from support.kernel_case import Config
 
+from reference import fused_reference as reference
+from reference.fused_case import FusedConfig, make_group, masked
+from reference.kernel_case import Config
 from sglang_macs import ops
+from tests.support import operators
 
 PLAN = Config(T=12, H=512, E=16, K=4, R=4, hot=1.5, visual=0.8)
 CONFIGS = [

@@ -9,8 +9,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from support import bounded_case
 
+from reference import bounded_case
 from sglang_macs import ops
 from sglang_macs.choices import NUM_SUMS
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce

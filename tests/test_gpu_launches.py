@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from gpu import gpu_launches, serve_check
-from gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE, RUNS
 
+from benchmarks.gpu import gpu_launches, serve_check
+from benchmarks.gpu.gpu_launches import LAUNCHES, ONE_GPU_SITE, RUNS
 from sglang_macs.cpu_compat import environment
 from sglang_macs.plan.places import Places
 

@@ -6,10 +6,11 @@ import json
 import math
 import zipfile
 
-import check_serving
 import pytest
-from gpu import newcomer, serve_bench, serve_check
-from gpu.gpu_launches import LAUNCHES, RUNS, bench_launch, start
+
+from benchmarks import check_serving
+from benchmarks.gpu import newcomer, serve_bench, serve_check
+from benchmarks.gpu.gpu_launches import LAUNCHES, RUNS, bench_launch, start
 
 LINE = "the fused dispatch carries every low-latency batch: 12 MB a rank for 64 tokens of every rank"
 

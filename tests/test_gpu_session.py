@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu import result_file, session
-from gpu.session import Session, Step
+
+from benchmarks.gpu import result_file, session
+from benchmarks.gpu.session import Session, Step
 
 # Writes when it ran and on which GPUs.
 PROGRAM = """
@@ -75,9 +76,9 @@ def test_a_step_that_needs_one_waits_for_its_end(tmp_path):
 
 
 def test_too_few_gpus_and_missing_programs_are_left_out(tmp_path):
-    missing = Step("fused", [sys.executable, "benchmarks/gpu/not_there.py"], 9, 1)
+    missing = Step("fused", [sys.executable, "-m", "benchmarks.gpu.not_there"], 9, 1)
     _, results = run(tmp_path, [step(tmp_path, "two", 2), missing, step(tmp_path, "one", 1)], gpus=1)
-    assert results == {"two": "needs 2 GPUs", "fused": "no benchmarks/gpu/not_there.py", "one": "ok"}
+    assert results == {"two": "needs 2 GPUs", "fused": "no benchmarks.gpu.not_there", "one": "ok"}
 
 
 def test_limits_end_a_step_and_a_session(tmp_path):
@@ -142,13 +143,13 @@ def test_the_archives_hold_results_and_logs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["/x/overhead.py", "--out", "f", "--ranks", "2", "--commit", "c", "--rank", "0"], "overhead.py --ranks 2"),
-        (["serve_bench.py", "--ranks", "4", "--go", "/x/go"], "serve_bench.py --ranks 4"),
-        (["serve_check.py", "--launch", "2 ranks, normal"], "serve_check.py --launch '2 ranks, normal'"),
+        (["/x/overhead.py", "--out", "f", "--ranks", "2", "--commit", "c", "--rank", "0"], "overhead --ranks 2"),
+        (["serve_bench.py", "--ranks", "4", "--go", "/x/go"], "serve_bench --ranks 4"),
+        (["serve_check.py", "--launch", "2 ranks, normal"], "serve_check --launch '2 ranks, normal'"),
     ],
 )
 def test_a_result_names_the_command_without_its_places(argv, said):
-    assert result_file.command_line(argv) == f"python3 benchmarks/gpu/{said}"
+    assert result_file.command_line(argv) == f"python3 -m benchmarks.gpu.{said}"
 
 
 def test_what_an_earlier_session_compiled_is_not_compiled_anew(tmp_path, monkeypatch):

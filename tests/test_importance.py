@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cases
-from support.ranks import run_ranks
-from test_plan import configs, same_bits
 
+from reference import cases
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.fused import Sizes, unsupported
 from sglang_macs.errors import MacsError
 from sglang_macs.plan import importance
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.ranks import run_ranks
+from tests.test_plan import configs, same_bits
 
 NUMBERS = itertools.count()
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "importance.md"

@@ -4,26 +4,29 @@ import json
 import math
 from dataclasses import replace
 
-import lab_cases
-import lab_checkpoint
-import lab_layers
-import lab_material
-import lab_methods
-import lab_muon
-import lab_replicas
-import lab_skipping
-import lab_statistics
-import lab_tokens
-import lab_trainer
 import pytest
 import torch
-import train
-from lab_architecture import EXPERTS_BY, GLM, Architecture
-from lab_judge import RANKS, as_batch, by_task, exact
-from lab_methods import Inputs, rank_rows
-from lab_model import LabModel, initialise
-from lab_pictures import COLOURS
-from lab_tasks import JUDGED, MAX_SLOTS, NO_LABEL, TASKS, TRAIN_MIX, Maker
+
+from lab import (
+    lab_cases,
+    lab_checkpoint,
+    lab_layers,
+    lab_material,
+    lab_methods,
+    lab_muon,
+    lab_replicas,
+    lab_skipping,
+    lab_statistics,
+    lab_tokens,
+    lab_trainer,
+    train,
+)
+from lab.lab_architecture import EXPERTS_BY, GLM, Architecture
+from lab.lab_judge import RANKS, as_batch, by_task, exact
+from lab.lab_methods import Inputs, rank_rows
+from lab.lab_model import LabModel, initialise
+from lab.lab_pictures import COLOURS
+from lab.lab_tasks import JUDGED, MAX_SLOTS, NO_LABEL, TASKS, TRAIN_MIX, Maker
 
 CHECKPOINT = lab_checkpoint.CHECKPOINT
 TRAINED = (CHECKPOINT / "model.safetensors").exists()

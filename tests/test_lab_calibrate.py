@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from serving import photograph_files
-from support.info_server import answering, body
 
+from benchmarks.serving import photograph_files
 from sglang_macs.cli import main
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import calibration
 from sglang_macs.observe.calibration import Recording
 from sglang_macs.plan import profile
+from tests.support.info_server import answering, body
 
 LAYERS, EXPERTS = 2, 16
 

@@ -8,24 +8,27 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
-import lab_canvas
-import lab_cases
-import lab_checkpoint
-import lab_documents
-import lab_entropy
-import lab_judge
-import lab_methods
-import lab_stock
-import lab_trainer
 import numpy as np
 import pytest
 import torch
-from lab_documents import TASKS, TRAIN_MIX
-from lab_model import LabModel, initialise
-from lab_sample import HELD_OUT, SIZES, TRAIN, Dice, part_of
-from lab_suites import DOCUMENTS_SMALL, SUITES
-from lab_tasks import NO_LABEL
-from lab_tokens import IMAGE, PAD, VISION_END, VISION_START, document_tokenizer
+
+from lab import (
+    lab_canvas,
+    lab_cases,
+    lab_checkpoint,
+    lab_documents,
+    lab_entropy,
+    lab_judge,
+    lab_methods,
+    lab_stock,
+    lab_trainer,
+)
+from lab.lab_documents import TASKS, TRAIN_MIX
+from lab.lab_model import LabModel, initialise
+from lab.lab_sample import HELD_OUT, SIZES, TRAIN, Dice, part_of
+from lab.lab_suites import DOCUMENTS_SMALL, SUITES
+from lab.lab_tasks import NO_LABEL
+from lab.lab_tokens import IMAGE, PAD, VISION_END, VISION_START, document_tokenizer
 
 SIZE_OF = {task: size for size, tasks in reversed(TRAIN_MIX.items()) for task in tasks}  # where each is first asked
 MODALITY = {layer: torch.tensor([1] * 8 + [0] * 16 + [-1] * 8, dtype=torch.int8) for layer in (1, 2, 3)}

@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-import lab_result
-
+from lab import lab_result
 from sglang_macs.config import MacsConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_a_header_names_no_folder_of_whoever_ran_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--reduced", "--out", "here/q.json", "--seeds", "2"])
-    assert lab_result.header("cpu")["command"] == "python3 lab/evaluate.py --reduced --seeds 2"
+    assert lab_result.header("cpu")["command"] == "python3 -m lab.evaluate --reduced --seeds 2"
 
 
 def test_the_reduced_study_takes_less_than_20_minutes_and_agrees():

@@ -6,8 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_run
 import pytest
+
+from lab import gpu_run
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_weights_in_parts_lie_beside_the_archive_and_what_is_resumed_from_stays(
 
 
 def test_variants_are_models_that_the_trainer_takes():
-    import train
+    from lab import train
 
     for variant in gpu_run.VARIANTS:
         options = train.options_of(["--out", "x", "--suite", variant.name, *variant.training])

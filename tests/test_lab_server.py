@@ -1,12 +1,13 @@
 """SGLang's real server gives the lab models' answers, transformers' and the evaluator's: the same three times."""
 
-import lab_checkpoint
 import pytest
 import torch
-from lab_judge import as_batch, exact
-from lab_questions import of_group
-from lab_suites import SUITES
-from serving import EP2_ARGS, Server, data_uri, prompt
+
+from benchmarks.serving import EP2_ARGS, Server, data_uri, prompt
+from lab import lab_checkpoint
+from lab.lab_judge import as_batch, exact
+from lab.lab_questions import of_group
+from lab.lab_suites import SUITES
 
 # Mostly what the model has learned, and some that it gets wrong; the slots of pictures; the least that is right.
 ASKED = {

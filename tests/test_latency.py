@@ -6,10 +6,10 @@ import statistics
 import time
 from pathlib import Path
 
-import check_latency
-import paired
 import pytest
 import torch
+
+from benchmarks import check_latency, paired
 
 SCRIPTS = Path(check_latency.__file__).parent
 

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import model_configs
 
 from sglang_macs import config
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.plan import profile
 from sglang_macs.plan.profile import Profile
+from tests.support import model_configs
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent

@@ -1,6 +1,6 @@
 """The mix of benchmarks/load_test.py. test_server_unbounded.py sends a little of it, `make test-load` all."""
 
-from load_test import KINDS, mix
+from benchmarks.load_test import KINDS, mix
 
 
 def test_the_mix_holds_every_kind_and_is_the_same_every_time():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu import load_check
-from gpu.gpu_launches import LAUNCHES
-from load_test import Check, Sent
+
+from benchmarks.gpu import load_check
+from benchmarks.gpu.gpu_launches import LAUNCHES
+from benchmarks.load_test import Check, Sent
 
 LAYERS = LAUNCHES["2 ranks, auto, all"].layers
 

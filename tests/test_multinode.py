@@ -6,10 +6,11 @@ Not part of `make test`: two servers start, and a cut cable takes half a minute 
 import contextlib
 import threading
 
-import multinode
 import pytest
-from multinode import Cluster, Network
-from serving import EP2_ARGS, Server
+
+from benchmarks import multinode
+from benchmarks.multinode import Cluster, Network
+from benchmarks.serving import EP2_ARGS, Server
 
 pytestmark = [pytest.mark.server, pytest.mark.multinode]
 ARGS = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-verify", "true", "--macs-gamma", "1.0"]

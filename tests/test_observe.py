@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.info_server import answering, body
-from support.ranks import run_ranks
 
 from sglang_macs import cli
 from sglang_macs.choices import GAMMAS
@@ -18,6 +16,8 @@ from sglang_macs.observe.stats import Stats
 from sglang_macs.observe.verdict import verdict
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
+from tests.support.info_server import answering, body
+from tests.support.ranks import run_ranks
 
 EXPERTS, TOP_K = 8, 2
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cases, operators, oracle
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reference import cases, oracle
 from sglang_macs import ops
 from sglang_macs.choices import BUCKETS, SCORINGS
+from tests.support import operators
 
 HISTOGRAM = ("buckets", "load", "importance")
 THRESHOLD = ("buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min")

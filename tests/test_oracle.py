@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from support import oracle
+
+from reference import oracle
 
 ROWS = {"buckets": 32, "load": "rows"}
 ORDER = {"num_ranks": 2, "scope": "rank", "protect_text": True}

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import requests
-from serving import CPU_ARGS, EP2_ARGS, Server, prompt
-from support.reference import NEW_TOKENS, QUESTIONS
-from support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve, states
-from support.tiers import nightly_but
 
+from benchmarks.questions import NEW_TOKENS, QUESTIONS
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt
 from sglang_macs.cpu_compat import threads_bind
+from tests.support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve, states
+from tests.support.tiers import nightly_but
 
 pytestmark = pytest.mark.server
 PICTURE, TEXT = QUESTIONS[4], QUESTIONS[2]

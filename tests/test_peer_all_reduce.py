@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import fused_c as fc
-from support.peer_reduce_case import PeerReduceLayout
 
+from reference import fused_c as fc
+from reference.peer_reduce_case import PeerReduceLayout
 from sglang_macs import ops
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.comm.peer_memory import PeerMemory

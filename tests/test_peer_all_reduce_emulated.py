@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import emulated
-from support import fused_c as fc
-from support.emulated import Kernels
-from support.peer_reduce_case import ReduceGroup
+
+from reference import fused_c as fc
+from reference.peer_reduce_case import ReduceGroup
+from tests.support import emulated
+from tests.support.emulated import Kernels
 
 pytestmark = pytest.mark.emulated
 SOURCES = [emulated.CUDA / name for name in ("peer_all_reduce.cu", "peer_capi.cu")]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.ranks import run_ranks
 
 from sglang_macs.comm import peer_memory
 from sglang_macs.errors import MacsNotActive
+from tests.support.ranks import run_ranks
 
 
 def _unfit(rank: int, world: int) -> str:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cases, oracle
-from support.replica_cases import oracle_input
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reference import cases, oracle
+from reference.replica_cases import oracle_input
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.comm.peer_memory import PeerMemory
 from sglang_macs.config import MacsConfig

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import cases, emulated, operators
-from support import kernels_c as c
-from support.peer_reduce_case import ReduceGroup
-from test_ops import APPLY, HISTOGRAM, SELECTIONS, THRESHOLD, USUAL, assert_selection, pick, selection_case
 
+from reference import cases
+from reference import kernels_c as c
+from reference.peer_reduce_case import ReduceGroup
 from sglang_macs import ops
+from tests.support import emulated, operators
+from tests.test_ops import APPLY, HISTOGRAM, SELECTIONS, THRESHOLD, USUAL, assert_selection, pick, selection_case
 
 pytestmark = pytest.mark.emulated
 POISON, ZONE = 0x7F, 256  # bytes

@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
-from support import kernels_c, operators
-from support.policy_c import Policy as PolicyInC
 
+from reference import kernels_c
+from reference.policy_c import Policy as PolicyInC
 from sglang_macs import choices, ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
 from sglang_macs.ops import definitions, policy
 from sglang_macs.plan.plan import Plan
+from tests.support import operators
 
 OTHERS = {"num_experts": 60, "num_ranks": 4, "scoring": "sigmoid", "needs_entropy": True}
 OPTIONS = {

@@ -8,8 +8,8 @@ from importlib import resources
 
 import pytest
 import torch
-from support import cases
 
+from reference import cases
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.plan import Plan, check_batch_size
 

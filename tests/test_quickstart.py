@@ -14,8 +14,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from serving import Server, photograph_files, reserve_port
 
+from benchmarks.serving import Server, photograph_files, reserve_port
 from sglang_macs import extension
 
 pytestmark = pytest.mark.server

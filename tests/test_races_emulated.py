@@ -11,17 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import cases, emulated, replica_cases
-from support import fused_c as fc
-from support.emulated import Kernels
-from support.fused_case import FusedConfig, Group, make_group, masked
-from support.kernel_case import Config
-from support.replica_cases import ReplicaGroup
-from test_ops import SELECTIONS, USUAL, selection_case
-from test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
-from test_replicas_emulated import check
 
+from reference import cases, replica_cases
+from reference import fused_c as fc
+from reference.fused_case import FusedConfig, Group, make_group, masked
+from reference.kernel_case import Config
+from reference.replica_cases import ReplicaGroup
 from sglang_macs.config import MacsConfig
+from tests.support import emulated
+from tests.support.emulated import Kernels
+from tests.test_ops import SELECTIONS, USUAL, selection_case
+from tests.test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
+from tests.test_replicas_emulated import check
 
 pytestmark = pytest.mark.emulated
 EPOCHS = 3

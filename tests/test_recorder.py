@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.traces import (
+
+from sglang_macs.config import MacsConfig
+from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.engine import dispatchers, launcher, worker
+from sglang_macs.errors import MacsError
+from sglang_macs.observe import recorder, report, trace
+from sglang_macs.observe.recorder import Place, Recorder
+from sglang_macs.observe.shared_state import merged
+from sglang_macs.observe.stats import Stats
+from sglang_macs.plan import batch as batches
+from sglang_macs.plan.plan import Plan, PlanResult
+from tests.support.traces import (
     COLUMNS,
     EXPERTS,
     KEY,
@@ -27,17 +38,6 @@ from support.traces import (
     record,
     shown,
 )
-
-from sglang_macs.config import MacsConfig
-from sglang_macs.dispatch.planner import LayerPlanner
-from sglang_macs.engine import dispatchers, launcher, worker
-from sglang_macs.errors import MacsError
-from sglang_macs.observe import recorder, report, trace
-from sglang_macs.observe.recorder import Place, Recorder
-from sglang_macs.observe.shared_state import merged
-from sglang_macs.observe.stats import Stats
-from sglang_macs.plan import batch as batches
-from sglang_macs.plan.plan import Plan, PlanResult
 
 
 def test_the_halves_of_an_overlapped_batch_are_one_pass(tmp_path):

@@ -7,10 +7,10 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import pins
 import pytest
 
 from sglang_macs.releases import PINNED, SGLANG, TORCH_OF
+from tools import pins
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES_A_RELEASE = re.compile(r"\b(?:sglang|torch)==\d|sglang:v\d")

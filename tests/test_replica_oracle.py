@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
-from support import cases, oracle, replica_cases, replica_oracle
-from support.replica_cases import ReplicaGroup
-from support.replica_oracle import Placement, ReplicaOutput
 
+from reference import cases, oracle, replica_cases, replica_oracle
+from reference.replica_cases import ReplicaGroup
+from reference.replica_oracle import Placement, ReplicaOutput
 from sglang_macs.config import MacsConfig
 
 

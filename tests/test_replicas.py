@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from support import cases, replica_cases
-from support.replica_cases import ReplicaGroup
-from support.replica_oracle import Placement
-from support.replica_oracle import plan as oracle_plan
 
+from reference import cases, replica_cases
+from reference.replica_cases import ReplicaGroup
+from reference.replica_oracle import Placement
+from reference.replica_oracle import plan as oracle_plan
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError
 from sglang_macs.ops import replica_balance

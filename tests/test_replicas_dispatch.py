@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
-from test_dispatcher import EXPERTS, dense, expert_output, tokens
 
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.acting import Acting
@@ -26,6 +24,8 @@ from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.ranks import run_ranks
+from tests.test_dispatcher import EXPERTS, dense, expert_output, tokens
 
 COUNTS = [60, 0, 40, 25]  # one rank is idle
 FIRST = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 0]

@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import cases, replica_cases
-from support import kernels_c as c
-from support.replica_cases import ReplicaGroup
-from test_plan_emulated import (
+
+from reference import cases, replica_cases
+from reference import kernels_c as c
+from reference.replica_cases import ReplicaGroup
+from sglang_macs.config import MacsConfig
+from sglang_macs.plan.plan import Plan, PlanResult
+from tests.test_plan_emulated import (
     Buffer,
     Launchers,
     address,
@@ -22,10 +25,7 @@ from test_plan_emulated import (
     threshold_params,
     weight_params,
 )
-from test_replicas import plans
-
-from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import Plan, PlanResult
+from tests.test_replicas import plans
 
 NAMES = ("scope", "load", "importance", "reroute", "protect_text", "buckets", "reroute_rounds", "gamma", "rho", "alpha",
          "c_min")  # fmt: skip

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import cases, replica_cases
-from test_gpu import EXPERTS, RANKS, batch, to_gpu
 
+from reference import cases, replica_cases
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.bounded import Room, Sizes
@@ -19,6 +18,7 @@ from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.test_gpu import EXPERTS, RANKS, batch, to_gpu
 
 pytestmark = pytest.mark.gpu
 REDUNDANT = 32

@@ -5,9 +5,10 @@ import json
 import pytest
 import requests
 import torch
-from serving import EP2_ARGS
-from support.reference import QUESTIONS
-from support.servers import INFINITE, LAYERS, MACS, ask, assert_bounds_held, load, own, serve, states
+
+from benchmarks.questions import QUESTIONS
+from benchmarks.serving import EP2_ARGS
+from tests.support.servers import INFINITE, LAYERS, MACS, ask, assert_bounds_held, load, own, serve, states
 
 pytestmark = pytest.mark.server
 REDUNDANT = ["--ep-num-redundant-experts", "4"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import replicas_study
 
+from benchmarks import replicas_study
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan

@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from support.traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
 
 from sglang_macs import cli
 from sglang_macs.observe import report, trace
+from tests.support.traces import COLUMNS, LAYERS, ROWS, RUN, record, shown
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br"}

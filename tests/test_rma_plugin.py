@@ -10,10 +10,11 @@ import sys
 import threading
 from pathlib import Path
 
-import multinode
 import pytest
-from support import rma_ranks
-from support.rma_plugin import REMOTE_ERROR, build, run
+
+from benchmarks import multinode
+from tests.support import rma_ranks
+from tests.support.rma_plugin import REMOTE_ERROR, build, run
 
 
 def patient_for_5_s(_) -> dict[str, str]:

@@ -5,8 +5,8 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from gpu.gpu_launches import LAUNCHES
 
+from benchmarks.gpu.gpu_launches import LAUNCHES
 from sglang_macs.engine import families
 from sglang_macs.engine.families import SERVED, does_not_fit, untested
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
-from support.reference import QUESTIONS, Question
-from support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve, states
 
+from benchmarks.questions import QUESTIONS, Question
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
 from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch.acting import LAG, LOOK_EVERY
 from sglang_macs.observe import metrics, trace
+from tests.support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve, states
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent

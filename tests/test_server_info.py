@@ -4,12 +4,12 @@ import shutil
 import subprocess
 
 import pytest
-from support.info_server import answering, body
 
 from sglang_macs import cli
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import server_info
 from sglang_macs.observe.server_info import API_KEY_ENV, Server
+from tests.support.info_server import answering, body
 
 STATE = {"version": "0", "rank": 0}
 

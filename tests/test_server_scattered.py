@@ -6,9 +6,10 @@ The tests share it. Prompts are cut into chunks, which run together with what de
 import threading
 
 import pytest
-from serving import CPU_ARGS, prompt
-from support.reference import QUESTIONS
-from support.servers import INFINITE, LAYERS, TOP_K, ask, assert_bounds_held, generate, own, serve
+
+from benchmarks.questions import QUESTIONS
+from benchmarks.serving import CPU_ARGS, prompt
+from tests.support.servers import INFINITE, LAYERS, TOP_K, ask, assert_bounds_held, generate, own, serve
 
 pytestmark = pytest.mark.server
 PICTURE = QUESTIONS[4]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import requests
-from load_test import MACS, rank_killed, under_load
-from serving import EP2_ARGS
-from support.reference import QUESTIONS
-from support.servers import WORDS, ask, assert_bounds_held, own, serve, states
+
+from benchmarks.load_test import MACS, rank_killed, under_load
+from benchmarks.questions import QUESTIONS
+from benchmarks.serving import EP2_ARGS
+from tests.support.servers import WORDS, ask, assert_bounds_held, own, serve, states
 
 pytestmark = pytest.mark.server
 

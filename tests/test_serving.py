@@ -6,8 +6,9 @@ import sys
 import time
 
 import pytest
-import serving
-from serving import Server, ServerError
+
+from benchmarks import serving
+from benchmarks.serving import Server, ServerError
 
 # Serves HTTP after a moment, with a child that ignores SIGTERM, as a stuck scheduler would.
 STAND_IN = """
@@ -92,7 +93,13 @@ def test_two_servers_get_two_ports(stand_in):
     assert [reservation.fileno() for reservation in held] == [-1, -1]  # given back
 
 
-RESERVE = "import serving, sys; port, held = serving.reserve_port(); print(port, flush=True); sys.stdin.read()"
+RESERVE = """
+import sys
+from benchmarks import serving
+port, held = serving.reserve_port()
+print(port, flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_reservation_holds_among_processes_of_any_user_and_leaves_no_file(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import check_simulation
 import numpy as np
 import pytest
-import replicas_study
 import torch
-from support import cases
 
+from benchmarks import check_simulation, replicas_study
+from reference import cases
 from sglang_macs import cli
 from sglang_macs.config import MacsConfig
 from sglang_macs.errors import MacsError

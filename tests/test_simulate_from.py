@@ -6,8 +6,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from support import traces
-from support.info_server import answering, body
 
 from sglang_macs import cli
 from sglang_macs.cli import simulate_from
@@ -16,6 +14,8 @@ from sglang_macs.errors import MacsError
 from sglang_macs.observe.server_info import Server
 from sglang_macs.observe.stats import Recount, Stats
 from sglang_macs.simulate import loads
+from tests.support import traces
+from tests.support.info_server import answering, body
 
 EXPERTS, RANKS = 8, 2
 OBSERVE = MacsConfig.from_preset("observe")

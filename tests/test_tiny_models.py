@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.reference import QUESTIONS
 
+from benchmarks.questions import QUESTIONS
 from sglang_macs import tiny_models
 
 

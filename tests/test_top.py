@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.info_server import answering, body
 
 from sglang_macs import __version__, cli
 from sglang_macs.cli import top
 from sglang_macs.config import MacsConfig
 from sglang_macs.observe import stats
+from tests.support.info_server import answering, body
 
 CONFIG = MacsConfig.from_preset("rank", gamma=1.25)
 

@@ -14,13 +14,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.traces import COLUMNS, EXPERTS, LAYERS, RANKS, ROWS, RUN, TOP_K, batch, config, rank_file, record, shown
 
 from sglang_macs.errors import MacsError
 from sglang_macs.observe import trace
 from sglang_macs.observe.recorder import Place, Recorder
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.traces import (
+    COLUMNS,
+    EXPERTS,
+    LAYERS,
+    RANKS,
+    ROWS,
+    RUN,
+    TOP_K,
+    batch,
+    config,
+    rank_file,
+    record,
+    shown,
+)
 
 
 def test_counts_are_the_sum_of_the_ranks_plans(tmp_path):

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_ops
 import torch
-from support import cases, operators
 
+from reference import cases
 from sglang_macs import ops
+from tests import test_ops
+from tests.support import operators
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

@@ -12,7 +12,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from serving import EP2_ARGS, Server
+
+from benchmarks.serving import EP2_ARGS, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]

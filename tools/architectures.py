@@ -4,10 +4,9 @@ import importlib.util
 import re
 from pathlib import Path
 
-from tables import markdown
-
 from sglang_macs.engine import families
 from sglang_macs.releases import PINNED
+from tools.tables import markdown
 
 DRAFTS = re.compile(r"NextN|MTP|Eagle|DSpark|Draft|^Transformers")  # no models to serve by themselves, and any model
 

@@ -11,9 +11,15 @@ import statistics
 import sys
 from collections.abc import Callable
 
-import pins
-from architectures import dispatching_table
-from kernel_tables import (
+from sglang_macs.config import flag_table
+from sglang_macs.engine import families
+from sglang_macs.observe import metrics
+from sglang_macs.releases import PINNED
+from sglang_macs.simulate import exchange
+from sglang_macs.simulate.machines import MACHINES, MODELS
+from tools import pins
+from tools.architectures import dispatching_table
+from tools.kernel_tables import (
     bounded_table,
     decode_table,
     fused_table,
@@ -26,15 +32,8 @@ from kernel_tables import (
     timeline_table,
     triton_table,
 )
-from server_tables import bench_table, e2e_decode_table, e2e_table, newcomer_table, serve_table
-from tables import ROOT, markdown, results
-
-from sglang_macs.config import flag_table
-from sglang_macs.engine import families
-from sglang_macs.observe import metrics
-from sglang_macs.releases import PINNED
-from sglang_macs.simulate import exchange
-from sglang_macs.simulate.machines import MACHINES, MODELS
+from tools.server_tables import bench_table, e2e_decode_table, e2e_table, newcomer_table, serve_table
+from tools.tables import ROOT, markdown, results
 
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 

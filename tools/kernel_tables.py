@@ -1,6 +1,6 @@
 """Tables of what was measured on GPUs without a server: kernels, dispatches, the experts' stage."""
 
-from tables import markdown, matching, results, source
+from tools.tables import markdown, matching, results, source
 
 
 def straggler_table() -> str:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable
 
-from tables import markdown, matching, only, results, source
+from tools.tables import markdown, matching, only, results, source
 
 
 def serve_table() -> str:

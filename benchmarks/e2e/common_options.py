@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-import result_file
+from benchmarks.gpu import result_file
 
 
 def parser_of(doc: str, layers: int, at_once: int, variants: str) -> argparse.ArgumentParser:

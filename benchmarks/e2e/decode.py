@@ -1,6 +1,6 @@
 """Time between tokens and output throughput of a real server in decode: SGLang alone against the fused dispatch.
 
-    python3 benchmarks/e2e/decode.py --out docs/results/e2e_decode_h200x2.json --ranks 2 --minutes 9
+    python3 -m benchmarks.e2e.decode --out docs/results/e2e_decode_h200x2.json --ranks 2 --minutes 9
 
 The model, servers and turns of prefill.py, as users decode: `--deepep-mode auto`, decode CUDA graphs. A round is one
 request of as many prompts as --requests says for each rank: all are prefilled, then decode together until all have
@@ -20,18 +20,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), str(HERE)]
-
-import common_options  # noqa: E402
-import prefill  # noqa: E402
-import servers  # noqa: E402
-import summary  # noqa: E402
-from check_serving import interval  # noqa: E402
-from rounds import FIRST_ID, LAST_ID, Client, Run  # noqa: E402
-from servers import COUNTED, INFINITE, MACS, STOCK, Launch, Variant  # noqa: E402
-from summary import Samples  # noqa: E402
+from benchmarks.check_serving import interval
+from benchmarks.e2e import common_options, prefill, servers, summary
+from benchmarks.e2e.rounds import FIRST_ID, LAST_ID, Client, Run
+from benchmarks.e2e.servers import COUNTED, INFINITE, MACS, STOCK, Launch, Variant
+from benchmarks.e2e.summary import Samples
 
 REQUESTS = [32, 128, 64, 8, 1]  # running of each rank, the most telling first
 SETTLE = 4  # decode passes that are not counted: the last prefills end, and the overlapped schedule begins

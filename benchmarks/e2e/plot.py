@@ -1,6 +1,6 @@
 """Draws a result file of prefill.py: ratio to stock SGLang by tokens a rank and pass, a line for each variant.
 
-python3 benchmarks/e2e/plot.py docs/results/e2e_prefill_h200x2.json docs/results/end_to_end.png
+python3 -m benchmarks.e2e.plot docs/results/e2e_prefill_h200x2.json docs/results/end_to_end.png
 """
 
 import json

@@ -1,6 +1,6 @@
 """Prefill throughput and time to first token of a real server, end to end: SGLang alone against every variant of MACS.
 
-    python3 benchmarks/e2e/prefill.py --out docs/results/e2e_prefill_h200x2.json --ranks 2 --minutes 9
+    python3 -m benchmarks.e2e.prefill --out docs/results/e2e_prefill_h200x2.json --ranks 2 --minutes 9
 
 A model of Qwen3-VL-30B-A3B's dimensions with dummy weights, a GPU a rank, attention data-parallel, experts split. The
 servers of a group (servers.py has the table of variants) are up side by side and take turns: a round is the same
@@ -26,22 +26,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu"), str(HERE)]
+import requests
 
-import common_options  # noqa: E402
-import kernel_trace  # noqa: E402
-import mps  # noqa: E402
-import requests  # noqa: E402
-import result_file  # noqa: E402
-import servers  # noqa: E402
-import standstill  # noqa: E402
-import summary  # noqa: E402
-from rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload  # noqa: E402
-from servers import Launch, Variant  # noqa: E402
-from serving import Server, ServerError  # noqa: E402
-from summary import Samples  # noqa: E402
+from benchmarks.e2e import common_options, kernel_trace, servers, standstill, summary
+from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
+from benchmarks.e2e.servers import Launch, Variant
+from benchmarks.e2e.summary import Samples
+from benchmarks.gpu import mps, result_file
+from benchmarks.serving import Server, ServerError
 
 TOKENS = [8192, 4096, 16384, 2048, 512]  # a rank and pass, the most telling first
 SKEWS = [1.27, 1.0]  # maximum over mean of the ranks, mean of the layers; 1 is uniform
@@ -92,7 +84,7 @@ class Report:
         result = {
             "gpu": "none, CPU" if self.options.device == "cpu" else result_file.gpu_name() + gpus,
             "commit": self.options.commit,
-            "command": result_file.command_line(sys.argv, "benchmarks/e2e", (*result_file.PLACE_OPTIONS, "--cache")),
+            "command": result_file.command_line(sys.argv, "benchmarks.e2e", (*result_file.PLACE_OPTIONS, "--cache")),
             "date": datetime.now(UTC).date().isoformat(),
             "rows": list(self.rows.values()),
             "outliers": self.outliers,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import requests
 from PIL import Image
-from serving import IMAGE_SLOT, Server, ServerError, data_uri
+
+from benchmarks.serving import IMAGE_SLOT, Server, ServerError, data_uri
 
 FIRST_ID, LAST_ID = 32, 500  # ordinary words of the tiny models' tokenizer
 FILLER = "<|endoftext|>"  # always one token

@@ -7,21 +7,19 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import requests
+
+from benchmarks.gpu import gpu_launches
+from benchmarks.serving import CPU_ARGS, Server, ServerError
+from sglang_macs import cpu_compat, tiny_models
+from sglang_macs.config import MacsConfig
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
-
-import gpu_launches  # noqa: E402
-import requests  # noqa: E402
-from serving import CPU_ARGS, Server, ServerError  # noqa: E402
-
-from sglang_macs import cpu_compat, tiny_models  # noqa: E402
-from sglang_macs.config import MacsConfig  # noqa: E402
 
 ROUTING_SITE = HERE / "routing_site"
 BUILD = ROOT / "build" / "e2e"

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
-from serving import Server
+
+from benchmarks.serving import Server
 
 CUDA_GDB = Path("/usr/local/cuda/bin/cuda-gdb")
 QUESTIONS = ("info cuda kernels", "info cuda devices", "info cuda blocks", "thread apply 1 bt 12")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from check_serving import Interval, interval
+from benchmarks.check_serving import Interval, interval
 
 OUTLIER = 1.5  # a run that takes so many times its variant's median is looked into and left out
 FEWEST = 5  # runs: of fewer, none can be told from the rest

@@ -1,8 +1,8 @@
 """The bounded permutation on a GPU: its results, and its times against SGLang's kernels in the same run.
 
-    python3 benchmarks/gpu/check_bounded.py --out FILE [--check-only]
+    python3 -m benchmarks.gpu.check_bounded --out FILE [--check-only]
 
-Correct: every case of tests/support/bounded_case.py, the gather to the CPU's bits; sums equal to SGLang's to the bit;
+Correct: every case of reference/bounded_case.py, the gather to the CPU's bits; sums equal to SGLang's to the bit;
 and DeepGEMM's grouped GEMM over the ends of the experts' rows gives what it gives over each row's expert. Timed: two
 ranks, 128 experts, top-8, hidden size 2048, gamma 1.05 and the worst case. Each by replay of a CUDA graph.
 """
@@ -15,13 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import paths  # noqa: F401
-import result_file
 import torch
-from support import bounded_case
-from time_kernels import graph_us
 from torch import Tensor
 
+from benchmarks.gpu import result_file
+from benchmarks.gpu.time_kernels import graph_us
+from reference import bounded_case
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.dispatch.bounded import TILE, Received, Sizes, Workspace, room

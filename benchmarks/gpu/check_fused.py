@@ -1,9 +1,9 @@
 """Build the CUDA kernels, check the fused dispatch and combine, and time them.
 
-    python3 benchmarks/gpu/check_fused.py --out FILE                     one GPU: 1, 2 and 8 ranks that share it
-    python3 benchmarks/gpu/check_fused.py --out FILE --processes 2       a process a rank, a GPU each, over NVLink
-    python3 benchmarks/gpu/check_fused.py --out FILE --processes 8 --mps the same on one GPU
-    compute-sanitizer python3 benchmarks/gpu/check_fused.py --sanitize   few and small cases, nothing timed
+    python3 -m benchmarks.gpu.check_fused --out FILE                     one GPU: 1, 2 and 8 ranks that share it
+    python3 -m benchmarks.gpu.check_fused --out FILE --processes 2       a process a rank, a GPU each, over NVLink
+    python3 -m benchmarks.gpu.check_fused --out FILE --processes 8 --mps the same on one GPU
+    compute-sanitizer python3 -m benchmarks.gpu.check_fused --sanitize   few and small cases, nothing timed
 
 Decisions, places, rows and scales are compared to the bit with a reference written from docs/design/method.md, in a
 captured graph with the composed path; sums are close. Outputs are poisoned before every round, and so is what lies
@@ -19,20 +19,16 @@ import sys
 import time
 from dataclasses import replace
 
-import fused_processes
-import fused_rounds
 import numpy as np
-import paths  # noqa: F401
-import result_file
-import time_decode
-import time_fused
 import torch
-from support import fused_cases, fused_faults
-from support import kernels_c as c
-from support.comparison import Mismatch
-from support.fused_case import FusedConfig, Group, masked
-from support.fused_checks import play
-from support.kernel_case import Config
+
+from benchmarks.gpu import fused_processes, fused_rounds, result_file, time_decode, time_fused
+from reference import fused_cases, fused_faults
+from reference import kernels_c as c
+from reference.comparison import Mismatch
+from reference.fused_case import FusedConfig, Group, masked
+from reference.fused_checks import play
+from reference.kernel_case import Config
 
 GRAPH_ROUNDS = 1000
 FAULT_TIMEOUT_NS = 5_000_000

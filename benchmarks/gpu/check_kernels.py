@@ -1,9 +1,9 @@
 """Build the CUDA kernels, check every operator against the contract, then time them.
 
-    python3 benchmarks/gpu/check_kernels.py                 everything; times to kernels.json
-    python3 benchmarks/gpu/check_kernels.py --check-only --small 12     e.g. under compute-sanitizer
+    python3 -m benchmarks.gpu.check_kernels                 everything; times to kernels.json
+    python3 -m benchmarks.gpu.check_kernels --check-only --small 12     e.g. under compute-sanitizer
 
-Small random cases are compared with tests/support/oracle.py (and so is the vectorised reference), large ones with that
+Small random cases are compared with reference/oracle.py (and so is the vectorised reference), large ones with that
 reference. Outputs and scratch are poisoned before every run; integers must be equal, floats close.
 """
 
@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import paths  # noqa: F401
-from support import kernel_reference as reference
-from support import kernels_c as c
-from support import oracle
-from support.comparison import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
-from support.kernel_case import Config, Inputs, Run, make_inputs, small_configs
+
+from reference import kernel_reference as reference
+from reference import kernels_c as c
+from reference import oracle
+from reference.comparison import ENTROPY_ATOL, WEIGHT_RTOL, Mismatch, entropy_f64, expect, weight_f64
+from reference.kernel_case import Config, Inputs, Run, make_inputs, small_configs
 
 REPEATS, SMALL_REPEATS = 20, 3
 
@@ -137,7 +137,7 @@ def main() -> None:
         large = args.large or not args.check_only
         failures = [] if args.time_only else check_all(kernels, args.small, args.seed, large, pool)
     if not args.check_only:
-        import time_kernels
+        from benchmarks.gpu import time_kernels
 
         time_kernels.report(kernels, args.out, args.commit)
     if failures:

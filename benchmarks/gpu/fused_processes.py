@@ -18,20 +18,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import paths  # noqa: F401
-import time_decode
 import torch
 import torch.distributed as dist
-from low_latency import most_tokens
-from mps import shared_gpu
-from support import fused_c as fc
-from support.comparison import Mismatch
-from support.fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
-from support.fused_checks import check_combine, check_dispatch, describe, fresh_outputs, output, routed
-from support.kernel_case import POISON, Config
-from time_fused import Layer, Table, has_deepep, time_layer, timed_config
-from time_kernels import graph_us
-from time_phases import time_composed, together_us
+
+from benchmarks.gpu import time_decode
+from benchmarks.gpu.low_latency import most_tokens
+from benchmarks.gpu.mps import shared_gpu
+from benchmarks.gpu.time_fused import Layer, Table, has_deepep, time_layer, timed_config
+from benchmarks.gpu.time_kernels import graph_us
+from benchmarks.gpu.time_phases import time_composed, together_us
+from reference import fused_c as fc
+from reference.comparison import Mismatch
+from reference.fused_case import GUARD, FusedConfig, Group, Regions, make_group, masked
+from reference.fused_checks import check_combine, check_dispatch, describe, fresh_outputs, output, routed
+from reference.kernel_case import POISON, Config
 
 HANDLE_BYTES = 64
 
@@ -296,7 +296,8 @@ def start(options, seconds: float) -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if options.mps:
             extra |= stack.enter_context(shared_gpu(options.processes))
-        command = [sys.executable, *sys.argv, "--init", str(Path(folder) / "init"), "--seed", str(options.seed)]
+        command = [sys.executable, *sys.orig_argv[1:]]
+        command += ["--init", str(Path(folder) / "init"), "--seed", str(options.seed)]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, **extra})
             for rank in range(options.processes)

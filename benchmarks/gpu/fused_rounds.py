@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import paths  # noqa: F401
 import torch
-from support import fused_reference as reference
-from support.comparison import Mismatch
-from support.fused_case import FusedConfig, Group, make_group
-from support.fused_checks import scales_by_row
-from support.kernel_case import POISON, POISON_WORD, Run
 from torch import Tensor
+
+from reference import fused_reference as reference
+from reference.comparison import Mismatch
+from reference.fused_case import FusedConfig, Group, make_group
+from reference.fused_checks import scales_by_row
+from reference.kernel_case import POISON, POISON_WORD, Run
 
 COMPARED = (
     "new_ids",

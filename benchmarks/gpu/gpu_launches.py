@@ -13,14 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import paths
-from check_serving import REPEATED_FLAGS
-from serving import Server
-
+from benchmarks.check_serving import REPEATED_FLAGS
+from benchmarks.serving import Server
 from sglang_macs import tiny_models
 
 HERE = Path(__file__).resolve().parent
-ROOT = paths.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 ONE_GPU_SITE = HERE / "one_gpu_site"
 COMMON = [

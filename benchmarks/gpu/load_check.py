@@ -1,6 +1,6 @@
 """Load and a fault on the real SGLang server on GPUs: mixed requests that come, end and are aborted, then a dead rank.
 
-    python3 benchmarks/gpu/load_check.py --out FILE --launch "2 ranks, auto, all" [--requests 500]
+    python3 -m benchmarks.gpu.load_check --out FILE --launch "2 ranks, auto, all" [--requests 500]
 
 A launch (gpu_launches.py) has three servers: MACS off, at infinite gamma, at gamma 1.0. Each gets the mix of
 benchmarks/load_test.py, 16 requests at a time. Exit 0 only if no request failed, every bound held, the memory of GPUs
@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import paths
-import result_file
-from gpu_launches import LAUNCHES, RUNS, Launch, start
-from load_test import MORE_MB, Check, Request, Sent, in_halves, mix, rank_killed, send, states
-from serving import Server
+from benchmarks.gpu import result_file
+from benchmarks.gpu.gpu_launches import LAUNCHES, RUNS, Launch, start
+from benchmarks.load_test import MORE_MB, OUT, Check, Request, Sent, in_halves, mix, rank_killed, send, states
+from benchmarks.serving import Server
 
 ALIKE = 0.05  # share of answers by which two runs may differ more than off's own two
 NAMED_WITHIN = 10.0  # seconds
@@ -113,7 +112,7 @@ def main() -> int:
     launch = LAUNCHES[options.launch]
     launch.model()
     rows, failed = [], []
-    for run, check in check_launch(launch, options.requests, options.decode_passes, paths.ROOT / "build"):
+    for run, check in check_launch(launch, options.requests, options.decode_passes, OUT.parent):
         print(f"{'ok  ' if check.ok else 'FAIL'} {run}: {check.name:<36} {check.found}", flush=True)
         rows.append({"op": "load", "case": {"launch": options.launch, "gamma": run}, **asdict(check)})
         failed += [] if check.ok else [f"{run}: {check.name}"]

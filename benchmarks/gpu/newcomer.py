@@ -1,6 +1,6 @@
 """A newcomer's path on a fresh GPU machine, timed: from `pip install` to the first answer about a picture.
 
-    python3 benchmarks/gpu/newcomer.py --wheels FOLDER --out FILE        (one GPU, nvcc)
+    python3 -m benchmarks.gpu.newcomer --wheels FOLDER --out FILE        (one GPU, nvcc)
 
 FOLDER holds the wheels of SGLang and all it needs: what a download would take depends on the network, and is not in it.
 Everything goes into a folder of its own. Libraries that the machine's own torch brings under `nvidia` are linked there.
@@ -20,11 +20,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import paths
-import result_file
+from benchmarks.gpu import result_file
 
 HERE = Path(__file__).resolve().parent
-ROOT = paths.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCH = "1 rank, low latency"
 NOT_SOURCE = shutil.ignore_patterns("build", "*.so", "*.egg-info", "__pycache__", ".gpu", ".venv", ".git", "shared")
@@ -76,8 +75,8 @@ def named(wheel: Path, folder: Path) -> Path:
 
 
 def serve(site: Path, path: Timed) -> None:
-    from gpu_launches import LAUNCHES, RUNS, start
-    from serving import photograph_files
+    from benchmarks.gpu.gpu_launches import LAUNCHES, RUNS, start
+    from benchmarks.serving import photograph_files
 
     launch = LAUNCHES[LAUNCH]
     path.step("write a model of random weights", launch.model)
@@ -93,7 +92,7 @@ def serve(site: Path, path: Timed) -> None:
 
 
 def ask(server, picture: bytes) -> dict:
-    from serving import data_uri
+    from benchmarks.serving import data_uri
 
     image = {"type": "image_url", "image_url": {"url": data_uri(picture)}}
     return server.chat([{"role": "user", "content": [image, {"type": "text", "text": "What is this?"}]}])

@@ -1,6 +1,6 @@
 """What the plan costs in front of DeepEP's dispatch and combine, in one run beside DeepEP alone.
 
-    python3 benchmarks/gpu/overhead.py --out FILE [--ranks N]        (deep_ep and deep_gemm installed; one GPU per rank)
+    python3 -m benchmarks.gpu.overhead --out FILE [--ranks N]        (deep_ep and deep_gemm installed; one GPU per rank)
 
 Low latency: each row is a CUDA graph of several rounds: DeepEP's dispatch and combine alone, the same behind the plan,
 and the plan alone. With one rank the plan bounds eight (E = 128, top-8), as on a cluster, and there is no exchange;
@@ -19,13 +19,10 @@ import sys
 from functools import cache
 
 import deep_ep
-import low_latency
-import paths  # noqa: F401
-import result_file
-import routing
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu import low_latency, result_file, routing
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
@@ -361,7 +358,7 @@ def main() -> int:
     if options.rank is not None:
         run_rank(options.rank, options.ranks, options.out, options.commit, options.normal_only)
         return 0
-    command = [sys.executable, *sys.argv]
+    command = [sys.executable, *sys.orig_argv[1:]]
     ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(options.ranks)]
     try:
         failed = max(abs(rank.wait(timeout=300)) for rank in ranks)

@@ -1,8 +1,8 @@
 """Where the fused dispatch spends its cycles: the clock at its stages, from a build that writes it down.
 
-    python3 benchmarks/gpu/profile_fused.py [--ranks R] [--tokens T] [--hidden H] [--format bfloat16|fp8]
+    python3 -m benchmarks.gpu.profile_fused [--ranks R] [--tokens T] [--hidden H] [--format bfloat16|fp8]
                                          [--importance gate|entropy_gate] [--clipped SHARE ...] [--scales-with-rows]
-    python3 benchmarks/gpu/profile_fused.py --decode   (and the sizes)
+    python3 -m benchmarks.gpu.profile_fused --decode   (and the sizes)
 
 For every stage the median over launches of the median over blocks, and of the last block, in cycles since the block's
 start. Stages that a launch does not reach (nothing to cut) are left out.
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 
-import paths  # noqa: F401
 import torch
-from support import kernels_c as c
-from time_decode import decode_config
-from time_fused import CLIPPED, GATE, SCORED, Layer, timed_config
+
+from benchmarks.gpu.time_decode import decode_config
+from benchmarks.gpu.time_fused import CLIPPED, GATE, SCORED, Layer, timed_config
+from reference import kernels_c as c
 
 # By the number of the stamp (csrc/cuda/fused_dispatch.cu).
 STAGES = (

@@ -19,14 +19,14 @@ def add_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--commit", default="unknown", help="of the sources, where git is not at hand")
 
 
-def command_line(argv: list[str], folder: str = "benchmarks/gpu", places: tuple[str, ...] = PLACE_OPTIONS) -> str:
-    """The command as somebody would type it, without the options `places`; folder: of the script."""
+def command_line(argv: list[str], package: str = "benchmarks.gpu", places: tuple[str, ...] = PLACE_OPTIONS) -> str:
+    """The command as somebody would type it, without the options `places`; package: the program's."""
     kept, skip = [], False
     for word in argv[1:]:
         if not skip and word not in places:
             kept.append(f"'{word}'" if " " in word else word)
         skip = not skip and word in places
-    return " ".join(["python3", f"{folder}/{Path(argv[0]).name}", *kept])
+    return " ".join(["python3", "-m", f"{package}.{Path(argv[0]).stem}", *kept])
 
 
 def gpu_name() -> str:

@@ -1,6 +1,6 @@
 """SGLang's image benchmark on several GPUs, MACS off and at gamma 1.0 in alternation: TTFT, throughput, and the bounds.
 
-    python3 benchmarks/gpu/serve_bench.py --out FILE [--ranks 2] [--go FILE]
+    python3 -m benchmarks.gpu.serve_bench --out FILE [--ranks 2] [--go FILE]
 
 Three servers of one launch (gpu_launches.bench_launch: 128 experts, top-8, DeepEP normal): off and 1.0, which are
 timed, and 1.0 with the proof on, which counts violations while all of them warm up, and ends before anything is timed.
@@ -21,13 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import paths
-import result_file
-from check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval
-from gpu_launches import Launch, bench_launch, start
-from serving import Server
+from benchmarks.check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval
+from benchmarks.gpu import result_file
+from benchmarks.gpu.gpu_launches import Launch, bench_launch, start
+from benchmarks.serving import Server
 
-ROOT = paths.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 WORKLOAD = Workload(prompts=64, resolution="384x416", images=4, concurrency=64, repeated=True)
 FLAGS = {

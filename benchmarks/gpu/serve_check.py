@@ -1,6 +1,6 @@
 """The real SGLang server on GPUs with DeepEP, MACS off, at infinite gamma and at gamma 1.0: same tokens, bounds kept.
 
-    python3 benchmarks/gpu/serve_check.py --out FILE [--launch "2 ranks, low latency" ...]
+    python3 -m benchmarks.gpu.serve_check --out FILE [--launch "2 ranks, low latency" ...]
 
 A launch (gpu_launches.py) is a model, a number of ranks and a DeepEP mode; it has three servers (off, infinite gamma,
 gamma 1.0), and where experts have copies a fourth without any. Exit 0 only if greedy tokens are equal with MACS off and
@@ -19,15 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-import mps
-import paths
-import result_file
-from gpu_launches import LAUNCHES, Launch, start
-from serving import Server, data_uri, photograph_files, prompt
-
+from benchmarks.gpu import mps, result_file
+from benchmarks.gpu.gpu_launches import LAUNCHES, Launch, start
+from benchmarks.serving import Server, data_uri, photograph_files, prompt
 from sglang_macs.observe import metrics, trace
 
-ROOT = paths.ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 # Servers start side by side, and answer in turn: kernels that wait for their peers, of several servers on one GPU, may
 # each hold what the others' peers need.
@@ -206,7 +203,7 @@ def run_all(names: list[str], at_once: int) -> Iterator[tuple[str, dict[str, dic
 def build_models(names: list[str]) -> int:
     """A process for every model; 0 if all succeeded."""
     models = {LAUNCHES[name].model_path(): name for name in names}
-    command = [sys.executable, __file__, "--build-only", "--launch"]
+    command = [sys.executable, "-m", "benchmarks.gpu.serve_check", "--build-only", "--launch"]
     builders = [subprocess.Popen([*command, name]) for name in models.values()]
     return max(abs(builder.wait()) for builder in builders)
 

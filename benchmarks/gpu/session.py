@@ -1,7 +1,7 @@
 """Everything that a GPU machine has to show, in one call: builds, checks, times, servers; side by side where they may.
 
-    python3 benchmarks/gpu/session.py --out FOLDER --commit ID [--only NAME ...] [--seconds 580] [--jit FILE]
-    python3 benchmarks/gpu/session.py --list
+    python3 -m benchmarks.gpu.session --out FOLDER --commit ID [--only NAME ...] [--seconds 580] [--jit FILE]
+    python3 -m benchmarks.gpu.session --list
 
 Steps start in the order of `steps`. A step that times has its GPUs to itself, others share them; a step with too few
 GPUs, or without its program, is left out. A failure stops only the steps that need it. FOLDER gets results.tar.gz (all
@@ -80,7 +80,7 @@ def packages() -> Path:
 def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step]:
     def script(name: str, *arguments: str, result: str = "") -> list[str]:
         place = ["--out", str(out / result), "--commit", commit] if result else []
-        return [PYTHON, f"benchmarks/gpu/{name}.py", *arguments, *place]
+        return [PYTHON, "-m", f"benchmarks.gpu.{name}", *arguments, *place]
 
     def fused(processes: str, *arguments: str, result: str = "") -> list[str]:
         return script("check_fused", "--processes", processes, *arguments, result=result)
@@ -128,7 +128,7 @@ def steps(out: Path, commit: str, checked: Sequence[str] = CHECKED) -> list[Step
     return [
         Step("bytecode", ["bash", "-c", bytecode], 120),
         Step("build-extension", ["bash", "-c", BUILD], 240),
-        Step("build-kernels", [PYTHON, "-m", "tests.support.kernels_c", "16"], 120),
+        Step("build-kernels", [PYTHON, "-m", "reference.kernels_c", "16"], 120),
         Step("build-models", script("serve_check", "--build-only", "--launch", *CHECKED, "2 ranks, one GPU"), 240),
         # What is timed, one after the other on a GPU.
         Step("instructions", script("time_instructions", result="instructions.json"), 60, 1, True),
@@ -235,9 +235,9 @@ class Session:
         """Why a step can never run; empty while it may."""
         if step.gpus > self.gpus:
             return f"needs {step.gpus} GPUs"
-        program = Path(step.command[1])
-        if program.suffix == ".py" and not (ROOT / program).exists():
-            return f"no {program}"
+        option, module = step.command[1:3] if len(step.command) > 2 else ("", "")
+        if option == "-m" and module.startswith("benchmarks.") and importlib.util.find_spec(module) is None:
+            return f"no {module}"
         failed = {run.step.name for run in self.runs if run.result not in ("", "ok")} | set(self.left_out)
         return " ".join(f"{name} failed" for name in step.needs if name in failed)
 

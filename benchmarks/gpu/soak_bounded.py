@@ -1,6 +1,6 @@
 """MoE layers under the bounded dispatch, queued far ahead of the GPUs, on two ranks: does any stage not end?
 
-    python3 benchmarks/gpu/soak_bounded.py [--gamma 1.05] [--seconds 20] [--share-gpu]    (deep_ep, deep_gemm installed)
+    python3 -m benchmarks.gpu.soak_bounded [--gamma 1.05] [--seconds 20] [--share-gpu]    (deep_ep, deep_gemm installed)
 
 A layer is what a prefill queues between two attentions: plan, dispatch, rows by expert, both GEMMs, gather, combine.
 Nothing waits for the GPU but the loop itself, which stays --ahead layers in front of it. Where a layer does not end
@@ -18,13 +18,10 @@ from collections import deque
 
 import deep_ep
 import deep_gemm
-import mps
-import paths  # noqa: F401
-import result_file
-import routing
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu import mps, result_file, routing
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig

@@ -1,6 +1,6 @@
 """How much sooner the slowest rank's expert stage ends: eight expert-parallel ranks on one GPU, a process each.
 
-    python3 benchmarks/gpu/straggler.py --out FILE        (CUDA MPS; sglang, deep_ep and deep_gemm installed)
+    python3 -m benchmarks.gpu.straggler --out FILE        (CUDA MPS; sglang, deep_ep and deep_gemm installed)
 
 Every rank holds its share of the SMs and of the experts of one Qwen3-VL-30B-A3B layer (128 experts, top-8, hidden 2048,
 intermediate 768, bf16). A batch is planned as a whole (histograms added over gloo) and travels in parts, since DeepEP's
@@ -21,9 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import mps
-import paths  # noqa: F401
-import result_file
+from benchmarks.gpu import mps, result_file
 
 RANKS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 128, 8, 2048, 768
 LOCAL = EXPERTS // RANKS
@@ -96,9 +94,10 @@ class Rank:
     """One expert-parallel rank: DeepEP's buffer, its experts, and the group."""
 
     def __init__(self, rank: int) -> None:
-        import low_latency
         import torch
         import torch.distributed as dist
+
+        from benchmarks.gpu import low_latency
 
         self.rank, self.torch, self.dist = rank, torch, dist
         self.buffer = low_latency.make_buffer(TOKENS, HIDDEN, EXPERTS)
@@ -212,8 +211,9 @@ def planned(rank: Rank, method: str, gamma: float, batch: dict):
 
 def make_batch(rank: Rank, name: str, parts: int) -> dict:
     """This rank's tokens: routing as the case has it, hidden states of differing spread, nine in ten visual."""
-    import routing
     import torch
+
+    from benchmarks.gpu import routing
 
     shares = routing.published(3) if CASES[name] is None else routing.skewed(EXPERTS, RANKS, CASES[name])
     tokens = parts * TOKENS
@@ -278,12 +278,9 @@ def run_rank(rank: int, init: str, out: str) -> None:
 def run_group(out: str, seconds: float) -> int:
     """Runs all ranks; 0 if every one ended well in time."""
     with tempfile.TemporaryDirectory() as folder, mps.shared_gpu(RANKS) as client:
+        command = [sys.executable, "-m", "benchmarks.gpu.straggler", "--out", out, "--init", f"{folder}/init"]
         ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--out", out, "--rank", str(rank), "--init", f"{folder}/init"],
-                env={**os.environ, **client},
-            )
-            for rank in range(RANKS)
+            subprocess.Popen([*command, "--rank", str(rank)], env={**os.environ, **client}) for rank in range(RANKS)
         ]
         deadline = time.monotonic() + seconds
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):

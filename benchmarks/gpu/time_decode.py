@@ -1,8 +1,8 @@
 """Times of decode by CUDA graph replay: rows carried as they are routed, and combined, beside DeepEP in the same run.
 
-    python3 benchmarks/gpu/check_fused.py --decode --out FILE                        one rank on one GPU
-    python3 benchmarks/gpu/check_fused.py --decode --out FILE --processes 2          a GPU each
-    python3 benchmarks/gpu/check_fused.py --decode --out FILE --processes 2 --mps    two ranks on one GPU
+    python3 -m benchmarks.gpu.check_fused --decode --out FILE                        one rank on one GPU
+    python3 -m benchmarks.gpu.check_fused --decode --out FILE --processes 2          a GPU each
+    python3 -m benchmarks.gpu.check_fused --decode --out FILE --processes 2 --mps    two ranks on one GPU
 
 Regions and DeepEP's buffers have room for 128 tokens a rank, as a server's have. 128 experts, top-8, routed at random.
 On a shared GPU DeepEP runs in phases, since its kernels may wait there for SMs (time_phases.py).
@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import paths  # noqa: F401
 import torch
-from low_latency import make_buffer
-from support.fused_case import FusedConfig, masked
-from support.fused_checks import check_no_fault
-from support.kernel_case import Config
-from time_fused import DeepEP, Layer, Table, has_deepep, init_alone
-from time_kernels import graph_us
-from time_phases import SETS, Phases, measure
+
+from benchmarks.gpu.low_latency import make_buffer
+from benchmarks.gpu.time_fused import DeepEP, Layer, Table, has_deepep, init_alone
+from benchmarks.gpu.time_kernels import graph_us
+from benchmarks.gpu.time_phases import SETS, Phases, measure
+from reference.fused_case import FusedConfig, masked
+from reference.fused_checks import check_no_fault
+from reference.kernel_case import Config
 
 TOKENS = (1, 8, 32, 64, 128)
 HIDDEN_SIZES = (2048, 4096, 7168)

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import paths  # noqa: F401
 import torch
 import torch.distributed as dist
-from low_latency import make_buffer, most_tokens
-from support.fused_case import FusedConfig, Group, make_group, masked
-from support.fused_checks import check_no_fault
-from support.kernel_case import Config, Inputs, Run
-from time_kernels import copy_bandwidth, graph_us
+
+from benchmarks.gpu.low_latency import make_buffer, most_tokens
+from benchmarks.gpu.time_kernels import copy_bandwidth, graph_us
+from reference.fused_case import FusedConfig, Group, make_group, masked
+from reference.fused_checks import check_no_fault
+from reference.kernel_case import Config, Inputs, Run
 
 COLD_BYTES = 200_000_000
 SETS = 48  # of inputs, at most

@@ -1,6 +1,6 @@
 """What instructions cost that run once: straight-line code by its size, cold and warm, and jumps through it.
 
-    python3 benchmarks/gpu/time_instructions.py --out FILE --commit ID
+    python3 -m benchmarks.gpu.time_instructions --out FILE --commit ID
 
 A kernel runs the same straight code five times and reads the clock in between. `hops`: its first pass only jumps from
 one stretch of 32 instructions to the next. `cold`: 300 MB were written before the launch, so that the L2 holds none of
@@ -15,11 +15,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import paths  # noqa: F401
-import result_file
 import torch
-from support.kernels_c import FLAGS
-from time_kernels import COLD_BYTES
+
+from benchmarks.gpu import result_file
+from benchmarks.gpu.time_kernels import COLD_BYTES
+from reference.kernels_c import FLAGS
 
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)  # instructions of 16 bytes
 STRETCH = 32  # instructions between two jumps

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import paths  # noqa: F401
-import result_file
 import torch
-from support import kernels_c as c
-from support.kernel_case import Config, Run, make_inputs
+
+from benchmarks.gpu import result_file
+from reference import kernels_c as c
+from reference.kernel_case import Config, Run, make_inputs
 
 REPLAYS = 200
 COLD_BYTES = 300_000_000  # several times the 60 MB of L2

@@ -1,6 +1,6 @@
 """Times of the operators that CUDA tensors get (`ops.cuda_backend`), by CUDA graph replay and launched one by one.
 
-The case is that of docs/results/kernels.md. `MACS_CUDA_BACKEND=triton python3 benchmarks/gpu/time_operators.py --out
+The case is that of docs/results/kernels.md. `MACS_CUDA_BACKEND=triton python3 -m benchmarks.gpu.time_operators --out
 FILE` for Triton's.
 """
 
@@ -11,12 +11,11 @@ import json
 import time
 from collections.abc import Callable
 
-import paths  # noqa: F401
-import result_file
 import torch
-from support.kernel_case import Config, make_inputs
-from time_kernels import HOT, graph_us
 
+from benchmarks.gpu import result_file
+from benchmarks.gpu.time_kernels import HOT, graph_us
+from reference.kernel_case import Config, make_inputs
 from sglang_macs import ops
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.plan import Plan

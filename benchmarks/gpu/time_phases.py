@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import paths  # noqa: F401
 import torch
-from support.kernel_case import Run
-from time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
-from time_kernels import capture
+
+from benchmarks.gpu.time_fused import CLIPPED, SCORED, DeepEP, Layer, Table
+from benchmarks.gpu.time_kernels import capture
+from reference.kernel_case import Run
 
 SETS, ROUNDS = 4, 200  # of inputs; timed in all
 PASSES = 8  # in a graph of fused kernels: one rank of eight came too late for its 33rd of 48 (and for its 7th of 8)

@@ -1,6 +1,6 @@
 """What replicas add to a plan: its time by CUDA graph replay, without places and with 0 to 32 redundant experts.
 
-    python3 benchmarks/gpu/time_replicas.py --out docs/results/replicas_plan_h200.json
+    python3 -m benchmarks.gpu.time_replicas --out docs/results/replicas_plan_h200.json
 
 One rank of eight is the group; the case is that of docs/results/kernels.md. `ratio` is against the plan without places.
 """
@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 
-import paths  # noqa: F401
-import result_file
 import torch
-from support import cases, replica_cases
-from support.kernel_case import Config, make_inputs
-from time_kernels import HOT, graph_us
 
+from benchmarks.gpu import result_file
+from benchmarks.gpu.time_kernels import HOT, graph_us
+from reference import cases, replica_cases
+from reference.kernel_case import Config, make_inputs
 from sglang_macs.config import MacsConfig
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan

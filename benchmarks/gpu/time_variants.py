@@ -1,6 +1,6 @@
 """The plan with and without each compile-time switch of the kernels, in one process: same bits, and how fast.
 
-    python3 benchmarks/gpu/time_variants.py --out FILE --macros MACS_NEW_WAY=0 ...
+    python3 -m benchmarks.gpu.time_variants --out FILE --macros MACS_NEW_WAY=0 ...
 
 A switch lives while two versions stand against each other: `#ifndef MACS_NEW_WAY`, `#define MACS_NEW_WAY 1`. Each
 variant is a library of its own (kernels_c.build). They take turns, the unchanged kernels with them, so that two
@@ -14,12 +14,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import paths  # noqa: F401
-import result_file
 import torch
-from support import kernels_c as c
-from support.kernel_case import Config, Run, make_inputs
-from time_kernels import HOT, graph_us
+
+from benchmarks.gpu import result_file
+from benchmarks.gpu.time_kernels import HOT, graph_us
+from reference import kernels_c as c
+from reference.kernel_case import Config, Run, make_inputs
 
 TURNS = 3
 CASES = [

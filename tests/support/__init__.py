@@ -1,4 +1,4 @@
-"""What tests share with each other and with benchmarks/gpu: cases, references, the kernels through ctypes, stand-ins.
+"""What tests share with each other: servers and stand-ins, fixtures' programs, models.
 
 Nothing here is a test, and nothing here imports one.
 """

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from serving import CPU_ARGS, EP2_ARGS, photograph_files
 
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, photograph_files
 from sglang_macs import tiny_models
 
 MODELS = Path(__file__).resolve().parents[2] / "build" / "models"

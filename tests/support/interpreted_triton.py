@@ -9,10 +9,9 @@ import os
 import torch
 from hypothesis import settings
 
+from reference import cases
 from sglang_macs import ops
 from sglang_macs.ops import triton as triton_ops
-
-from . import cases
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 library = triton_ops.register("CPU")

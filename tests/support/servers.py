@@ -3,9 +3,8 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serving import Server, data_uri, photograph_files, photographs
-
-from .reference import NEW_TOKENS, Question
+from benchmarks.questions import NEW_TOKENS, Question
+from benchmarks.serving import Server, data_uri, photograph_files, photographs
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 LAYERS, TOP_K = 3, 4  # of the tiny models

@@ -17,7 +17,7 @@ from sglang_macs.dispatch.bounded import BoundedDispatch, Sizes
 from sglang_macs.dispatch.bounded_v2 import BoundedV2
 from sglang_macs.engine import deepep_v2
 from sglang_macs.plan import batch
-from support.elastic import ElasticBuffer, World
+from tests.support.elastic import ElasticBuffer, World
 
 TOKENS, CAPACITY = (0, 5, 70), 128  # of each rank; the second: of a rank's buffer
 SIZES = Sizes(num_ranks=3, num_experts=12, top_k=3, hidden_size=256)

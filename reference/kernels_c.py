@@ -1,7 +1,7 @@
 """Builds csrc/cuda with nvcc into one library with a C interface, and calls it through ctypes on torch tensors.
 
 Needs neither the extension nor torch's headers, so the kernels can be checked and timed alone.
-`python -m tests.support.kernels_c` only builds (no GPU needed).
+`python -m reference.kernels_c` only builds (no GPU needed).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from . import fused_c
 from .policy_c import NAMES, Policy, policy, strict
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "kernels"
 FLAGS = ["-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "-lineinfo", "-DMACS_C_API=1"]
 

@@ -1,4 +1,4 @@
-"""Vectorised numpy references of docs/design/method.md for sizes where the loops of tests/support/oracle.py would take
+"""Vectorised numpy references of docs/design/method.md for sizes where the loops of reference/oracle.py would take
 hours.
 
 Written from the contract, sharing nothing with csrc; itself checked against the oracle at small sizes (check_kernels).

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sglang_macs import choices  # needs neither torch nor the extension
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 NAMES = {
     "scope": choices.SCOPES,

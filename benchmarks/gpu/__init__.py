@@ -1,0 +1,1 @@
+"""What runs on one machine with GPUs: checks of kernels and servers, and their times."""

@@ -1,0 +1,1 @@
+"""The tests. Nothing outside of this folder imports from it."""

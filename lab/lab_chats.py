@@ -22,10 +22,9 @@ LONGEST_ANSWER = 14  # tokens
 
 def line(question: Question) -> str:
     """One chat as a line of JSON; `reference` is the right answer."""
-    content: list[dict[str, object]] = [{"type": "text", "text": question.text}]
-    if question.picture is not None:
-        uri = f"data:image/png;base64,{base64.b64encode(question.picture).decode()}"
-        content.insert(0, {"type": "image_url", "image_url": {"url": uri}})
+    uris = (f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in question.pictures)
+    content: list[dict[str, object]] = [{"type": "image_url", "image_url": {"url": uri}} for uri in uris]
+    content.append({"type": "text", "text": question.text})
     messages = [{"role": "user", "content": content}]
     return json.dumps({"messages": messages, "max_tokens": LONGEST_ANSWER, "reference": question.answer})
 

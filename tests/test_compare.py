@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from lab import lab_chats, lab_questions
 from sglang_macs import cli
 from sglang_macs.compare import divergence, requests, run, statistics
 from sglang_macs.compare.divergence import Token
@@ -228,6 +229,15 @@ def test_the_page_needs_nothing_else_and_escapes_what_people_wrote(asked):
 
 
 # ---- Requests ------------------------------------------------------------------------------------------------------
+
+
+def test_the_labs_questions_are_chats_with_their_answers(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    lab_chats.write(path, 16)
+    loaded, asked = requests.load(str(path), 64), lab_questions.questions(lab_chats.MIX, 0)
+    assert [one.references for one in loaded] == [(question.answer,) for question in asked]
+    assert [one.pictures for one in loaded] == [bool(question.pictures) for question in asked]
+    assert {one.pictures for one in loaded} == {True, False}
 
 
 def test_files_of_pictures_become_data_uris(tmp_path):

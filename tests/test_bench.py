@@ -31,11 +31,11 @@ def test_what_is_compared_agrees_with_torch():
 
 
 def test_an_importance_is_timed_beside_the_gate(monkeypatch, capsys):
-    name = "test_bench:first_slot"
+    name = "tests.test_bench:first_slot"
     monkeypatch.setattr(bench_plan.sys, "argv", ["bench_plan.py", "--importance", name, "--repeats", "1"])
     assert not bench_plan.main()
     assert re.fullmatch(
-        r"2048 tokens, .* by the gate .* ms, .*, by test_bench:first_slot .* in it\)\n", capsys.readouterr().out
+        r"2048 tokens, .* by the gate .* ms, .*, by tests.test_bench:first_slot .* in it\)\n", capsys.readouterr().out
     )
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -145,14 +146,20 @@ def test_options_are_put_back_whatever_happens(asked, preset):
         assert server.settings.on.gamma == 1.1  # what --on would bring back
 
 
+def once_behind(server: ChatServer, count: int) -> Callable[[], bool]:
+    """True for one of the requests behind the first `count`, of which several come at once."""
+    left = threading.Semaphore(1)
+    return lambda: len(server.bodies) >= count and left.acquire(blocking=False)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_and_put_options_back(asked, number, monkeypatch, capsys):
     answers = str(asked.parent / "answers.jsonl")
     with serving(ChatServer()) as server:
-        chat = server.chat
+        chat, once = server.chat, once_behind(server, 60)
 
         def interrupting(body):
-            if len(server.bodies) == 60:
+            if once():
                 os.kill(os.getpid(), number)
             return chat(body)
 
@@ -165,10 +172,10 @@ def test_signals_end_it_and_put_options_back(asked, number, monkeypatch, capsys)
 
 def test_a_server_that_somebody_else_changes_ends_it(asked, capsys, monkeypatch):
     with serving(ChatServer()) as server:
-        chat = server.chat
+        chat, once = server.chat, once_behind(server, 60)
 
         def changing(body):
-            if len(server.bodies) == 60:
+            if once():
                 server.change({"macs_preset=paper": 1, "macs_gamma=3": 1})
                 server.change({"macs_preset=off": 1}) if "on" in body["cache_salt"].split()[-1] else None
             return chat(body)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,8 @@ from sglang_macs.engine import compat, deepep_v2
 from sglang_macs.errors import MacsError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Its prefills do not lie by expert yet; launches with it are refused.
+needs_v2 = pytest.mark.skipif(version("sglang") in ("0.5.21", "0.5.22"), reason="SGLang's V2 of 0.5.23")
 TOKENS = (0, 5, 70)  # of tests/support/v2_program.py
 
 
@@ -33,6 +36,7 @@ def found() -> dict:
     return json.loads(lines[0])
 
 
+@needs_v2
 def test_unequal_ranks_get_their_rows_without_a_count() -> None:
     """One rank idle, tokens of no expert at all: outputs are right, and only planned rows arrive."""
     result = found()["bounded"]
@@ -42,6 +46,7 @@ def test_unequal_ranks_get_their_rows_without_a_count() -> None:
         assert rank["shape"] == [tokens, 256] and rank["error"] < 0.01  # NaN, had a row been read that nobody wrote
 
 
+@needs_v2
 def test_what_has_no_bound_is_counted_as_sglang_does() -> None:
     """With its row of zeros for the idle rank, which comes behind the plan: one for each of the first experts."""
     result = found()["counted"]
@@ -51,6 +56,7 @@ def test_what_has_no_bound_is_counted_as_sglang_does() -> None:
         assert rank["error"] < 0.01
 
 
+@needs_v2
 def test_decode_stays_sglangs_own() -> None:
     result = found()["decode"]
     assert all(rank["masked"] and not rank["bounded"] and rank["rows"] > result["bound"] for rank in result["ranks"])

@@ -39,6 +39,7 @@ def compare(folder, count: int, seed: int, *arguments: str) -> tuple[int, dict]:
 def both(server: Server, folder, seed: int) -> list[tuple[int, dict]]:
     """With a planted loss, and off against off."""
     planted = compare(folder, 192, seed, server.url, "--gamma", "0.5")
+    server.generate("hello", max_new_tokens=1)  # what is put back takes effect before a pass
     assert {state["config"]["gamma"] for state in states(server)} == {1.05}
     assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
     nothing = compare(folder, 192, seed, server.url, server.url)

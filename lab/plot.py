@@ -5,6 +5,7 @@ python -m lab.plot
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 from lab.lab_checkpoint import ROOT
@@ -112,6 +113,11 @@ def sweep_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def prose(text: str) -> str:
+    """Lines of at most 160 characters, as the pages have them."""
+    return textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False)
+
+
 def summary(result: dict) -> str:
     """What the tables below it are of."""
     main = result["main"]
@@ -164,11 +170,11 @@ def tables(result: dict, only: float | None) -> str:
         found = sorted({r["bound"] for r in rows_of(result, part)}) if part in result else []
         return [bound for bound in found if only in (None, bound)]
 
-    found, ocr = [summary(result)], list(result.get("ocr", OCR_TASKS))
+    found, ocr = [prose(summary(result))], list(result.get("ocr", OCR_TASKS))
     unclipped = next(r for r in result["main"]["rows"] if r["bound"] is None)
     for bound in bounds_of("main"):
         rows = rows_of(result, bound=bound)
-        found.append(f"## Bound {bound:g}\n\n{table(rows, ocr)}\n\n{differing(rows)}")
+        found.append(f"## Bound {bound:g}\n\n{table(rows, ocr)}\n\n{prose(differing(rows))}")
     found.append(f"## By task, bound 1.05\n\n{task_table(rows_of(result, bound=1.05), unclipped, ocr)}")
     for part, title in PARTS.items():
         for bound in bounds_of(part):

@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAB = ROOT / "lab"
 WORK = ROOT / "build" / "lab-run"
 KEEP_EVERY = 20.0  # seconds
 START_UP = 45.0  # seconds of a training before its clock starts: imports, digits, grouped products tried, graph

@@ -15,8 +15,6 @@ from benchmarks.e2e.servers import Variant
 from benchmarks.serving import ServerError
 from tools import server_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-
 OUTPUT = 12
 WORK = Workload(requests=4, ranks=2, prompt=8, output=OUTPUT)
 

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from benchmarks.gpu import result_file
 
-HERE = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCH = "1 rank, low latency"

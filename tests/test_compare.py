@@ -152,8 +152,16 @@ def once_behind(server: ChatServer, count: int) -> Callable[[], bool]:
     return lambda: len(server.bodies) >= count and left.acquire(blocking=False)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_and_put_options_back(asked, number, monkeypatch, capsys):
+def test_signals_end_it_and_put_options_back(asked, number, monkeypatch, capsys, interruptible):
     answers = str(asked.parent / "answers.jsonl")
     with serving(ChatServer()) as server:
         chat, once = server.chat, once_behind(server, 60)

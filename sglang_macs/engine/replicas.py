@@ -11,8 +11,8 @@ from ..config import MacsConfig
 from ..errors import MacsNotActive
 from ..plan.places import Places
 from . import worker
-from .compat import replicas_on
 from .hooks import Hook
+from .placement import replicas_on
 from .refusal import or_exit
 
 _RECORDER = "sglang.srt.eplb.expert_distribution"

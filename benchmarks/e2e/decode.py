@@ -193,7 +193,8 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_options.parser_of(__doc__, 48, 2, "beside stock: auto, fused, inf; all")
+    parser = common_options.parser_of(__doc__, 48)
+    common_options.add_variants(parser, 2, "beside stock: auto, fused, inf; all")
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS, help="of a rank, in the order measured")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -205,7 +206,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def measure_group(group: list[Variant], launch: Launch, model: Path, report: Report, until: float) -> None:
     """All sizes of a group, in time shares that are equal for those left."""
-    with groups.running(report, group, launch, model) as clients:
+    with groups.running(report.program, group, launch, model, report.options.stagger) as clients:
         measuring, cells = Group(group, clients, launch, report), [Cell(n) for n in report.options.requests]
         for cell, its_end in groups.in_shares(report.program, cells, until):
             measuring.measure(cell, its_end, until)

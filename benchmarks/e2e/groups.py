@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import requests
 
-from benchmarks.e2e import servers, standstill
+from benchmarks.e2e import common_options, servers, standstill
 from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run
 from benchmarks.e2e.servers import Launch, Variant
-from benchmarks.gpu import mps, result_file
+from benchmarks.gpu import mps
 from benchmarks.serving import Server, ServerError
 
 FEWEST_ROUNDS = 7  # six bound a median, and one may be left out
@@ -59,23 +58,14 @@ class Report:
         return self.rows.get(json.dumps(self.case(variant, cell)), {}).get(name) is not None
 
     def write(self) -> None:
-        gpus = "" if self.options.ranks == 1 or self.options.share_gpu else f" x {self.options.ranks}"
-        result = {
-            "gpu": "none, CPU" if self.options.device == "cpu" else result_file.gpu_name() + gpus,
-            "commit": self.options.commit,
-            "command": result_file.command_line(sys.argv, "benchmarks.e2e", (*result_file.PLACE_OPTIONS, "--cache")),
-            "date": datetime.now(UTC).date().isoformat(),
-            "rows": list(self.rows.values()),
-            "outliers": self.outliers,
-            "lost": self.lost,
-        }
-        partial = self.options.out.with_suffix(".partial")
-        partial.write_text(result_file.text(result))
-        partial.replace(self.options.out)
+        rest = {"rows": list(self.rows.values()), "outliers": self.outliers, "lost": self.lost}
+        common_options.write(self.options.out, common_options.header(self.options) | rest)
 
 
 @contextlib.contextmanager
-def running(report: Report, group: list[Variant], launch: Launch, model: Path) -> Iterator[dict[tuple, Client]]:
+def running(
+    program: str, group: list[Variant], launch: Launch, model: Path, stagger: float
+) -> Iterator[dict[tuple, Client]]:
     """Clients by the flags of their servers, which start side by side. One that does not is left out, unless it is
     stock SGLang: then ServerError is raised.
     """
@@ -86,7 +76,7 @@ def running(report: Report, group: list[Variant], launch: Launch, model: Path) -
             servers_of[variant.flags] = launch.server(variant, model, folder), folder
 
     def start(place: int, server: Server) -> None:
-        time.sleep(place * report.options.stagger)
+        time.sleep(place * stagger)
         server.__enter__()
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers_of)) as pool:
@@ -101,8 +91,8 @@ def running(report: Report, group: list[Variant], launch: Launch, model: Path) -
             except ServerError as error:
                 if flags == group[0].flags:
                     raise
-                print(f"{report.program}: left out, {error}", flush=True)
-        print(f"{report.program}: {len(clients)} servers up", flush=True)
+                print(f"{program}: left out, {error}", flush=True)
+        print(f"{program}: {len(clients)} servers up", flush=True)
         yield clients
 
 

@@ -124,7 +124,7 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
     options = report.options
     cells = [Cell(tokens, skew) for skew in options.skews for tokens in options.tokens]
     profiled = next((c for c in cells if c.tokens == options.profile_tokens), None)
-    with groups.running(report, group, launch, model) as clients:
+    with groups.running(report.program, group, launch, model, report.options.stagger) as clients:
         measuring = Group(group, clients, launch, report)
         end = until - (PROFILE_SECONDS * len(measuring.to_profile(profiled)) if profiled else 0)
         for cell, its_end in groups.in_shares(report.program, cells, end):
@@ -153,7 +153,8 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_options.parser_of(__doc__, 24, 4, "beside stock and balanced; all that this version has")
+    parser = common_options.parser_of(__doc__, 24)
+    common_options.add_variants(parser, 4, "beside stock and balanced; all that this version has")
     parser.add_argument("--prompts", choices=("text", "images"), default="text")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a rank's pass, in the order measured")
     parser.add_argument("--skews", type=float, nargs="+", default=SKEWS, help="maximum over mean; 1 is uniform")

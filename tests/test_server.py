@@ -14,12 +14,12 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.questions import QUESTIONS, Question
-from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt, states
 from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch.acting import LAG, LOOK_EVERY
 from sglang_macs.observe import metrics, trace
-from tests.support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve, states
+from tests.support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.questions import NEW_TOKENS, Question
-from benchmarks.serving import Server, data_uri, photograph_files, photographs
+from benchmarks.serving import Server, data_uri, photograph_files, photographs, states
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 LAYERS, TOP_K = 3, 4  # of the tiny models
@@ -15,11 +15,6 @@ WORDS = "How many visual tokens does a photograph of a flower have? "
 
 def serve(model, *arguments: str, log: str, kind: type[Server] = Server, **options) -> Server:
     return kind(model, list(arguments), log=BUILD / f"test-{log}.log", **options)
-
-
-def states(server: Server) -> list[dict]:
-    """Each data-parallel rank's counters."""
-    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
 
 
 def ask(server: Server, question: Question) -> list[int]:

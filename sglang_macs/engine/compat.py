@@ -4,8 +4,10 @@ Rules read a plain view of SGLang's resolved flags, so that they can be tested w
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 from ..config import MacsConfig
@@ -14,6 +16,7 @@ from . import families
 
 A2A_BACKENDS = ("macs", "deepep")
 V2 = "deepep_v2"  # only where the environment asks for it: it has not run on GPUs
+V2_SINCE = (0, 5, 23)  # before 0.5.22 its prefills do not lie by expert; that one was tried with stand-ins alone
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
@@ -512,8 +515,17 @@ RULES = (
 )
 
 
+def has_v2(release: str) -> bool:
+    """Whether that release of SGLang has the V2 that is planned."""
+    return tuple(map(int, re.findall(r"\d+", release)[:3])) >= V2_SINCE
+
+
 def check_a2a(backend: str) -> None:
     """Raises MacsError unless the asked-for all-to-all backend is one that MACS plans for."""
+    if backend == V2 and not has_v2(found := version("sglang")):
+        since = ".".join(map(str, V2_SINCE))
+        fix = f"Pass --moe-a2a-backend macs, or install sglang=={since}."
+        raise MacsError("--moe-a2a-backend", f"{V2} of sglang {found}", f"V2 of sglang {since} or later", fix)
     if backend == V2 and not experimental("v2"):
         expected, fix = "macs or deepep: V2 has not run under MACS", f"{EXPERIMENTAL_ENV}=v2 tries it nevertheless."
         raise MacsError("--moe-a2a-backend", V2, expected, fix)

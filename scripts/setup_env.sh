@@ -58,13 +58,13 @@ pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-warn-conflicts "$@"
 }
 
-# What the installed SGLang asks for by version, a line each.
+# What the installed SGLang asks for by version or range, a line each: a limit on what the rest may bring.
 pins() {
     "$venv/bin/python" -c "
 import importlib.metadata, re
 for wanted in importlib.metadata.requires('sglang'):
-    if found := re.fullmatch(r'([\w.-]+)(?:\[\w+\])?==([\w.]+)', wanted):
-        print('=='.join(found.groups()))"
+    if found := re.fullmatch(r'([\w.-]+)(?:\[\w+\])?([<>=!~][\w.<>=!~,* -]+)', wanted):
+        print(''.join(found.groups()))"
 }
 
 check() {
@@ -72,7 +72,8 @@ check() {
 import importlib.metadata as m
 got = {name: m.version(name).split('+')[0] for name in ('torch', 'sglang', 'transformers')}
 assert got['sglang'] == '${sglang#*==}' and 'torch==' + got['torch'] == '$torch', got
-import torch, numpy; torch.zeros(2).sum()"
+import torch, numpy; torch.zeros(2).sum()" || return
+    ! "$venv/bin/python" -m pip check | grep '^sglang .* has requirement'  # what is missing is missing on purpose
 }
 
 python=$(find_python)

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.bench_plan import commit
+from benchmarks.gpu import result_file
 from benchmarks.serving import EP2_ARGS
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
@@ -144,12 +145,13 @@ def check(stage: str, version: str, folder: Path) -> dict:
 
 
 def save(path: Path, new: dict) -> None:
-    """Adds a release's findings to the file, to those of other stages."""
+    """Adds a release's findings to the file, to those of other stages, which may be of another day."""
     rows = {row["sglang"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    rows[new["sglang"]] = rows.get(new["sglang"], {}) | new
-    head = {"torch": metadata.version("torch"), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    row = rows.setdefault(new["sglang"], {"sglang": new["sglang"]})
+    about = {"torch": metadata.version("torch"), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    row |= {stage: found | about for stage, found in new.items() if stage != "sglang"}
     ordered = [rows[release] for release in sorted(rows)]
-    path.write_text(json.dumps({**head, "rows": ordered}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(result_file.text({"rows": ordered}), encoding="utf-8")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The product against other releases of SGLang: hooks, launches and routers, servers, families of models.
 
-    python -m scripts.check_compat [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python -m scripts.check_compat [RELEASE ...] [--stages hooks,launch,server] [--out docs/results/compat.json]
     python -m scripts.check_compat 0.5.20 --stages refused
 
 Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION, before

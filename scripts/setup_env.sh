@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment VENV for SGLang on a CPU, with the tools for building and testing this project. The
-# release is PINNED in sglang_macs/releases.py; SGLANG=0.5.23 takes another.
+# release is PINNED in sglang_macs/releases.py; SGLANG=RELEASE takes another.
 #
 #   scripts/setup_env.sh VENV          PYTHON=/path/to/python3.11 chooses the interpreter
 #

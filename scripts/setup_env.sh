@@ -90,7 +90,7 @@ fi
 log=$(mktemp)
 constraint=$(mktemp)
 trap 'rm -f "$log" "$constraint"' EXIT
-echo "making $venv with $("$python" --version); 2.5 GB on disk, or 6 GB if the index has no CPU build of torch"
+echo "making $venv with $("$python" --version); 2.5 GB on disk, or 7 GB if the index has no CPU build of torch"
 run "virtual environment" "$python" -m venv "$venv"
 run "$sglang, without its CUDA dependencies" pip_install --no-deps "$sglang"
 pins >"$constraint"

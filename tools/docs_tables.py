@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from importlib import metadata
 
 from sglang_macs.config import flag_table
 from sglang_macs.engine import families
@@ -171,8 +172,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """A page with the current tables between their markers."""
-    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+    """A page with the current tables between their markers.
+
+    SGLang's models are the pinned release's: in an environment of another one they stay as they are.
+    """
+    kept = () if metadata.version("sglang") == PINNED else ("dispatching",)
+    return BLOCK.sub(
+        lambda found: found[0] if found[2] in kept else f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text
+    )
 
 
 def main() -> int:

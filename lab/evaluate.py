@@ -27,6 +27,9 @@ from lab.lab_statistics import LEARNED, MASTERED, Findings, merged
 from lab.lab_suites import SUITES
 from sglang_macs.plan import profile
 
+START = time.monotonic()  # of the process
+LAST_CASE = 60.0  # seconds that workers get, after the time given, for the case that they are at
+
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,7 +44,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, help="per seed and mix (default 8; reduced 1)")
     parser.add_argument("--sweep-batches", type=int, help="the same for the other parts (4; 1)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the run, after which no case begins")
     parser.add_argument("--workers", type=int, help="processes (default: the CPU's cores; 6 on a GPU)")
     parser.add_argument("--bounds", type=float, nargs="*")
     parser.add_argument("--skip", nargs="*", default=[], choices=lab_plans.PARTS)
@@ -80,7 +83,7 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
     make, other = suite.makers(options.checkpoint / "tokenizer.json", options.material)
     calibrated = profile.load(str(options.checkpoint / "profile.json"))  # recorded on training samples
     modality = lab_plans.modality_of(model, calibrated)
-    course = Course(model, make, suite.mixes, dtype, range(options.seeds), options.seconds)
+    course = Course(model, make, suite.mixes, dtype, range(options.seeds), START + options.seconds)
     parts = lab_plans.parts_of(options, course, other, modality)
     result = {
         "schema": "sglang-macs/quality/1",
@@ -103,12 +106,12 @@ def run_shard(options: argparse.Namespace, index: int, of: int) -> None:
         new.write_text(json.dumps(raw))
         os.replace(new, whole)
 
-    found = run_work(course, parts, share_of(work_of(course, parts), index, of), keep)
+    # First what one worker has alone: cases can be cut off.
     if index == 0 and "drift" not in options.skip and suite.material:
         result["drift"] = lab_calibration.drift(model, make, other, suite.sample, dtype)
     if index == of - 1 and "entropy" not in options.skip:
         result["entropy"] = lab_entropy.study(course, course.seeds)
-    keep(found)
+    keep(run_work(course, parts, share_of(work_of(course, parts), index, of), keep))
 
 
 def run_workers(options: argparse.Namespace) -> None:
@@ -118,22 +121,27 @@ def run_workers(options: argparse.Namespace) -> None:
         old.unlink()
     command = [sys.executable, *sys.orig_argv[1:], "--shard"]
     workers = [subprocess.Popen([*command, f"{i}/{options.workers}"]) for i in range(options.workers)]
+    ends = START + options.seconds + LAST_CASE
+    while any(w.poll() is None for w in workers) and time.monotonic() < ends:
+        time.sleep(0.2)
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
     failed = [w.args[-1] for w in workers if w.wait() != 0]
     if failed:
-        print(f"workers {', '.join(failed)} failed; what they had found counts", flush=True)
+        print(f"workers {', '.join(failed)} failed or had no time left; what they had found counts", flush=True)
 
 
 def main() -> None:
     options = options_of()
     if options.shard:
         return run_shard(options, *map(int, options.shard.split("/")))
-    start = time.perf_counter()
     if not options.merge:
         run_workers(options)
     files = shard_files(options.out)
     if not files:
         raise SystemExit(f"nothing to merge: no {options.out.stem}.shard-*.json in {options.out.parent}")
-    result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.perf_counter() - start, 1)}
+    result = {**merged([json.loads(f.read_text()) for f in files]), "seconds": round(time.monotonic() - START, 1)}
     lab_result.write(options.out, result)
     print(f"wrote {options.out} ({result['seconds']:.0f} s)")
     print_summary(result)

@@ -1,6 +1,8 @@
 """Batches of requests on virtual ranks, and what a method does to one."""
 
+import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -144,7 +146,7 @@ class Course:
     mixes: dict[str, Mix]
     dtype: torch.dtype
     seeds: Sequence[int]
-    seconds: float  # begin no case after this long
+    ends: float = math.inf  # by time.monotonic(): no case begins later
 
     def specs(self, batches: int) -> list[tuple[int, int, int]]:
         """(index, seed, number of the mix) of every case."""
@@ -258,23 +260,37 @@ def share_of(work: Work, index: int, of: int) -> Work:
 
 @torch.no_grad()
 def run_work(course: Course, parts: dict[str, Part], work: Work, keep: Callable[[dict], None]) -> dict[str, Findings]:
-    """Every plan of the part, and the unclipped model, on every case; `keep` gets what is known after each."""
-    found, start = {name: Findings() for name in parts}, time.perf_counter()
+    """Every plan of the part, and the unclipped model, on every case; `keep` gets what is known after each.
+
+    A part that fails is left out from then on; what it had found stays, and the other parts go on.
+    """
+    found, failed, start = {name: Findings() for name in parts}, set(), time.monotonic()
     for done, (name, spec) in enumerate(work):
-        seconds = time.perf_counter() - start
-        if seconds > course.seconds:
+        if time.monotonic() > course.ends:
             break
-        run_case(course, course.case(*spec, parts[name].ranks), parts[name], found[name])
-        print(f"  {name} {spec}: {done + 1} of {len(work)}, {time.perf_counter() - start:.0f} s", flush=True)
-        if parts[name].plans:
+        if name in failed:
+            continue
+        part, with_error = parts[name], len(found[name].seeds) < parts[name].errors
+        try:
+            found[name].extend(run_case(course, course.case(*spec, part.ranks), part, with_error))
+        except Exception:
+            traceback.print_exc()
+            print(f"  {name} {spec} failed: no more of this part", flush=True)
+            failed.add(name)
+            continue
+        print(f"  {name} {spec}: {done + 1} of {len(work)}, {time.monotonic() - start:.0f} s", flush=True)
+        if part.plans:
             print(f"    {so_far(found[name])}", flush=True)
         keep(found)
+    if failed:
+        keep(found)
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}")
     return found
 
 
-def run_case(course: Course, case: Case, part: Part, found: Findings) -> None:
-    """One case under every plan of the part, added to `found`."""
-    with_error = len(found.seeds) < part.errors
+def run_case(course: Course, case: Case, part: Part, with_error: bool) -> Findings:
+    """One case under every plan of the part."""
+    found = Findings()
     course.model.records_attention = part.records_attention
     for method, bound in [(UNCLIPPED, None), *part.plans]:
         tally = found.tallies.setdefault((method.name, bound), Tally())
@@ -283,3 +299,4 @@ def run_case(course: Course, case: Case, part: Part, found: Findings) -> None:
     found.mixes.append(case.mix)
     found.right.append(_by_name(case.right))
     found.asked.append(_by_name({k: [True] * len(v) for k, v in case.right.items()}))
+    return found

@@ -67,7 +67,7 @@ def modality_of(model: LabModel, calibrated: profile.Profile) -> dict[int, Tenso
 @torch.no_grad()
 def skipping(course: Course, other: object) -> list[Method]:
     """MoDES's layers' importance and ratio of thresholds, from one batch of training samples a mix."""
-    calibrating = Course(course.model, other, course.mixes, course.dtype, (0,), course.seconds)
+    calibrating = Course(course.model, other, course.mixes, course.dtype, (0,))
     cases = [calibrating.case(*spec, 8) for spec in calibrating.specs(1)]
 
     def change(case, seam) -> float:

@@ -1,7 +1,8 @@
-"""Trains the lab's models on one GPU: that of digits in under ten minutes, that of documents in twenty.
+"""Trains the lab's models on one GPU: that of digits in under ten minutes, that of documents in ten to twenty.
 
     python -m lab.train --out OUT [--suite digits] [--minutes 8] [--material material.npz]
-    python -m lab.train --out OUT --suite documents --minutes 20 [--call-seconds 500 --resume]
+    python -m lab.train --out OUT --suite documents --call-seconds 530               # all of it in this call
+    python -m lab.train --out OUT --suite documents --minutes 20 --call-seconds 530  # and the same with --resume
     python -m lab.train --out OUT --suite documents-small --minutes 12      # two CPU cores
 
 Digits are drawn on the device; documents by other processes (lab_stock.py). The step is one CUDA graph. The learning
@@ -31,6 +32,8 @@ from lab.lab_tasks import Maker
 from lab.lab_tokens import Vocabulary, document_tokenizer, train_tokenizer
 from lab.lab_trainer import BALANCE, BALANCE_OVER, BIAS_BAND, BIAS_STEP, TARGET, Trainer
 
+START = time.monotonic()  # of the process
+MINUTES = 8.0  # of training, where neither they nor the call's seconds are given
 SAVE_EVERY = 120.0  # seconds
 STOCK_BATCHES = 400  # batches' rows that are held on the device; a tenth of it on a CPU
 STOCK_SHARE, STOCK_SECONDS = 0.3, 40.0  # of which so much is waited for before the first step, or so long
@@ -119,8 +122,8 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--suite", choices=SUITES, default="digits")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of training, over all calls")
-    parser.add_argument("--call-seconds", type=float, default=math.inf, help="end this call after so long, to resume")
+    parser.add_argument("--minutes", type=float, help=f"of all calls (default: this call's, or {MINUTES})")
+    parser.add_argument("--call-seconds", type=float, default=math.inf, help="of this call, its start-up included")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, if it is there")
     parser.add_argument("--material", type=Path, help="of lab_material.py, where scikit-learn is missing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +206,7 @@ def meta_of(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mi
     name = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu"
     meta = {"suite": suite.name, "architecture": trainer.model.arch.to_json(), "mix": mix}
     meta |= {"balance": [BALANCE, BALANCE_OVER, TARGET], "bias": [BIAS_STEP, *BIAS_BAND]}
-    kept = ("seed", "lr", "warmup", "minutes", "experts_by", "optimizer")
+    kept = ("seed", "lr", "warmup", "experts_by", "optimizer")
     return {**meta, **{k: getattr(options, k) for k in kept}, "device": name, "torch": torch.__version__}
 
 
@@ -230,9 +233,11 @@ def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, b
     describe(trainer, mix, options)
     if trainer.device.type == "cuda" and not options.no_graph:
         capture_or_restart(trainer, options)
-    start, budget, first = time.perf_counter(), options.minutes * 60, step
+    start, first = time.monotonic(), step
+    budget, left = schedule(options, before, start - START)
+    meta["minutes"] = round(budget / 60, 2)
     judged = saved = printed = elapsed = 0.0
-    while before + elapsed < budget and elapsed < options.call_seconds:
+    while before + elapsed < budget and elapsed < left:
         trainer.set_rate(step, (before + elapsed) / budget)
         trainer.step()
         step += 1
@@ -243,16 +248,27 @@ def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, b
             if elapsed - printed > 10:
                 printed = elapsed
                 if not print_figures(trainer, step, (step - first) / elapsed, before + elapsed):
-                    start_again(options, budget - before - elapsed)
+                    start_again(options)
         if elapsed - judged > options.judge_every:
             judged = elapsed
             report(trainer, batches, options.out, log, step, before + elapsed, meta)
         if elapsed - saved > SAVE_EVERY:
             saved = elapsed
             trainer.save(state, step, before + elapsed, log)
-        elapsed = time.perf_counter() - start
+        elapsed = time.monotonic() - start
     trainer.save(state, step, before + elapsed, log)
     report(trainer, batches, options.out, log, step, before + elapsed, meta)
+
+
+def schedule(options: argparse.Namespace, before: float, start_up: float) -> tuple[float, float]:
+    """Seconds of training over all calls, which the learning rate follows, and of them those that this call has left.
+
+    before: of earlier calls.
+    """
+    left = options.call_seconds - start_up
+    if options.minutes:
+        return 60 * options.minutes, left
+    return (before + left, left) if math.isfinite(left) else (60 * MINUTES, left)
 
 
 def describe(trainer: Trainer, mix: Mix, options: argparse.Namespace) -> None:
@@ -278,13 +294,12 @@ def print_figures(trainer: Trainer, step: int, speed: float, elapsed: float) -> 
     return math.isfinite(loss)
 
 
-def start_again(options: argparse.Namespace, seconds: float) -> None:
-    """After a loss that is not finite: anew with AdamW at half the rate, in the time that is left."""
+def start_again(options: argparse.Namespace) -> None:
+    """After a loss that is not finite: anew with AdamW at half the rate, in the time that is left of the call."""
     if options.optimizer == "adamw":
         raise SystemExit("the loss is not finite; lower --lr")
     (options.out / "state.pt").unlink(missing_ok=True)
-    less = ["--optimizer", "adamw", "--lr", str(options.lr / 2), "--minutes", f"{seconds / 60:.2f}"]
-    raise Restart("the loss is not finite", *less)
+    raise Restart("the loss is not finite", "--optimizer", "adamw", "--lr", str(options.lr / 2))
 
 
 if __name__ == "__main__":
@@ -292,5 +307,6 @@ if __name__ == "__main__":
         main()
     except Restart as restart:
         why, *less = restart.args
+        less += ["--call-seconds", f"{options_of().call_seconds - (time.monotonic() - START):.0f}"]
         print(f"{why}; starting again with {' '.join(less)}", flush=True)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *less])

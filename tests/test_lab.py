@@ -476,7 +476,7 @@ def test_shards_put_together_are_one_run(model, make):
     mixes = {"small": {"text": {"copy": 4}, "wide": {"read": 6}}}
     model.experts_by = "loop"
     plans = [(method, 1.0) for method in lab_methods.methods({}) if method.name in ("gate", "cai", "random")]
-    course = lab_cases.Course(model, make, mixes, torch.float32, (0, 1), float("inf"))
+    course = lab_cases.Course(model, make, mixes, torch.float32, (0, 1))
     parts = {"main": lab_cases.Part(1, plans), "again": lab_cases.Part(1, plans[:1])}
     work = lab_cases.work_of(course, parts)
     assert [name for name, _ in work[:2]] == ["main", "again"] and len(work) == 4
@@ -516,6 +516,28 @@ def test_a_run_that_is_out_of_time_keeps_what_it_has(model, make):
         found = lab_cases.run_work(course, parts, lab_cases.work_of(course, parts), kept.append)
     assert not found["main"].seeds and not kept
     assert "main" not in lab_statistics.merged([{"findings": {"main": found["main"].to_json()}}])
+
+
+@torch.no_grad()
+def test_a_part_that_fails_costs_no_other(model, make, capsys):
+    """What it had found counts, a case that it had begun does not; the run is red in the end."""
+    course, kept = lab_cases.Course(model, make, {"small": {"text": {"copy": 2}}}, torch.float32, (0, 1, 2)), []
+    decided = []
+
+    def fails(given, bound):
+        decided.append(given.layer)
+        if len(decided) > 8:  # in the second case
+            raise RuntimeError("no such operator")
+        return lab_methods.keep_all(given, bound)
+
+    part = lab_cases.Part(1, [(lab_methods.Method("m", fails, acts_above_bound_only=False), 1.0)])
+    parts = {"main": lab_cases.Part(1, []), "bad": part}
+    with pytest.raises(SystemExit, match="bad"):
+        lab_cases.run_work(course, parts, lab_cases.work_of(course, parts), kept.append)
+    found = kept[-1]
+    assert len(found["main"].seeds) == 3 and len(found["bad"].seeds) == 1
+    assert all(len(tally.kl) == 1 for tally in found["bad"].tallies.values())
+    assert "no such operator" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not TRAINED, reason="no trained checkpoint here")

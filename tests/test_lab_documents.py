@@ -378,7 +378,7 @@ def test_a_step_learns_and_a_saved_state_goes_on_as_if_nothing_had_happened(make
 @pytest.fixture(scope="module")
 def course(model, makers):
     mixes = {"small": {"text": {"lookup": 6}, "plate": {"count": 10}, "pair": {"more": 4}}}
-    return lab_cases.Course(model, makers[0], mixes, torch.float32, (0,), math.inf)
+    return lab_cases.Course(model, makers[0], mixes, torch.float32, (0,))
 
 
 @pytest.fixture(scope="module")

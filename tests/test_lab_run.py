@@ -1,14 +1,17 @@
 """The lab's run on a GPU machine: what it leaves behind when it ends, and when it does not."""
 
+import math
+import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lab import gpu_run
+from lab import gpu_run, train
 
 
 @pytest.fixture
@@ -69,9 +72,59 @@ def test_weights_in_parts_lie_beside_the_archive_and_what_is_resumed_from_stays(
 
 
 def test_variants_are_models_that_the_trainer_takes():
-    from lab import train
-
     for variant in gpu_run.VARIANTS:
-        options = train.options_of(["--out", "x", "--suite", variant.name, *variant.training])
-        assert options.seed and options.suite == variant.name
+        asked = Namespace(minutes=None, resume=False)
+        options = train.options_of(list(map(str, gpu_run.training(variant, asked, 525.4)[3:])))
+        assert options.seed and options.suite == variant.name and options.out == variant.folder
+        assert (options.minutes, options.call_seconds, options.resume) == (None, 525.0, False)
+        asked = Namespace(minutes=16.0, resume=True)
+        options = train.options_of(list(map(str, gpu_run.training(variant, asked, 525.4)[3:])))
+        assert (options.minutes, options.call_seconds, options.resume) == (16.0, 525.0, True)
     assert len({v.name for v in gpu_run.VARIANTS}) == len(gpu_run.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "call", "before", "expected"),
+    [
+        (None, 530.0, 0.0, (490.0, 490.0)),  # one call: the rate falls to its end with the call
+        (None, 530.0, 480.0, (970.0, 490.0)),
+        (16.0, 530.0, 480.0, (960.0, 490.0)),  # several: it follows their whole
+        (16.0, math.inf, 0.0, (960.0, math.inf)),
+        (None, math.inf, 0.0, (60 * train.MINUTES, math.inf)),
+    ],
+)
+def test_a_training_ends_with_its_call_whatever_its_start_up_took(minutes, call, before, expected):
+    options = Namespace(minutes=minutes, call_seconds=call)
+    assert train.schedule(options, before, start_up=40.0) == expected
+
+
+def test_a_training_that_makes_no_step_is_seen_before_its_time_is_up(variant, tmp_path):
+    jobs = gpu_run.Jobs(tmp_path, gpu_run.Gpus())
+    log = variant.folder / "train.log"
+    line = "   10 s step 80 (8.0/s) answer loss 4.1, right tokens 12.0 %, max/mean 1.4..2.3"
+    for name, script in (("dies", "exit 3"), ("steps", f"echo '{line}'; sleep 60"), ("hangs", "sleep 60")):
+        jobs.start(name, ["sh", "-c", script], log)
+        seconds = 1.0 if name == "hangs" else 60.0
+        assert jobs.until(lambda: gpu_run._has_stepped(variant), [name], seconds) == (name == "steps")
+        assert jobs.wait([name], 0.0, [variant])[name] == (3 if name == "dies" else None)
+
+
+def test_only_processes_that_have_to_share_a_gpu_go_through_mps(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command[0])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda _: "/usr/bin/nvidia-cuda-mps-control")
+    monkeypatch.setattr(gpu_run.subprocess, "run", run)
+    gpus = gpu_run.Gpus(("0", "1"))
+    with gpu_run.sharing(gpus, 2) as made:
+        assert made is gpus and not commands
+    with pytest.raises(KeyError), gpu_run.sharing(gpus, 8) as made:
+        pipes = Path(made.environment["CUDA_MPS_PIPE_DIRECTORY"])
+        assert made.names == ("0", "1") and pipes.is_dir()
+        raise KeyError("whatever ends a stage")
+    assert commands[-1] == "nvidia-cuda-mps-control" and not pipes.exists()
+    with gpu_run.sharing(gpu_run.Gpus(), 8) as made:
+        assert made == gpu_run.Gpus()

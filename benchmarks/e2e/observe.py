@@ -6,8 +6,8 @@ One server of prefill.py's model and routing, whose options change while it serv
 under every one of MODES. So both sides of a pair are the same processes, graphs and memory. `off` recounts nothing;
 `observe` is as users have it, one pass in 16; under `every` it looks at each pass, which shows a cost 16 times as
 large: what it adds, divided by 16, is known far better than the rounds of `observe` show it. A ratio is the median over
-the turns, time of a mode over that of `off`. Then one round under `every` and one under `proof`, which recounts each
-pass in it: by layer, the most loaded rank over the mean as either has it. FILE is written after every size.
+the turns, time of a mode over that of `off`. Then one round under `proof`, which recounts each pass in it, and one
+under `every`: by layer, the most loaded rank over the mean as either has it. FILE is written after every size.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Measured:
 
     def loads(self, work: Workload) -> dict:
         """Most loaded rank over mean of each layer, over the same passes."""
-        seen = {mode: self.seen(mode, work) for mode in ("every", "proof")}
+        seen = {mode: self.seen(mode, work) for mode in ("proof", "every")}
         by_layer = {layer: {mode: seen[mode][layer] for mode in seen} for layer in seen["proof"]}
         furthest = max(abs(one["every"] - one["proof"]) for one in by_layer.values())
         print(f"observe: {work.tokens} tokens: max/mean of {len(by_layer)} layers, at most {furthest:.2g} apart")
@@ -129,7 +129,7 @@ class Measured:
         """The group's counters once they have settled, and at least so many passes are in them."""
         until, last = time.monotonic() + ARRIVAL_SECONDS, -1
         while True:
-            layers = self.client.states()[0]["layers"]
+            layers = min(self.client.states(), key=lambda state: state["rank"])["layers"]  # each rank has the group's
             found = min((layer["dispatches"] for layer in layers.values()), default=0)
             if (found == last and found >= passes) or time.monotonic() > until:
                 return {"layers": layers, "passes": found}

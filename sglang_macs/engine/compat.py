@@ -3,14 +3,17 @@
 Conditions of one flag stand here; those of dispatches and of replicas, which share facts, in modules of their own.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from ..errors import MacsError
 from . import dispatch_choice, families, placement
 from .launch import EXPERIMENTAL_ENV, V2, Launch, attention_dp, experimental, largest_prefill
 
 A2A_BACKENDS = ("macs", "deepep")
+V2_SINCE = (0, 5, 23)  # before 0.5.22 its prefills do not lie by expert; that one was tried with stand-ins alone
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
 
 
@@ -329,8 +332,17 @@ RULES = (
 )
 
 
+def has_v2(release: str) -> bool:
+    """Whether that release of SGLang has the V2 that is planned."""
+    return tuple(map(int, re.findall(r"\d+", release)[:3])) >= V2_SINCE
+
+
 def check_a2a(backend: str) -> None:
     """Raises MacsError unless the asked-for all-to-all backend is one that MACS plans for."""
+    if backend == V2 and not has_v2(found := version("sglang")):
+        since = ".".join(map(str, V2_SINCE))
+        fix = f"Pass --moe-a2a-backend macs, or install sglang=={since}."
+        raise MacsError("--moe-a2a-backend", f"{V2} of sglang {found}", f"V2 of sglang {since} or later", fix)
     if backend == V2 and not experimental("v2"):
         expected, fix = "macs or deepep: V2 has not run under MACS", f"{EXPERIMENTAL_ENV}=v2 tries it nevertheless."
         raise MacsError("--moe-a2a-backend", V2, expected, fix)

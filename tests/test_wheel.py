@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import EP2_ARGS, Server
+from tests.support.prebuilt import as_if_built
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
@@ -60,13 +61,20 @@ def sdist(clone, python) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def installed(sdist, python) -> Path:
-    """The environment, with the wheel that was built from the sdist."""
-    folder, ninja = sdist.parent, {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+@pytest.fixture(scope="module", params=["this build", pytest.param("compiled", marks=pytest.mark.nightly)])
+def installed(request, sdist, python) -> Path:
+    """The environment, with the wheel that was built from the sdist: around this clone's library, or compiled anew."""
+    folder = sdist.parent / request.param.replace(" ", "-")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,), programs = folder.iterdir(), Path(sys.executable).parent
+    if request.param == "this build":
+        programs = folder / "programs"
+        as_if_built(source, programs)
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
     offline = ("--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "wheel", *offline, "-w", folder, sdist, cwd=folder, MACS_CUDA="0", **ninja)
+    path = f"{programs}:{os.environ['PATH']}"
+    run(*pip, "wheel", *offline, "-w", folder, source, cwd=folder, MACS_CUDA="0", PATH=path)
     (wheel,) = folder.glob("*.whl")
     run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
     return python.parent.parent

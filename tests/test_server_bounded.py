@@ -1,5 +1,5 @@
-"""An exempt request on a real server: what others send moves none of its probabilities, and nothing is left of others
-in what it finds cached.
+"""A real server at gamma 1: its bounds under load; exempt requests, which nothing that others send moves and which find
+nothing of others cached; and on a server of its own, a prefix cache of what was not clipped.
 """
 
 import itertools
@@ -9,13 +9,47 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.questions import QUESTIONS, Question
-from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt, states
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt, states
 from sglang_macs import cli
-from tests.support.servers import MACS, assert_bounds_held, generate, own, serve
+from tests.support.servers import (
+    MACS,
+    assert_bounds_held,
+    assert_metrics_are_the_counters,
+    generate,
+    load,
+    own,
+    serve,
+)
 from tests.support.tiers import nightly_but
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 OFF = {"macs": "off"}
+
+
+@pytest.fixture(scope="module")
+def server(vl_model):
+    flags = ["--macs-gamma", "1.0", "--macs-act", "always", "--enable-metrics"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="bounded") as server:
+        yield server
+
+
+@pytest.mark.smoke
+def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(server, capsys):
+    load(server)
+    for bad in (b"not a picture", photograph_files()["china"][:200], b""):
+        with pytest.raises(ServerError, match="HTTP 4"):
+            server.generate(Question("What?", "china").prompt, data_uri(bad))
+    assert server.generate(QUESTIONS[-1].prompt, data_uri(photograph_files()["china"])).ids  # still there
+    assert_bounds_held(server)
+    assert own(server, "clipped") > 0
+    for state in states(server):
+        assert state["checks"]["text_last"] == state["planned"]
+        assert sum(layer["cut"] for layer in state["layers"].values()) > 0
+        for layer in state["layers"].values():
+            assert layer["max_over_mean_after"] <= 1.01 * layer["dispatches"] < layer["max_over_mean_before"]
+    assert_metrics_are_the_counters(server)
+    assert cli.main(["top", server.url, "--once"]) == 0
+    assert "a bound cut in" in capsys.readouterr().out
 
 
 def ask(server: Server, question: Question, custom: dict | None, key: str = "") -> dict:
@@ -68,30 +102,35 @@ def moved(server: Server, alone: dict[Question, list[float]], custom: dict | Non
         return [furthest(alone[question], ask(server, question, custom, str(i))) for i, question in asked]
 
 
+def exceeded(server: Server) -> list[int]:
+    """Of each rank: how often a bound was, by what may not be clipped."""
+    return [sum(layer["exceeded"] for layer in state["layers"].values()) for state in states(server)]
+
+
 @pytest.mark.parametrize("count", [16, pytest.param(40, marks=pytest.mark.nightly)])
-def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_model, count):
-    flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always"]
-    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="exempt") as server:
-        alone = {question: log_probs(ask(server, question, OFF, "alone")) for question in QUESTIONS[2:]}
-        exempt = moved(server, alone, OFF, count)
-        clipped = moved(server, alone, None, count)
-        with Others(server):
-            for question in alone:
-                ask(server, question, None)  # what was moved is in the cache now
-        answers = [(question, ask(server, question, OFF)) for question in (*alone, *alone)]
-        assert not is_cached(answers[0][1]), "what others have left there is not for it"
-        assert all(is_cached(answer) for _, answer in answers[len(alone) :])
-        assert max(furthest(alone[question], answer) for question, answer in answers) <= max(exempt)
-        assert_bounds_held(server)
-        assert own(server, "clipped") > 0
-        of_ranks = sorted(state["exempt_tokens"] for state in states(server))
-        assert of_ranks[0] == 0 < of_ranks[1], "all are asked of one rank"
-        for state in states(server):
-            assert any(layer["exceeded"] for layer in state["layers"].values()), "alone on a rank, they are"
-        assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
-        rounding = max(moved(server, alone, None, count))  # kernels round otherwise in other batches
-        assert max(exempt) <= 2 * rounding
-        assert sum(by > max(0.005, 2 * rounding) for by in clipped) > count // 2, "without it, answers are moved"
+def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(server, count):
+    server.flush_cache()
+    assert cli.main(["set", server.url, "--on", "--min-tokens", "0", "--wait", "0"]) == 0
+    clipped_before, exceeded_before = own(server, "clipped"), exceeded(server)
+    alone = {question: log_probs(ask(server, question, OFF, "alone")) for question in QUESTIONS[2:]}
+    exempt = moved(server, alone, OFF, count)
+    clipped = moved(server, alone, None, count)
+    with Others(server):
+        for question in alone:
+            ask(server, question, None)  # what was moved is in the cache now
+    answers = [(question, ask(server, question, OFF)) for question in (*alone, *alone)]
+    assert not is_cached(answers[0][1]), "what others have left there is not for it"
+    assert all(is_cached(answer) for _, answer in answers[len(alone) :])
+    assert max(furthest(alone[question], answer) for question, answer in answers) <= max(exempt)
+    assert_bounds_held(server)
+    assert own(server, "clipped") > clipped_before
+    of_ranks = sorted(state["exempt_tokens"] for state in states(server))
+    assert of_ranks[0] == 0 < of_ranks[1], "all are asked of one rank"
+    assert all(now > before for now, before in zip(exceeded(server), exceeded_before, strict=True)), "alone on a rank"
+    assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
+    rounding = max(moved(server, alone, None, count))  # kernels round otherwise in other batches
+    assert max(exempt) <= 2 * rounding
+    assert sum(by > max(0.005, 2 * rounding) for by in clipped) > count // 2, "without it, answers are moved"
 
 
 def is_found_again(server: Server, text: str, image: str | None = None) -> bool:

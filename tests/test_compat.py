@@ -184,10 +184,12 @@ def test_options_that_replicas_do_not_go_with_are_refused(flags, options, got):
 
 
 @pytest.mark.parametrize("flags", PLACED, ids=str)
-def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flags):
+def test_on_gpus_replicas_are_served_in_normal_mode_and_elsewhere_on_request(monkeypatch, flags):
     flags = {"device": "cuda", "deepep_mode": "normal", **flags}
-    with pytest.raises(MacsError, match="on a GPU"):
-        compat.check(launch(**flags))
+    compat.check(launch(**flags))
+    for mode in ("low_latency", "auto"):
+        with pytest.raises(MacsError, match="on a GPU"):
+            compat.check(launch(**{**flags, "deepep_mode": mode}))
     monkeypatch.setenv(EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
     for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):

@@ -212,8 +212,8 @@ RULES = (
     Rule(
         "--enable-eplb, redundant experts",
         placement.where_unknown(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
-        "experts in their own order: on GPUs, plans with replicas have not been measured",
-        f"Leave EPLB out; {EXPERIMENTAL_ENV}=replicas tries it nevertheless.",
+        "--deepep-mode normal: on GPUs, plans with replicas have been measured there alone",
+        f"Pass it, or leave EPLB out; {EXPERIMENTAL_ENV}=replicas tries it nevertheless.",
     ),
     Rule(
         "--enable-eplb",
@@ -231,7 +231,7 @@ RULES = (
         placement.where_unknown(
             lambda x: not x.config.changes_nothing and placement.placed(x), "moved experts on a GPU"
         ),
-        "trivial: router logits and profiles count experts in the model's own order",
+        "trivial, or --deepep-mode normal: elsewhere on GPUs experts are counted in the model's own order",
         _LEAVE_OUT,
     ),
     Rule(

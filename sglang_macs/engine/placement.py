@@ -11,21 +11,24 @@ def placed(launch: Launch) -> bool:
     return moved or any(launch.flag(name) for name in ("enable_eplb", "ep_num_redundant_experts"))
 
 
-def replicas_on(device: object) -> bool:
-    """Whether plans know replicas there: on GPUs, no server with them has been measured."""
-    return device == "cpu" or experimental("replicas")
+def replicas_on(device: object, deepep_mode: object) -> bool:
+    """Whether plans know replicas there: on GPUs, servers with them have run in DeepEP's normal mode."""
+    return device == "cpu" or deepep_mode == "normal" or experimental("replicas")
+
+
+def _known(launch: Launch) -> bool:
+    return replicas_on(launch.flag("device"), launch.flag("deepep_mode", "auto"))
 
 
 def balances(launch: Launch) -> bool:
     """Whether plans choose among replicas, by logical expert."""
     config = launch.config
-    known = replicas_on(launch.flag("device"))
-    return placed(launch) and known and config.replicas == "balance" and not config.is_off
+    return placed(launch) and _known(launch) and config.replicas == "balance" and not config.is_off
 
 
 def where_unknown(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
     """For replicas where plans do not know them."""
-    return lambda launch: got if not replicas_on(launch.flag("device")) and condition(launch) else ""
+    return lambda launch: got if not _known(launch) and condition(launch) else ""
 
 
 def dispatch_algorithm(launch: Launch) -> str:
@@ -33,7 +36,7 @@ def dispatch_algorithm(launch: Launch) -> str:
     algorithm = launch.flag("ep_dispatch_algorithm")
     if algorithm == "lp":
         return "lp, which solves for every batch what MACS solves itself"
-    known = replicas_on(launch.flag("device"))
+    known = _known(launch)
     if not algorithm or launch.config.changes_nothing or (known and algorithm != "fake"):
         return ""
     return f"{algorithm}, experts that the router did not choose" if known else "physical experts"

@@ -45,6 +45,7 @@ def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, v
         assert all(after < before for before, after in balance(server))
 
 
+@pytest.mark.nightly  # without a server: test_replicas.py, test_replicas_dispatch.py
 def test_replicas_come_before_clipping_and_the_recorder_counts_what_was_asked_for(vl_model, tmp_path):
     """A placement from given loads; half of the rows are dropped, and all are in the recorder's counts."""
     placement = tmp_path / "loads.json"

@@ -100,12 +100,16 @@ def test_the_command_tells_the_version_without_torch(installed, sdist, tmp_path)
     assert told == f"sglang-macs {version_of(sdist)}"
 
 
+def test_the_wheel_brings_its_extension(installed, tmp_path):
+    program = "import sglang_macs; from sglang_macs import cpu_compat, ops; ops.check(); print(sglang_macs.__file__)"
+    assert run(installed / "bin" / "python", "-c", program, cwd=tmp_path).startswith(str(installed))
+
+
+@pytest.mark.nightly  # an installed package answers in test_quickstart.py, too
 def test_the_wheel_answers_from_a_folder_that_is_no_clone(
     installed, sdist, vl_model, server_log, tmp_path, monkeypatch
 ):
     python = installed / "bin" / "python"
-    program = "import sglang_macs; from sglang_macs import cpu_compat, ops; ops.check(); print(sglang_macs.__file__)"
-    assert run(python, "-c", program, cwd=tmp_path).startswith(str(installed))
     shims = run(python, "-c", "from sglang_macs import cpu_compat; print(cpu_compat.SITE_DIR)", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     flags = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-gamma", "1.0"]

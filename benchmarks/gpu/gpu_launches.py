@@ -184,9 +184,14 @@ class Launch:
 
 
 def expert_location(layers: int, experts: int, redundant: int, ranks: int) -> str:
-    """For --init-expert-location: each rank has its own experts, linearly, and the first ones of the next rank."""
+    """For --init-expert-location: each rank has its own experts, linearly, and copies of others', each of another rank:
+    an overloaded rank's first experts have copies in as many places as can be.
+    """
     own, copies = experts // ranks, redundant // ranks
-    of_layer = [(rank * own + i) % experts for rank in range(ranks) for i in range(own + copies)]
+    of_layer = []
+    for rank in range(ranks):
+        sources = [(rank + 1 + i % (ranks - 1)) % ranks for i in range(copies)]
+        of_layer += [rank * own + i for i in range(own)] + [source * own + i for i, source in enumerate(sources)]
     return json.dumps({"physical_to_logical_map": [of_layer] * layers}, separators=(",", ":"))
 
 

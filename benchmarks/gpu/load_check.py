@@ -23,8 +23,8 @@ from pathlib import Path
 
 from benchmarks.gpu import result_file
 from benchmarks.gpu.gpu_launches import LAUNCHES, RUNS, Launch, start
-from benchmarks.load_test import MORE_MB, OUT, Check, Request, Sent, in_halves, mix, rank_killed, send, states
-from benchmarks.serving import Server
+from benchmarks.load_test import MORE_MB, OUT, Check, Request, Sent, in_halves, mix, rank_killed, send
+from benchmarks.serving import Server, states
 
 ALIKE = 0.05  # share of answers by which two runs may differ more than off's own two
 NAMED_WITHIN = 10.0  # seconds

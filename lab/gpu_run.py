@@ -10,7 +10,7 @@ Needs torch with CUDA, tokenizers, safetensors, scipy, scikit-learn for digits, 
 the operators (without it they are built for the CPU alone). `train` builds the operators beside the training, and ends
 early where no step is made; `evaluate` goes on from what `train` left in build/lab-run. Every 20 seconds OUT gets
 NAME.tar.gz of every model: weights, log, profile, findings so far; weights that come in several files lie beside it. A
-run that is killed leaves the latest, from which a training can be resumed where build/lab-run is kept; evaluate.py
+run that is killed leaves the latest, from which a training can be resumed where build/lab-run is kept; lab.evaluate
 --merge makes tables of unfinished findings.
 
 Not benchmarks/gpu/session.py, whose steps end: here stages share what is left of the time, and are ended with it.

@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# What an archive needs: the environment, or that of PY=... on the command line, which is left as it is.
+MADE := $(if $(findstring command,$(origin PY)),,$(VENV)/.installed)
 IMAGE ?=
 ARCHS ?= 90a,100a
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
@@ -75,11 +77,11 @@ format: build  ## ruff format, and the tables in README and docs
 	@$(VENV)/bin/ruff check --fix .
 	@$(PY) -m tools.docs_tables
 
-sdist: build  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
+sdist: $(MADE)  ## dist/: the source archive, from which `pip wheel` and the Dockerfile build
 	@rm -rf dist
 	@$(PY) setup.py -q sdist
 
-wheel: sdist  ## dist/: a wheel from it, for the GPUs of ARCHS (90a,100a) where there is nvcc, else for CPUs; its name says so
+wheel: sdist  ## dist/: a wheel from it, for the GPUs of ARCHS (90a,100a) where there is nvcc and torch for CUDA, else for CPUs
 	@MACS_CUDA_ARCH=$(ARCHS) $(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	@ls dist
 

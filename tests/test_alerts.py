@@ -1,11 +1,13 @@
 """Alert rules and dashboard, evaluated by Prometheus's own promtool: a server that is well, idle or ill."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,17 @@ from sglang_macs.observe import metrics
 ROOT = Path(__file__).resolve().parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"][0]["rules"]
-PANELS = json.loads((ROOT / "docs" / "grafana" / "macs.json").read_text())["panels"]
-SGLANG_SERIES = {"sglang:num_running_reqs"}
+DASHBOARD = json.loads((ROOT / "docs" / "grafana" / "macs.json").read_text())
+PANELS = DASHBOARD["panels"]
+# SGLang's own, by the name that a query gives them.
+SGLANG_SERIES = {
+    "sglang:num_running_reqs",
+    "sglang:num_queue_reqs",
+    "sglang:prompt_tokens_total",
+    "sglang:generation_tokens_total",
+    "sglang:time_to_first_token_seconds_bucket",
+    "sglang:inter_token_latency_seconds_bucket",
+}
 NOTHING_YET = {"Bound violations": -1, "Plans without a mask": -1, "Planning": 1, "Gamma": 1}
 
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: apt-get install prometheus")
@@ -49,7 +60,59 @@ def test_every_rule_has_a_case_and_names_series_that_exist():
 def expressions() -> list[tuple[str, str]]:
     """(panel, query) as Grafana would send them."""
     said = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
-    return [(title, expr.replace("$model", ".*").replace("$__rate_interval", "5m")) for title, expr in said]
+    every = re.compile(r"\$(?:model|job|instance)\b")
+    return [(title, every.sub(".*", expr).replace("$__rate_interval", "5m")) for title, expr in said]
+
+
+def test_every_query_is_of_the_model_job_and_instance_chosen():
+    chosen = {variable["name"] for variable in DASHBOARD["templating"]["list"]} - {"datasource"}
+    assert chosen == {"model", "job", "instance"}
+    for panel in PANELS:
+        for target in panel["targets"]:
+            series = len(re.findall(r"sglang:\w+", target["expr"]))
+            for name in chosen:
+                assert target["expr"].count(f'=~"${name}"') == series, (panel["title"], name)
+
+
+def test_series_of_sglangs_own_exist():
+    """In the installed release: a histogram's name is that of its buckets without their ending."""
+    source = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "observability" / "metrics_collector.py"
+    text = source.read_text(encoding="utf-8")
+    named = {name for _, expr in expressions() for name in re.findall(r"sglang:\w+", expr)} | SGLANG_SERIES
+    of_sglang = {name for name in named if not name.startswith("sglang:macs_")}
+    assert of_sglang == SGLANG_SERIES
+    for name in of_sglang:
+        assert f'name="{name.removesuffix("_bucket")}"' in text, name
+
+
+def test_the_dashboard_has_nothing_that_grafana_does_not_know():
+    """By Grafana's own models, which leave out what they do not know."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    from grafana_foundation_sdk.cog import encoder, plugins
+
+    plugins.register_default_plugins()
+
+    def unknown(raw: dict) -> list[str]:
+        known = json.loads(encoder.JSONEncoder(sort_keys=True).encode(models.Dashboard.from_json(raw)))
+        return list(left_out(raw, known))
+
+    assert not unknown(DASHBOARD)
+    wrong = json.loads(json.dumps(DASHBOARD))
+    wrong["panels"][0]["targets"][0]["expression"] = ""
+    assert unknown(wrong) == ["/panels/0/targets/0/expression"]
+
+
+def left_out(raw: object, known: object, path: str = "") -> Iterator[str]:
+    """Where `raw` says something that `known` does not."""
+    if not isinstance(raw, dict | list):
+        yield from () if raw == known else (path,)
+        return
+    for name, part in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        there = name in known if isinstance(known, dict) else isinstance(known, list) and name < len(known)
+        if there:
+            yield from left_out(part, known[name], f"{path}/{name}")
+        elif part not in ({}, []):
+            yield f"{path}/{name}"
 
 
 def test_no_panel_divides_by_what_may_be_zero():
@@ -66,12 +129,21 @@ def test_a_server_that_has_done_nothing_shows_gaps_and_no_nan(tmp_path):
         labels = "".join(f', {name}="x"' for name in metric.labels)
         value = 1 if metric.kind == "gauge" else 0
         series.append({"series": f'{metric.series}{{model_name="m"{labels}}}', "values": f"{value}+0x20"})
+    for name in SGLANG_SERIES:
+        labels = ', le="1"' if name.endswith("_bucket") else ""
+        series.append({"series": f'{name}{{model_name="m"{labels}}}', "values": "0+0x20"})
+        if labels:
+            series.append({"series": f'{name}{{model_name="m", le="+Inf"}}', "values": "0+0x20"})
     tests = []
     for title, expr in expressions():
         by = re.search(r"by \(([\w, ]+)\)", expr)
         labels = ", ".join(f'{name}="x"' for name in by[1].split(", ")) if by else ""
         rate = {"labels": f"{{{labels}}}", "value": int("macs_info" in expr)}
-        expected = [] if " / " in expr else [rate | {"value": NOTHING_YET.get(title, rate["value"])}]
+        expected = (
+            []
+            if " / " in expr or "histogram_quantile" in expr
+            else [rate | {"value": NOTHING_YET.get(title, rate["value"])}]
+        )
         if title.startswith("Most loaded") and " / " not in expr:
             expected[0]["value"] = 1  # gamma
         tests.append({"expr": expr, "eval_time": "10m", "exp_samples": expected})

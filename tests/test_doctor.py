@@ -135,24 +135,32 @@ def test_why_gpus_are_invisible_is_said(monkeypatch, tmp_path, devices, cuda, vi
     assert next(iter(doctor._cpu(asked=True))).found == "serving on the CPU"
 
 
-def test_a_doctor_who_waits_says_what_for(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("asked", "waits", "words"),
+    [
+        ([], "sglang_macs.cli.doctor._in_sglang", "importing SGLang"),
+        (["http://127.0.0.1:9"], "sglang_macs.cli.doctor_server.examine", "waiting for http://127.0.0.1:9"),
+    ],
+    ids=["machine", "server"],
+)
+def test_a_doctor_who_waits_says_what_for(monkeypatch, capsys, asked, waits, words):
     said = threading.Event()
 
     class Stderr:
         def write(self, text: str) -> None:
-            if "importing SGLang" in text:
+            if words in text:
                 said.set()
 
         def flush(self) -> None: ...
 
-    def in_sglang(*_) -> list[Check]:
+    def waiting(*_) -> list[Check]:
         assert said.wait(60), "not a word"
-        return []
+        return [Check("a", OK, "x")]
 
-    monkeypatch.setattr(doctor, "_in_sglang", in_sglang)
+    monkeypatch.setattr(waits, waiting)
     monkeypatch.setattr(doctor, "Progress", partial(Progress, every=0.01))
     monkeypatch.setattr(sys, "stderr", Stderr())
-    cli.main(["doctor", "--json"])
+    cli.main(["doctor", *asked, "--json"])
     assert json.loads(capsys.readouterr().out) and EVERY_SECONDS < 5
 
 

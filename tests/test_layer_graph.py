@@ -14,6 +14,7 @@ from sglang_macs.dispatch import layer_graph
 from sglang_macs.dispatch.bounded import Room, Sizes, size_class
 from sglang_macs.dispatch.layer_graph import LayerGraph, LayerGraphs
 from sglang_macs.dispatch.planner import LayerPlanner
+from sglang_macs.observe.beside import Observed
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
 from sglang_macs.plan.plan import Plan
@@ -83,6 +84,7 @@ class Layer:
     def forward(self, hidden, ids, weights, logits):
         self.launched.append(hidden.shape[0])
         planned = self.planner(hidden, ids, weights, logits)
+        self.planner.measure(ids, planned)
         self.planner.count_bounded()
         kept = planned.topk_weights.masked_fill(planned.topk_ids < 0, 0)
         return hidden * (kept * (planned.topk_ids + 1)).sum(1, keepdim=True)
@@ -206,6 +208,23 @@ def test_batches_that_are_not_planned_have_graphs_too(skip: str) -> None:
         now = a_pass(40, seed, skip=skip)
         assert torch.equal(graphs.run(now, 40, seed), launches.run(now, 40, seed))
     assert graphs.counted() == launches.counted() and graphs.planner.counters.graphs == 3
+
+
+def test_a_pass_that_is_only_observed_has_graphs_and_is_counted_as_the_launches_are() -> None:
+    """A graph holds no counting: its batch is counted before it."""
+    layers = Layer(True), Layer(False)
+    for layer in layers:
+        layer.planner.plan.configure(MacsConfig.from_preset("observe"))
+        layer.planner.observed = Observed(layer.planner.counters)
+    for seed, tokens in enumerate([300, 300, 500, 300]):
+        for layer in layers:
+            layer.planner.observed.begin_pass()
+            layer.run(a_pass(tokens, seed, skip="off", measured=True), tokens, seed)
+            layer.planner.observed.end_pass()
+    graphs, launches = (layer.counted() for layer in layers)
+    assert layers[0].planner.counters.graphs == 3 and graphs["layers"]["3"]["dispatches"] == 4
+    del graphs["observed_seconds"], launches["observed_seconds"]
+    assert graphs == launches
 
 
 def test_layers_left_alone_have_a_graph_of_their_own() -> None:

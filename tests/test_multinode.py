@@ -10,7 +10,10 @@ import pytest
 
 from benchmarks import multinode
 from benchmarks.multinode import Cluster, Network
+from benchmarks.questions import NEW_TOKENS, Question
 from benchmarks.serving import EP2_ARGS, Server
+from sglang_macs import cli
+from tests.support import changes
 
 pytestmark = [pytest.mark.server, pytest.mark.multinode]
 ARGS = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-verify", "true", "--macs-gamma", "1.0"]
@@ -87,3 +90,25 @@ def test_a_cut_cable_ends_the_server_within_a_minute_and_says_why(answers, netwo
 def _ignore_errors(cluster: Cluster) -> None:
     with contextlib.suppress(Exception):  # the server it asks is about to end
         cluster.generate(*multinode.questions(1)[0])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_options_change_under_load_on_both_hosts(vl_model, vl_reference):
+    """A request for other options reaches the other host later: no rank may apply it before all have it."""
+    if missing := multinode.why_not():
+        pytest.skip(f"no network namespaces here: {missing}")
+    flags, logs = [*EP2_ARGS, *changes.FLAGS], multinode.OUT / "change"
+    with Network() as network, Cluster(network, vl_model, flags, logs, timeout=500) as cluster:
+
+        def ask(question: Question) -> list[int]:
+            return cluster.generate(question.prompt, changes.picture_of(question), max_new_tokens=NEW_TOKENS)
+
+        def change(options: list[str]) -> int:
+            with network.inside(0):
+                return cli.main(["set", cluster.url, *options])
+
+        while_off = changes.change_under_load(108, ask, change, cluster.states)
+        changes.assert_all_ranks_changed_alike(cluster.states(), 108)
+        for _, _, question, ids in while_off:
+            assert ids == vl_reference.answer(question).ids, question

@@ -32,7 +32,14 @@ from tools.kernel_tables import (
     timeline_table,
     triton_table,
 )
-from tools.server_tables import bench_table, e2e_decode_table, e2e_table, newcomer_table, serve_table
+from tools.server_tables import (
+    bench_table,
+    e2e_decode_table,
+    e2e_table,
+    newcomer_table,
+    observe_table,
+    serve_table,
+)
 from tools.tables import ROOT, markdown, results
 
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -142,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "e2e": e2e_table,
     "e2e_decode": e2e_decode_table,
+    "observe": observe_table,
     "newcomer": newcomer_table,
     "triton": triton_table,
     "scores": scores_table,

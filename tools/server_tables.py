@@ -114,6 +114,31 @@ E2E_DECODE: dict[str, Callable[[dict], str]] = {
 }
 
 
+def observe_table() -> str:
+    """What --macs-preset observe costs, and whether it sees what the proof counts; for every run in docs/results."""
+    parts = []
+    for found in matching("observe_*"):
+        costs = [row for row in found["rows"] if row["op"] == "e2e_observe"]
+        loads = {row["case"]["tokens"]: row for row in found["rows"] if row["op"] == "observed_loads"}
+        rows = [[cell(row) for cell in OBSERVE.values()] for row in costs]
+        parts += [source(found), markdown(OBSERVE, rows)]
+        for tokens, row in loads.items():
+            proved = [layer["proof"] for layer in row["max_over_mean"].values()]
+            spread = f"{min(proved):.3f} to {max(proved):.3f} by the proof"
+            apart = f"what was observed is at most {row['furthest']:.1g} from it"
+            parts.append(f"Max/mean of {len(proved)} layers at {tokens:,} tokens: {spread}; {apart}.")
+    return "\n\n".join(parts) or "Nothing measured yet."
+
+
+OBSERVE: dict[str, Callable[[dict], str]] = {
+    "tokens per rank": lambda row: f"{row['case']['tokens']:,}",
+    "observed": lambda row: {"observe": "one pass in 16", "every": "every pass"}[row["case"]["mode"]],
+    "time over off's": lambda row: with_bounds(row, "ratio", "ci95", ".4f"),
+    "pass, ms": lambda row: f"{row['pass_ms']:.2f}",
+    "rounds": lambda row: str(row["rounds"]),
+}
+
+
 def newcomer_table() -> str:
     """Seconds from pip install to the first answer."""
     found = results(only("newcomer_*"))

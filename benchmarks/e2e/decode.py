@@ -193,7 +193,8 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_options.parser_of(__doc__, 48, 2, "beside stock: auto, fused, inf; all")
+    parser = common_options.parser_of(__doc__, 48)
+    common_options.add_variants(parser, 2, "beside stock: auto, fused, inf; all")
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS, help="of a rank, in the order measured")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)

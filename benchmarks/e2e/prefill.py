@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from benchmarks.e2e import common_options, kernel_trace, servers, standstill, su
 from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
 from benchmarks.e2e.servers import Launch, Variant
 from benchmarks.e2e.summary import Samples
-from benchmarks.gpu import mps, result_file
+from benchmarks.gpu import mps
 from benchmarks.serving import Server, ServerError
 
 TOKENS = [8192, 4096, 16384, 2048, 512]  # a rank and pass, the most telling first
@@ -80,19 +79,8 @@ class Report:
         return self.rows.get(json.dumps(self.case(variant, cell)), {}).get(name) is not None
 
     def write(self) -> None:
-        gpus = "" if self.options.ranks == 1 or self.options.share_gpu else f" x {self.options.ranks}"
-        result = {
-            "gpu": "none, CPU" if self.options.device == "cpu" else result_file.gpu_name() + gpus,
-            "commit": self.options.commit,
-            "command": result_file.command_line(sys.argv, "benchmarks.e2e", (*result_file.PLACE_OPTIONS, "--cache")),
-            "date": datetime.now(UTC).date().isoformat(),
-            "rows": list(self.rows.values()),
-            "outliers": self.outliers,
-            "lost": self.lost,
-        }
-        partial = self.options.out.with_suffix(".partial")
-        partial.write_text(result_file.text(result))
-        partial.replace(self.options.out)
+        rest = {"rows": list(self.rows.values()), "outliers": self.outliers, "lost": self.lost}
+        common_options.write(self.options.out, common_options.header(self.options) | rest)
 
 
 # ---- One group of servers ------------------------------------------------------------------------------------------
@@ -328,7 +316,8 @@ def launch_of(options: argparse.Namespace, client: dict[str, str]) -> Launch:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = common_options.parser_of(__doc__, 24, 4, "beside stock and balanced; all that this version has")
+    parser = common_options.parser_of(__doc__, 24)
+    common_options.add_variants(parser, 4, "beside stock and balanced; all that this version has")
     parser.add_argument("--prompts", choices=("text", "images"), default="text")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="of a rank's pass, in the order measured")
     parser.add_argument("--skews", type=float, nargs="+", default=SKEWS, help="maximum over mean; 1 is uniform")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import requests
 from PIL import Image
 
 from benchmarks.serving import IMAGE_SLOT, Server, ServerError, data_uri
+from sglang_macs import control
 
 FIRST_ID, LAST_ID = 32, 500  # ordinary words of the tiny models' tokenizer
 FILLER = "<|endoftext|>"  # always one token
@@ -99,11 +101,18 @@ class Client:
         """The routing, and the tokens of a rank's pass, of what is sent from now on. Raises ServerError."""
         if self._set == (routing, tokens):
             return
-        asked = {"e2e_routing": routing, "chunked_prefill_size": tokens}
-        answer = self.server.post("/set_internal_state", {"server_args": asked})
-        if not answer or not all(answer):
-            raise ServerError(f"{self.server.log}: the plugin of routing_site is not loaded: {answer}")
+        if not self._change({"e2e_routing": routing, "chunked_prefill_size": tokens}):
+            raise ServerError(f"{self.server.log}: the plugin of routing_site is not loaded")
         self._set = (routing, tokens)
+
+    def change(self, options: Mapping[str, object]) -> None:
+        """MACS's options of what is sent from now on. Raises ServerError."""
+        if not self._change(control.encode(options)):
+            raise ServerError(f"{self.server.log}: refused to change {options}")
+
+    def _change(self, asked: Mapping[str, float]) -> bool:
+        answer = self.server.post("/set_internal_state", {"server_args": asked})
+        return bool(answer) and all(answer)
 
     def run(self, body: dict, patience_s: float = WARM_UP_SECONDS) -> Run:
         """Sends one round's prompts as one request. Raises ServerError, after `patience_s` too."""
@@ -131,10 +140,14 @@ class Client:
                 ranks.append([(start, tokens) for start, tokens in found if start >= since])
         return ranks
 
+    def states(self) -> list[dict]:
+        """MACS's counters of all ranks; none without MACS."""
+        states = [state.get("macs") for state in self.server.get("/server_info")["internal_states"]]
+        return [state for state in states if state]
+
     def counters(self) -> tuple[float, int]:
         """(seconds of the host, dispatches) that plans have taken so far, over all ranks; zeros without MACS."""
-        states = [state.get("macs") for state in self.server.get("/server_info")["internal_states"]]
-        states = [state for state in states if state]
+        states = self.states()
         return sum(state["plan_seconds"] for state in states), sum(state["planned"] for state in states)
 
     def profile(self, body: dict, folder: Path, activity: str, ranks: int, patience: float = 60.0) -> list[Path]:

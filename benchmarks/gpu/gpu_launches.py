@@ -266,6 +266,18 @@ LAUNCHES |= {
     ),
     "2 ranks, auto, DeepSeek-V3": Launch(**DECODE_IN_GRAPHS, kind="deepseek_v3", experts=64, top_k=8, options=LATENT),
 }
+# Ranks that share a GPU meet on the host, which decode graphs do not.
+LAUNCHES |= {
+    f"2 ranks, {name}, one GPU": dataclasses.replace(launch, mode="normal", graphs=False, bounded=True, one_gpu=True)
+    for name, launch in (
+        (name.removeprefix("2 ranks, auto, "), launch)
+        for name, launch in LAUNCHES.items()
+        if launch.kind not in ("qwen3_vl_moe", "qwen3_moe")
+    )
+}
+LAUNCHES["2 ranks, replicas, bounded, EPLB, one GPU"] = dataclasses.replace(
+    LAUNCHES["2 ranks, replicas, bounded, EPLB"], one_gpu=True
+)
 # On more GPUs, what differs with their number.
 LAUNCHES |= {f"{n} ranks, 128 experts": Launch(n, "low_latency", **REAL) for n in (4, 8)}
 LAUNCHES |= {f"{n} ranks, fused": Launch(n, "low_latency", fused=True) for n in (4, 8)}

@@ -34,7 +34,7 @@ SUMMED = "one kernel over the peers' memory sums the exchange"  # what such a se
 
 def requests(launch: Launch) -> list[tuple[str, str | None]]:
     """(prompt, image) pairs: both photographs under several questions, and text. Two where ranks share a GPU, which
-    meet on the host twice a layer.
+    meet on the host twice a layer; twice as many where EPLB needs passes.
     """
     text = [(prompt(f"{i} How many experts answer, and which of them waits? " * 6), None) for i in range(4)]
     if not launch.slot:
@@ -45,7 +45,7 @@ def requests(launch: Launch) -> list[tuple[str, str | None]]:
     asked = text + [
         (prompt(f"{i} What is in this picture?", images=1, slot=launch.slot), pictures[i % 2]) for i in range(6)
     ]
-    return asked[3:5] if launch.one_gpu else asked
+    return asked[3 : 7 if launch.moves else 5] if launch.one_gpu else asked
 
 
 def observe(server: Server, folder: Path, states: list[dict]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from .. import cpu_compat, extension
 from ..config import TOKENS_THAT_PAY
-from ..errors import MacsError
+from ..errors import MacsError, printable
 from ..releases import PINNED, SGLANG, TORCH
 from .arguments import add_server, server_of
 from .progress import Progress
@@ -59,12 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     url = args.server_flags[0] if len(args.server_flags) == 1 else ""
-    if url.startswith(("http://", "https://")):
-        from . import doctor_server
+    with Progress("doctor") as progress:
+        if url.startswith(("http://", "https://")):
+            from . import doctor_server
 
-        checks = list(doctor_server.examine(server_of(url, args)))
-    else:
-        with Progress("doctor") as progress:
+            progress.now = f"waiting for {printable(url)}"
+            checks = list(doctor_server.examine(server_of(url, args)))
+        else:
             checks = examine(args.server_flags, progress)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=1))

@@ -162,6 +162,7 @@ class LayerGraph:
         inputs = self.graphs.fill(key.rows, given, self.planner)
         if self._epoch != self.graphs.epoch:
             self._epoch, self._replays = self.graphs.epoch, dict.fromkeys(self._replays)
+        self.planner.observe(topk_ids, inputs.segment[:tokens])
         output, result = self._run(key, partial(forward, *inputs[:4]), inputs.segment)
         self.normal.shared.sent()
         self.planner.count_dispatch(batch.current())
@@ -174,7 +175,8 @@ class LayerGraph:
         """Of the graph for this rank's batch; None where it takes the launches themselves."""
         if now.skip in batch.UNKNOWN or not (now.most_tokens and tokens and self._carries()):
             return None
-        if now.measured or now.leaves_alone or now.halves or now.clipped or self.planner.recorder is not None:
+        proved = now.measured and not self.planner.plan.config.observes  # what is observed is counted before a graph
+        if proved or now.leaves_alone or now.halves or now.clipped or self.planner.recorder is not None:
             return None
         rows = size_class(max(tokens, -(-now.most_tokens // self.planner.attn_tp[1])))
         segments = 1 << (now.num_segments - 1).bit_length() if now.num_segments else 0

@@ -218,32 +218,35 @@ class LayerPlanner:
 
     def measure(self, topk_ids: Tensor, planned: Planned) -> None:
         """Recounts and proves, with an all-reduce, where this pass is measured (all ranks agree)."""
-        if self._observe(topk_ids, planned):
-            assert self.observed is not None
-            self.observed.add(self.layer_id, self.plan.num_ranks, stats.rows_of(topk_ids, self.plan.num_physical))
-        elif batch.current().measured and planned.segment is not None:
-            own = self.recount(topk_ids, planned)
-            group = own.clone()
-            self.all_reduce(group)
-            self.prove(planned, own, group)
+        if planned.segment is None or self.observe(topk_ids, planned.segment) or not batch.current().measured:
+            return
+        own = self.recount(topk_ids, planned)
+        group = own.clone()
+        self.all_reduce(group)
+        self.prove(planned, own, group)
 
     def measure_gathered(self, topk_ids: Tensor, planned: Planned, gather: Callable[[Tensor], Tensor]) -> Tensor:
         """Recounts and proves every pass by an exchange that the dispatch needs anyway: `gather` makes of this rank's
         recount [S, E] those of all ranks [R, S, E], which are returned.
         """
-        self._observe(topk_ids, planned)
+        if planned.segment is not None and (seen := self._beside()) is not None:
+            seen.add_tokens(self.group, self.plan.config, topk_ids, planned.segment)
         own = self.recount(topk_ids, planned)
         rows = gather(own)
         self.prove(planned, own, rows.sum(dim=0))
         return rows
 
-    def _observe(self, topk_ids: Tensor, planned: Planned) -> bool:
-        """Whether this dispatch is counted beside its pass, as on all ranks."""
-        config = self.plan.config
-        if self.observed is None or not config.observes or not batch.current().measured or planned.segment is None:
-            return False
-        self.observed.add_tokens(self.group, config, topk_ids, planned.segment)
-        return True
+    def observe(self, topk_ids: Tensor, segment: Tensor) -> bool:
+        """Counts a dispatch of ids [T, K] beside its pass, where --macs-preset observe looks at it; False elsewhere."""
+        seen = self._beside()
+        if seen is not None:
+            seen.add_tokens(self.group, self.plan.config, topk_ids, segment)
+            seen.add(self.layer_id, self.plan.num_ranks, stats.rows_of(topk_ids, self.plan.num_physical))
+        return seen is not None
+
+    def _beside(self) -> Observed | None:
+        """What sees this pass beside it, as on all ranks."""
+        return self.observed if self.plan.config.observes and batch.current().measured else None
 
     def plans(self) -> bool:
         """Whether this layer is planned in the batch that is running."""

@@ -23,6 +23,7 @@ from lab import (
     lab_stock,
     lab_trainer,
 )
+from lab.lab_architecture import LAYOUTS
 from lab.lab_documents import TASKS, TRAIN_MIX
 from lab.lab_model import LabModel, initialise
 from lab.lab_sample import HELD_OUT, SIZES, TRAIN, Dice, part_of
@@ -370,6 +371,13 @@ def test_a_step_learns_and_a_saved_state_goes_on_as_if_nothing_had_happened(make
         second.step()
     for name, weight in second.model.state_dict().items():
         torch.testing.assert_close(weight, first.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda s: s.name)
+def test_positions_of_the_training_layout_outlast_those_that_are_judged(suite):
+    """A CUDA graph of the step reads them where they were: were they forgotten, it would read whatever came there."""
+    judged = sum(suite.repeats[size] for size in suite.train) + 2  # train.held_out_batches
+    assert judged + 1 < LAYOUTS
 
 
 # -- methods --------------------------------------------------------------------------------------------------------

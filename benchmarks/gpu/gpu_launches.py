@@ -27,7 +27,7 @@ COMMON = [
     *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
-# SGLang 0.5.21's profile for Qwen3-VL-MoE on Hopper lets 22 rounds go by after a prefill, also where nothing decodes: a
+# SGLang's profile for Qwen3-VL-MoE on Hopper lets 22 rounds go by after a prefill, also where nothing decodes: a
 # queue of short answers waits for it, and with --sleep-on-idle each idle round takes a second.
 PREFILL_AT_ONCE = ("--prefill-decode-interval", "0")
 SMALL = (

@@ -202,7 +202,9 @@ def run_all(names: list[str], at_once: int) -> Iterator[tuple[str, dict[str, dic
 
 
 def build_models(names: list[str]) -> int:
-    """A process for every model; 0 if all succeeded."""
+    """A process for every model, and the plugin of launches over TCP; 0 if all succeeded."""
+    if any(LAUNCHES[name].over_tcp for name in names):
+        subprocess.run(["bash", str(ROOT / "tools" / "rma_tcp" / "build.sh")], check=True)
     models = {LAUNCHES[name].model_path(): name for name in names}
     command = [sys.executable, "-m", "benchmarks.gpu.serve_check", "--build-only", "--launch"]
     builders = [subprocess.Popen([*command, name]) for name in models.values()]

@@ -1,6 +1,6 @@
 """The product against other releases of SGLang: hooks, launches and routers, servers, families of models.
 
-    python -m scripts.check_compat [0.5.23 0.5.22] [--stages hooks,launch,server] [--out docs/results/compat.json]
+    python -m scripts.check_compat [RELEASE ...] [--stages hooks,launch,server] [--out docs/results/compat.json]
     python -m scripts.check_compat 0.5.20 --stages refused
 
 Without releases: all that the hooks are made for but the installed one. Each is put into build/compat/VERSION, before
@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.bench_plan import commit
+from benchmarks.gpu import result_file
 from benchmarks.serving import EP2_ARGS
 from sglang_macs import tiny_models
 from sglang_macs.cpu_compat import environment
@@ -144,12 +145,13 @@ def check(stage: str, version: str, folder: Path) -> dict:
 
 
 def save(path: Path, new: dict) -> None:
-    """Adds a release's findings to the file, to those of other stages."""
+    """Adds a release's findings to the file, to those of other stages, which may be of another day."""
     rows = {row["sglang"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    rows[new["sglang"]] = rows.get(new["sglang"], {}) | new
-    head = {"torch": metadata.version("torch"), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    row = rows.setdefault(new["sglang"], {"sglang": new["sglang"]})
+    about = {"torch": metadata.version("torch"), "commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    row |= {stage: found | about for stage, found in new.items() if stage != "sglang"}
     ordered = [rows[release] for release in sorted(rows)]
-    path.write_text(json.dumps({**head, "rows": ordered}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(result_file.text({"rows": ordered}), encoding="utf-8")
 
 
 def main() -> int:

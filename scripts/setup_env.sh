@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment VENV for SGLang on a CPU, with the tools for building and testing this project. The
-# release is PINNED in sglang_macs/releases.py; SGLANG=0.5.23 takes another.
+# release is PINNED in sglang_macs/releases.py; SGLANG=RELEASE takes another.
 #
 #   scripts/setup_env.sh VENV          PYTHON=/path/to/python3.11 chooses the interpreter
 #
@@ -58,13 +58,13 @@ pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-warn-conflicts "$@"
 }
 
-# What the installed SGLang asks for by version, a line each.
+# What the installed SGLang asks for by version or range, a line each: a limit on what the rest may bring.
 pins() {
     "$venv/bin/python" -c "
 import importlib.metadata, re
 for wanted in importlib.metadata.requires('sglang'):
-    if found := re.fullmatch(r'([\w.-]+)(?:\[\w+\])?==([\w.]+)', wanted):
-        print('=='.join(found.groups()))"
+    if found := re.fullmatch(r'([\w.-]+)(?:\[\w+\])?([<>=!~][\w.<>=!~,* -]+)', wanted):
+        print(''.join(found.groups()))"
 }
 
 check() {
@@ -72,7 +72,8 @@ check() {
 import importlib.metadata as m
 got = {name: m.version(name).split('+')[0] for name in ('torch', 'sglang', 'transformers')}
 assert got['sglang'] == '${sglang#*==}' and 'torch==' + got['torch'] == '$torch', got
-import torch, numpy; torch.zeros(2).sum()"
+import torch, numpy; torch.zeros(2).sum()" || return
+    ! "$venv/bin/python" -m pip check | grep '^sglang .* has requirement'  # what is missing is missing on purpose
 }
 
 python=$(find_python)
@@ -89,7 +90,7 @@ fi
 log=$(mktemp)
 constraint=$(mktemp)
 trap 'rm -f "$log" "$constraint"' EXIT
-echo "making $venv with $("$python" --version); 2.5 GB on disk, or 6 GB if the index has no CPU build of torch"
+echo "making $venv with $("$python" --version); 2.5 GB on disk, or 7 GB if the index has no CPU build of torch"
 run "virtual environment" "$python" -m venv "$venv"
 run "$sglang, without its CUDA dependencies" pip_install --no-deps "$sglang"
 pins >"$constraint"

@@ -1,5 +1,6 @@
 """The check against other releases, on the one that is installed; others take a download."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,3 +40,18 @@ def test_every_stage_names_tests_that_are_there():
 def test_the_release_comes_before_the_installed_one(tmp_path):
     first, second, *_ = check_compat.environment_of(tmp_path)["PYTHONPATH"].split(":")
     assert Path(first).name == "site" and second == str(tmp_path)
+
+
+def test_every_stage_keeps_its_own_commit(tmp_path, monkeypatch):
+    """The families of a release took an hour of another day than its hooks."""
+    file, passed = tmp_path / "compat.json", {"passed": True, "detail": ""}
+    for made, stages in (("1a", ("hooks", "server")), ("2b", ("server", "families"))):
+        monkeypatch.setattr(check_compat, "commit", lambda made=made: made)
+        check_compat.save(file, {"sglang": "0.5.2", **dict.fromkeys(stages, passed)})
+    (row,) = json.loads(file.read_text())["rows"]
+    assert {stage: row[stage]["commit"] for stage in ("hooks", "server", "families")} == {
+        "hooks": "1a",
+        "server": "2b",
+        "families": "2b",
+    }
+    assert row["server"].keys() == {"passed", "detail", "torch", "commit", "date"}

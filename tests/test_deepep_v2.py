@@ -15,12 +15,12 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import bounded_v2
 from sglang_macs.dispatch.bounded import Sizes
-from sglang_macs.engine import compat, deepep_v2
+from sglang_macs.engine import compat, dispatch_choice
+from sglang_macs.engine.launch import Launch
 from sglang_macs.errors import MacsError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Its prefills do not lie by expert yet; launches with it are refused.
-needs_v2 = pytest.mark.skipif(version("sglang") in ("0.5.21", "0.5.22"), reason="SGLang's V2 of 0.5.23")
+needs_v2 = pytest.mark.skipif(not compat.has_v2(version("sglang")), reason="a V2 that is refused")
 TOKENS = (0, 5, 70)  # of tests/support/v2_program.py
 
 
@@ -77,14 +77,15 @@ def test_the_worst_case_decides_whether_prefills_are_counted() -> None:
 # ---- Launches --------------------------------------------------------------------------------------------------------
 
 
-def launch(quantization: str | None = None, options: dict | None = None, **flags) -> compat.Launch:
+def launch(quantization: str | None = None, options: dict | None = None, **flags) -> Launch:
     plain = {"tp_size": 2, "ep_size": 2, "device": "cuda", "moe_a2a_backend": "deepep_v2", "deepep_mode": "auto"}
     config = MacsConfig.from_preset("rank", **(options or {}))
     flags = SimpleNamespace(**{**plain, **flags})
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=quantization)
+    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=quantization)
 
 
 def test_v2_is_for_those_who_ask_for_it(monkeypatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: "0.5.23")
     with pytest.raises(MacsError, match=r"V2 has not run under MACS\. MACS_EXPERIMENTAL=v2"):
         compat.check_a2a("deepep_v2")
     monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
@@ -112,12 +113,25 @@ def test_everything_else_is_refused_in_one_line(given, why) -> None:
 
 
 def test_auto_is_the_bounded_dispatch_under_v2() -> None:
-    assert compat.resolved(launch(options={"dispatch": "auto"}))[0].dispatch == "bounded"
+    assert dispatch_choice.resolved(launch(options={"dispatch": "auto"}))[0].dispatch == "bounded"
     deterministic = launch(options={"dispatch": "auto"}, enable_deterministic_inference=True)
-    assert compat.resolved(deterministic)[0].dispatch == "deepep"
+    assert dispatch_choice.resolved(deterministic)[0].dispatch == "deepep"
 
 
-def test_a_release_without_a_registry_of_models_is_refused(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "sglang.srt.configs.moe_model_registry", None)
-    with pytest.raises(MacsError, match="registers models for it"):
-        deepep_v2.register_models()
+@pytest.mark.parametrize("release", ["0.5.21", "0.5.22", "0.5.22.post1"])
+def test_v2_of_an_earlier_release_is_refused_by_name(monkeypatch, release) -> None:
+    """Whether it is asked for or not: a wish does not help there."""
+    monkeypatch.setattr(compat, "version", lambda name: release)
+    refused = rf"deepep_v2 of sglang {release}, expected V2 of sglang 0.5.23 or later"
+    for wish in ("", "v2"):
+        monkeypatch.setenv("MACS_EXPERIMENTAL", wish)
+        with pytest.raises(MacsError, match=refused):
+            compat.check_a2a("deepep_v2")
+        compat.check_a2a("macs")
+
+
+@pytest.mark.parametrize("release", ["0.5.23", "0.5.23.post1", "0.5.210", "0.6.0"])
+def test_v2_of_a_later_release_is_taken(monkeypatch, release) -> None:
+    monkeypatch.setattr(compat, "version", lambda name: release)
+    monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
+    compat.check_a2a("deepep_v2")

@@ -20,7 +20,7 @@ from sglang_macs.cli.progress import EVERY_SECONDS, Progress
 from sglang_macs.cpu_compat import environment
 from sglang_macs.engine import launcher, scheduler_process
 from sglang_macs.releases import PINNED
-from tests.test_launch import BREAK
+from tests.support.broken_sglang import BREAK
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
 PACKAGE = extension.PACKAGE
@@ -39,6 +39,7 @@ def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
 
 
 @pytest.mark.server
+@pytest.mark.nightly  # what follows has all other checks fine, test_quickstart.py all
 def test_a_machine_and_a_launch_that_are_fine(vl_model):
     status, checks = run("--", "--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs")
     assert status == 0, checks

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_macs.releases import PINNED, SGLANG, TORCH_OF
-from tools import pins
+from tools import docs_tables, pins
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES_A_RELEASE = re.compile(r"\b(?:sglang|torch)==\d|sglang:v\d")
@@ -74,3 +74,10 @@ def test_the_torch_of_the_installed_release_is_the_one_it_asks_for():
     """Only an environment of its own has that: check_compat.py puts other releases before the installed torch."""
     (torch,) = (line.partition("==")[2] for line in metadata.requires("sglang") if line.startswith("torch=="))
     assert torch == TORCH_OF[metadata.version("sglang")]
+
+
+def test_the_models_of_another_release_do_not_get_into_the_docs(monkeypatch):
+    text = "<!-- dispatching: written by make format -->\nwhat stands there\n<!-- /dispatching -->"
+    for release, stays in ((PINNED, False), ("0.5.2", True)):
+        monkeypatch.setattr(docs_tables.metadata, "version", lambda name, release=release: release)
+        assert (docs_tables.with_tables(text) == text) == stays

@@ -9,12 +9,14 @@ A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
+from importlib import metadata
 
 from sglang_macs.config import flag_table
 from sglang_macs.engine import families
 from sglang_macs.observe import metrics
-from sglang_macs.releases import PINNED
+from sglang_macs.releases import PINNED, SGLANG
 from sglang_macs.simulate import exchange
 from sglang_macs.simulate.machines import MACHINES, MODELS
 from tools import pins
@@ -42,6 +44,7 @@ from tools.server_tables import (
 )
 from tools.tables import ROOT, markdown, results
 
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -122,19 +125,28 @@ def quality_replicas_table() -> str:
 
 
 def compat_table() -> str:
-    """What each stage of scripts/check_compat.py said about each release; the installed one is tested by CI."""
-    found = results("compat")
+    """What each stage of scripts/check_compat.py said about each release, and when; CI tests the installed one."""
     stages = ("hooks", "launch", "server", "families")
-    rows = [[PINNED, *["tested by `make test`"] * len(stages)]]
-    for row in (row for row in reversed(found["rows"]) if row["sglang"] != PINNED):
+    rows = [[PINNED, *["tested by `make test`"] * (len(stages) - 1), "tested by `make test-all`"]]
+    found: dict[str, dict] = {release: {} for release in SGLANG} | {
+        row["sglang"]: row for row in results("compat")["rows"]
+    }
+    found.pop(PINNED)
+    for release, row in sorted(found.items(), reverse=True):
         if "refused" in row:
             said = row["refused"]["detail"].removeprefix("sglang-macs: ").split(" (")[0]
-            rows.append([row["sglang"], "one is lost", "", f'refused: "{said}"', *[""] * (len(stages) - 3)])
+            rows.append([release, "one is lost", "", f'refused: "{said}"', *[""] * (len(stages) - 3)])
         else:
-            passed = [row[stage]["passed"] if stage in row else None for stage in stages]
-            rows.append([row["sglang"], *({True: "tested", False: "FAILS", None: "not run"}[each] for each in passed)])
-    where = f"torch {found['torch']}, {found['date']}, commit {found['commit'][:9]}, `make test-compat`."
-    return where + "\n\n" + markdown(["release", *stages], rows)
+            rows.append([release, *(stage_cell(row.get(stage)) for stage in stages)])
+    recorded = [one for row in found.values() for one in row.values() if isinstance(one, dict)]
+    runs = sorted({(one["date"], one["commit"], one["torch"]) for one in recorded})
+    when = "; ".join(f"{commit} is of {date}, with torch {torch}" for date, commit, torch in runs)
+    return f"`make test-compat`, by commit: {when}.\n\n" + markdown(["release", *stages], rows)
+
+
+def stage_cell(found: dict | None) -> str:
+    """One stage of one release: what it said, and of which commit."""
+    return f"{'tested' if found['passed'] else 'FAILS'}, {found['commit']}" if found else "not run"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -169,9 +181,21 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def wrapped(block: str) -> str:
+    """A block whose prose has lines of at most 160 characters; rows of a table are one line each."""
+    lines = (line if line.startswith("|") else textwrap.fill(line, 160, **WHOLE_WORDS) for line in block.split("\n"))
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
-    """A page with the current tables between their markers."""
-    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+    """A page with the current tables between their markers.
+
+    SGLang's models are the pinned release's: in an environment of another one they stay as they are.
+    """
+    kept = () if metadata.version("sglang") == PINNED else ("dispatching",)
+    return BLOCK.sub(
+        lambda found: found[0] if found[2] in kept else f"{found[1]}{wrapped(TABLES[found[2]]())}\n{found[3]}", text
+    )
 
 
 def main() -> int:

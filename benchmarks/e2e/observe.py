@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from benchmarks.check_serving import interval
-from benchmarks.e2e import common_options, prefill, servers, summary
-from benchmarks.e2e.rounds import ROUND_SECONDS, Client, Run, Workload
+from benchmarks.e2e import common_options, groups, servers, summary
+from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
 from benchmarks.e2e.servers import BOUNDED, COUNTED, Launch, Variant
 from benchmarks.serving import ServerError
 from sglang_macs.config import PRESETS
@@ -75,7 +75,7 @@ class Measured:
         """One round, once the mode's graphs are there."""
         self.client.change(MODES[mode])
         self.client.run(self.workload(work.tokens, SETTLE).body())
-        return self.client.run(work.body(), prefill.WARM_UP_SECONDS)
+        return self.client.run(work.body(), WARM_UP_SECONDS)
 
     def cost(self, mode: str, work: Workload, own: summary.Samples, off: summary.Samples, runs: list[Run]) -> dict:
         found = interval(summary.ratios(own.seconds, off.seconds))
@@ -176,9 +176,9 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> list[dict]:
     end = time.monotonic() + 60 * options.minutes
     variant, launch = variant_of(options), launch_of(options, client)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    with prefill.running([variant], launch, model, 0.0) as clients:
+    with groups.running("observe", [variant], launch, model, 0.0) as clients:
         measured = Measured(options, clients[variant.flags])
-        for tokens, until in prefill.in_shares("observe", options.tokens, end):
+        for tokens, until in groups.in_shares("observe", options.tokens, end):
             measured.size(tokens, until)
     return measured.rows
 
@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> list[dict]:
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with prefill.sharing(options, [[variant_of(options)]]) as client:
+    with groups.sharing(options, [[variant_of(options)]]) as client:
         rows = measure(options, client)
     print(f"observe: {len(rows)} rows in {Path(options.out)}")
     return 0

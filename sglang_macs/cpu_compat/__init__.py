@@ -1,4 +1,4 @@
-"""CPU compatibility: what SGLang 0.5.21 lacks on a CPU without Intel AMX. Nothing here is part of MACS itself.
+"""CPU compatibility: what SGLang lacks on a CPU without Intel AMX. Nothing here is part of MACS itself.
 
 Why it exists: the same server, plugin and tests must run on a laptop and in CI. SGLang has a CPU engine, but its path
 for CPUs without AMX is incomplete (see `gaps.GAPS`: each entry says what is missing, why, and when it can be deleted).

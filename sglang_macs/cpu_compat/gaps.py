@@ -1,4 +1,4 @@
-"""The gaps of SGLang 0.5.21's CPU path without AMX, one function and one table row each.
+"""The gaps of SGLang's CPU path without AMX, one function and one table row each.
 
 Written against `sglang/srt` of 0.5.21. Names: T tokens, K routes per token, H hidden. Kinds follow SGLang's hook
 registry: an `around` function gets the original first, an `after` function gets the result first.

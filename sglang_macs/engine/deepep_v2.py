@@ -5,7 +5,6 @@ from functools import partial
 from ..dispatch import bounded
 from ..dispatch.bounded_v2 import BoundedV2
 from ..dispatch.transport import say_for_group
-from ..errors import MacsError
 from . import deepep, worker
 
 BOUNDED_V2 = "macs_bounded_v2"  # format of a bounded dispatch in SGLang's registry
@@ -13,13 +12,9 @@ PLANNED_MODELS = ("Qwen3VLMoeForConditionalGeneration",)  # run blocks of a mode
 
 
 def register_models() -> None:
-    """Lets SGLang's check of architectures through whose blocks V2 serves already. Raises MacsError."""
-    try:
-        from sglang.srt.configs.moe_model_registry import register_deepep_v2_model
-    except ImportError:
-        raise MacsError(
-            "--moe-a2a-backend", "deepep_v2", "a release of SGLang that registers models for it", "Update SGLang."
-        ) from None
+    """Lets SGLang's check of architectures through whose blocks V2 serves already."""
+    from sglang.srt.configs.moe_model_registry import register_deepep_v2_model
+
     for architecture in PLANNED_MODELS:
         register_deepep_v2_model(architecture)
 

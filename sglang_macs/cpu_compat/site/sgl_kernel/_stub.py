@@ -2,7 +2,7 @@
 
 import torch
 
-# `torch.ops.sgl_kernel.X` read at module level by sglang 0.5.21 when SGLANG_USE_CPU_ENGINE=1 (models/qwen3_5.py,
+# `torch.ops.sgl_kernel.X` read at module level by sglang when SGLANG_USE_CPU_ENGINE=1 (models/qwen3_5.py,
 # models/qwen3_next.py, layers/attention/linear). Schemas only: there is no kernel behind them.
 _LOOKED_UP_AT_IMPORT = (
     "fused_gdn_gating_cpu",

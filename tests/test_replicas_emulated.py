@@ -56,3 +56,19 @@ def test_all_rows_of_one_source_all_gates_equal(launchers: Launchers) -> None:
     batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in (0, 60, 0, 0)]
     group = ReplicaGroup(cases.Group(batches, 6, 4, torch.zeros(6, dtype=torch.int8)), mapped)
     check_plans(launchers, group, MacsConfig.from_preset("rank", gamma=0.9), seed=2)
+
+
+@pytest.mark.parametrize("num_ranks", [8, 20])
+def test_an_expert_on_every_rank_of_many(num_ranks: int) -> None:
+    """More places than registers hold, and more sources and blocks than a block has warps."""
+    launchers = build(num_sms=20)
+    gen = cases.generator(7)
+    num_experts = 2 * num_ranks
+    mapped = [x for rank in range(num_ranks) for x in (2 * rank, 2 * rank + 1, 0)]  # expert 0 beside each rank's own
+    shape = {"num_experts": num_experts, "top_k": 2, "num_ranks": 2, "imbalance": 1.8}
+    tokens = [[300, 40, 0][min(rank, 2)] + rank % 3 for rank in range(num_ranks)]
+    batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in tokens]
+    group = ReplicaGroup(
+        cases.Group(batches, num_experts, num_ranks, torch.zeros(num_experts, dtype=torch.int8)), mapped
+    )
+    check_plans(launchers, group, MacsConfig.from_preset("rank", gamma=0.9), seed=3)

@@ -24,7 +24,7 @@ ONE_GPU_SITE = HERE / "one_gpu_site"
 COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--random-seed", "1", "--skip-server-warmup"),
-    *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+    *("--enable-macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
 # SGLang's profile for Qwen3-VL-MoE on Hopper lets 22 rounds go by after a prefill, also where nothing decodes: a
@@ -44,7 +44,7 @@ RUNS = {
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
-    "MACS_EXPERIMENTAL": "replicas,models,auto",  # what is refused in service is tried here
+    "MACS_EXPERIMENTAL": "replicas,models,auto,v2",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
@@ -56,6 +56,25 @@ ENVIRONMENT = {
 # A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
 # side, with empty caches, took 180.
 START_SECONDS = 240
+# DeepEP V2. Its kernels wait for each other with all their blocks, so that a rank's share of a GPU has to hold them
+# (docs/design/between_nodes.md).
+V2_ENVIRONMENT = {
+    "SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
+    "SGLANG_DEEPEP_V2_NUM_SMS": "24",
+    "NCCL_CUMEM_ENABLE": "1",
+    "EP_SUPPRESS_NCCL_CHECK": "1",
+}
+WITHOUT_GIN = {"EP_DISABLE_GIN": "1"}
+# No rank addresses another's memory: NCCL's GIN by its proxy, over tools/rma_tcp.
+OVER_TCP = {
+    "NCCL_RMA_PLUGIN": str(ROOT / "build" / "librma_tcp.so"),
+    "NCCL_LSA_TEAM_SIZE": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_MNNVL_ENABLE": "0",
+    "NCCL_GIN_TYPE": "2",
+    "CUDA_MODULE_LOADING": "EAGER",  # a module that is loaded waits for kernels, and these for the proxy
+    "RMA_TCP_TIMEOUT": "120",  # kernels are compiled meanwhile
+}
 # Every few passes, a layer after the other.
 MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1")
 
@@ -64,11 +83,12 @@ MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebal
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options: others of its builder;
-    flags: beside the common ones; attention_tp: all ranks share every request; fused, bounded: what --macs-dispatch
-    asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else group; graphs: decode replays
-    CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace; redundant: copies
-    of experts; moves: EPLB moves experts meanwhile.
+    mode: DeepEP's, or "v2". kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options:
+    others of its builder; flags: beside the common ones; attention_tp: all ranks share every request; fused,
+    bounded: what --macs-dispatch asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there,
+    else group; graphs: decode replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with
+    metrics and trace; redundant: copies of experts; moves: EPLB moves experts meanwhile; over_tcp: no rank addresses
+    another's memory.
     """
 
     ranks: int
@@ -92,6 +112,7 @@ class Launch:
     observed: bool = False
     redundant: int = 0
     moves: bool = False
+    over_tcp: bool = False
 
     @property
     def runs(self) -> dict[str, list[str]]:
@@ -122,7 +143,10 @@ class Launch:
             location = expert_location(self.layers + self.copies, self.experts, self.redundant, self.ranks)
             placed = ["--ep-num-redundant-experts", str(self.redundant), "--init-expert-location", location]
         moving = MOVING if self.moves else ()
-        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags, *placed, *moving]
+        backend = ["--moe-a2a-backend", "macs", "--deepep-mode", self.mode]
+        if self.mode == "v2":
+            backend = ["--moe-a2a-backend", "deepep_v2", "--deepep-v2-mode", "hybrid" if self.over_tcp else "direct"]
+        return [*COMMON, *backend, *graphs, *parallel, *self.flags, *placed, *moving]
 
     @property
     def dispatch(self) -> str:
@@ -137,6 +161,11 @@ class Launch:
         return tiny_models.PICTURE_SLOTS.get(self.kind, "")
 
     @property
+    def layers_are_graphs(self) -> bool:
+        """Whether a bounded dispatch carries every pass, and a layer of one is a CUDA graph: V2's is prefill's."""
+        return self.bounded and self.mode != "v2"
+
+    @property
     def plans_fused(self) -> bool:
         """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode, nor with
         replicas, which are planned in front.
@@ -144,10 +173,13 @@ class Launch:
         return self.fused and self.mode == "low_latency" and not self.redundant
 
     def environment(self) -> dict[str, str]:
+        common = ENVIRONMENT
+        if self.mode == "v2":
+            common = ENVIRONMENT | V2_ENVIRONMENT | (OVER_TCP if self.over_tcp else WITHOUT_GIN)
         if self.gpus > 1:
-            return ENVIRONMENT
+            return common
         one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-        return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
+        return common | one | (_one_gpu_environment() if self.one_gpu else {})
 
     def model_path(self) -> Path:
         """Where the checkpoint lies; launches that differ elsewhere share one."""
@@ -167,9 +199,14 @@ class Launch:
 
 
 def expert_location(layers: int, experts: int, redundant: int, ranks: int) -> str:
-    """For --init-expert-location: each rank has its own experts, linearly, and the first ones of the next rank."""
+    """For --init-expert-location: each rank has its own experts, linearly, and copies of others', each of another rank:
+    an overloaded rank's first experts have copies in as many places as can be.
+    """
     own, copies = experts // ranks, redundant // ranks
-    of_layer = [(rank * own + i) % experts for rank in range(ranks) for i in range(own + copies)]
+    of_layer = []
+    for rank in range(ranks):
+        sources = [(rank + 1 + i % (ranks - 1)) % ranks for i in range(copies)]
+        of_layer += [rank * own + i for i in range(own)] + [source * own + i for i, source in enumerate(sources)]
     return json.dumps({"physical_to_logical_map": [of_layer] * layers}, separators=(",", ":"))
 
 
@@ -186,6 +223,7 @@ def _one_gpu_environment() -> dict[str, str]:
 # Of Qwen3-VL-30B-A3B's experts as many, and as large.
 REAL = {"experts": 128, "top_k": 8, "intermediate": 768}
 FP8 = {"kind": "qwen3_moe", "fp8": True, "flags": (*SMALL, "--moe-runner-backend", "macs")}
+FP8_V2 = FP8 | {"flags": SMALL}
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
@@ -199,6 +237,12 @@ LAUNCHES = {
     "2 ranks, bounded, FP8 blocks": Launch(2, "normal", bounded=True, **FP8),
     "2 ranks, bounded, one GPU": Launch(2, "normal", bounded=True, one_gpu=True),
     "2 ranks, bounded, FP8 blocks, one GPU": Launch(2, "normal", bounded=True, one_gpu=True, **FP8),
+    "2 ranks, V2": Launch(2, "v2", bounded=True, **REAL),
+    "2 ranks, V2, FP8 blocks": Launch(2, "v2", bounded=True, **FP8_V2),
+    "2 ranks, V2, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **REAL),
+    "2 ranks, V2 over TCP": Launch(2, "v2", bounded=True, over_tcp=True, **REAL),
+    "2 ranks, V2 over TCP, one GPU": Launch(2, "v2", bounded=True, over_tcp=True, one_gpu=True, **REAL),
+    "2 ranks, V2, FP8 blocks, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **FP8_V2),
     "2 ranks, replicas": Launch(2, "normal", redundant=32, **REAL),
     "2 ranks, replicas, bounded": Launch(2, "normal", redundant=32, bounded=True, **REAL),
     "2 ranks, replicas, EPLB": Launch(2, "normal", redundant=32, moves=True, **REAL),
@@ -221,6 +265,9 @@ LAUNCHES = {
     ),
     "2 ranks, low latency, fused, graphs": Launch(2, "low_latency", fused=True, graphs=True),
     "2 ranks, auto, fused, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True),
+    "2 ranks, auto, all, one GPU": Launch(
+        2, "auto", fused=True, bounded=True, peers=True, graphs=True, one_gpu=True, **REAL
+    ),
     "2 ranks, auto, fused, FP8 blocks, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True, **FP8),
     "2 ranks, low latency, fused, graphs, one GPU": Launch(2, "low_latency", fused=True, graphs=True, one_gpu=True),
 }

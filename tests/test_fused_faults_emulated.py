@@ -207,6 +207,22 @@ def test_a_fault_where_nothing_is_planned(kernels: Kernels, inject, fault: str, 
         play(group, 50 + seed, each_by_itself_in_two_phases if seed else Group.dispatch)
 
 
+@pytest.mark.parametrize(
+    "rows", [{}, {"format": "fp8", "scales_with_rows": True, "blocks": 4}], ids=["", "with scales"]
+)
+def test_a_block_that_begins_behind_the_fault_sends_what_it_knows(kernels: Kernels, rows: dict) -> None:
+    """Whatever the order of blocks: the peer hears at once, and does not wait for counts until its time is up."""
+    config = replace(CARRIED_PAIR, **rows)
+    for seed in range(12):
+        kernels.machine.configure(seed)
+        group = Group(kernels, config, "cpu")
+        group.load(make_group(config, 7))
+        group.poison()
+        peers_expert(group)
+        status = group.status(0)
+        assert (fc.FAULTS[status.fault], status.peer) == ("bad expert", 1), f"order {seed}: {describe(status)}"
+
+
 def test_places_that_are_not_static_are_refused(kernels: Kernels) -> None:
     for config in (replace(CARRIED_PAIR, expert_rows=23), replace(CARRIED_PAIR, expert_rows=0)):
         with pytest.raises(emulated.Failure, match="refused before the launch"):

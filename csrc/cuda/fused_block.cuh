@@ -70,7 +70,7 @@ struct FusedScalars {
   int sums[kNumSums];
   int claims[2];                     // of LL words to be received, by exchange
   int listed;                        // own slots, more than there is room for included
-  bool faulty;                       // this rank has a fault on record
+  bool faulty;                       // this rank has a fault of an earlier epoch on record
   int visual_weight;                 // of the rank's visual tokens, fixed-point
 };
 

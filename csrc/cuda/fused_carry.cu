@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_carry_kernel(const __g
   int begin = share.first_token, end = min(begin + args.staged_rows, share.end_token);
   CarryReader<kVectors, kExact> first(b, begin, end);
   for (int j = threadIdx.x; j < args.p.shape.num_experts; j += kFusedThreads) own_rows(b)[j] = 0;
-  bool ok = __syncthreads_or(threadIdx.x == 0 && has_fault(b.wait)) == 0;
+  bool ok = __syncthreads_or(threadIdx.x == 0 && gave_up_before(b.wait)) == 0;
   if (ok) {
     const bool wrong = count_own(b, share);
     b.stamp(1);

@@ -49,7 +49,7 @@ __device__ __forceinline__ void clear_tables(const FusedBlock& b) {
   if (thread < experts) b.modality()[thread] = modality;
   if (thread == 0) {
     b.scalars() = {};
-    b.scalars().faulty = has_fault(b.wait);
+    b.scalars().faulty = gave_up_before(b.wait);
   }
 }
 

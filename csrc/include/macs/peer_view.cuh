@@ -26,10 +26,11 @@ struct WaitContext {
   int32_t layer = -1;  // for the record
 };
 
+constexpr int32_t kClaimed = -1;  // the fault of a record that is being written
+
 // Not inlined: code that does not run is fetched all the same.
 static __device__ __noinline__ void record(FusedStatus* status, uint32_t epoch, int layer, uint64_t timeout_ns,
                                            Fault fault, int peer, int block, int64_t seen, int64_t expected) {
-  constexpr int kClaimed = -1;
   if (atomicCAS(&status->fault, 0, kClaimed) != 0) return;
   status->peer = peer, status->block = block, status->layer = layer, status->epoch = epoch;
   status->limit_ms = static_cast<uint32_t>(timeout_ns / 1000000);
@@ -47,6 +48,14 @@ __device__ __forceinline__ void report(const WaitContext& wait, Fault fault, int
 // Whether this rank has one on record.
 __device__ __forceinline__ bool has_fault(const WaitContext& wait) {
   return load_relaxed_sys(reinterpret_cast<const uint32_t*>(&wait.status->fault)) != 0;
+}
+
+// Whether it has one of an earlier epoch, behind which it sends nothing. One of this epoch keeps no block from sending what
+// it knows, however late it begins: peers wait for it.
+__device__ __forceinline__ bool gave_up_before(const WaitContext& wait) {
+  if (!has_fault(wait)) return false;
+  const int32_t fault = static_cast<int32_t>(load_acquire_sys(reinterpret_cast<const uint32_t*>(&wait.status->fault)));
+  return fault != kClaimed && wait.status->epoch != wait.epoch;
 }
 
 __device__ __forceinline__ bool is_as_late(uint32_t seen, uint32_t expected) {

@@ -12,8 +12,8 @@ from sglang_macs.control import Settings
 from sglang_macs.dispatch.layer_graph import LayerGraphs
 from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.engine import set_state, worker
-from sglang_macs.engine.compat import Launch
 from sglang_macs.engine.control import Control
+from sglang_macs.engine.launch import Launch
 from sglang_macs.errors import MacsError
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.routing import Routing

@@ -1,10 +1,14 @@
 """Options of a real server that change under load: on all ranks before the same pass, and nobody waits for ever."""
 
+import re
+from collections import Counter
+
 import pytest
 
 from benchmarks.questions import NEW_TOKENS, QUESTIONS, Question
 from benchmarks.serving import EP2_ARGS
 from sglang_macs import cli
+from sglang_macs.cpu_compat import threads_bind
 from tests.support import changes
 from tests.support.servers import ask, serve, states
 
@@ -34,6 +38,27 @@ def test_options_change_under_load(vl_model, vl_reference, count, flags):
         assert cli.main(["set", server.url, "--preset", "rank", "--trace", "on"]) == 2  # launched without a folder
         assert all("--macs-trace FOLDER" in state["control"]["refused"] for state in states(server))
         assert "options changed by request 3 before pass" in server.log_text()
+
+
+@pytest.mark.nightly
+def test_options_change_in_every_stage(vl_model, vl_reference):
+    """Of a pipeline: on both ranks of a stage before the same pass, which the stages need not count alike."""
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(4)}
+    flags = [*EP2_ARGS, "--pp-size", "2", *changes.FLAGS]
+    with serve(vl_model, *flags, log="change-stages", env=env, timeout=480) as server:
+
+        def of_many(question: Question) -> list[int]:
+            return server.generate(question.prompt, changes.picture_of(question), max_new_tokens=NEW_TOKENS).ids
+
+        while_off = changes.change_under_load(
+            12, of_many, lambda options: cli.main(["set", server.url, *options]), lambda: states(server)
+        )
+        for _, _, question, ids in while_off:
+            assert ids == vl_reference.answer(question).ids, question
+        said = re.findall(r"options changed by request (\d+) before pass (\d+)", server.log_text())
+        for number in range(1, 13):
+            passes = Counter(at for request, at in said if request == str(number))
+            assert passes.total() == 4 and all(ranks in (2, 4) for ranks in passes.values()), (number, passes)
 
 
 def test_observe_answers_as_without_macs_and_says_what_a_bound_would_gain(vl_model, vl_reference, capsys):

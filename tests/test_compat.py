@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_macs.config import MacsConfig
-from sglang_macs.engine import compat
+from sglang_macs.engine import compat, dispatch_choice
+from sglang_macs.engine.launch import EXPERIMENTAL_ENV, Launch, largest_prefill
 from sglang_macs.errors import MacsError
 
 GOOD = {"tp_size": 2, "ep_size": 2}
 
 
-def launch(architecture: str = "Qwen3VLMoeForConditionalGeneration", num_experts: int = 16, **flags) -> compat.Launch:
-    return compat.Launch(SimpleNamespace(**{**GOOD, **flags}), MacsConfig.from_preset(), architecture, num_experts)
+def launch(architecture: str = "Qwen3VLMoeForConditionalGeneration", num_experts: int = 16, **flags) -> Launch:
+    return Launch(SimpleNamespace(**{**GOOD, **flags}), MacsConfig.from_preset(), architecture, num_experts)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +36,14 @@ def test_plain_expert_parallel_launches_are_taken(flags):
 def test_one_rank_is_taken_only_where_experts_are_bounded():
     one = SimpleNamespace(tp_size=1, ep_size=1)
     for preset in ("paper", "cai", "off"):
-        compat.check(compat.Launch(one, MacsConfig.from_preset(preset), "Qwen3VLMoeForConditionalGeneration", 16))
+        compat.check(Launch(one, MacsConfig.from_preset(preset), "Qwen3VLMoeForConditionalGeneration", 16))
     on_gpu = SimpleNamespace(tp_size=1, ep_size=1, device="cuda", deepep_mode="auto")
     with pytest.raises(MacsError, match="--deepep-mode low_latency"):
-        compat.check(compat.Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
+        compat.check(Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
     on_gpu.deepep_mode = "low_latency"
-    compat.check(compat.Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
+    compat.check(Launch(on_gpu, MacsConfig.from_preset("paper"), "Qwen3VLMoeForConditionalGeneration", 16))
     with pytest.raises(MacsError, match="nothing to balance"):
-        compat.check(compat.Launch(one, MacsConfig.from_preset(), "Qwen3VLMoeForConditionalGeneration", 16))
+        compat.check(Launch(one, MacsConfig.from_preset(), "Qwen3VLMoeForConditionalGeneration", 16))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +184,13 @@ def test_options_that_replicas_do_not_go_with_are_refused(flags, options, got):
 
 
 @pytest.mark.parametrize("flags", PLACED, ids=str)
-def test_on_gpus_replicas_are_refused_until_they_are_asked_for(monkeypatch, flags):
+def test_on_gpus_replicas_are_served_in_normal_mode_and_elsewhere_on_request(monkeypatch, flags):
     flags = {"device": "cuda", "deepep_mode": "normal", **flags}
-    with pytest.raises(MacsError, match="on a GPU"):
-        compat.check(launch(**flags))
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    compat.check(launch(**flags))
+    for mode in ("low_latency", "auto"):
+        with pytest.raises(MacsError, match="on a GPU"):
+            compat.check(launch(**{**flags, "deepep_mode": mode}))
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "replicas")
     compat.check(launch(**flags, ep_dispatch_algorithm="static"))
     for dispatch, mode in (("fused", "low_latency"), ("bounded", "normal"), ("auto", "normal")):
         config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)
@@ -204,7 +207,7 @@ def test_moved_experts_are_served_on_gpus_where_nothing_changes(options):
 
 
 def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "replicas")
     for mode in ({}, {"deepep_mode": "auto"}):
         with pytest.raises(MacsError, match="--enable-eplb: got --deepep-mode auto"):
             compat.check(launch(device="cuda", enable_eplb=True, **mode))
@@ -213,7 +216,7 @@ def test_eplb_needs_a_mode_of_deepep_that_its_recorder_knows(monkeypatch):
 @pytest.mark.parametrize("mode", ["normal", "low_latency"])
 def test_eplb_counts_what_was_asked_for(monkeypatch, mode):
     """What arrives in low-latency mode, and what was given up before (engine/replicas.py)."""
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "replicas")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "replicas")
     flags = {"device": "cuda", "enable_eplb": True, "expert_distribution_recorder_mode": "stat"}
     compat.check(launch(**flags, deepep_mode=mode))
 
@@ -241,7 +244,7 @@ def test_lossless_balancing_is_not_batch_invariant():
 
 
 def test_disaggregation_is_tried_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "disaggregation")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "disaggregation")
     compat.check(launch(disaggregation_mode="prefill"))
     compat.check(replace(launch(disaggregation_mode="decode"), config=MacsConfig.from_preset(decode=True)))
     with pytest.raises(MacsError, match="no prefill batches to act on"):
@@ -261,7 +264,7 @@ def test_disaggregation_is_tried_where_it_is_asked_for(monkeypatch):
     ids=str,
 )
 def test_the_largest_prefill_batch_is_what_sglang_may_schedule(flags, ranks, tokens):
-    assert compat.largest_prefill(replace(launch(**flags), context_length=32768)) == (ranks, tokens)
+    assert largest_prefill(replace(launch(**flags), context_length=32768)) == (ranks, tokens)
 
 
 def test_a_prefill_batch_beyond_the_histograms_is_refused_at_the_launch():
@@ -296,10 +299,10 @@ def test_more_than_the_kernels_take_is_refused_on_a_gpu(experts, top_k):
 LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}
 
 
-def fused_launch(options: dict[str, object], flags: dict[str, object]) -> compat.Launch:
+def fused_launch(options: dict[str, object], flags: dict[str, object]) -> Launch:
     config = MacsConfig.from_preset(**{"dispatch": "fused", **options})
     flags = SimpleNamespace(**{**GOOD, **LOW_LATENCY, **flags})
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
+    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_the_fused_dispatch_is_taken_where_there_are_low_latency_batches(options
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_exact_cache_is_refused_where_ranks_would_not_insert_alike(monkeypatch, flags, words):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "disaggregation")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "disaggregation")
     flags = launch(**flags).flags
     for options in ({"cache": "clipped"}, {"cache": "exact", "gamma": math.inf}, {"cache": "exact", "preset": "off"}):
         compat.check(replace(launch(), flags=flags, config=MacsConfig.from_preset(**options)))
@@ -356,11 +359,11 @@ def test_decode_is_planned_only_without_cuda_graphs(backend):
 NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep_gemm", "quantization": None}
 
 
-def normal_launch(flags: dict[str, object], dispatch: str) -> compat.Launch:
+def normal_launch(flags: dict[str, object], dispatch: str) -> Launch:
     weights = flags.get("quantization")
     flags = SimpleNamespace(**{**GOOD, **NORMAL, **flags})
     config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)  # else determinism is refused already
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=weights)
+    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=weights)
 
 
 NOT_BOUNDED = pytest.mark.parametrize(
@@ -391,7 +394,7 @@ def test_the_bounded_dispatch_is_refused_where_it_cannot_carry(flags):
 def test_auto_leaves_it_out_there_and_says_why(flags):
     launch = normal_launch(flags, "auto")
     compat.check(replace(launch, config=launch.config.on(launch.flag("device"))))
-    config, why = compat.resolved(launch)
+    config, why = dispatch_choice.resolved(launch)
     assert config.dispatch in ("auto_fused", "deepep") and why
 
 
@@ -403,14 +406,14 @@ NOT_SHOWN = ({"enable_two_batch_overlap": True}, {"enable_single_batch_overlap":
 def test_auto_takes_what_a_server_has_shown(monkeypatch, flags, dispatch):
     """What is asked for by its name is taken nevertheless."""
     launch = normal_launch(flags, dispatch)
-    config, why = compat.resolved(launch)
+    config, why = dispatch_choice.resolved(launch)
     alone = flags not in NOT_SHOWN
     assert (config.dispatch, config.all_reduce) == (("auto_fused", "auto") if alone else ("deepep", "group"))
     assert ("no server has shown" in why) == (config != launch.config)
     asked = replace(launch, config=replace(launch.config, dispatch="fused", all_reduce="peer"))
-    assert compat.resolved(asked) == (asked.config, "")
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "auto")
-    assert "no server has shown" not in compat.resolved(launch)[1]
+    assert dispatch_choice.resolved(asked) == (asked.config, "")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "auto")
+    assert "no server has shown" not in dispatch_choice.resolved(launch)[1]
 
 
 BOUNDED = pytest.mark.parametrize(
@@ -428,16 +431,16 @@ BOUNDED = pytest.mark.parametrize(
 
 @BOUNDED
 def test_the_bounded_dispatch_is_taken_in_normal_mode(monkeypatch, flags):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "auto")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "auto")
     for dispatch in ("bounded", "auto"):
         launch = normal_launch(flags, dispatch)
         compat.check(launch)
-        assert compat.resolved(launch) == (launch.config, "")
+        assert dispatch_choice.resolved(launch) == (launch.config, "")
 
 
 def test_auto_carries_experts_with_copies_as_any_others():
     launch = normal_launch({"ep_num_redundant_experts": 2, "enable_eplb": True}, "auto")
-    assert compat.resolved(launch) == (launch.config, "")
+    assert dispatch_choice.resolved(launch) == (launch.config, "")
 
 
 @pytest.mark.parametrize(
@@ -467,7 +470,7 @@ def test_auto_is_for_gpus_with_macs_on(device, options, expected):
     ],
 )
 def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, experts):
-    monkeypatch.setenv(compat.EXPERIMENTAL_ENV, "models")
+    monkeypatch.setenv(EXPERIMENTAL_ENV, "models")
     with pytest.raises(MacsError, match=architecture):
         compat.check(launch(architecture, experts))
 

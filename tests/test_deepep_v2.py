@@ -15,7 +15,8 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch import bounded_v2
 from sglang_macs.dispatch.bounded import Sizes
-from sglang_macs.engine import compat
+from sglang_macs.engine import compat, dispatch_choice
+from sglang_macs.engine.launch import Launch
 from sglang_macs.errors import MacsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,11 +77,11 @@ def test_the_worst_case_decides_whether_prefills_are_counted() -> None:
 # ---- Launches --------------------------------------------------------------------------------------------------------
 
 
-def launch(quantization: str | None = None, options: dict | None = None, **flags) -> compat.Launch:
+def launch(quantization: str | None = None, options: dict | None = None, **flags) -> Launch:
     plain = {"tp_size": 2, "ep_size": 2, "device": "cuda", "moe_a2a_backend": "deepep_v2", "deepep_mode": "auto"}
     config = MacsConfig.from_preset("rank", **(options or {}))
     flags = SimpleNamespace(**{**plain, **flags})
-    return compat.Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=quantization)
+    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=quantization)
 
 
 def test_v2_is_for_those_who_ask_for_it(monkeypatch) -> None:
@@ -112,9 +113,9 @@ def test_everything_else_is_refused_in_one_line(given, why) -> None:
 
 
 def test_auto_is_the_bounded_dispatch_under_v2() -> None:
-    assert compat.resolved(launch(options={"dispatch": "auto"}))[0].dispatch == "bounded"
+    assert dispatch_choice.resolved(launch(options={"dispatch": "auto"}))[0].dispatch == "bounded"
     deterministic = launch(options={"dispatch": "auto"}, enable_deterministic_inference=True)
-    assert compat.resolved(deterministic)[0].dispatch == "deepep"
+    assert dispatch_choice.resolved(deterministic)[0].dispatch == "deepep"
 
 
 @pytest.mark.parametrize("release", ["0.5.21", "0.5.22", "0.5.22.post1"])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ import yaml
 
 from sglang_macs.cli import doctor
 from sglang_macs.cpu_compat import environment
+from sglang_macs.plan import profile
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM = ROOT / "deploy" / "slurm" / "serve.sbatch"
 KUBERNETES = ROOT / "deploy" / "kubernetes" / "leaderworkerset.yaml"
-PAGES = {"README": ROOT / "README.md", **{page.stem: page for page in (ROOT / "docs").glob("**/*.md")}}
+PAGES = {page.stem: page for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"))}
+WHAT_THE_READER_HAS = "--model-path MODEL --tp 2 --dp 2 --enable-dp-attention --ep-size 2"  # in place of a page's `...`
 NODES = 2
 KEYS = {"API_KEY": "of clients", "ADMIN_API_KEY": "of admins"}
 DEFAULT_CHUNK = {"cuda": 8192, "cpu": 4096}  # SGLang's on an H100 or H200, and without a GPU
@@ -28,7 +31,7 @@ DEFAULT_CHUNK = {"cuda": 8192, "cpu": 4096}  # SGLang's on an H100 or H200, and 
 STUBS = {
     "python3": 'printf "%s\\0" "$@" >> "$ARGV_FILE"; printf "\\n" >> "$ARGV_FILE"',
     "scontrol": 'printf "node-a\\nnode-b\\n"',
-    "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+    "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i SLURMD_NODENAME=localhost "$@"; done',
 }
 STUBS |= dict.fromkeys(("python", "sglang-macs"), STUBS["python3"])
 
@@ -70,13 +73,17 @@ def argv(tmp_path_factory, documents) -> dict[str, list[list[str]]]:
     return {"slurm": slurm, "kubernetes": kubernetes}
 
 
+LAUNCH = re.compile(r"(?:\w+=\S+ )*(?:FLAGS=|python3? -m sglang.launch_server|sglang-macs doctor -- )")
+
+
 def launches_on(page: Path) -> str:
     """The lines of a page's indented blocks that set FLAGS, launch a server or have the doctor look at one."""
     lines = re.findall(r"^ {4}(\S(?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE)
-    wanted = [
-        line for line in lines if re.match(r"FLAGS=|python3? -m sglang.launch_server|sglang-macs doctor -- ", line)
-    ]
-    return "\n".join(line.replace("--node-rank RANK", "--node-rank 1") for line in wanted if " ... " not in line)
+    wanted = [line for line in lines if LAUNCH.match(line)]
+    missed = [line for line in lines if re.search(r"launch_server|doctor --|sglang serve", line) and line not in wanted]
+    assert not missed, (page, missed)
+    script = "\n".join(line.replace("--node-rank RANK", "--node-rank 1") for line in wanted)
+    return script.replace(" ... ", f" {WHAT_THE_READER_HAS} ")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +94,7 @@ def documented(tmp_path_factory) -> dict[str, list[list[str]]]:
         if script := launches_on(page):
             argv = started(tmp_path_factory.mktemp(name), ["bash", "-euc", script])
             found[name] = [words[2:] for words in argv]  # behind `-m sglang.launch_server`, or `doctor --`
-    assert found.keys() >= {"README", "quickstart", "multinode", "operations"}
+    assert found.keys() == {"README", "quickstart", "multinode", "operations", "importance", "choosing"}
     assert len(found["quickstart"]) == 4
     return found
 
@@ -103,7 +110,7 @@ parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
 names = ("nnodes", "node_rank", "dist_init_addr", "tp_size", "dp_size", "ep_size", "moe_a2a_backend", "port", "device")
 names += ("enable_dp_attention", "chunked_prefill_size", "mem_fraction_static", "enable_metrics")
-names += ("api_key", "admin_api_key")
+names += ("api_key", "admin_api_key", "max_running_requests", "cuda_graph_max_bs_decode", "host")
 for argv in json.load(sys.stdin):
     args = parser.parse_args(argv)
     config = from_options(vars(args))
@@ -114,13 +121,29 @@ for argv in json.load(sys.stdin):
 
 
 @pytest.fixture(scope="module")
-def parsed(argv, documented, vl_model) -> dict[str, list[dict]]:
+def folder_of_the_reader(tmp_path_factory, vl_model) -> Path:
+    """Where launches name files of theirs: the importance of docs/guide/importance.md, and a profile."""
+    folder = tmp_path_factory.mktemp("reader")
+    (own,) = re.findall(r"In `own.py`:\n\n((?: {4}.*\n|\n)+)", PAGES["importance"].read_text())
+    (folder / "own.py").write_text(textwrap.dedent(own))
+    config = json.loads((vl_model / "config.json").read_text())
+    (architecture,), text = config["architectures"], config["text_config"]
+    experts = text["num_local_experts"]
+    shared = {layer: [0] * experts for layer in range(text["num_hidden_layers"])}
+    profile.save(profile.Profile(architecture, experts, shared), str(folder / "profile.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parsed(argv, documented, vl_model, folder_of_the_reader) -> dict[str, list[dict]]:
     """The same after SGLang's parser, our plugin loaded; `resolved`: what the doctor's probe says of it."""
     launches = {name: [node[2:] for node in nodes] for name, nodes in argv.items()} | documented
     every = [flags for of_name in launches.values() for flags in of_name]
     env = {**os.environ, **environment(ranks=1), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PARSE, str(vl_model)]
-    done = subprocess.run(command, input=json.dumps(every), env=env, capture_output=True, text=True, check=False)
+    env["PYTHONPATH"] = os.pathsep.join([".", str(ROOT), env["PYTHONPATH"]])
+    given = {"input": json.dumps(every), "env": env, "cwd": folder_of_the_reader}
+    done = subprocess.run(command, **given, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("PARSED ")]
     return {name: [lines.pop(0) for _ in of_name] for name, of_name in launches.items()}
@@ -141,12 +164,22 @@ def test_every_documented_launch_gives_its_ranks_chunks_that_pay(parsed):
 
 
 def test_every_page_and_file_launches_the_same_two_nodes(parsed):
-    differing = {"node_rank", "dist_init_addr"}
+    differing = {"node_rank", "dist_init_addr", "host"}
     nodes = [{k: v for k, v in flags.items() if k not in differing} for of in parsed.values() for flags in of]
     nodes = [flags for flags in nodes if flags["nnodes"] == NODES]
     assert len(nodes) == 6 and all(flags == nodes[0] for flags in nodes)
     assert nodes[0]["enable_metrics"]
     assert {"API_KEY": nodes[0]["api_key"], "ADMIN_API_KEY": nodes[0]["admin_api_key"]} == KEYS
+    # DeepEP's buffers: 128 tokens of a rank, unless SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK says so.
+    assert nodes[0]["max_running_requests"] == nodes[0]["cuda_graph_max_bs_decode"] * nodes[0]["dp_size"] == 128 * 16
+
+
+def test_no_documented_server_is_open_to_every_network(parsed):
+    """SGLang's own default is this machine alone; whoever names an address asks for keys."""
+    for name, launches in parsed.items():
+        for flags in launches:
+            assert flags["host"] not in ("0.0.0.0", "::"), (name, flags)
+            assert flags["host"] == "127.0.0.1" or (flags["api_key"] and flags["admin_api_key"]), (name, flags)
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])

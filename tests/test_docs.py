@@ -16,7 +16,14 @@ from sglang_macs.engine import launcher, scheduler_process
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for pattern in ("README.md", "CHANGELOG.md", "docs/**/*.md", "models/*/README.md", "tools/*/README.md")
+    for pattern in (
+        "README.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "docs/**/*.md",
+        "models/*/README.md",
+        "tools/*/README.md",
+    )
     for page in ROOT.glob(pattern)
 }
 # Of this repository.
@@ -121,15 +128,20 @@ def test_subcommands_and_their_flags_exist(page):
 
 
 # What adds options to a script's, and where these stand. Those may add options of another place, which comes later.
-SHARED_OPTIONS = {"common_options.parser_of": "e2e/common_options.py", "result_file.add_options": "gpu/result_file.py"}
+SHARED_OPTIONS = {
+    "common_options.parser_of": "e2e/common_options.py",
+    "common_options.add_variants": "e2e/common_options.py",
+    "result_file.add_options": "gpu/result_file.py",
+}
+PROGRAM = re.compile(r"python3? (?:-m )?((?:benchmarks|scripts|tools|lab)[./][\w./]+)(.*)")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_of_scripts_exist(page):
     """A script's flags are looked for in its source: importing all of them would take their dependencies."""
     for line in commands(PAGES[page]):
-        if script := re.search(r"python3? ((?:benchmarks|scripts|tools|lab)/\S+\.py)(.*)", line):
-            source = (ROOT / script[1]).read_text(encoding="utf-8")
+        if script := PROGRAM.search(line):
+            source = (ROOT / script[1].removesuffix(".py").replace(".", "/")).with_suffix(".py").read_text()
             for call, shared in SHARED_OPTIONS.items():
                 if call in source:
                     source += (ROOT / "benchmarks" / shared).read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from sglang_macs.cli.progress import EVERY_SECONDS, Progress
 from sglang_macs.cpu_compat import environment
 from sglang_macs.engine import launcher, scheduler_process
 from sglang_macs.releases import PINNED
-from tests.test_launch import BREAK
+from tests.support.broken_sglang import BREAK
 
 EP2 = ["--device", "cpu", "--tp", "2", "--ep-size", "2"]
 PACKAGE = extension.PACKAGE

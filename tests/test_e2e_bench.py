@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.e2e import kernel_trace, plot, prefill, servers, standstill, summary
+from benchmarks.e2e import groups, kernel_trace, plot, prefill, servers, standstill, summary
 from benchmarks.e2e.rounds import Run, Workload, picture_tokens
 from benchmarks.e2e.routing_site import e2e_routing
 from benchmarks.e2e.servers import STOCK, Variant, chosen_variants, grouped
@@ -458,9 +458,9 @@ def test_smoke_run_on_cpu(tmp_path):
 
 def test_ranks_of_all_servers_on_one_gpu_have_sms_of_their_own(monkeypatch) -> None:
     """Two servers of two ranks, each with half of them, stood still."""
-    monkeypatch.setattr(prefill.mps, "shared_gpu", lambda processes: processes)
+    monkeypatch.setattr(groups.mps, "shared_gpu", lambda processes: processes)
     asked = []
     for more in (["--variants", "off", "--dispatch", "bounded"], [], ["--at-once", "2"]):
         options = prefill.parse(["--out", "x", "--commit", "x", "--share-gpu", "--ranks", "2", *more])
-        asked.append(prefill.sharing(options, prefill.groups_of(options)))
+        asked.append(groups.sharing(options, prefill.groups_of(options)))
     assert asked == [4, 8, 4]

@@ -44,7 +44,7 @@ class FakeServer:
     def states(self) -> list[dict]:
         both = {"dispatches": self.dispatches, "rows_before": [5, 3], "excess": [1.0] * 5}
         layers = {str(i): both | {"max_over_mean_before": total} for i, total in enumerate(self.sums)}
-        return [{"layers": layers}] * 2
+        return [{"layers": layers, "rank": rank} for rank in (1, 0)]
 
 
 def rows(tmp_path: Path, server: FakeServer, monkeypatch) -> list[dict]:

@@ -1,5 +1,5 @@
 """The fused dispatch and combine on the emulated machine: their decisions, rows and sums against the reference, in many
-schedules; and what they do when a peer dies, stalls or sends nonsense.
+schedules. What they do when a peer fails is in test_fused_faults_emulated.py.
 """
 
 from __future__ import annotations
@@ -14,38 +14,34 @@ import torch
 
 from reference import fused_c as fc
 from reference.fused_case import FusedConfig, Group, make_group, masked
-from reference.fused_checks import check_guards, describe, fresh_outputs, output, play
+from reference.fused_checks import describe, output, play
 from reference.fused_faults import (
     PAIR,
-    PAIRS,
-    SCENARIOS,
-    check_fault,
     forge_assignments,
-    forge_counts,
     forge_rows,
     forge_weight,
 )
-from reference.kernel_case import POISON, Config
 from reference.kernel_reference import fixed
-from tests.support import emulated
 from tests.support.emulated import Kernels
+from tests.support.emulated_fused import (
+    PLAN,
+    SOON_NS,
+    build,
+    each_by_itself,
+    each_by_itself_in_two_phases,
+    in_two_phases,
+)
 from tests.support.tiers import nightly_but
 
 pytestmark = pytest.mark.emulated
-SOURCES = ("fused_dispatch.cu", "fused_carry.cu", "fused_combine.cu", "fused_capi.cu")
-SOON_NS = 300_000  # of simulated time
 MOST_LISTED = 512  # csrc/cuda/fused_block.cuh
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    sources = [emulated.CUDA / name for name in SOURCES]
-    made = Kernels(emulated.build("fused", *sources, defines=["MACS_C_API"]))
-    fc.check_sizes(made.library)
-    return made
+    return build()
 
 
-PLAN = Config(T=12, H=2048, E=16, K=4, R=4, hot=1.5, visual=0.8, gamma=1.0)
 CASES = {
     "plain": FusedConfig(PLAN, (12, 7, 12, 1)),
     "one_rank": FusedConfig(replace(PLAN, R=1, scope="expert", empty=0.3, ids_i64=False), (12,), blocks=3),
@@ -230,30 +226,6 @@ def test_schedules_do_not_matter(kernels: Kernels, seed: int) -> None:
         play(group, step)
 
 
-def each_by_itself(group: Group) -> None:
-    """Every rank launched on a stream of its own, as processes would."""
-    with group.kernels.machine.together():
-        for rank in group.ranks:
-            group.kernels.stream = rank + 1
-            group.dispatch(only=rank)
-    group.kernels.stream = 0
-
-
-def in_two_phases(group: Group) -> None:
-    group.dispatch(fc.SEND)
-    group.dispatch(fc.RECEIVE)
-
-
-def each_by_itself_in_two_phases(group: Group) -> None:
-    """A rank may receive before another has sent."""
-    with group.kernels.machine.together():
-        for rank in group.ranks:
-            group.kernels.stream = rank + 1
-            group.dispatch(fc.SEND, only=rank)
-            group.dispatch(fc.RECEIVE, only=rank)
-    group.kernels.stream = 0
-
-
 @pytest.mark.parametrize("dispatch", [each_by_itself, in_two_phases, each_by_itself_in_two_phases])
 @pytest.mark.parametrize(
     "name",
@@ -331,182 +303,3 @@ def test_the_first_source_of_an_expert_waits_for_nobody(kernels: Kernels) -> Non
     sent = int((ranks[0].ids >= 0).sum())
     source = group.part(1, "sources", torch.int32, config.rows)
     assert sent > 0 and (source >> 16 == 0).sum() == sent, "rank 1 has not even begun"
-
-
-# ---- What goes wrong ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", PAIRS)
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_a_fault_is_named_and_the_next_epoch_works(kernels: Kernels, name: str, kind: str) -> None:
-    check_fault(kernels, "cpu", SCENARIOS[name], SOON_NS, PAIRS[kind])
-
-
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_sending_waits_for_nobodys_rows(kernels: Kernels, pair: FusedConfig) -> None:
-    pair = replace(pair, plan=replace(pair.plan, gamma=float("inf")), timeout_ns=SOON_NS)
-    group = Group(kernels, pair, "cpu")
-    group.load(make_group(pair, 7))
-    forge_assignments(group)
-    forge_weight(group)
-    group.dispatch(fc.SEND, only=0)
-    assert not group.status(0).fault, describe(group.status(0))
-
-
-@pytest.mark.parametrize("phases", [(fc.BOTH,), (fc.SEND, fc.RECEIVE)])
-def test_signals_without_scales_are_a_fault(kernels: Kernels, phases: tuple[int, ...]) -> None:
-    """Nobody sends that; nobody waits for it for ever."""
-    pair = PAIRS[", scales with rows"]
-    pair = replace(pair, plan=replace(pair.plan, gamma=float("inf")), timeout_ns=SOON_NS)
-    group = Group(kernels, pair, "cpu")
-    group.load(make_group(pair, 7))
-    group.poison()
-    forge_assignments(group)
-    forge_weight(group)
-    forge_rows(group, scales=False)
-    for phase in phases:
-        group.dispatch(phase, only=0)
-    assert fc.FAULTS[group.status(0).fault] == "rows" and group.status(0).peer == -1, describe(group.status(0))
-    check_guards(group)
-    group.recover()
-    play(group, 8)
-
-
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_a_rank_that_dies_between_phases_is_named_and_the_next_epoch_works(kernels: Kernels, pair: FusedConfig) -> None:
-    group = Group(kernels, replace(pair, timeout_ns=SOON_NS), "cpu")
-    play(group, 0)
-    group.load(make_group(pair, 7))
-    group.poison()
-    group.dispatch(fc.SEND)  # of both; then rank 1 neither receives nor combines
-    group.dispatch(fc.RECEIVE, only=0)
-    assert not group.status(0).fault and group.part(0, "received", torch.int32, 8).sum() > 0
-    group.combine(only=0)
-    assert fc.FAULTS[group.status(0).fault] == "outputs" and group.status(0).peer == 1, describe(group.status(0))
-    assert (group.tensors[0].outputs["combined"] == 0).all()
-    check_guards(group)
-    group.recover()
-    play(group, 8, in_two_phases)
-
-
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_a_rank_that_never_sends_is_named_behind_both_phases(kernels: Kernels, pair: FusedConfig) -> None:
-    group = Group(kernels, replace(pair, timeout_ns=SOON_NS), "cpu")
-    group.load(make_group(pair, 7))
-    group.poison()
-    for phase in (fc.SEND, fc.RECEIVE):
-        group.dispatch(phase, only=0)
-    assert fc.FAULTS[group.status(0).fault] == "assignments" and group.status(0).peer == 1, describe(group.status(0))
-    assert not group.part(0, "received", torch.int32, 8).any()
-    group.recover()
-    play(group, 8, in_two_phases)
-
-
-@pytest.mark.parametrize("rows", [{"max_rows": 40, "alignment": 8}, {"expert_rows": 5}])
-def test_more_rows_than_the_buffer_holds_are_refused_by_all(kernels: Kernels, rows: dict[str, int]) -> None:
-    config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), **rows)
-    group = Group(kernels, config, "cpu")
-    group.load(make_group(config, 3))
-    group.poison()
-    group.dispatch()
-    for rank in group.ranks:
-        assert fc.FAULTS[group.status(rank).fault] == "overflow" and group.status(rank).peer == 0
-        assert (group.bytes_of(rank, "rows") == POISON).all()
-        assert not group.part(rank, "received", torch.int32, config.local).any()
-    check_guards(group)
-
-
-def test_a_peer_that_offers_no_outputs_is_named_and_gives_zeros(kernels: Kernels) -> None:
-    group = Group(kernels, replace(PAIR, timeout_ns=SOON_NS), "cpu")
-    group.load(make_group(PAIR, 7))
-    group.dispatch()
-    group.combine(only=0)
-    status = group.status(0)
-    assert fc.FAULTS[status.fault] == "outputs" and status.peer == 1, describe(status)
-    assert (group.tensors[0].outputs["combined"] == 0).all()
-    group.recover()
-    play(group, 8)
-
-
-SIZES = {"hidden": {"H": 1000}, "experts": {"E": 512, "R": 2}, "top_k": {"K": 17, "E": 32}}
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_other_sizes_are_refused(kernels: Kernels, name: str) -> None:
-    group = Group(kernels, replace(PAIR, plan=replace(PAIR.plan, **SIZES[name])), "cpu")
-    with pytest.raises(emulated.Failure, match="refused before the launch"):
-        group.dispatch()
-
-
-# ---- What goes wrong where nothing is planned ------------------------------------------------------------------------
-
-
-CARRIED_PAIR = masked(replace(PAIR, plan=replace(PAIR.plan, hot=1.5), blocks=3, carried=True, timeout_ns=SOON_NS))
-I32_MAX = 2**31 - 1
-
-
-def alone(group: Group) -> None:
-    group.dispatch(only=0)
-
-
-def told_then_alone(count: int) -> Callable[[Group], None]:
-    def inject(group: Group) -> None:
-        forge_counts(group, [count] * 16)
-        group.dispatch(only=0)
-
-    return inject
-
-
-def own_expert(group: Group) -> None:
-    group.tensors[0].inputs["topk_ids"][4, 2] = 16
-    group.dispatch()
-
-
-def peers_expert(group: Group) -> None:
-    group.tensors[1].inputs["topk_ids"][4, 2] = 511
-    group.dispatch()
-
-
-def one_expert_twice(group: Group) -> None:
-    group.tensors[0].inputs["topk_ids"][:, :2] = 3
-    group.dispatch()
-
-
-@pytest.mark.parametrize(
-    "rows", [{}, {"format": "fp8", "scales_with_rows": True, "blocks": 4}], ids=["", "with scales"]
-)
-@pytest.mark.parametrize(
-    ("inject", "fault", "peer", "seen"),
-    [
-        pytest.param(alone, "counts", 1, None, id="dead rank"),
-        pytest.param(told_then_alone(0), "rows", 1, None, id="dead before its rows"),
-        *(pytest.param(told_then_alone(n), "bad count", 1, n, id=f"{n} rows") for n in (-2, 13, I32_MAX)),
-        pytest.param(peers_expert, "bad expert", 1, -1, id="expert 511"),
-        pytest.param(own_expert, "bad expert", 0, 16, id="own expert 16"),
-        pytest.param(one_expert_twice, "bad count", 0, None, id="an expert twice"),
-    ],
-)
-def test_a_fault_where_nothing_is_planned(kernels: Kernels, inject, fault: str, peer: int, seen, rows: dict) -> None:
-    config = replace(CARRIED_PAIR, **rows)
-    group = Group(kernels, config, "cpu")
-    play(group, 0)
-    group.load(make_group(config, 7))
-    group.poison()
-    inject(group)
-    status = group.status(0)
-    assert (fc.FAULTS[status.fault], status.peer, status.epoch) == (fault, peer, 2), describe(status)
-    assert seen in (None, status.seen), describe(status)
-    assert not group.part(0, "received", torch.int32, config.local).any(), "rows are delivered"
-    group.set_outputs(fresh_outputs(group, 1))
-    group.combine(only=0)
-    assert (group.tensors[0].outputs["combined"] == 0).all(), "something old passes for a result"
-    check_guards(group)
-    group.recover()
-    for seed in range(2):
-        play(group, 50 + seed, each_by_itself_in_two_phases if seed else Group.dispatch)
-
-
-def test_places_that_are_not_static_are_refused(kernels: Kernels) -> None:
-    for config in (replace(CARRIED_PAIR, expert_rows=23), replace(CARRIED_PAIR, expert_rows=0)):
-        with pytest.raises(emulated.Failure, match="refused before the launch"):
-            Group(kernels, config, "cpu").dispatch()

@@ -23,8 +23,8 @@ from sglang_macs.errors import MacsError
 from sglang_macs.plan import importance
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.plans import configs, same_bits
 from tests.support.ranks import run_ranks
-from tests.test_plan import configs, same_bits
 
 NUMBERS = itertools.count()
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "importance.md"

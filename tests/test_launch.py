@@ -15,6 +15,7 @@ from sglang_macs.cpu_compat import environment
 from sglang_macs.plan import profile
 from sglang_macs.plan.profile import Profile
 from tests.support import model_configs
+from tests.support.broken_sglang import BREAK
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
@@ -298,27 +299,6 @@ def test_the_switch_alone_without_the_other_hooks_ends_the_launch():
     assert "sglang-macs: hook on sglang.srt.server_args.ServerArgs.add_cli_args did not take" in done.stderr
 
 
-BREAK = """
-import importlib.abc, importlib.util, sys
-
-class Breaker(importlib.abc.MetaPathFinder):
-    '''Takes a method out of SGLang as a new release might.'''
-    def find_spec(self, name, path=None, target=None):
-        if name != {module!r}:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            owner = getattr(module, {owner!r})
-            setattr(owner, {method!r} + "_renamed", owner.__dict__[{method!r}])
-            delattr(owner, {method!r})
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Breaker())
-"""
 TARGETS = {
     "scheduler": ("sglang.srt.model_executor.model_runner", "ModelRunner", "forward"),
     "launcher": ("sglang.srt.entrypoints.engine", "Engine", "_launch_scheduler_processes"),

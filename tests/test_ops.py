@@ -1,4 +1,4 @@
-"""Every operator against the oracle, its Meta kernel, and what it says about bad input."""
+"""Every operator against the oracle, in named cases and random ones."""
 
 from __future__ import annotations
 
@@ -11,42 +11,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import cases, oracle
 from sglang_macs import ops
 from sglang_macs.choices import BUCKETS, SCORINGS
 from tests.support import operators
-
-HISTOGRAM = ("buckets", "load", "importance")
-THRESHOLD = ("buckets", "scope", "load", "reroute", "protect_text", "gamma", "rho", "alpha", "c_min")
-APPLY = ("buckets", "scope", "load", "importance", "reroute", "protect_text", "reroute_rounds")
-USUAL = {
-    "scope": "rank", "load": "rows", "importance": "entropy_gate", "reroute": "global", "protect_text": True,
-    "buckets": 128, "reroute_rounds": 3, "gamma": 1.0, "rho": 0.5, "alpha": 1.0, "c_min": 0.0,
-}  # fmt: skip
-
-
-def pick(switches: dict[str, Any], names: tuple[str, ...], **more: Any) -> dict[str, Any]:
-    """The settings that one operator takes."""
-    return {name: switches[name] for name in names} | more
-
-
-def weight_of(b: cases.Batch, delta: float = 1.0) -> torch.Tensor:
-    """Entropy weights [T] f32 by the oracle, rounded: the product's own may not decide what it is tested with."""
-    entropy = oracle.entropy_score(b.hidden_states.tolist(), b.segment.tolist())
-    return torch.tensor(oracle.entropy_weight(entropy, b.segment.tolist(), b.num_segments, delta), dtype=torch.float32)
-
-
-def assigned(b: cases.Batch, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The four tensors that histogram and apply have in common."""
-    return b.topk_ids, b.topk_weights, weight, b.segment
-
-
-def lists(*tensors: torch.Tensor | None) -> list[Any]:
-    """What the oracle takes."""
-    return [None if t is None else t.tolist() for t in tensors]
+from tests.support.operator_cases import (
+    APPLY,
+    HISTOGRAM,
+    SELECTIONS,
+    THRESHOLD,
+    USUAL,
+    assert_selection,
+    assigned,
+    chain,
+    lists,
+    pick,
+    selection_case,
+    weight_of,
+)
 
 
 def same_weights(got: torch.Tensor, want: list[list[float]], kept: torch.Tensor) -> None:
@@ -203,34 +186,6 @@ def test_threshold_of_any_histograms(switches: dict[str, Any], seed: int, shape:
     assert (shift.tolist(), cut.tolist()) == oracle.clip_threshold(*lists(own, group, modality), **settings)
 
 
-SELECTIONS = {  # scoring, whether there is a bias, groups, groups of a token
-    "softmax_biased": ("softmax", True, 1, 1),
-    "grouped": ("softmax", False, 4, 2),
-    "deepseek_v3": ("sigmoid", True, 8, 4),
-    "sigmoid_grouped": ("sigmoid", False, 2, 1),
-    "deepseek_v4": ("sqrtsoftplus", True, 1, 1),
-    "all_groups": ("sigmoid", True, 4, 4),
-    "groups_of_one": ("softmax", False, 32, 5),
-}
-
-
-def selection_case(name: str, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor | None, str, int, int]:
-    """Inputs of `selection_score`: 32 experts, and logits that are not finite."""
-    scoring, biased, groups, taken = SELECTIONS[name]
-    gen = cases.generator(seed)
-    logits = torch.randn(9, 32, generator=gen) * 3
-    logits[1, :5] = torch.tensor([math.nan, math.inf, -math.inf, -90.0, 90.0])
-    logits[2] = -math.inf
-    logits[3] = 0.0  # equal groups: the first is better
-    return logits, torch.randn(32, generator=gen) if biased else None, scoring, groups, taken
-
-
-def assert_selection(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.dtype == torch.float32 and torch.equal(got.isfinite(), want.isfinite())
-    assert (got[~got.isfinite()] == -math.inf).all()
-    torch.testing.assert_close(got.double(), want.double(), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selection_score(name: str, dtype: torch.dtype) -> None:
@@ -335,237 +290,3 @@ def test_without_logits_nothing_is_rerouted() -> None:
     _, _, counts = operator(*inputs[:4], None, *inputs[5:], **settings)
     assert counts[1].sum() > 0
     assert counts[2].sum() == 0
-
-
-def chain(group: cases.Group) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
-    """(operator, tensors, settings) by name, as the plan of the group's first batch calls them."""
-    b, ranks = group.batches[0], {"num_ranks": group.num_ranks}
-    entropy = ops.entropy_score(b.hidden_states, b.segment)
-    weight = ops.entropy_weight(entropy, b.segment, b.num_segments, 1.0)
-    counted = pick(USUAL, HISTOGRAM, num_experts=group.num_experts)
-    own = operators.load_histogram(*assigned(b, weight), **counted)
-    ordered = pick(USUAL, THRESHOLD, **ranks)
-    shift, cut = operators.clip_threshold(own, own, group.modality, **ordered)
-    applied = pick(USUAL, APPLY, scoring=group.scoring, **ranks)
-    apply_inputs = (*assigned(b, weight), b.router_logits, shift, cut, group.selection(b))
-    bias = torch.linspace(-0.5, 0.5, group.num_experts)
-    return {
-        "entropy_score": (ops.entropy_score, (b.hidden_states, b.segment), {}),
-        "entropy_weight": (ops.entropy_weight, (entropy, b.segment, b.num_segments, 1.0), {}),
-        "load_histogram": (operators.load_histogram, assigned(b, weight), counted),
-        "clip_threshold": (operators.clip_threshold, (own, own, group.modality), ordered),
-        "clip_apply": (operators.clip_apply, apply_inputs, applied),
-        "selection_score": (ops.selection_score, (b.router_logits, bias, "sigmoid", 2, 1), {}),
-    }
-
-
-NAMES = ("entropy_score", "entropy_weight", "load_histogram", "clip_threshold", "clip_apply", "selection_score")
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the call that a wrapper makes, so that opcheck sees the very schema arguments."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.call = (func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("case", ["imbalanced", "no_tokens", "biased_groups"])
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name: str, case: str) -> None:
-    operator, inputs, settings = chain(cases.named(case))[name]
-    with Recorder() as recorder:
-        operator(*inputs, **settings)
-    func, args, kwargs = recorder.call
-    assert func.namespace == "sglang_macs"
-    torch.library.opcheck(func, args, kwargs)
-
-
-def shapes(result: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of every tensor that an operator returned."""
-    return [(tuple(t.shape), t.dtype) for t in (result if isinstance(result, tuple) else (result,))]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_meta_and_fake_tensors_have_the_real_shapes(name: str) -> None:
-    operator, inputs, settings = chain(cases.named("odd_experts"))[name]
-    want = shapes(operator(*inputs, **settings))
-    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs]
-    assert shapes(operator(*meta, **settings)) == want
-    with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-        assert shapes(operator(*fake, **settings)) == want
-
-
-def test_compiles_in_one_graph_for_any_number_of_tokens() -> None:
-    """The five operators as the plan chains them, without a graph break and without a second compilation."""
-    compilations = []
-    policy = operators.policy_of(**USUAL, num_experts=16, num_ranks=4)
-
-    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
-        compilations.append(module)
-        return module.forward
-
-    def chained(b: cases.Batch, modality: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        entropy = ops.entropy_score(b.hidden_states, b.segment)
-        w = ops.entropy_weight(entropy, b.segment, 2, 1.0)
-        own = ops.load_histogram(*assigned(b, w), policy)
-        shift, cut = ops.clip_threshold(own, own, modality, policy)
-        return ops.clip_apply(*assigned(b, w), b.router_logits, shift, cut, policy)
-
-    compiled = torch.compile(chained, backend=backend, fullgraph=True, dynamic=True)
-    modality = torch.zeros(16, dtype=torch.int8)
-    for tokens in (40, 12, 64):
-        b = cases.batch(cases.generator(tokens), **(cases.NAMED["imbalanced"] | {"num_tokens": tokens}))
-        for got, want in zip(compiled(b, modality), chained(b, modality), strict=True):
-            assert torch.equal(got, want)
-    assert len(compilations) == 1
-
-
-def _swap(position: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-    """A call with the tensor at `position` changed."""
-
-    def call(operator: Callable[..., Any], inputs: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        return operator(*inputs[:position], change(inputs[position]), *inputs[position + 1 :], **settings)
-
-    return call
-
-
-def _set(**changes: Any) -> Callable[..., Any]:
-    """A call with other settings."""
-
-    def call(operator: Callable[..., Any], inputs: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        return operator(*inputs, **(settings | changes))
-
-    return call
-
-
-def _shorter(t: torch.Tensor) -> torch.Tensor:
-    return t[:-1]
-
-
-def _narrower(t: torch.Tensor) -> torch.Tensor:
-    return t[:, :-1].contiguous()
-
-
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    return t.flatten()
-
-
-def _meta(t: torch.Tensor) -> torch.Tensor:
-    return t.to("meta")
-
-
-# Operator, what the message must name, and the call that is wrong.
-BAD: list[tuple[str, str, Callable[..., Any]]] = [
-    ("entropy_score", "hidden_states", _swap(0, torch.Tensor.double)),
-    ("entropy_score", "hidden_states", _swap(0, _flat)),
-    ("entropy_score", "segment", _swap(1, torch.Tensor.long)),
-    ("entropy_score", "segment", _swap(1, _shorter)),
-    ("entropy_score", "segment", _swap(1, _meta)),
-    ("entropy_weight", "entropy", _swap(0, torch.Tensor.double)),
-    ("entropy_weight", "segment", _swap(1, _shorter)),
-    ("entropy_weight", "num_segments", _swap(2, lambda n: -1)),
-    ("load_histogram", "topk_ids", _swap(0, torch.Tensor.float)),
-    ("load_histogram", "topk_ids", _swap(0, _flat)),
-    ("load_histogram", "topk_weights", _swap(1, torch.Tensor.bfloat16)),
-    ("load_histogram", "topk_weights", _swap(1, _narrower)),
-    ("load_histogram", "weight", _swap(2, _shorter)),
-    ("load_histogram", "weight", _swap(2, torch.Tensor.half)),
-    ("load_histogram", "segment", _swap(3, torch.Tensor.long)),
-    ("load_histogram", "segment", _swap(3, _meta)),
-    ("load_histogram", "num_experts", _set(num_experts=0)),
-    ("load_histogram", "buckets", _set(buckets=48)),
-    ("load_histogram", "buckets", _set(buckets=512)),
-    ("load_histogram", "load", _set(load="tokens")),
-    ("load_histogram", "importance", _set(importance="norm")),
-    ("clip_threshold", "own", _swap(0, torch.Tensor.long)),
-    ("clip_threshold", "own", _swap(0, _shorter)),
-    ("clip_threshold", "group", _swap(1, _shorter)),
-    ("clip_threshold", "group", _swap(1, torch.Tensor.float)),
-    ("clip_threshold", "modality", _swap(2, torch.Tensor.int)),
-    ("clip_threshold", "group", _swap(1, _meta)),
-    ("clip_threshold", "experts", _set(num_ranks=3)),
-    ("clip_threshold", "ranks", _set(num_ranks=0)),
-    ("clip_threshold", "buckets", _set(buckets=16)),
-    ("clip_threshold", "scope", _set(scope="node")),
-    ("clip_threshold", "reroute", _set(reroute="any")),
-    ("clip_threshold", "gamma", _set(gamma=0.0)),
-    ("clip_threshold", "gamma", _set(gamma=math.nan)),
-    ("clip_threshold", "rho", _set(rho=2.0)),
-    ("clip_threshold", "rho", _set(rho=math.nan)),
-    ("clip_threshold", "alpha", _set(alpha=17.0)),
-    ("clip_threshold", "alpha", _set(alpha=math.nan)),
-    ("clip_threshold", "c_min", _set(c_min=-1.0)),
-    ("clip_apply", "topk_ids", _swap(0, torch.Tensor.short)),
-    ("clip_apply", "topk_weights", _swap(1, _narrower)),
-    ("clip_apply", "weight", _swap(2, _shorter)),
-    ("clip_apply", "segment", _swap(3, _shorter)),
-    ("clip_apply", "router_logits", _swap(4, torch.Tensor.bfloat16)),
-    ("clip_apply", "router_logits", _swap(4, _narrower)),
-    ("clip_apply", "router_logits", _swap(4, _meta)),
-    ("clip_apply", "shift", _swap(5, torch.Tensor.long)),
-    ("clip_apply", "cut", _swap(6, _narrower)),
-    ("clip_apply", "cut", _swap(6, _shorter)),
-    ("clip_apply", "cut", _swap(6, torch.Tensor.float)),
-    ("clip_apply", "experts", _set(num_ranks=5)),
-    ("clip_apply", "buckets", _set(buckets=96)),
-    ("clip_apply", "scoring", _set(scoring="tanh")),
-    ("clip_apply", "selection", _swap(7, lambda _: torch.zeros(40, 15))),
-    ("clip_apply", "selection", _swap(7, lambda _: torch.zeros(40, 16, dtype=torch.float64))),
-    ("selection_score", "router_logits", _swap(0, torch.Tensor.double)),
-    ("selection_score", "router_logits", _swap(0, _flat)),
-    ("selection_score", "correction_bias", _swap(1, torch.Tensor.bfloat16)),
-    ("selection_score", "correction_bias", _swap(1, _shorter)),
-    ("selection_score", "correction_bias", _swap(1, _meta)),
-    ("selection_score", "scoring", _swap(2, lambda _: "tanh")),
-    ("selection_score", "num_groups", _swap(3, lambda _: 3)),
-    ("selection_score", "num_groups", _swap(3, lambda _: 16)),
-    ("selection_score", "topk_groups", _swap(4, lambda _: 3)),
-    ("selection_score", "topk_groups", _swap(4, lambda _: 0)),
-]
-
-
-@pytest.mark.parametrize(("name", "what", "call"), BAD, ids=[f"{i}-{b[0]}-{b[1]}" for i, b in enumerate(BAD)])
-def test_bad_input_says_what_was_got_and_what_expected(name: str, what: str, call: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=what) as error:
-        call(*chain(cases.named("imbalanced"))[name])
-    assert "got" in str(error.value)
-    assert "expected" in str(error.value)
-
-
-def _with(position: int, index: Any, value: int) -> Callable[..., Any]:
-    """A call with one entry of the tensor at `position` changed."""
-
-    def changed(t: torch.Tensor) -> torch.Tensor:
-        t = t.clone()
-        t[index] = value
-        return t
-
-    return _swap(position, changed)
-
-
-@pytest.mark.parametrize(
-    ("name", "what", "call"),
-    [
-        ("entropy_weight", "segment", _with(1, 0, 2)),
-        ("load_histogram", "topk_ids", _with(0, (3, 1), 16)),
-        ("load_histogram", "topk_ids", _with(0, (0, 0), 2**31 - 1)),
-        ("clip_apply", "topk_ids", _with(0, (39, 3), 16)),
-    ],
-)
-def test_an_index_out_of_range_is_refused(name: str, what: str, call: Callable[..., Any]) -> None:
-    """It would be read or written outside its table; on a CPU the check costs nothing."""
-    with pytest.raises(ValueError, match=what):
-        call(*chain(cases.named("imbalanced"))[name])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_strided_input_is_read_right(name: str) -> None:
-    operator, inputs, settings = chain(cases.named("imbalanced"))[name]
-    want = operator(*inputs, **settings)
-    for position, tensor in enumerate(inputs):
-        if isinstance(tensor, torch.Tensor):
-            got = _swap(position, lambda t: torch.stack([t, t], -1)[..., 0])(operator, inputs, settings)
-            for g, w in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
-                assert torch.equal(g, w)

@@ -20,9 +20,9 @@ from reference.replica_cases import ReplicaGroup
 from sglang_macs.config import MacsConfig
 from tests.support import emulated
 from tests.support.emulated import Kernels
-from tests.test_ops import SELECTIONS, USUAL, selection_case
-from tests.test_plan_emulated import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
-from tests.test_replicas_emulated import check
+from tests.support.emulated_plan import FUSED_CASES, Launchers, one_by_one, peer_group, small_group
+from tests.support.emulated_replicas import check_plans
+from tests.support.operator_cases import SELECTIONS, USUAL, selection_case
 
 pytestmark = pytest.mark.emulated
 EPOCHS = 3
@@ -61,7 +61,7 @@ def test_plan_with_replicas(gamma: float) -> None:
     shape = {"num_experts": 6, "top_k": 2, "num_ranks": 2, "imbalance": 1.6}
     batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in (24, 0, 10)]
     group = ReplicaGroup(cases.Group(batches, 6, 3, torch.zeros(6, dtype=torch.int8)), mapped)
-    check(launchers, group, MacsConfig.from_preset("rank", gamma=gamma, buckets=32), seed=1)
+    check_plans(launchers, group, MacsConfig.from_preset("rank", gamma=gamma, buckets=32), seed=1)
 
 
 PLAN = Config(T=6, H=2048, E=8, K=3, R=2, hot=1.5, visual=0.8, gamma=1.0)

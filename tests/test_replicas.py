@@ -20,13 +20,7 @@ from sglang_macs.ops import replica_balance
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
-
-
-def plans(group: ReplicaGroup, config: MacsConfig) -> list[Plan]:
-    """One for each rank: their tables differ in whose they are."""
-    mapped, num_experts, num_ranks = group.placed
-    given = config, num_experts, num_ranks, group.group.modality, group.group.routing
-    return [Plan(*given, Places(num_experts, len(mapped), num_ranks, rank, mapped)) for rank in range(num_ranks)]
+from tests.support.replicas import plans
 
 
 def exchanged(group: ReplicaGroup, of_rank: list[Plan]) -> tuple[list[torch.Tensor], torch.Tensor]:

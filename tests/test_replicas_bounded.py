@@ -21,8 +21,8 @@ from sglang_macs.observe.stats import Stats
 from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
+from tests.support.experts import EXPERTS, HIDDEN, TOP_K, dense, expert_output, tokens
 from tests.support.ranks import run_ranks
-from tests.test_dispatcher import EXPERTS, HIDDEN, TOP_K, dense, expert_output, tokens
 
 COUNTS = [60, 0, 40, 25]
 FIRST = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 0]

@@ -24,8 +24,8 @@ from sglang_macs.plan import batch
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
+from tests.support.experts import EXPERTS, dense, expert_output, tokens
 from tests.support.ranks import run_ranks
-from tests.test_dispatcher import EXPERTS, dense, expert_output, tokens
 
 COUNTS = [60, 0, 40, 25]  # one rank is idle
 FIRST = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 0]

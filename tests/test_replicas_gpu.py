@@ -18,7 +18,7 @@ from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
-from tests.test_gpu import EXPERTS, RANKS, batch, to_gpu
+from tests.support.gpu_batches import EXPERTS, RANKS, batch, to_gpu
 
 pytestmark = pytest.mark.gpu
 REDUNDANT = 32

@@ -154,13 +154,14 @@ DRIVER = """
 #include <cstring>
 #include <cstdlib>
 #include <cstdint>
-static int to_host, to_device;
+static int to_host, to_device, gone;
 static char* real(uint64_t device) { return reinterpret_cast<char*>(device ^ (1ull << 62)); }
 extern "C" {
 int copies_to_host() { return to_host; }
 int copies_to_device() { return to_device; }
 int cuCtxGetCurrent(void** context) { *context = &to_host; return 0; }
-int cuCtxSetCurrent(void* context) { return context != &to_host; }
+void shut_down(int status) { gone = status; }
+int cuCtxSetCurrent(void* context) { return gone ? gone : context != &to_host; }
 int cuThreadExchangeStreamCaptureMode(int* mode) { return *mode != 2; }
 int cuStreamCreate(void** stream, unsigned flags) { *stream = &to_device; return flags != 1; }
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) { *memory = std::malloc(bytes); return 0; }
@@ -179,9 +180,20 @@ int cuStreamSynchronize(void*) { return 0; }
 """
 
 
-def test_gpu_memory_goes_through_the_driver_in_pieces_of_a_megabyte(library, tmp_path):
+@pytest.fixture
+def driver(tmp_path) -> Path:
     (tmp_path / "driver.cc").write_text(DRIVER)
-    driver = tmp_path / "libcuda.so"
-    subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "driver.cc"), "-o", str(driver)], check=True)
+    library = tmp_path / "libcuda.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(tmp_path / "driver.cc"), "-o", str(library)], check=True)
+    return library
+
+
+def test_a_driver_that_ends_with_the_process_is_no_fault(library, driver):
+    """Seen under NCCL: its progress thread outlives CUDA. Any other error of the driver is one."""
+    got = run(library, 2, rma_ranks.driver_goes, environment=lambda _: {"RMA_TCP_LIBCUDA": str(driver)})
+    assert got == [(False, "cuCtxSetCurrent: CUDA error 999")] * 2
+
+
+def test_gpu_memory_goes_through_the_driver_in_pieces_of_a_megabyte(library, driver):
     got = run(library, 2, rma_ranks.cuda_copies, environment=lambda _: {"RMA_TCP_LIBCUDA": str(driver)})
     assert got == [(True, (1 + 3, 1 + 3))] * 2  # 8 bytes, then 3 MB

@@ -1,4 +1,4 @@
-"""The Triton operators without a GPU: test_ops.py under Triton's interpreter, and every kernel compiled for sm_90."""
+"""The Triton operators without a GPU: their tests under Triton's interpreter, and every kernel compiled for sm_90."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 
 from reference import cases
 from sglang_macs import ops
-from tests import test_ops
 from tests.support import operators
+from tests.support.bad_calls import BAD
+from tests.support.operator_cases import chain
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-# Of test_ops.py what the interpreter does within a minute: all operators, no batch of 1500 tokens.
+OPERATORS_TESTS = ("tests/test_ops.py", "tests/test_ops_contract.py")
+# Of these what the interpreter does within a minute: all operators, no batch of 1500 tokens.
 SELECTED = """
 (test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
 or any_gate or of_any or infinite_gamma
@@ -38,20 +40,18 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.emulated
 def test_the_operators_tests_pass_under_the_interpreter():
     selected = " ".join(SELECTED.split())
-    pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", "tests/test_ops.py", "-k", selected)
+    pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", *OPERATORS_TESTS, "-k", selected)
     run = python(*pytest_args, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
 
 
-@pytest.mark.parametrize(
-    ("name", "what", "call"), test_ops.BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(test_ops.BAD)]
-)
+@pytest.mark.parametrize(("name", "what", "call"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])
 def test_bad_input_says_what_was_got_and_what_expected(monkeypatch, name, what, call):
     """The checks that the C++ operators make, before any kernel is launched."""
     from sglang_macs.ops import triton as triton_ops
 
-    operator, inputs, settings = test_ops.chain(cases.named("imbalanced"))[name]
+    operator, inputs, settings = chain(cases.named("imbalanced"))[name]
     monkeypatch.setattr(ops.operators, "loaded", SimpleNamespace(**{f.__name__: f for f in triton_ops.OPERATORS}))
     with pytest.raises(ValueError, match=what) as error:
         call(operator, inputs, settings)

@@ -9,6 +9,7 @@ A table stands between `<!-- NAME: written by make format -->` and `<!-- /NAME -
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib import metadata
 
@@ -43,6 +44,7 @@ from tools.server_tables import (
 )
 from tools.tables import ROOT, markdown, results
 
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 BLOCK = re.compile(r"(<!-- (\w+): written by make format -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -179,6 +181,12 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def wrapped(block: str) -> str:
+    """A block whose prose has lines of at most 160 characters; rows of a table are one line each."""
+    lines = (line if line.startswith("|") else textwrap.fill(line, 160, **WHOLE_WORDS) for line in block.split("\n"))
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
     """A page with the current tables between their markers.
 
@@ -186,7 +194,7 @@ def with_tables(text: str) -> str:
     """
     kept = () if metadata.version("sglang") == PINNED else ("dispatching",)
     return BLOCK.sub(
-        lambda found: found[0] if found[2] in kept else f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text
+        lambda found: found[0] if found[2] in kept else f"{found[1]}{wrapped(TABLES[found[2]]())}\n{found[3]}", text
     )
 
 

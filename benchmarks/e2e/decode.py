@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.check_serving import interval
-from benchmarks.e2e import common_options, prefill, servers, summary
+from benchmarks.e2e import common_options, groups, servers, summary
 from benchmarks.e2e.rounds import FIRST_ID, LAST_ID, Client, Run
 from benchmarks.e2e.servers import COUNTED, INFINITE, MACS, STOCK, Launch, Variant
 from benchmarks.e2e.summary import Samples
@@ -111,8 +109,10 @@ def row(case: dict, samples: Samples, stock: Samples, rest: dict) -> dict:
     }
 
 
-class Report(prefill.Report):
+class Report(groups.Report):
     """The result file of decode."""
+
+    program = "decode"
 
     def case(self, variant: Variant, cell: Cell) -> dict:
         own = {"requests": cell.requests, "variant": variant.name, "dispatch": variant.dispatch}
@@ -120,8 +120,8 @@ class Report(prefill.Report):
         return own | {name: getattr(self.options, name) for name in names}
 
 
-class Group(prefill.Group):
-    """Measures decode in turns, as `prefill.Group` does prefill."""
+class Group(groups.Group):
+    """Measures the sizes of one group of variants."""
 
     def workload(self, cell: Cell) -> Workload:
         return workload(self.options, cell.requests)
@@ -206,10 +206,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def measure_group(group: list[Variant], launch: Launch, model: Path, report: Report, until: float) -> None:
     """All sizes of a group, in time shares that are equal for those left."""
-    with prefill.running(group, launch, model, report.options.stagger) as clients:
-        print(f"decode: {len(clients)} servers up", flush=True)
+    with groups.running(report.program, group, launch, model, report.options.stagger) as clients:
         measuring, cells = Group(group, clients, launch, report), [Cell(n) for n in report.options.requests]
-        for cell, its_end in prefill.in_shares("decode", cells, until):
+        for cell, its_end in groups.in_shares(report.program, cells, until):
             measuring.measure(cell, its_end, until)
 
 
@@ -218,24 +217,9 @@ def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
     return servers.grouped(chosen_variants(options.variants, options.device), options.at_once)
 
 
-def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
-    """All groups. client: environment of the servers, where ranks share a GPU."""
-    end = time.monotonic() + 60 * options.minutes
-    launch, report = launch_of(options, client), Report(options)
-    model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    prefill.measure_groups(
-        "decode", groups_of(options), end, lambda group, until: measure_group(group, launch, model, report, until)
-    )
-    return report
-
-
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with prefill.sharing(options, groups_of(options)) as client:
-        report = measure(options, client)
-    print(f"decode: {len(report.rows)} rows, {len(report.outliers)} rounds left out, in {options.out}")
-    return 0 if report.rows else 1
+    return groups.run(Report(options), groups_of(options), launch_of, measure_group)
 
 
 if __name__ == "__main__":

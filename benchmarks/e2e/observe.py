@@ -6,8 +6,8 @@ One server of prefill.py's model and routing, whose options change while it serv
 under every one of MODES. So both sides of a pair are the same processes, graphs and memory. `off` recounts nothing;
 `observe` is as users have it, one pass in 16; under `every` it looks at each pass, which shows a cost 16 times as
 large: what it adds, divided by 16, is known far better than the rounds of `observe` show it. A ratio is the median over
-the turns, time of a mode over that of `off`. Then one round under `every` and one under `proof`, which recounts each
-pass in it: by layer, the most loaded rank over the mean as either has it. FILE is written after every size.
+the turns, time of a mode over that of `off`. Then one round under `proof`, which recounts each pass in it, and one
+under `every`: by layer, the most loaded rank over the mean as either has it. FILE is written after every size.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from benchmarks.check_serving import interval
-from benchmarks.e2e import common_options, prefill, servers, summary
-from benchmarks.e2e.rounds import ROUND_SECONDS, Client, Run, Workload
+from benchmarks.e2e import common_options, groups, servers, summary
+from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
 from benchmarks.e2e.servers import BOUNDED, COUNTED, Launch, Variant
 from benchmarks.serving import ServerError
 from sglang_macs.config import PRESETS
@@ -75,7 +75,7 @@ class Measured:
         """One round, once the mode's graphs are there."""
         self.client.change(MODES[mode])
         self.client.run(self.workload(work.tokens, SETTLE).body())
-        return self.client.run(work.body(), prefill.WARM_UP_SECONDS)
+        return self.client.run(work.body(), WARM_UP_SECONDS)
 
     def cost(self, mode: str, work: Workload, own: summary.Samples, off: summary.Samples, runs: list[Run]) -> dict:
         found = interval(summary.ratios(own.seconds, off.seconds))
@@ -95,7 +95,7 @@ class Measured:
 
     def loads(self, work: Workload) -> dict:
         """Most loaded rank over mean of each layer, over the same passes."""
-        seen = {mode: self.seen(mode, work) for mode in ("every", "proof")}
+        seen = {mode: self.seen(mode, work) for mode in ("proof", "every")}
         by_layer = {layer: {mode: seen[mode][layer] for mode in seen} for layer in seen["proof"]}
         furthest = max(abs(one["every"] - one["proof"]) for one in by_layer.values())
         print(f"observe: {work.tokens} tokens: max/mean of {len(by_layer)} layers, at most {furthest:.2g} apart")
@@ -129,7 +129,7 @@ class Measured:
         """The group's counters once they have settled, and at least so many passes are in them."""
         until, last = time.monotonic() + ARRIVAL_SECONDS, -1
         while True:
-            layers = self.client.states()[0]["layers"]
+            layers = min(self.client.states(), key=lambda state: state["rank"])["layers"]  # each rank has the group's
             found = min((layer["dispatches"] for layer in layers.values()), default=0)
             if (found == last and found >= passes) or time.monotonic() > until:
                 return {"layers": layers, "passes": found}
@@ -176,9 +176,9 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> list[dict]:
     end = time.monotonic() + 60 * options.minutes
     variant, launch = variant_of(options), launch_of(options, client)
     model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    with prefill.running([variant], launch, model, 0.0) as clients:
+    with groups.running("observe", [variant], launch, model, 0.0) as clients:
         measured = Measured(options, clients[variant.flags])
-        for tokens, until in prefill.in_shares("observe", options.tokens, end):
+        for tokens, until in groups.in_shares("observe", options.tokens, end):
             measured.size(tokens, until)
     return measured.rows
 
@@ -186,7 +186,7 @@ def measure(options: argparse.Namespace, client: dict[str, str]) -> list[dict]:
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with prefill.sharing(options, [[variant_of(options)]]) as client:
+    with groups.sharing(options, [[variant_of(options)]]) as client:
         rows = measure(options, client)
     print(f"observe: {len(rows)} rows in {Path(options.out)}")
     return 0

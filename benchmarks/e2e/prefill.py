@@ -13,33 +13,20 @@ written after every size, the most telling first; --minutes bounds the whole run
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import requests
-
-from benchmarks.e2e import common_options, kernel_trace, servers, standstill, summary
-from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
+from benchmarks.e2e import common_options, groups, kernel_trace, servers, summary
+from benchmarks.e2e.rounds import Client, Run, Workload
 from benchmarks.e2e.servers import Launch, Variant
 from benchmarks.e2e.summary import Samples
-from benchmarks.gpu import mps
-from benchmarks.serving import Server, ServerError
 
 TOKENS = [8192, 4096, 16384, 2048, 512]  # a rank and pass, the most telling first
 SKEWS = [1.27, 1.0]  # maximum over mean of the ranks, mean of the layers; 1 is uniform
-FEWEST_ROUNDS = 7  # six bound a median, and one may be left out
 PROFILED = ("stock", "off", "rank-1.05")
 PROFILE_SECONDS = 12  # what a profile takes, reserved at a group's end
-WORTH_STARTING = 90  # seconds for a further group; its servers need most of them
 EPOCH = time.time() - time.perf_counter()
 
 
@@ -51,94 +38,22 @@ class Cell:
     skew: float
 
 
-class Report:
-    """The result file: rows by case, outliers, servers that were lost; written after every cell."""
+class Report(groups.Report):
+    """The result file of prefill."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.rows: dict[str, dict] = {}
-        self.outliers: list[dict] = []
-        self.lost: list[dict] = []
+    program = "prefill"
 
     def case(self, variant: Variant, cell: Cell) -> dict:
         own = {"variant": variant.name, "dispatch": variant.dispatch}
         fixed = {name: getattr(self.options, name) for name in ("layers", "dtype", "ranks", "prompts")}
         return {"tokens": cell.tokens, "skew": cell.skew, **own, **fixed}
 
-    def put(self, row: dict) -> None:
-        """Stock and its balanced twin run in every group: the first one's row stays."""
-        self.rows.setdefault(json.dumps(row["case"]), row)
 
-    def add(self, variant: Variant, cell: Cell, found: dict) -> None:
-        """Into the row that is there."""
-        if row := self.rows.get(json.dumps(self.case(variant, cell))):
-            row.update(found)
-
-    def has(self, variant: Variant, cell: Cell, name: str) -> bool:
-        """Whether the row is there and its `name` known."""
-        return self.rows.get(json.dumps(self.case(variant, cell)), {}).get(name) is not None
-
-    def write(self) -> None:
-        rest = {"rows": list(self.rows.values()), "outliers": self.outliers, "lost": self.lost}
-        common_options.write(self.options.out, common_options.header(self.options) | rest)
-
-
-# ---- One group of servers ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def running(group: list[Variant], launch: Launch, model: Path, stagger: float) -> Iterator[dict[tuple, Client]]:
-    """Clients by the flags of their servers, which start side by side. One that does not is left out, unless it is
-    stock SGLang: then ServerError is raised.
-    """
-    servers_of: dict[tuple, tuple[Server, Path]] = {}
-    for variant in group:
-        if variant.flags not in servers_of:
-            folder = servers.BUILD / f"{variant.dispatch}-{variant.name}"
-            servers_of[variant.flags] = launch.server(variant, model, folder), folder
-
-    def start(place: int, server: Server) -> None:
-        time.sleep(place * stagger)
-        server.__enter__()
-
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers_of)) as pool:
-        jobs, clients = {}, {}
-        for place, (flags, (server, _)) in enumerate(servers_of.items()):
-            stack.callback(server.stop)
-            jobs[flags] = pool.submit(start, place, server)
-        for flags, (server, folder) in servers_of.items():
-            try:
-                jobs[flags].result()
-                clients[flags] = Client(server, folder / "passes")
-            except ServerError as error:
-                if flags == group[0].flags:
-                    raise
-                print(f"prefill: left out, {error}", flush=True)
-        yield clients
-
-
-class Group:
+class Group(groups.Group):
     """Measures the cells of one group of variants."""
-
-    def __init__(self, variants: list[Variant], clients: dict[tuple, Client], launch: Launch, report: Report) -> None:
-        self.variants = [variant for variant in variants if variant.flags in clients]
-        self.clients, self.launch, self.report, self.options = dict(clients), launch, report, report.options
-        self._running: tuple | None = None  # flags of the one server that is not paused
 
     def workload(self, cell: Cell) -> Workload:
         return workload(self.options, cell.tokens)
-
-    def turn_of(self, variant: Variant) -> Client:
-        """The variant's server, while all others are paused: idle ranks poll one another and keep cores busy, which no
-        server has beside it in service.
-        """
-        if self._running != variant.flags:
-            for flags, client in self.clients.items():
-                if flags != variant.flags:
-                    client.server.pause()
-            self.clients[variant.flags].server.resume()
-            self._running = variant.flags
-        return self.clients[variant.flags]
 
     def ready(self, variant: Variant, cell: Cell) -> Client:
         """The variant's server, set to the cell."""
@@ -146,49 +61,6 @@ class Group:
         routing = 0 if variant.balanced else 1 + self.options.skews.index(cell.skew)
         client.choose(routing, cell.tokens)
         return client
-
-    def drop(self, variant: Variant, error: ServerError) -> None:
-        """Goes on without the variants of a server that failed, which may still keep a GPU busy. Raises the error where
-        that is stock SGLang.
-        """
-        if variant.flags == self.variants[0].flags:
-            raise error
-        server = self.clients[variant.flags].server
-        del self.clients[variant.flags]
-        found = standstill.look(server)
-        print(f"prefill: left out from here on, {error}\n{found}", flush=True)
-        own = {"variant": variant.name, "dispatch": variant.dispatch}
-        self.report.lost.append({**own, "error": str(error), "found": found.splitlines()})
-        server.stop()
-        self.variants = [other for other in self.variants if other.flags != variant.flags]
-
-    def measure(self, cell: Cell, until: float, end: float) -> None:
-        """Rounds, the first ones to warm up, until the clock says `until`: at least seven, unless it says `end`."""
-        body = self.workload(cell).body()
-        runs: dict[Variant, list[Run]] = {variant: [] for variant in self.variants}
-        counted = {}
-        for turn in range(-self.options.warm_ups, self.options.rounds):
-            if turn == 0:
-                counted = {v: self.turn_of(v).counters() for v in self.variants}
-            if turn > 0 and time.monotonic() > (until if turn >= FEWEST_ROUNDS else end):
-                break
-            for variant in self.variants if turn % 2 == 0 else self.variants[::-1]:
-                if variant not in self.variants:
-                    continue
-                try:
-                    run = self.ready(variant, cell).run(body, WARM_UP_SECONDS if turn < 0 else ROUND_SECONDS)
-                except ServerError as error:
-                    self.drop(variant, error)
-                    continue
-                if turn >= 0:
-                    runs[variant].append(run)
-        runs = {variant: runs[variant] for variant in self.variants}
-        self.report_cell(cell, runs, {variant: self.host_us(variant, counted[variant]) for variant in runs})
-
-    def host_us(self, variant: Variant, before: tuple[float, int]) -> float | None:
-        """Microseconds that a plan took of the host, for each layer of a pass. None where nothing was planned."""
-        seconds, plans = (now - then for now, then in zip(self.turn_of(variant).counters(), before, strict=True))
-        return 1e6 * seconds / plans if plans else None
 
     def report_cell(self, cell: Cell, runs: dict[Variant, list[Run]], host_us: dict[Variant, float | None]) -> None:
         samples = {}
@@ -243,42 +115,8 @@ class Group:
         self.report.write()
 
 
-# ---- The whole run -------------------------------------------------------------------------------------------------
-
-
 def workload(options: argparse.Namespace, tokens: int) -> Workload:
     return Workload.of(tokens, options.prompt_tokens, options.ranks, options.prompts == "images", options.passes)
-
-
-def in_shares(
-    program: str, things: list, end: float, least: float = 0.0, words: Callable = str
-) -> Iterator[tuple[Any, float]]:
-    """Each of them with the moment until which it may take: equal shares, for those left, of the time until `end`. What
-    would get less than `least` seconds is left out, and said so in `words`, but for the first.
-    """
-    for place, thing in enumerate(things):
-        share = (end - time.monotonic()) / (len(things) - place)
-        if place and share < least:
-            print(f"{program}: no time for {words(thing)}", flush=True)
-        else:
-            yield thing, time.monotonic() + share
-
-
-def measure_groups(program: str, groups: list[list[Variant]], end: float, measure_one: Callable) -> None:
-    """measure_one: of a group, and the moment until which it may take."""
-    for group, until in in_shares(program, groups, end, WORTH_STARTING, lambda group: [v.name for v in group]):
-        try:
-            measure_one(group, until)
-        except (ServerError, requests.RequestException) as error:  # what other groups measure stays
-            print(f"{program}: a group failed, {error}", flush=True)
-
-
-def sharing(options: argparse.Namespace, groups: list[list[Variant]]) -> AbstractContextManager[dict[str, str]]:
-    """The environment of servers whose ranks share a GPU, or nothing. Each rank has SMs of its own, idle servers' ranks
-    too: a cooperative kernel that waits for one on which another rank waits for it would wait for ever.
-    """
-    clients = options.ranks * servers.side_by_side(groups)
-    return mps.shared_gpu(clients) if options.share_gpu else nullcontext({})
 
 
 def measure_group(group: list[Variant], launch: Launch, model: Path, report: Report, until: float) -> None:
@@ -286,11 +124,10 @@ def measure_group(group: list[Variant], launch: Launch, model: Path, report: Rep
     options = report.options
     cells = [Cell(tokens, skew) for skew in options.skews for tokens in options.tokens]
     profiled = next((c for c in cells if c.tokens == options.profile_tokens), None)
-    with running(group, launch, model, options.stagger) as clients:
-        print(f"prefill: {len(clients)} servers up", flush=True)
+    with groups.running(report.program, group, launch, model, report.options.stagger) as clients:
         measuring = Group(group, clients, launch, report)
         end = until - (PROFILE_SECONDS * len(measuring.to_profile(profiled)) if profiled else 0)
-        for cell, its_end in in_shares("prefill", cells, end):
+        for cell, its_end in groups.in_shares(report.program, cells, end):
             measuring.measure(cell, its_end, end)
         if profiled:
             measuring.profile(profiled)
@@ -340,24 +177,9 @@ def groups_of(options: argparse.Namespace) -> list[list[Variant]]:
     return servers.grouped(servers.chosen_variants(options.variants, options.dispatch, options.device), options.at_once)
 
 
-def measure(options: argparse.Namespace, client: dict[str, str]) -> Report:
-    """All groups. client: environment of the servers, where ranks share a GPU."""
-    end = time.monotonic() + 60 * options.minutes
-    launch, report = launch_of(options, client), Report(options)
-    model = servers.build_model(options.layers, options.dtype, real=options.device == "cuda")
-    measure_groups(
-        "prefill", groups_of(options), end, lambda group, until: measure_group(group, launch, model, report, until)
-    )
-    return report
-
-
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ended from outside, servers end, too
-    with sharing(options, groups_of(options)) as client:
-        report = measure(options, client)
-    print(f"prefill: {len(report.rows)} rows, {len(report.outliers)} outlying runs, in {options.out}")
-    return 0 if report.rows else 1
+    return groups.run(Report(options), groups_of(options), launch_of, measure_group)
 
 
 if __name__ == "__main__":

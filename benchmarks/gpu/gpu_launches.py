@@ -24,7 +24,7 @@ ONE_GPU_SITE = HERE / "one_gpu_site"
 COMMON = [
     *("--mem-fraction-static", "0.8", "--attention-backend", "triton", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--random-seed", "1", "--skip-server-warmup"),
-    *("--moe-a2a-backend", "macs", "--macs-min-tokens", "0"),
+    *("--enable-macs", "--macs-min-tokens", "0"),
     "--disable-custom-all-reduce",  # compiled at every first start, and it cannot copy within one GPU
 ]
 # SGLang's profile for Qwen3-VL-MoE on Hopper lets 22 rounds go by after a prefill, also where nothing decodes: a
@@ -44,7 +44,7 @@ RUNS = {
     "1.0": ["--macs-gamma", "1.0", "--macs-act", "always", "--macs-verify", "true"],  # small models gain little
 }
 ENVIRONMENT = {
-    "MACS_EXPERIMENTAL": "replicas,models,auto",  # what is refused in service is tried here
+    "MACS_EXPERIMENTAL": "replicas,models,auto,v2",  # what is refused in service is tried here
     # Rows per rank of DeepEP's low-latency buffers: ranks times tokens must divide by 4 for DeepGEMM, and a chunk must
     # fit.
     "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
@@ -56,6 +56,16 @@ ENVIRONMENT = {
 # A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
 # side, with empty caches, took 180.
 START_SECONDS = 240
+# DeepEP V2 within one NVLink domain; its kernels wait for each other with all their blocks, so that a rank's share of a
+# GPU has to hold them (docs/design/between_nodes.md).
+V2 = ("--moe-a2a-backend", "deepep_v2", "--deepep-v2-mode", "direct")
+V2_ENVIRONMENT = {
+    "SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
+    "SGLANG_DEEPEP_V2_NUM_SMS": "24",
+    "NCCL_CUMEM_ENABLE": "1",
+    "EP_DISABLE_GIN": "1",
+    "EP_SUPPRESS_NCCL_CHECK": "1",
+}
 # Every few passes, a layer after the other.
 MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1")
 
@@ -64,11 +74,11 @@ MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebal
 class Launch:
     """One way to serve.
 
-    kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options: others of its builder;
-    flags: beside the common ones; attention_tp: all ranks share every request; fused, bounded: what --macs-dispatch
-    asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there, else group; graphs: decode replays
-    CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with metrics and trace; redundant: copies
-    of experts; moves: EPLB moves experts meanwhile.
+    mode: DeepEP's, or "v2". kind, experts, top_k, layers, copies, hidden, intermediate, fp8: of the model; options:
+    others of its builder; flags: beside the common ones; attention_tp: all ranks share every request; fused,
+    bounded: what --macs-dispatch asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there,
+    else group; graphs: decode replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with
+    metrics and trace; redundant: copies of experts; moves: EPLB moves experts meanwhile.
     """
 
     ranks: int
@@ -122,7 +132,8 @@ class Launch:
             location = expert_location(self.layers + self.copies, self.experts, self.redundant, self.ranks)
             placed = ["--ep-num-redundant-experts", str(self.redundant), "--init-expert-location", location]
         moving = MOVING if self.moves else ()
-        return [*COMMON, *graphs, *parallel, "--deepep-mode", self.mode, *self.flags, *placed, *moving]
+        backend = V2 if self.mode == "v2" else ("--moe-a2a-backend", "macs", "--deepep-mode", self.mode)
+        return [*COMMON, *backend, *graphs, *parallel, *self.flags, *placed, *moving]
 
     @property
     def dispatch(self) -> str:
@@ -137,6 +148,11 @@ class Launch:
         return tiny_models.PICTURE_SLOTS.get(self.kind, "")
 
     @property
+    def layers_are_graphs(self) -> bool:
+        """Whether a bounded dispatch carries every pass, and a layer of one is a CUDA graph: V2's is prefill's."""
+        return self.bounded and self.mode != "v2"
+
+    @property
     def plans_fused(self) -> bool:
         """Whether planned batches, which are prefill's, go through the fused kernels: not in normal mode, nor with
         replicas, which are planned in front.
@@ -144,10 +160,11 @@ class Launch:
         return self.fused and self.mode == "low_latency" and not self.redundant
 
     def environment(self) -> dict[str, str]:
+        common = ENVIRONMENT | (V2_ENVIRONMENT if self.mode == "v2" else {})
         if self.gpus > 1:
-            return ENVIRONMENT
+            return common
         one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-        return ENVIRONMENT | one | (_one_gpu_environment() if self.one_gpu else {})
+        return common | one | (_one_gpu_environment() if self.one_gpu else {})
 
     def model_path(self) -> Path:
         """Where the checkpoint lies; launches that differ elsewhere share one."""
@@ -186,6 +203,7 @@ def _one_gpu_environment() -> dict[str, str]:
 # Of Qwen3-VL-30B-A3B's experts as many, and as large.
 REAL = {"experts": 128, "top_k": 8, "intermediate": 768}
 FP8 = {"kind": "qwen3_moe", "fp8": True, "flags": (*SMALL, "--moe-runner-backend", "macs")}
+FP8_V2 = FP8 | {"flags": SMALL}
 LAUNCHES = {
     "2 ranks, low latency": Launch(2, "low_latency", observed=True),
     "2 ranks, normal": Launch(2, "normal"),
@@ -199,6 +217,10 @@ LAUNCHES = {
     "2 ranks, bounded, FP8 blocks": Launch(2, "normal", bounded=True, **FP8),
     "2 ranks, bounded, one GPU": Launch(2, "normal", bounded=True, one_gpu=True),
     "2 ranks, bounded, FP8 blocks, one GPU": Launch(2, "normal", bounded=True, one_gpu=True, **FP8),
+    "2 ranks, V2": Launch(2, "v2", bounded=True, **REAL),
+    "2 ranks, V2, FP8 blocks": Launch(2, "v2", bounded=True, **FP8_V2),
+    "2 ranks, V2, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **REAL),
+    "2 ranks, V2, FP8 blocks, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **FP8_V2),
     "2 ranks, replicas": Launch(2, "normal", redundant=32, **REAL),
     "2 ranks, replicas, bounded": Launch(2, "normal", redundant=32, bounded=True, **REAL),
     "2 ranks, replicas, EPLB": Launch(2, "normal", redundant=32, moves=True, **REAL),

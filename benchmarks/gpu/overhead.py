@@ -18,11 +18,10 @@ import subprocess
 import sys
 from functools import cache
 
-import deep_ep
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import low_latency, result_file, routing
+from benchmarks.gpu import low_latency, normal_mode, result_file, routing
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
@@ -209,11 +208,7 @@ class Normal(Layer):
         import deep_gemm
 
         super().__init__(NORMAL_TOKENS, hidden_size, batches=4)
-        configs = [
-            kind(self.group_size) for kind in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config)
-        ]
-        size = max(config.get_nvl_buffer_size_hint(hidden_size * 2, self.group_size) for config in configs)
-        self.buffer = deep_ep.Buffer(dist.group.WORLD, num_nvl_bytes=size, explicitly_destroy=True)
+        self.buffer = normal_mode.make_buffer(hidden_size, dist.group.WORLD)
         self.gemm, local = deep_gemm.m_grouped_bf16_gemm_nt_contiguous, EXPERTS // self.group_size
         kind = {"device": "cuda", "dtype": torch.bfloat16}
         self.w13 = torch.randn(local, 2 * INTERMEDIATE, hidden_size, **kind)
@@ -235,15 +230,8 @@ class Normal(Layer):
         return run
 
     def round_trip(self, hidden, ids, gates):
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids, EXPERTS)
-        received, _, _, counts, handle, _ = self.buffer.dispatch(
-            hidden,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=ids,
-            topk_weights=gates,
-        )
+        layout = self.buffer.get_dispatch_layout(ids, EXPERTS)
+        received, _, _, counts, handle, _ = normal_mode.dispatch(self.buffer, layout, hidden, ids, gates)
         self.buffer.combine(received, handle)
         return counts
 

@@ -119,11 +119,12 @@ def judge(launch: Launch, runs: dict[str, dict]) -> list[str]:
             if not state["planned"] or not state["checks"].get("bound") or state["misaligned"]:
                 wrong.append(f"gamma {run}: rank {state['rank']} did not plan, prove or align")
             passes = state["dispatches"] - state["skipped"].get("outside", 0)  # where decode graphs are captured
-            asked_of = ("fused", launch.plans_fused, state["planned"]), ("bounded", launch.bounded, passes)
+            carried = passes if launch.layers_are_graphs else state["planned"]  # of bounded dispatches
+            asked_of = ("fused", launch.plans_fused, state["planned"]), ("bounded", launch.bounded, carried)
             for way, asked, of in asked_of:
                 if state[way] != (of if asked else 0):
                     wrong.append(f"gamma {run}: rank {state['rank']}: {state[way]} of {of} were {way}")
-            if launch.bounded and not state["graphs"]:
+            if launch.layers_are_graphs and not state["graphs"]:
                 wrong.append(f"gamma {run}: rank {state['rank']}: no layer was a CUDA graph")
             if launch.fused and not state["fused_region"]["rounds"]:
                 wrong.append(f"gamma {run}: rank {state['rank']}: the fused kernels carried nothing")

@@ -4,7 +4,7 @@
 
 A layer is what a prefill queues between two attentions: plan, dispatch, rows by expert, both GEMMs, gather, combine.
 Nothing waits for the GPU but the loop itself, which stays --ahead layers in front of it. Where a layer does not end
-within --patience seconds, every rank says which of its stages have ended, and the run fails.
+within --timeout seconds, every rank says which of its stages have ended, and the run fails.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import sys
 import time
 from collections import deque
 
-import deep_ep
 import deep_gemm
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import mps, result_file, routing
+from benchmarks.gpu import mps, normal_mode, result_file, routing
 from sglang_macs.comm import peer_memory
 from sglang_macs.comm.peer_all_reduce import PeerAllReduce
 from sglang_macs.config import MacsConfig
@@ -45,9 +44,7 @@ class Layer:
         sizes = bounded.Sizes(RANKS, EXPERTS, TOP_K, HIDDEN)
         self.room = bounded.room(config, sizes, RANKS * options.tokens, planned=True)
         self.workspace = bounded.Workspace(torch.device("cuda"))
-        configs = [kind(RANKS) for kind in (deep_ep.Buffer.get_dispatch_config, deep_ep.Buffer.get_combine_config)]
-        size = max(config.get_nvl_buffer_size_hint(HIDDEN * 2, RANKS) for config in configs)
-        self.buffer = deep_ep.Buffer(group, num_nvl_bytes=size, explicitly_destroy=True)
+        self.buffer = normal_mode.make_buffer(HIDDEN, group)
         self.bf16 = {"device": "cuda", "dtype": torch.bfloat16}
         self.w13 = torch.randn(sizes.local, 2 * INTERMEDIATE, HIDDEN, **self.bf16) * 0.02
         self.w2 = torch.randn(sizes.local, HIDDEN, INTERMEDIATE, **self.bf16) * 0.02
@@ -84,16 +81,9 @@ class Layer:
         if wait:
             torch.cuda.current_stream().synchronize()
         hidden, ids, gates, _ = (x[: FEW + n % 3] for x in self.batches[n % BATCHES])
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids, EXPERTS)
-        tokens, *_ = self.buffer.dispatch(
-            hidden,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=ids,
-            topk_weights=gates,
-        )
-        came = per_rank.cpu().to(torch.int64)
+        layout = self.buffer.get_dispatch_layout(ids, EXPERTS)
+        tokens, *_ = normal_mode.dispatch(self.buffer, layout, hidden, ids, gates)
+        came = layout[0].cpu().to(torch.int64)  # tokens per rank
         dist.all_reduce(came)
         return len(tokens), int(came[dist.get_rank()])
 
@@ -111,16 +101,11 @@ class Layer:
         yield
         planned = self.plan(RoutedTokens(hidden, ids, gates, logits, self.segment, 0), self.all_reduce)
         yield
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(planned.topk_ids, EXPERTS)
+        layout = self.buffer.get_dispatch_layout(planned.topk_ids, EXPERTS)
         yield
-        tokens, ids, gates, _, handle, _ = self.buffer.dispatch(
-            hidden,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=planned.topk_ids,
-            topk_weights=planned.topk_weights,
-            num_worst_tokens=self.room.tokens,
+        given = hidden, planned.topk_ids, planned.topk_weights
+        tokens, ids, gates, _, handle, _ = normal_mode.dispatch(
+            self.buffer, layout, *given, num_worst_tokens=self.room.tokens
         )
         yield
         received = bounded.Received(tokens, None, ids, gates, EXPERTS // RANKS, self.room.rows, self.workspace)
@@ -141,21 +126,21 @@ class Layer:
         yield
 
 
-def tell(layer: int, events: list[torch.cuda.Event]) -> None:
+def say(layer: int, events: list[torch.cuda.Event]) -> None:
     ended = [name for name, event in zip(STAGES, events, strict=False) if event.query()]  # a graph has one event
     print(f"rank {dist.get_rank()}: layer {layer} stands still; ended: {', '.join(ended) or 'none'}", flush=True)
 
 
-def wait(queued: deque, patience_s: float) -> None:
-    """For the oldest layer. Ends the process, in time for the other rank to tell, too, where it does not end."""
+def wait(queued: deque, timeout_s: float) -> None:
+    """For the oldest layer. Ends the process, in time for the other rank to say so, too, where it does not end."""
     layer, events = queued[0]
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + timeout_s
     while not events[-1].query():
         time.sleep(0.0002)
         if time.monotonic() > until:
-            tell(layer, events)
-            time.sleep(2 * patience_s)
-            tell(layer, events)
+            say(layer, events)
+            time.sleep(2 * timeout_s)
+            say(layer, events)
             os._exit(1)
     queued.popleft()
 
@@ -167,7 +152,7 @@ def soak(layer: Layer, options: argparse.Namespace, group: dist.ProcessGroup) ->
     while going_on.item():
         for _ in range(TOGETHER):
             if len(queued) == options.ahead:
-                wait(queued, options.patience)
+                wait(queued, options.timeout)
             launching = time.monotonic()
             queued.append((n, layer.queue(n)))
             host += time.monotonic() - launching
@@ -222,7 +207,7 @@ def main() -> int:
     parser.add_argument("--ahead", type=int, default=14, help="layers in front of the GPU")
     parser.add_argument("--attention", type=int, default=8, help="square matrix products in its place")
     parser.add_argument("--all-reduce", choices=("group", "peer"), default="group", help="of the plan")
-    parser.add_argument("--patience", type=float, default=10.0, help="seconds for a layer")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for a layer")
     count = "every 100 layers a dispatch that counts: at once (its count is an earlier one's), or behind them"
     parser.add_argument("--count", choices=("at-once", "behind"), help=count)
     parser.add_argument("--graph", action="store_true", help="a layer is one CUDA graph")

@@ -19,17 +19,20 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMostShare = 2 * (kOctaves << kMaxBucketBits) / kWarp;  // levels of a lane
+constexpr int kFewPlaces = 4;  // of an expert that is poured in registers
+constexpr int kCells = 4;      // that a lane loads at once
 
-// Shared memory of a block, in ints. Loads and quotas change place by place.
+// Shared memory of a block, in ints, behind the tables of places. Loads and quotas change place by place.
 struct Table {
   int* ints;
   int experts, physical, ranks, num_levels;
 
   static size_t bytes(const Places& p, const Policy& policy) {
-    return sizeof(int) * (3ull * p.num_experts + p.num_physical + p.num_ranks + 4ull * num_buckets(policy.bucket_bits));
+    const size_t own = 3ull * p.num_experts + p.num_physical + p.num_ranks + 4ull * num_buckets(policy.bucket_bits);
+    return sizeof(int) * (own + Places::size(p.num_physical));
   }
-  __device__ __forceinline__ Table(void* memory, const Places& p, const Policy& policy)
-      : ints(static_cast<int*>(memory)), experts(p.num_experts), physical(p.num_physical), ranks(p.num_ranks),
+  __device__ __forceinline__ Table(int* memory, const Places& p, const Policy& policy)
+      : ints(memory + Places::size(p.num_physical)), experts(p.num_experts), physical(p.num_physical), ranks(p.num_ranks),
         num_levels(2 * num_buckets(policy.bucket_bits)) {}
   __device__ __forceinline__ int* rows() const { return ints; }                 // [E]
   __device__ __forceinline__ int* text() const { return ints + experts; }       // [E]
@@ -72,35 +75,55 @@ __device__ __forceinline__ void split_evenly(const Places& places, const Table& 
   }
 }
 
+// Of all places, or of at most kMost.
+template <int kMost, class Body>
+__device__ __forceinline__ void for_each_place(int count, const Body& body) {
+  if constexpr (kMost > 0) {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (i < count) body(i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) body(i);
+  }
+}
+
 // The greatest level of which the rows still fit below it: that of all places, then of those that do not lie above. Returns
-// whether a quota changed.
+// whether a quota changed. kMost > 0: loads without the expert's own rows stay in registers.
+template <int kMost>
 __device__ __forceinline__ bool pour(const Places& places, const Table& table, int e) {
   const int first = places.first()[e], count = places.num_places(e), rows = table.rows()[e];
-  const auto dry = [&](int i) { return table.load()[places.rank()[first + i]] - table.quota()[first + i]; };
+  int kept[kMost > 0 ? kMost : 1];
+  const auto without_own = [&](int i) {
+    return table.load()[places.rank()[first + i]] - table.quota()[first + i];
+  };
+  if constexpr (kMost > 0) for_each_place<kMost>(count, [&](int i) { kept[i] = without_own(i); });
+  const auto dry = [&](int i) {
+    if constexpr (kMost > 0) return kept[i];
+    return without_own(i);
+  };
   int level = INT32_MAX, below = 0;
 #pragma unroll 1
   for (int before = -1; below != before;) {
     before = below, below = 0;
     unsigned sum = rows;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for_each_place<kMost>(count, [&](int i) {
       const int load = dry(i);
       if (load <= level) ++below, sum += load;
-    }
+    });
     level = static_cast<int>(sum / below);
   }
   int rest = rows;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) rest -= max(0, level - dry(i));
+  for_each_place<kMost>(count, [&](int i) { rest -= max(0, level - dry(i)); });
   bool changed = false;
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for_each_place<kMost>(count, [&](int i) {
     const int load = dry(i), extra = rest > 0 && load <= level ? 1 : 0, poured = max(0, level - load) + extra;
     rest -= extra;
     changed |= poured != table.quota()[first + i];
     table.quota()[first + i] = poured;
     table.load()[places.rank()[first + i]] = load + poured;
-  }
+  });
   return changed;
 }
 
@@ -115,7 +138,8 @@ __device__ __forceinline__ void pour_all(const Places& places, const Table& tabl
       const int end = places.step_end()[step];
 #pragma unroll 1
       for (int i = begin + threadIdx.x % kWarp; i < end; i += kWarp) {
-        changed |= pour(places, table, places.step_order()[i]);
+        const int e = places.step_order()[i];
+        changed |= places.num_places(e) <= kFewPlaces ? pour<kFewPlaces>(places, table, e) : pour<0>(places, table, e);
       }
       begin = end;
       __syncwarp();
@@ -124,22 +148,22 @@ __device__ __forceinline__ void pour_all(const Places& places, const Table& tabl
   }
 }
 
-__device__ __forceinline__ void find_shifts(const ReplicaBalanceArgs& args, const Table& table, Capacity capacity) {
+__device__ __forceinline__ void find_shifts(const ReplicaBalanceArgs& args, const Places& places, const Table& table,
+                                            Capacity capacity) {
   const Policy& policy = args.p.policy;
   const bool pressed = policy.alpha > 0.0 && !isinf(policy.gamma);
-  const double each = divide(__dmul_rn(policy.gamma, capacity.all), args.places.first()[table.experts]);
+  const double each = divide(__dmul_rn(policy.gamma, capacity.all), places.first()[table.experts]);
 #pragma unroll 1
   for (int e = threadIdx.x; e < table.experts; e += kThreads) {
-    capacity.base = __dmul_rn(each, args.places.num_places(e));
+    capacity.base = __dmul_rn(each, places.num_places(e));
     const double limit = capacity.of_expert(args.p, args.p.modality[e]);
     table.shift()[e] = pressed ? pressure_shift(table.rows()[e], limit, policy.alpha, policy.bucket_bits) : 0;
   }
 }
 
 // A whole block: the levels of a rank, in 256ths of a row, and its text rows.
-__device__ __forceinline__ void add_levels(const ReplicaBalanceArgs& args, const Table& table, int rank,
-                                           const Levels& levels, int* text_rows) {
-  const Places& places = args.places;
+__device__ __forceinline__ void add_levels(const ReplicaBalanceArgs& args, const Places& places, const Table& table,
+                                           int rank, const Levels& levels, int* text_rows) {
   const int lane = threadIdx.x % kWarp, buckets = table.num_levels / 2;
 #pragma unroll 1
   for (int e = threadIdx.x / kWarp; e < table.experts; e += kWarps) {
@@ -160,14 +184,26 @@ __device__ __forceinline__ void add_levels(const ReplicaBalanceArgs& args, const
       atomicAdd(text_rows, static_cast<int>(text));
     }
     if (share == 0) continue;
+    const bool alone = levels.own == levels.group;
+    const int64_t begin = static_cast<int64_t>(e) * table.num_levels;
 #pragma unroll 1
-    for (int cell = lane; cell < table.num_levels; cell += kWarp) {
-      const int64_t at = static_cast<int64_t>(e) * table.num_levels + cell;
-      const int level = level_of(cell % buckets, table.shift()[e], cell >= buckets, args.p.policy);
-      const int group = __ldcg(args.p.group + at);
-      if (group != 0) atomicAdd(levels.group + level, share * group);
-      const int own = levels.own == levels.group ? 0 : __ldcg(args.p.own + at);
-      if (own != 0) atomicAdd(levels.own + level, share * own);
+    for (int cells = lane; cells < table.num_levels; cells += kCells * kWarp) {
+      int group[kCells], own[kCells];
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        const int cell = cells + i * kWarp;
+        const bool inside = cell < table.num_levels;
+        group[i] = inside ? __ldcg(args.p.group + begin + cell) : 0;
+        own[i] = inside && !alone ? __ldcg(args.p.own + begin + cell) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        if (group[i] == 0) continue;  // none of the group, none of its own
+        const int cell = cells + i * kWarp;
+        const int level = level_of(cell % buckets, table.shift()[e], cell >= buckets, args.p.policy);
+        atomicAdd(levels.group + level, share * group[i]);
+        if (own[i] != 0) atomicAdd(levels.own + level, share * own[i]);
+      }
     }
   }
 }
@@ -211,9 +247,10 @@ __device__ __forceinline__ RankLimit find_limit(const Policy& policy, const Tabl
 
 __global__ void __launch_bounds__(kThreads) replica_balance_kernel(const __grid_constant__ ReplicaBalanceArgs args) {
   __shared__ int text_rows;
-  const Places& places = args.places;
+  int* const shared = reinterpret_cast<int*>(dynamic_shared());
+  const Places places = copied(args.places, shared);
   const Policy& policy = args.p.policy;
-  const Table table(dynamic_shared(), places, policy);
+  const Table table(shared, places, policy);
   const Levels levels = table.levels(args.p.own == args.p.group);
   const int rank = blockIdx.x;
   for (int r = threadIdx.x; r < table.ranks; r += kThreads) table.load()[r] = 0;
@@ -226,17 +263,17 @@ __global__ void __launch_bounds__(kThreads) replica_balance_kernel(const __grid_
   __syncthreads();
   split_evenly(places, table);
   __syncthreads();
-  if (threadIdx.x < kWarp) pour_all(places, table);
+  if (threadIdx.x >= kThreads - kWarp) pour_all(places, table);  // the warp with the fewest shifts to find
   const int32_t* const sums = args.p.group + static_cast<int64_t>(table.experts) * table.num_levels;
   const Capacity capacity(args.p, make_int4(__ldcg(sums), __ldcg(sums + 1), __ldcg(sums + 2), __ldcg(sums + 3)));
-  find_shifts(args, table, capacity);
+  find_shifts(args, places, table, capacity);
   __syncthreads();
   for (int l = threadIdx.x; l < table.num_levels; l += kThreads) args.scratch.levels[rank * table.num_levels + l] = 0;
   const int bound = capacity.of_rank(args.p), load = table.load()[rank];
   RankLimit limit = {kNotExceeded, 0, bound - load, bound};
   Kept stake = {0, 0};
   if (load > bound) {
-    add_levels(args, table, rank, levels, &text_rows);
+    add_levels(args, places, table, rank, levels, &text_rows);
     __syncthreads();
     if (threadIdx.x < kWarp) limit = find_limit(policy, table, levels, bound, text_rows, &stake);
   }

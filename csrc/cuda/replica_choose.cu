@@ -67,46 +67,55 @@ __global__ void __launch_bounds__(kThreads) replica_count_kernel(const __grid_co
   }
 }
 
-// Shared memory of a block, in ints.
+// Shared memory of a block, in ints, behind the tables of places.
 struct Numbers {
   int* ints;
-  int redundant, ranks;
+  int redundant, physical, ranks;
 
   static size_t bytes(const Places& p) {
-    return sizeof(int) * (3ull * p.redundant() + 2ull * p.num_ranks + 2ull * kWarps * p.redundant());
+    const size_t own = 3ull * p.redundant() + p.num_physical + 2ull * p.num_ranks + 2ull * kWarps * p.redundant();
+    return sizeof(int) * (own + Places::size(p.num_physical));
   }
-  __device__ __forceinline__ int* rows() const { return ints; }                   // [X] of the group
-  __device__ __forceinline__ int* first() const { return ints + redundant; }      // [X, 2] number of this block's first row
-  __device__ __forceinline__ int* limit() const { return ints + 3 * redundant; }  // [R] kNotExceeded, or not
-  __device__ __forceinline__ int* lowest() const { return limit() + ranks; }      // [R] first level that it counts
-  __device__ __forceinline__ int* running(int warp) const { return lowest() + ranks + warp * 2 * redundant; }  // [X, 2]
+  __device__ __forceinline__ Numbers(int* memory, const Places& p)
+      : ints(memory + Places::size(p.num_physical)), redundant(p.redundant()), physical(p.num_physical), ranks(p.num_ranks) {}
+  __device__ __forceinline__ int* rows() const { return ints; }                    // [X] of the group
+  __device__ __forceinline__ int* first() const { return ints + redundant; }       // [X, 2] number of this block's first row
+  __device__ __forceinline__ int* running(int warp) const { return ints + (3 + 2 * warp) * redundant; }  // [X, 2]
+  __device__ __forceinline__ int* quota() const { return running(kWarps); }        // [P]
+  __device__ __forceinline__ int* limit() const { return quota() + physical; }     // [R] kNotExceeded, or not
+  __device__ __forceinline__ int* lowest() const { return limit() + ranks; }       // [R] first level that it counts
 };
 
-// Behind the exchange: text of all sources before the visual rows of any.
-__device__ __forceinline__ void number_block(const ReplicaChooseArgs& args, const Numbers& numbers) {
-  const Places& places = args.places;
-  const int keys = 2 * places.redundant();
+// Behind the exchange, into zeros: text of all sources before the visual rows of any. A source a warp, then a block a warp.
+__device__ __forceinline__ void number_block(const ReplicaChooseArgs& args, const Places& places, const Numbers& numbers) {
+  const int keys = 2 * places.redundant(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll 1
-  for (int row = threadIdx.x; row < places.num_replicated(); row += kThreads) {
-    const int32_t* source = args.tail + places.num_ranks + 2 * row;
-    int text = 0, all = 0, text_before = 0, visual_before = 0;
-#pragma unroll 1
-    for (int s = 0; s < places.num_ranks; ++s, source += keys) {
-      const int of_text = __ldcg(source), visual = __ldcg(source + 1);
-      text += of_text, all += of_text + visual;
-      if (s < places.own_rank()) text_before += of_text, visual_before += visual;
+  for (int row = lane; row < places.num_replicated(); row += kWarp) {
+    int all = 0, first_text = 0, first_visual = 0;
+#pragma unroll 2
+    for (int s = warp; s < places.num_ranks; s += kWarps) {
+      const int32_t* const source = args.tail + places.num_ranks + s * keys + 2 * row;
+      const int text = __ldcg(source), visual = __ldcg(source + 1);
+      const bool before = s < places.own_rank();
+      all += text + visual;
+      first_text += before ? text : 0, first_visual += text + (before ? visual : 0);
     }
-    numbers.rows()[row] = all;
-    int first[2] = {text_before, text + visual_before};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll 1
-      for (int block = 0; block < static_cast<int>(blockIdx.x); ++block) {
-        first[i] += __ldcg(args.scratch.block_counts + block * keys + 2 * row + i);
-      }
-      numbers.first()[2 * row + i] = first[i];
-    }
+    if (all == 0) continue;
+    atomicAdd(numbers.rows() + row, all);
+    atomicAdd(numbers.first() + replica_key(row, true), first_text);
+    atomicAdd(numbers.first() + replica_key(row, false), first_visual);
   }
+#pragma unroll 1
+  for (int key = lane; key < keys; key += kWarp) {
+    int before = 0;
+#pragma unroll 4
+    for (int block = warp; block < static_cast<int>(blockIdx.x); block += kWarps) {
+      before += __ldcg(args.scratch.block_counts + block * keys + key);
+    }
+    if (before != 0) atomicAdd(numbers.first() + key, before);
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < places.num_physical; i += kThreads) numbers.quota()[i] = __ldcg(args.scratch.quota + i);
 #pragma unroll 1
   for (int r = threadIdx.x; r < places.num_ranks; r += kThreads) {
     const int4 limit = __ldcg(reinterpret_cast<const int4*>(args.scratch.limits) + r);
@@ -132,11 +141,12 @@ __device__ __forceinline__ int number_in_order(bool counted, int key, int first,
 
 template <class Id>
 __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_constant__ ReplicaChooseArgs args) {
-  const Places& places = args.places;
   const Assignments& in = args.in;
-  const Numbers numbers = {reinterpret_cast<int*>(dynamic_shared()), places.redundant(), places.num_ranks};
+  int* const shared = reinterpret_cast<int*>(dynamic_shared());
+  const Places places = copied(args.places, shared);
+  const Numbers numbers(shared, places);
   const int keys = 2 * places.redundant(), buckets = num_buckets(in.policy.bucket_bits);
-  for (int i = threadIdx.x; i < kWarps * keys; i += kThreads) numbers.running(0)[i] = 0;
+  for (int* i = numbers.rows() + threadIdx.x; i < numbers.quota(); i += kThreads) *i = 0;
   __syncthreads();
   start_dependents();
   const Step step(in.top_k);
@@ -148,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_c
     if (row >= 0) atomicAdd(running + replica_key(row, slot.text()), 1);
   }
   wait_for_previous();
-  number_block(args, numbers);
+  number_block(args, places, numbers);
   __syncthreads();
 #pragma unroll 1
   for (int key = threadIdx.x; key < keys; key += kThreads) {  // of the warps before
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_c
     if (expert >= 0) {
       int place = places.first()[expert];
       if (row >= 0) {
-        place += place_of(number, numbers.rows()[row], args.scratch.quota + place, places.num_places(expert));
+        place += place_of(number, numbers.rows()[row], numbers.quota() + place, places.num_places(expert));
       }
       chosen = places.physical()[place];
       const int rank = places.rank()[place];

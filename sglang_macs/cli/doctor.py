@@ -25,29 +25,14 @@ from .. import cpu_compat, extension
 from ..config import TOKENS_THAT_PAY
 from ..errors import MacsError, printable
 from ..releases import PINNED, SGLANG, TORCH
+from . import doctor_server
 from .arguments import add_server, server_of
+from .checks import FAIL, OK, SKIP, WARN, Check, checked, report
 from .progress import Progress
 
 HELP = "check that this machine, and a launch, can serve with MACS; each failure comes with its fix"
-OK, WARN, FAIL, SKIP = "ok", "warn", "FAIL", "skip"
 PROBE_SECONDS = 300
 DEVICES = Path("/dev")
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One finding. status: OK, FAIL, WARN where MACS would serve and not pay, or SKIP where it does not apply; fix:
-    what to do, for a FAIL or a WARN, or what it would take, for a SKIP.
-    """
-
-    name: str
-    status: str
-    found: str
-    fix: str = ""
-
-
-def _check(name: str, ok: bool, found: str, fix: str) -> Check:
-    return Check(name, OK if ok else FAIL, found, "" if ok else fix)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
     url = args.server_flags[0] if len(args.server_flags) == 1 else ""
     with Progress("doctor") as progress:
         if url.startswith(("http://", "https://")):
-            from . import doctor_server
-
             progress.now = f"waiting for {printable(url)}"
             checks = list(doctor_server.examine(server_of(url, args)))
         else:
@@ -94,12 +77,14 @@ def examine(server_flags: list[str], progress: Progress | None = None) -> list[C
 
 
 def _versions() -> Iterator[Check]:
-    yield _check("python", (3, 11) <= sys.version_info < (3, 13), platform.python_version(), "Use Python 3.11 or 3.12.")
+    yield checked(
+        "python", (3, 11) <= sys.version_info < (3, 13), platform.python_version(), "Use Python 3.11 or 3.12."
+    )
     for name, wanted in (("sglang", SGLANG), ("torch", TORCH)):
         found = _version_of(name)
         ok = found is not None and any((found + ".").startswith(w + ".") for w in wanted)
         fix = f"Install {name} {' or '.join(wanted)}, which this version is made for."
-        yield _check(name, ok, found or "not installed", fix)
+        yield checked(name, ok, found or "not installed", fix)
     if (asked := _torch_of_sglang()) and (found := _version_of("torch")) and _minor(found) != _minor(asked):
         what = f"torch {found}, where sglang {_version_of('sglang')} asks for {asked}"
         yield Check("torch of sglang", WARN, what, f"Install torch=={asked}: SGLang's kernels are built for it.")
@@ -196,7 +181,7 @@ def _cpu(asked: bool = True) -> Iterator[Check]:
     shims = any(Path(entry).parts[-3:] == cpu_compat.SITE_DIR.parts[-3:] for entry in entries)
     missing = [name for name in ("SGLANG_USE_CPU_ENGINE",) if os.environ.get(name) != wanted[name]]
     missing += [] if shims else ["PYTHONPATH"]
-    yield _check(
+    yield checked(
         "CPU environment",
         not missing,
         f"without {', '.join(missing)}" if missing else "set",
@@ -214,7 +199,7 @@ def _cuda(built: bool) -> Iterator[Check]:
         ("deep_ep", "Install DeepEP (github.com/deepseek-ai/DeepEP): it moves the rows."),
         ("deep_gemm", "Install DeepGEMM (github.com/deepseek-ai/DeepGEMM): its runner takes DeepEP's formats."),
     ):
-        yield _check(module, *_importable(module), fix)
+        yield checked(module, *_importable(module), fix)
 
 
 def _operators_on_gpu() -> Check:
@@ -227,7 +212,7 @@ def _operators_on_gpu() -> Check:
 
         segment = torch.zeros(2, dtype=torch.int32, device="cuda")
         entropy = ops.entropy_score(torch.zeros((2, 64), device="cuda"), segment)
-        return _check(
+        return checked(
             name, abs(entropy[0].item() - 4.1589) < 1e-3, f"entropy of 64 equal features {entropy[0]:.4f}", fix
         )
     except Exception as error:  # whatever it is, it is the finding
@@ -241,7 +226,7 @@ def _peers() -> Check:
     if count < 2:
         return Check("peer access", SKIP, "one GPU: expert parallelism needs at least two")
     fix = "DeepEP's kernels need NVLink or PCIe peer access within a host; see nvidia-smi topo -p2p r."
-    return _check("peer access", not apart, f"none between {', '.join(apart)}" if apart else f"{count} GPUs", fix)
+    return checked("peer access", not apart, f"none between {', '.join(apart)}" if apart else f"{count} GPUs", fix)
 
 
 def _apart() -> list[str]:
@@ -310,7 +295,7 @@ def _in_sglang(server_flags: list[str], on_cpu: bool, built: bool) -> list[Check
 def _hooks(side: str, done: subprocess.CompletedProcess) -> list[Check]:
     fix = f"Install sglang=={PINNED}, or a version of sglang-macs that is made for {_version_of('sglang')}."
     if (hooks := _said("HOOKS ", done)) is not None:
-        return [_check(f"{side} hook", not trouble, trouble or target, fix) for target, trouble in hooks.items()]
+        return [checked(f"{side} hook", not trouble, trouble or target, fix) for target, trouble in hooks.items()]
     if refusals := _refusals(done):
         return [Check(f"{side} hooks", FAIL, *refusals[-1])]
     return [Check(f"{side} hooks", FAIL, _last_line(done.stderr), "Install again what does not import.")]
@@ -378,19 +363,3 @@ def _python(program: str, env: dict[str, str], *args: str) -> subprocess.Complet
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["ended without a word"])[-1][:300]
-
-
-def report(checks: list[Check]) -> str:
-    """The checks for a person: hooks that took are one line."""
-    lines, took = [], [c for c in checks if c.name.endswith(" hook") and c.status == OK]
-    for check in checks:
-        if check not in took:
-            lines.append(f"{check.status:<5} {check.name:<22} {check.found}")
-            lines += [f"      fix: {check.fix}"] if check.fix else []
-        elif check is took[0]:
-            lines.append(f"{OK:<5} {'hooks':<22} {len(took)} took")
-    failed = sum(check.status == FAIL for check in checks)
-    warned = sum(check.status == WARN for check in checks)
-    ready = f"Ready to serve with MACS; {warned} to look at" if warned else "Ready to serve with MACS"
-    verdict = f"{failed} of {len(checks)} checks failed" if failed else ready
-    return "\n".join([*lines, "", f"{verdict}."])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from ..errors import printable
 from ..observe.server_info import Server, missing_ranks
 from ..observe.verdict import verdict
-from .doctor import FAIL, OK, SKIP, WARN, Check
+from .checks import FAIL, OK, SKIP, WARN, Check
 
 
 def examine(server: Server) -> Iterator[Check]:

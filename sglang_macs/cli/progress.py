@@ -6,7 +6,7 @@ from types import TracebackType
 
 from ..console import say
 
-EVERY_SECONDS = 4.0
+EVERY_SECONDS = 3.0  # an import of torch lets no other thread run for a second and more
 
 
 class Progress:

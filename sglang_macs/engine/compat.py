@@ -1,47 +1,20 @@
 """Which launches MACS can serve. One rule per line; each names the flag, why, and the way out.
 
-Rules read a plain view of SGLang's resolved flags, so that they can be tested without SGLang.
+Conditions of one flag stand here; those of dispatches and of replicas, which share facts, in modules of their own.
 """
 
-import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
-from ..config import MacsConfig
 from ..errors import MacsError
-from . import families
+from . import dispatch_choice, families, placement
+from .launch import EXPERIMENTAL_ENV, V2, Launch, attention_dp, experimental, largest_prefill
 
 A2A_BACKENDS = ("macs", "deepep")
-V2 = "deepep_v2"  # only where the environment asks for it: it has not run on GPUs
 V2_SINCE = (0, 5, 23)  # before 0.5.22 its prefills do not lie by expert; that one was tried with stand-ins alone
 MOST_EXPERTS, MOST_TOP_K = 1024, 32  # of the kernels (csrc/include/macs/cuda.h)
-EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the rules look at: SGLang's resolved flags, the plan's options and what the model's configuration says.
-
-    top_k: 0 where it does not say; inner: the architecture of its language model, "" likewise.
-    special_routing: `moe_config.special_routing`. context_length: in tokens.
-    quantization: of the weights, by flag or checkpoint.
-    """
-
-    flags: Any
-    config: MacsConfig
-    architecture: str
-    num_experts: int
-    top_k: int = 0
-    special_routing: str = ""
-    context_length: int = 0
-    quantization: str | None = None
-    inner: str = ""
-
-    def flag(self, name: str, default: object = None) -> Any:
-        return getattr(self.flags, name, default)
 
 
 @dataclass(frozen=True)
@@ -96,12 +69,6 @@ def _expert_parallel(launch: Launch) -> str:
     return f"{experts} experts on {ep} ranks" if experts % ep else ""
 
 
-def _placed(launch: Launch) -> bool:
-    """Whether experts do not, or not for long, lie linearly and once each."""
-    moved = (launch.flag("init_expert_location") or "trivial") != "trivial"
-    return moved or any(launch.flag(name) for name in ("enable_eplb", "ep_num_redundant_experts"))
-
-
 def _exact_cache(launch: Launch) -> str:
     """Why what was clipped cannot be kept out of the prefix cache: some ranks would insert what others do not."""
     if launch.config.cache == "clipped" or launch.config.changes_nothing:
@@ -113,66 +80,10 @@ def _exact_cache(launch: Launch) -> str:
     return "speculative decoding" if launch.flag("speculative_algorithm") else ""
 
 
-def experimental(name: str) -> bool:
-    """Whether the environment asks for what is not fit for service."""
-    return name in os.environ.get(EXPERIMENTAL_ENV, "").split(",")
-
-
-def replicas_on(device: object) -> bool:
-    """Whether plans know replicas there: on GPUs, no server with them has been measured."""
-    return device == "cpu" or experimental("replicas")
-
-
-def _balances(launch: Launch) -> bool:
-    """Whether plans choose among replicas, by logical expert."""
-    config = launch.config
-    known = replicas_on(launch.flag("device"))
-    return _placed(launch) and known and config.replicas == "balance" and not config.is_off
-
-
-def _unknown(condition: Callable[[Launch], bool], got: str) -> Callable[[Launch], str]:
-    """For replicas where plans do not know them."""
-    return lambda launch: got if not replicas_on(launch.flag("device")) and condition(launch) else ""
-
-
-def _dispatch_algorithm(launch: Launch) -> str:
-    algorithm = launch.flag("ep_dispatch_algorithm")
-    if algorithm == "lp":
-        return "lp, which solves for every batch what MACS solves itself"
-    known = replicas_on(launch.flag("device"))
-    if not algorithm or launch.config.changes_nothing or (known and algorithm != "fake"):
-        return ""
-    return f"{algorithm}, experts that the router did not choose" if known else "physical experts"
-
-
-def _choice_of_replicas(launch: Launch) -> str:
-    config = launch.config
-    if _balances(launch):
-        return config.no_replicas
-    if not _placed(launch) or config.is_off:
-        return ""
-    if config.reroute != "none" and not config.changes_nothing:
-        return f"keep with --macs-reroute {config.reroute}, which knows no replicas"
-    return "keep with --macs-profile, which knows no replicas" if config.profile else ""
-
-
-def _overlap(launch: Launch) -> str:
-    for name in ("enable_two_batch_overlap", "enable_single_batch_overlap"):
-        if launch.flag(name) and launch.flag("device") == "cpu":
-            return f"--{name.replace('_', '-')} on the CPU, whose dispatcher sends and waits in one"
-    return ""
-
-
 def _routing(launch: Launch) -> str:
     if launch.config.reroute == "none" or launch.config.changes_nothing or not launch.special_routing:
         return ""
     return f"{launch.config.reroute} for {launch.architecture}, which routes by {launch.special_routing}"
-
-
-def attention_dp(launch: Launch) -> int:
-    """Data-parallel ranks of the EP group's attention."""
-    ranks = launch.flag("dp_size", 1) if launch.flag("enable_dp_attention") else 1
-    return launch.flag("attn_dp_size") or ranks  # the former from 0.5.22 on
 
 
 def _vision_tower(launch: Launch) -> str:
@@ -190,23 +101,11 @@ def _stages(launch: Launch) -> str:
     return f"{launch.flag('pp_size')} stages whose batches are each scattered over {shares} ranks"
 
 
-def largest_prefill(launch: Launch) -> tuple[int, int]:
-    """(data-parallel ranks of the EP group, tokens that SGLang puts at most into a prefill batch of each).
-
-    SGLang has divided --chunked-prefill-size by the ranks already; without chunks a request is not split.
-    """
-    ranks = attention_dp(launch)
-    chunk = launch.flag("chunked_prefill_size") or -1
-    return ranks, chunk if chunk > 0 else max(launch.flag("max_prefill_tokens") or 0, launch.context_length)
-
-
 def _prefill(launch: Launch) -> str:
     from ..plan.plan import most_tokens  # imports torch, which `sglang-macs doctor` may find missing
 
-    (ranks, tokens), most = (
-        largest_prefill(launch),
-        most_tokens(max(1, launch.top_k), launch.config.load, _balances(launch)),
-    )
+    ranks, tokens = largest_prefill(launch)
+    most = most_tokens(max(1, launch.top_k), launch.config.load, placement.balances(launch))
     return f"{ranks * tokens} tokens a prefill batch ({ranks} x {tokens})" if ranks * tokens > most else ""
 
 
@@ -223,95 +122,6 @@ def _replicas(launch: Launch) -> str:
     alone = not launch.flag("enable_dp_attention") and (launch.flag("attn_dp_size") or 1) == 1
     replicas = launch.flag("dp_size") or 1
     return f"{replicas} replicas" if alone and replicas > 1 else ""
-
-
-def _fused(launch: Launch) -> str:
-    if launch.config.dispatch != "fused":
-        return ""
-    if launch.flag("device") == "cpu":
-        return "fused on the CPU"
-    if launch.flag("enable_single_batch_overlap"):
-        return "fused with --enable-single-batch-overlap, whose combine starts inside the experts' GEMM"
-    if launch.config.exchange != "group":
-        return "fused with --macs-exchange local"
-    return "--deepep-mode normal" if launch.flag("deepep_mode", "auto") == "normal" else ""
-
-
-def _decode_in_graphs(launch: Launch) -> str:
-    """A decode graph is captured once, before there is a batch that could be planned."""
-    config = launch.config
-    if config.is_off or not config.decode or launch.flag("device") != "cuda" or launch.flag("deepep_mode") == "normal":
-        return ""
-    graphs = launch.flag("cuda_graph_config")  # as SGLang has resolved it; with --deepep-mode normal it captures none
-    backend = getattr(getattr(graphs, "decode", None), "backend", "disabled")
-    return "" if backend == "disabled" else "true, and decode replays CUDA graphs, in which nothing would be planned"
-
-
-def _v2(launch: Launch) -> str:
-    """What DeepEP V2 is not planned with, or "". SGLang refuses the rest: other runners, overlaps, other models."""
-    reasons = (
-        (launch.flag("device") == "cpu", "on the CPU"),
-        (launch.flag("nnodes", 1) > 1, "between hosts"),
-        (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
-        (_placed(launch), "with replicated or moved experts"),
-        (launch.config.decode and not launch.config.is_off, "with --macs-decode true"),
-        (launch.config.dispatch == "fused", "with --macs-dispatch fused"),
-        (bool(launch.flag("speculative_algorithm")), "with speculative decoding"),
-    )
-    return next((words for refused, words in reasons if refused), "") if launch.flag("moe_a2a_backend") == V2 else ""
-
-
-def _bounded(launch: Launch) -> str:
-    words = _unbounded(launch) if launch.config.dispatch == "bounded" else ""
-    return f"bounded {words}" if words else ""
-
-
-# Flags under which SGLang does not dispatch a batch as a whole, once a layer.
-_DISPATCHES_OTHERWISE = {
-    "enable_two_batch_overlap": "--enable-two-batch-overlap",
-    "enable_single_batch_overlap": "--enable-single-batch-overlap",
-    "speculative_algorithm": "speculative decoding",
-}
-
-
-def _unbounded(launch: Launch) -> str:
-    """Why normal mode counts on the host, or ""."""
-    recorder = launch.flag("expert_distribution_recorder_mode")  # others count before the dispatch
-    reasons = (
-        (launch.flag("device") == "cpu", "on the CPU"),
-        (launch.flag("deepep_mode", "auto") == "low_latency", "with --deepep-mode low_latency"),
-        (launch.flag("moe_runner_backend", "deep_gemm") != "deep_gemm", "with another runner than DeepGEMM's"),
-        (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
-        *((bool(launch.flag(name)), f"with {words}") for name, words in _DISPATCHES_OTHERWISE.items()),
-        (recorder in ("stat_approx", "per_token"), f"with --expert-distribution-recorder-mode {recorder}"),
-        (bool(launch.flag("enable_deterministic_inference")), "with --enable-deterministic-inference"),
-    )
-    return next((words for refused, words in reasons if refused), "")
-
-
-def resolved(launch: Launch) -> tuple[MacsConfig, str]:
-    """The configuration with what `auto` cannot have here left out, or what no server has shown yet, and why, or ""."""
-    config, tried = launch.config, experimental("auto")
-    if launch.flag("moe_a2a_backend") == V2 and config.dispatch.startswith("auto"):
-        words, all_reduce = _unbounded(launch), "group" if config.all_reduce == "auto" else config.all_reduce
-        why = words or "what DeepEP V2 can be dispatched by"
-        return replace(config, dispatch="deepep" if words else "bounded", all_reduce=all_reduce), why
-    if config.dispatch.startswith("auto") and not tried and (why := _not_shown(launch)):
-        all_reduce = "group" if config.all_reduce == "auto" else config.all_reduce
-        return replace(config, dispatch="deepep", all_reduce=all_reduce), why
-    if config.dispatch == "auto" and (why := _unbounded(launch)):
-        return replace(config, dispatch="auto_fused"), why
-    if config.dispatch == "auto" and launch.flag("deepep_mode", "auto") == "auto" and not tried:
-        return replace(
-            config, dispatch="auto_fused"
-        ), "no server has shown bounded prefills beside decode in low latency"
-    return config, ""
-
-
-def _not_shown(launch: Launch) -> str:
-    """With what no server has run on GPUs under a dispatch or an exchange of ours, or ""."""
-    words = next((words for name, words in _DISPATCHES_OTHERWISE.items() if launch.flag(name)), "")
-    return f"no server has shown others with {words}" if words else ""
 
 
 _LEAVE_OUT = "Leave it out, or pass --macs-preset off."
@@ -401,9 +211,9 @@ RULES = (
     ),
     Rule(
         "--enable-eplb, redundant experts",
-        _unknown(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
-        "experts in their own order: on GPUs, plans with replicas have not been measured",
-        f"Leave EPLB out; {EXPERIMENTAL_ENV}=replicas tries it nevertheless.",
+        placement.where_unknown(_on("enable_eplb", "ep_num_redundant_experts"), "replicated experts on a GPU"),
+        "--deepep-mode normal: on GPUs, plans with replicas have been measured there alone",
+        f"Pass it, or leave EPLB out; {EXPERIMENTAL_ENV}=replicas tries it nevertheless.",
     ),
     Rule(
         "--enable-eplb",
@@ -418,25 +228,27 @@ RULES = (
     ),
     Rule(
         "--init-expert-location",
-        _unknown(lambda x: not x.config.changes_nothing and _placed(x), "moved experts on a GPU"),
-        "trivial: router logits and profiles count experts in the model's own order",
+        placement.where_unknown(
+            lambda x: not x.config.changes_nothing and placement.placed(x), "moved experts on a GPU"
+        ),
+        "trivial, or --deepep-mode normal: elsewhere on GPUs experts are counted in the model's own order",
         _LEAVE_OUT,
     ),
     Rule(
         "--ep-dispatch-algorithm",
-        _dispatch_algorithm,
+        placement.dispatch_algorithm,
         "none: router logits and profiles count experts in the model's own order",
         _LEAVE_OUT,
     ),
     Rule(
         "--macs-replicas",
-        _choice_of_replicas,
+        placement.choice_of_replicas,
         "balance with --macs-scope rank, --macs-load rows and --macs-exchange group, or keep with --macs-reroute none",
         "Pass these.",
     ),
     Rule(
         "--moe-a2a-backend deepep_v2",
-        _v2,
+        dispatch_choice.v2,
         "one host, experts in their own order in bf16 or FP8 blocks, and prefills alone planned",
         "Pass --moe-a2a-backend macs.",
     ),
@@ -451,7 +263,7 @@ RULES = (
         _if(
             lambda x: (
                 _on("enable_deterministic_inference", "rl_on_policy_target")(x)
-                and (not x.config.changes_nothing or _balances(x))
+                and (not x.config.changes_nothing or placement.balances(x))
             ),
             "batch-invariant answers",
         ),
@@ -491,17 +303,22 @@ RULES = (
         "ranks whose time follows from their rows",
         _LEAVE_OUT,
     ),
-    Rule("overlap", _overlap, "none on the CPU", "Leave it out."),
+    Rule("overlap", dispatch_choice.overlap, "none on the CPU", "Leave it out."),
     Rule(
         "--macs-dispatch",
-        _fused,
+        dispatch_choice.fused,
         "fused only with --deepep-mode auto or low_latency, --macs-exchange group and CUDA",
         "Or pass --macs-dispatch deepep.",
     ),
-    Rule("--macs-decode", _decode_in_graphs, "no CUDA graphs", "Add --disable-cuda-graph, or leave it out."),
+    Rule(
+        "--macs-decode",
+        dispatch_choice.decode_in_graphs,
+        "no CUDA graphs",
+        "Add --disable-cuda-graph, or leave it out.",
+    ),
     Rule(
         "--macs-dispatch",
-        _bounded,
+        dispatch_choice.bounded,
         "bounded only in DeepEP's normal mode, whole batches, with DeepGEMM's runner in bf16 or FP8 blocks",
         "Or pass --macs-dispatch deepep.",
     ),
@@ -540,25 +357,3 @@ def check(launch: Launch) -> None:
     for rule in RULES:
         if got := rule.refuses(launch):
             raise MacsError(rule.what, got, f"{rule.expected} (MACS)", rule.fix)
-
-
-PARALLEL_FLAGS = (
-    "tp_size",
-    "dp_size",
-    "ep_size",
-    "pp_size",
-    "attn_dp_size",
-    "enable_dp_attention",
-    "enable_dp_lm_head",
-    "moe_dense_tp_size",
-    "enable_two_batch_overlap",
-    "enable_mixed_chunk",
-)
-
-
-def parallel_flags(flags: Any) -> str:
-    """Those of a launch that say how ranks share their work, as they are set."""
-    given = {name: getattr(flags, name, None) for name in PARALLEL_FLAGS}
-    return " ".join(
-        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, False)
-    )

@@ -6,8 +6,9 @@ from ..dispatch.planner import LayerPlanner
 from ..errors import MacsNotActive
 from ..observe.recorder import Place
 from ..plan.plan import Plan
-from . import compat, deepep, deepep_bounded, deepep_v2, replicas, worker
+from . import deepep, deepep_bounded, deepep_v2, replicas, worker
 from .hooks import Hook
+from .launch import V2
 from .refusal import or_exit
 from .topk import logits_of
 
@@ -33,7 +34,7 @@ def _create_moe_dispatcher(original, moe_runner_config, *args, **kwargs):
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     backend = get_moe_a2a_backend()
-    is_v2 = backend.value == compat.V2
+    is_v2 = backend.value == V2
     if not (backend.is_customized() or backend.is_deepep() or is_v2):
         return original(moe_runner_config, *args, **kwargs)
     if moe_runner_config.num_fused_shared_experts:

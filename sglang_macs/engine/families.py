@@ -28,9 +28,13 @@ SERVED = {
         "Qwen3-VL-MoE", _BY_FAMILY, _FILMS, ("2 ranks, normal", "2 ranks, 128 experts", "4 ranks, 128 experts")
     ),
     "Qwen3MoeForCausalLM": Served("Qwen3-MoE", _BY_FAMILY, gpu=("2 ranks, FP8 blocks", "2 ranks, two batches")),
-    "InternVLChatModel": Served("InternVL3.5 with Qwen3-MoE inside", _BY_FAMILY, _FILMS),
-    "KimiVLForConditionalGeneration": Served("Kimi-VL", _BY_FAMILY, "pictures"),
-    "Glm4vMoeForConditionalGeneration": Served("GLM-4.5V, GLM-4.6V", _BY_FAMILY, _FILMS),
+    "InternVLChatModel": Served(
+        "InternVL3.5 with Qwen3-MoE inside", _BY_FAMILY, _FILMS, ("2 ranks, InternVL3.5, one GPU",)
+    ),
+    "KimiVLForConditionalGeneration": Served("Kimi-VL", _BY_FAMILY, "pictures", ("2 ranks, Kimi-VL, one GPU",)),
+    "Glm4vMoeForConditionalGeneration": Served(
+        "GLM-4.5V, GLM-4.6V", _BY_FAMILY, _FILMS, ("2 ranks, GLM-4.5V, one GPU",)
+    ),
     "Qwen3OmniMoeForConditionalGeneration": Served("Qwen3-Omni, its thinker", _BY_FAMILY, f"{_FILMS}, a sound"),
     "Qwen3_5MoeForConditionalGeneration": Served("Qwen3.5-MoE", ""),
     "DeepseekV3ForCausalLM": Served("DeepSeek-V3", _BY_FAMILY),

@@ -16,8 +16,9 @@ from ..console import say
 from ..errors import MacsError, MacsNotActive
 from ..observe import recorder
 from ..plan import importance, profile
-from . import compat, deepep_v2, hooks, moe_config, runner
+from . import compat, deepep_v2, dispatch_choice, hooks, moe_config, runner
 from .hooks import Hook
+from .launch import V2
 from .refusal import exit_with
 from .scheduler_process import run_scheduler_process
 
@@ -139,7 +140,7 @@ def _translate_for_cuda(record) -> None:
     if not ops.has_cuda():
         fix = "Build it where nvcc and a CUDA torch are, or serve with --device cpu."
         raise MacsError("sglang_macs._C", "no CUDA operators", "a build with CUDA for a GPU server", fix)
-    if record.moe_a2a_backend == compat.V2:
+    if record.moe_a2a_backend == V2:
         deepep_v2.register_models()
     else:
         record.moe_a2a_backend = "deepep"
@@ -154,7 +155,7 @@ def _check_launch(record, config: MacsConfig) -> MacsConfig:
     model = model_config_of(record)
     launch = moe_config.launch_of(resolved_view(record), config, model)
     compat.check(launch)
-    config, why = compat.resolved(launch)
+    config, why = dispatch_choice.resolved(launch)
     if why:
         say(f"--macs-dispatch {launch.config.dispatch}: {config.dispatch}, {why}")
     if config.has_own_importance:

@@ -8,7 +8,7 @@ model classes of SGLang 0.5.21 do; where these look at other things, so does thi
 from typing import Any
 
 from ..config import MacsConfig
-from .compat import Launch
+from .launch import Launch
 
 OWN_FUNCTION = "a routing function of the model's own"
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")

@@ -11,8 +11,8 @@ from ..config import MacsConfig
 from ..errors import MacsNotActive
 from ..plan.places import Places
 from . import worker
-from .compat import replicas_on
 from .hooks import Hook
+from .placement import replicas_on
 from .refusal import or_exit
 
 _RECORDER = "sglang.srt.eplb.expert_distribution"
@@ -27,7 +27,9 @@ def places_of(config: MacsConfig, moe_runner_config) -> Places | None:
     moe = get_exec().moe
     placed = moe.enable_eplb or moe.ep_num_redundant_experts or moe.init_expert_location != "trivial"
     device = str(get_device().device).partition(":")[0]
-    if not placed or config.is_off or config.replicas == "keep" or not replicas_on(device):
+    if not placed or config.is_off or config.replicas == "keep":
+        return None
+    if not replicas_on(device, moe.deepep_mode):
         return None
     if device == "cuda" and ops.cuda_backend() != "cuda":
         raise MacsNotActive("only the extension's CUDA kernels plan with replicas; pass --macs-replicas keep")

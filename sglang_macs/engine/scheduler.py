@@ -11,9 +11,10 @@ from ..dispatch import plan_cost
 from ..dispatch.acting import LOOK_EVERY
 from ..errors import MacsNotActive
 from ..observe.shared_state import SharedState
-from . import compat, moe_config, prefix_cache, worker
+from . import moe_config, prefix_cache, worker
 from .agreement import Agreement
 from .hooks import Hook
+from .launch import parallel_flags
 
 
 def _group_coordinator_init(original, self, *args, **kwargs):
@@ -38,7 +39,7 @@ def _scheduler_init(result, self, *args, **kwargs):
     parallel = get_parallel()
     _check_exchange_of_schedulers(parallel)
     say(f"active on {len(process.planners)} MoE layers, {parallel.moe_ep_size} ranks, {process.config}")
-    flags, options = compat.parallel_flags(self.server_args), process.options_of_the_group()
+    flags, options = parallel_flags(self.server_args), process.options_of_the_group()
     agreement = Agreement(parallel.tp_group.cpu_group, flags, options)
     process.join(parallel.moe_ep_rank, parallel.moe_ep_size, agreement, _shared_state(parallel))
     process.rows_that_pay = _rows_that_pay(process, parallel, self.model_config.quantization)

@@ -28,8 +28,8 @@ from ..plan import profile
 from ..plan.batch import Batch
 from ..plan.clipped import Clipped
 from .agreement import Agreement
-from .compat import Launch
 from .control import Control
+from .launch import Launch
 from .limits import check_change
 
 IDLE_LOOK_SECONDS = 1.0  # between two looks of an idle process: each of them is work for the GPU

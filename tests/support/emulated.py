@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import re
 import subprocess
@@ -150,8 +151,7 @@ def build(
         own = [*flags, *(WATCHED if races and source in sources else [])]
         digest = hashlib.sha256(source.read_bytes() + " ".join(own).encode() + headers.digest()).hexdigest()[:16]
         target = BUILD / f"{source.stem}-{digest}.o"
-        if not target.exists():
-            _run(["g++", *own, *(f"-I{folder}" for folder in INCLUDE), "-c", str(source)], target)
+        _make(target, ["g++", *own, *(f"-I{folder}" for folder in INCLUDE), "-c", str(source)])
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -160,16 +160,18 @@ def build(
     identity = [*map(str, objects), str(num_sms), str(max_cluster)]
     digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{digest}.so"
-    if not target.exists():
-        _run(["g++", "-shared", "-Wl,-z,defs", *map(str, objects)], target)
+    _make(target, ["g++", "-shared", "-Wl,-z,defs", *map(str, objects)])
     library = Library(target, num_sms, max_cluster)
     library.cdll.emulator_find_races(races)
     return library
 
 
-def _run(command: list[str], target: Path) -> None:
-    """Runs a compiler; `target` appears complete or not at all, whoever else builds it meanwhile."""
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+def _make(target: Path, command: list[str]) -> None:
+    """Runs a compiler unless `target` is there. It appears complete or not at all; who comes meanwhile waits for it."""
+    with (BUILD / f"{target.name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if target.exists():
+            return
         part = Path(folder) / target.name
         done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True, check=False)
         if done.returncode != 0:

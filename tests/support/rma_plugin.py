@@ -147,10 +147,13 @@ class Peer:
             while not self.done(request):
                 time.sleep(0)
 
+    def progress(self) -> None:
+        """What NCCL's progress thread does all the time."""
+        self.plugin.call("progress", self.context)
+
     def until(self, condition: Callable[[], bool]) -> None:
-        """What NCCL's progress thread does all the time, until the condition holds."""
         while not condition():
-            self.plugin.call("progress", self.context)
+            self.progress()
             time.sleep(0)
 
     def meet(self) -> None:

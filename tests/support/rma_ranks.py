@@ -63,6 +63,19 @@ def cuda_copies(peer: Peer) -> tuple[bool, tuple[int, int]]:
     return right, (driver.copies_to_host(), driver.copies_to_device())
 
 
+def driver_goes(peer: Peer) -> tuple[bool, str]:
+    """Whether progress fails once the driver is shut down, and what it says of another error."""
+    peer.create_context()
+    Memory(peer, 64, CUDA)
+    driver = ctypes.CDLL(os.environ["RMA_TCP_LIBCUDA"])
+    driver.shut_down(4)
+    for _ in range(3):
+        peer.progress()
+    failed = peer.failed()
+    driver.shut_down(999)
+    return failed, str(peer.refused(peer.progress))
+
+
 def rounds(peer: Peer, seed: int, fault: str) -> int:
     """Unequal numbers of puts of unequal sizes, then a signal on each context. Returns how many rounds were right."""
     peer.create_context(contexts=6)

@@ -14,6 +14,7 @@ namespace rma_tcp {
 namespace {
 
 constexpr size_t kStagingBytes = 1 << 20;
+constexpr int kDeinitialized = 4;  // CUDA_ERROR_DEINITIALIZED
 
 // Through the copy engines and pinned memory on a stream of its own: a kernel may fill every SM while this runs, and
 // the default stream may wait for it. The driver's functions are looked up: the plugin loads where there is no GPU.
@@ -42,7 +43,9 @@ class Cuda {
   }
 
   void enter() {
-    check("cuCtxSetCurrent", set_current_(context_));
+    const int status = set_current_(context_);
+    if (status == kDeinitialized) return;  // the process ends: NCCL's thread is the last to hear of it
+    check("cuCtxSetCurrent", status);
     int mode = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED: another thread may capture a graph
     check("cuThreadExchangeStreamCaptureMode", exchange_capture_mode_(&mode));
   }

@@ -24,7 +24,7 @@ struct Places {
   const int32_t* table;
   int32_t num_experts, num_physical, num_ranks;  // 0 in all: no tables, every expert has one place, linearly
 
-  static constexpr int64_t size(int64_t num_physical) { return 4 + 5 * num_physical; }
+  MACS_HOST_DEVICE static constexpr int64_t size(int64_t num_physical) { return 4 + 5 * num_physical; }
 
   MACS_HOST_DEVICE bool any() const { return num_physical > 0; }
   MACS_HOST_DEVICE int32_t redundant() const { return num_physical - num_experts; }

@@ -27,7 +27,7 @@ import requests
 
 from benchmarks.bench_plan import commit
 from benchmarks.check_serving import KINDS, OUT, Interval, ask, crops, interval, verdict
-from benchmarks.serving import EP2_ARGS, Server, ServerError
+from benchmarks.serving import EP2_ARGS, Server, ServerError, states
 from sglang_macs import cpu_compat, tiny_models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,7 @@ class PlannedOrNot:
         """layer_ms: how long a layer takes to decide what it dispatches. plan_share: the CPU time of that, planned less
         left alone, over that of forward passes left alone. Raises ServerError if nothing was compared.
         """
-        for state in (state["macs"] for state in self.server.get("/server_info")["internal_states"]):
+        for state in states(self.server):
             planned, left = state["planned"], state["skipped"].get("off", 0)
             clipped = state["own"]["clipped_visual"] + state["own"]["clipped_text"]
             if not planned or abs(planned - left) > 0.1 * planned or clipped:

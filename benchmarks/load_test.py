@@ -31,7 +31,7 @@ import requests
 from PIL import Image
 
 from benchmarks.questions import NEW_TOKENS, QUESTIONS, Question
-from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt, states
 from sglang_macs import tiny_models
 from sglang_macs.plan import profile
 
@@ -147,11 +147,6 @@ def send(server: Server, plan: list[Request]) -> tuple[list[list[int] | None], l
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         return list(pool.map(one, plan)), errors
-
-
-def states(server: Server) -> list[dict]:
-    """Each rank's counters."""
-    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
 
 
 def processes(server: Server) -> dict[int, str]:

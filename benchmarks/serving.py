@@ -335,3 +335,8 @@ def _of_members(group: int, look: Callable[[psutil.Process], Any]) -> list[Any]:
             if os.getpgid(process.pid) == group:
                 found.append(look(process))
     return found
+
+
+def states(server: Server) -> list[dict]:
+    """MACS's counters of a server, those of each data-parallel rank."""
+    return [state["macs"] for state in server.get("/server_info")["internal_states"]]

@@ -111,6 +111,7 @@ class Embedded:
     visual: Tensor
 
 
+LAYOUTS = 64  # whose positions are remembered. A captured training step reads its own at an address: it has to stay
 Layout = tuple[tuple[Size | None, int, int], ...]  # (picture size, rows, columns) of every group
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lab.lab_architecture import (
     GLM,
+    LAYOUTS,
     Architecture,
     Batch,
     Embedded,
@@ -165,7 +166,7 @@ def _among_text(text: Tensor, images: Tensor | None, size: Size | None) -> Tenso
     return torch.cat([*parts, text[:, done:]], 1).flatten(0, 1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=LAYOUTS)
 def _language_rope(made: Layout, arch: Architecture, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin [T, 1, rotary dim] of M-RoPE."""
     angles = [_prompt_angles(size, length, arch, device).repeat(n, 1) for size, n, length in made]

@@ -116,6 +116,12 @@ class Statistics:
     def interval(self, values: np.ndarray) -> list[float]:
         return [round(float(x), 5) for x in np.quantile(values, (0.025, 0.975))]
 
+    def kl_ratio(self, kl: Sequence[float], reference: Sequence[float]) -> list[float]:
+        """Of two methods' divergence of the answers, with its interval; both have one value a batch."""
+        ours, theirs = np.array(kl), np.array(reference)
+        spread = ours[self.samples].mean(-1) / np.maximum(theirs[self.samples].mean(-1), 1e-12)
+        return [round(float(ours.mean() / max(theirs.mean(), 1e-12)), 3), *self.interval(spread)]
+
     def summary(self, right: list[dict[str, int]], reference: list[dict[str, int]] | None = None) -> dict:
         """Accuracy by task, what is kept of the unclipped score, by seed and with 95 % intervals.
 
@@ -155,11 +161,13 @@ def row_of(name: str, bound: float | None, tally: Tally, statistics: Statistics,
         for what in ("clipped", "dropped")
     }
     both = counts["visual"] + counts["text"]
+    over = {} if reference is None else {"kl_over_default": statistics.kl_ratio(tally.kl, reference.kl)}
     return {
         "method": name,
         "bound": bound,
         **statistics.summary(tally.right, None if reference is None else reference.right),
         "kl": round(float(np.mean(tally.kl)), 6),
+        **over,
         "layer_error": round(float(np.mean(tally.error)), 5) if tally.error else None,
         "share": {
             **share,

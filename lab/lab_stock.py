@@ -31,7 +31,7 @@ BATCHES = 2  # batches' samples of a size in a file
 @dataclass
 class Ring:
     """Rows of one picture size: ids, labels [N, L] i32, length [N] i64, pictures [N, pictures, 3, h, w] u8 or None;
-    held [] f32: how many rows are filled; cursor: where the next goes.
+    held [] f32: how many rows are filled; cursor: where the next goes; taken: rows that ever came.
     """
 
     ids: Tensor
@@ -40,6 +40,7 @@ class Ring:
     pictures: Tensor | None
     held: Tensor
     cursor: int = 0
+    taken: int = 0
 
     @staticmethod
     def of(name: str, rows: int, device: torch.device) -> "Ring":
@@ -62,14 +63,15 @@ class Ring:
             whole[place] = torch.from_numpy(file[name]).to(whole.device)
         if self.pictures is not None:
             self.pictures[place] = torch.from_numpy(file["pictures"]).to(place.device).view_as(self.pictures[place])
-        self.held.fill_(min(rows, float(self.held) + len(place)))
+        self.taken += len(place)
+        self.held.fill_(min(rows, self.taken))
 
 
 class Stock:
-    """Rings of every size of `mix`, `batches` batches' rows each, filled from `folder`."""
+    """Rings of every size of `mix`, `batches` batches' rows each, filled from `folder` by the processes `workers`."""
 
     def __init__(self, mix: dict, batches: int, folder: Path, device: torch.device):
-        self.mix, self.folder = mix, folder
+        self.mix, self.folder, self.workers = mix, folder, list[subprocess.Popen]()
         self.rings = {name: Ring.of(name, batches * sum(tasks.values()), device) for name, tasks in mix.items()}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -84,21 +86,38 @@ class Stock:
         length = ring.length[index]
         return Group(name, SIZES[name], ring.ids[index].long(), ring.labels[index].long(), length, length, pictures, ())
 
-    def refill(self, most: int) -> int:
-        """Takes up at most so many files; returns how many it took."""
-        files = sorted(self.folder.glob("*.npz"), key=lambda f: f.stat().st_mtime)[:most]
-        for file in files:
-            with np.load(file) as read:
-                self.rings[file.name.split("-")[0]].take(dict(read))
+    def refill(self, batches: int) -> int:
+        """Takes up at most so many batches' files; returns how many. All are read before the first goes to the device,
+        which works on meanwhile. Ends the process where a worker has ended: what is not renewed is learned by heart.
+        """
+        for worker in self.workers:
+            if worker.poll() is not None:
+                raise SystemExit(f"a process that draws samples has ended with status {worker.returncode}: see above")
+        files = sorted(self.folder.glob("*.npz"), key=lambda f: f.stat().st_mtime)
+        read = []
+        for file in files[: batches * len(self.rings) // BATCHES]:
+            with np.load(file) as content:
+                read.append((file.name.split("-")[0], dict(content)))
             file.unlink()
-        return len(files)
+        for name, rows in read:
+            self.rings[name].take(rows)
+        return len(read)
+
+    @property
+    def taken(self) -> int:
+        """Rows that ever came."""
+        return sum(ring.taken for ring in self.rings.values())
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.kill()
 
     def fill(self, share: float, seconds: float) -> None:
         """Waits until so much of every ring is held, or so long, but at least for a first file of each."""
         start = time.monotonic()
         while True:
             self.refill(64)
-            held = [float(r.held) / len(r.length) for r in self.rings.values()]
+            held = [min(1.0, r.taken / len(r.length)) for r in self.rings.values()]
             if min(held) >= share or (min(held) > 0 and time.monotonic() - start > seconds):
                 return
             time.sleep(0.05)

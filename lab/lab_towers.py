@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.lab_architecture import Architecture, Batch
+from lab.lab_architecture import LAYOUTS, Architecture, Batch
 from lab.lab_layers import FeedForward, RMSNorm, attend, linear, rotate
 from lab.lab_pictures import MERGE, PATCH, Size
 
@@ -181,7 +181,7 @@ def _bicubic(size: Size, side: int, device: torch.device) -> Tensor:
     return mixed[0, :, :, 0].T.contiguous()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=LAYOUTS)
 def _vision_rope(layout: tuple[tuple[Size, int], ...], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin [T, 1, head_dim] of `n` pictures of each size."""
     dim, angles = head_dim // 2, []

@@ -78,21 +78,27 @@ def with_interval(values: list[float]) -> str:
 
 def table(rows: list[dict], ocr: list[str]) -> str:
     """Methods at one bound, best first."""
-    lines = [
-        "| method | kept, % (95 % interval) | more than the default, points | OCR, % | clipped / dropped, % | KL "
-        "| layer error | fullest rank, worst |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    names = ["method", "kept, % (95 % interval)", "more than the default, points", "OCR, %", "clipped / dropped, %"]
+    names += ["KL", "KL over the default's", "layer error", "fullest rank, worst"]
+    cells = [_cells(r, ocr) for r in sorted(rows, key=lambda r: -r["kept"][0])]
+    given = [i for i in range(len(names)) if any(row[i] for row in cells)]  # older results have fewer figures
+    lines = [[names[i] for i in given], ["---"] * len(given), *([row[i] for i in given] for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(r: dict, ocr: list[str]) -> list[str]:
+    """What `table` says of a method."""
+    return [
+        f"`{r['method']}`",
+        with_interval(r["kept"]),
+        with_interval(r["kept_more_than_default"]) if "kept_more_than_default" in r else "",
+        percent(sum(r["accuracy"][t][0] for t in ocr) / len(ocr)),
+        f"{percent(r['share']['clipped'])} / {percent(r['share']['dropped'])}",
+        f"{r['kl']:.1e}",
+        "{:.2f} ({:.2f} to {:.2f})".format(*r["kl_over_default"]) if "kl_over_default" in r else "",
+        "" if r["layer_error"] is None else f"{r['layer_error']:.3f}",
+        f"{r['max_rank_rows_after']['worst']:.3f}",
     ]
-    for r in sorted(rows, key=lambda r: -r["kept"][0]):
-        more = with_interval(r["kept_more_than_default"]) if "kept_more_than_default" in r else ""
-        read = sum(r["accuracy"][t][0] for t in ocr) / len(ocr)
-        error = "" if r["layer_error"] is None else f"{r['layer_error']:.3f}"
-        lines.append(
-            f"| `{r['method']}` | {with_interval(r['kept'])} | {more} | {percent(read)} "
-            f"| {percent(r['share']['clipped'])} / {percent(r['share']['dropped'])} | {r['kl']:.1e} | {error} "
-            f"| {r['max_rank_rows_after']['worst']:.3f} |"
-        )
-    return "\n".join(lines)
 
 
 def task_table(rows: list[dict], unclipped: dict, ocr: list[str]) -> str:
@@ -141,15 +147,23 @@ PARTS = {
 
 
 def differing(rows: list[dict]) -> str:
-    """The methods that keep more or less than the default by more than the interval."""
-    found = {1: [], -1: []}
+    """The methods that differ from the default by more than the interval: in what they keep, and in KL."""
+    more, less = _beyond(rows, "kept_more_than_default", 0.0)
+    said = f"Beyond the interval more than the default keep: {more}; less: {less}."
+    if any("kl_over_default" in r for r in rows):
+        higher, lower = _beyond(rows, "kl_over_default", 1.0)
+        said += f" Beyond the interval lower KL than the default have: {lower}; higher: {higher}."
+    return said
+
+
+def _beyond(rows: list[dict], figure: str, equal: float) -> tuple[str, str]:
+    """Methods whose interval of `figure` lies above `equal`, and below it."""
+    above, below = [], []
     for r in rows:
-        _, low, high = r.get("kept_more_than_default", (0, 0, 0))
-        if low > 0 or high < 0:
-            found[1 if low > 0 else -1].append(f"`{r['method']}`")
-    said = [f"{what} than the default beyond the interval: {', '.join(found[sign]) or 'none'}" for sign, what in
-            ((1, "More"), (-1, "Less"))]  # fmt: skip
-    return ". ".join(said) + "."
+        _, low, high = r.get(figure, (equal, equal, equal))
+        if low > equal or high < equal:
+            (above if low > equal else below).append(f"`{r['method']}`")
+    return ", ".join(above) or "none", ", ".join(below) or "none"
 
 
 def entropy_table(found: dict) -> str:

@@ -35,6 +35,7 @@ from lab.lab_trainer import BALANCE, BALANCE_OVER, BIAS_BAND, BIAS_STEP, TARGET,
 START = time.monotonic()  # of the process
 MINUTES = 8.0  # of training, where neither they nor the call's seconds are given
 SAVE_EVERY = 120.0  # seconds
+ROUND = 10  # steps that a GPU is given at once; as many new batches are taken up meanwhile
 STOCK_BATCHES = 400  # batches' rows that are held on the device; a tenth of it on a CPU
 STOCK_SHARE, STOCK_SECONDS = 0.3, 40.0  # of which so much is waited for before the first step, or so long
 
@@ -155,17 +156,17 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     mix = mix_of(suite, options)
     words = prepare(options.out, suite.architecture, device)
-    draw, between, workers = source(suite, options, mix, words)
+    draw, stock = source(suite, options, mix, words)
     try:
         trainer = Trainer(
             suite.architecture,
             *(draw, device, options.lr, options.seed, dtype, options.experts_by, options.optimizer, options.warmup),
         )
         trainer.set_rate(0, 0.0)
-        run(trainer, suite, options, mix, between)
+        run(trainer, suite, options, mix, stock)
     finally:
-        for worker in workers:
-            worker.kill()
+        if stock is not None:
+            stock.end()
 
 
 def mix_of(suite: Suite, options: argparse.Namespace) -> Mix:
@@ -187,18 +188,22 @@ def prepare(out: Path, arch: Architecture, device: torch.device) -> Vocabulary:
 
 
 def source(suite: Suite, options: argparse.Namespace, mix: Mix, words: Vocabulary) -> tuple:
-    """What draws a batch; what is to be done between steps; processes to end."""
+    """What draws a batch, and the stock that it draws from, if any."""
     if suite.material:
         make = Maker(words, lab_material.load("train", words.device, options.material), "train")
-        return partial(make.batch, mix), lambda: None, []
+        return partial(make.batch, mix), None
     batches = STOCK_BATCHES if words.device.type == "cuda" else STOCK_BATCHES // 10
     stock = lab_stock.Stock(mix, batches, options.out / "stock", words.device)
     count = max(1, (os.cpu_count() or 2) - 2) if options.workers is None else options.workers
     seed = int(time.time()) if options.resume else options.seed  # other samples than before the interruption
-    workers = lab_stock.start_workers(count, mix, stock.folder, options.out / "tokenizer.json", seed)
-    stock.fill(STOCK_SHARE, STOCK_SECONDS)
+    stock.workers = lab_stock.start_workers(count, mix, stock.folder, options.out / "tokenizer.json", seed)
+    try:
+        stock.fill(STOCK_SHARE, STOCK_SECONDS)
+    except BaseException:
+        stock.end()
+        raise
     print("stock: " + " ".join(f"{k} {int(r.held)} rows" for k, r in stock.rings.items()), flush=True)
-    return stock.batch, partial(stock.refill, 8), workers
+    return stock.batch, stock
 
 
 def meta_of(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix) -> dict:
@@ -222,7 +227,7 @@ def capture_or_restart(trainer: Trainer, options: argparse.Namespace) -> None:
         raise Restart(f"no CUDA graph ({error})", *less) from None
 
 
-def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, between) -> None:
+def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, stock) -> None:
     """Steps until the time is up, with reports."""
     held_out, _ = suite.makers(options.out / "tokenizer.json", options.material, trainer.device)
     batches, meta = held_out_batches(suite, held_out, mix), meta_of(trainer, suite, options, mix)
@@ -241,13 +246,15 @@ def run(trainer: Trainer, suite: Suite, options: argparse.Namespace, mix: Mix, b
         trainer.set_rate(step, (before + elapsed) / budget)
         trainer.step()
         step += 1
-        if step % 10 == 0:
+        if step % ROUND == 0:
+            if stock is not None:
+                stock.refill(ROUND)
             if trainer.device.type == "cuda":
                 torch.cuda.synchronize()  # the clock, and the host not far ahead
-            between()
             if elapsed - printed > 10:
                 printed = elapsed
-                if not print_figures(trainer, step, (step - first) / elapsed, before + elapsed):
+                new = math.nan if stock is None else stock.taken / ((step - first) * samples_of(mix))
+                if not print_figures(trainer, step, (step - first) / elapsed, before + elapsed, new):
                     start_again(options)
         if elapsed - judged > options.judge_every:
             judged = elapsed
@@ -271,24 +278,31 @@ def schedule(options: argparse.Namespace, before: float, start_up: float) -> tup
     return (before + left, left) if math.isfinite(left) else (60 * MINUTES, left)
 
 
+def samples_of(mix: Mix) -> int:
+    return sum(sum(tasks.values()) for tasks in mix.values())
+
+
 def describe(trainer: Trainer, mix: Mix, options: argparse.Namespace) -> None:
     """What a step works on, and what it will take of the device."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     groups = trainer.draw()
     tokens = sum(g.ids.numel() for g in groups)
     visual = sum(0 if g.size is None else len(g.ids) * g.size.pictures * g.size.tokens for g in groups)
-    samples = sum(sum(tasks.values()) for tasks in mix.values())
+    samples = samples_of(mix)
     print(f"{parameters / 1e6:.2f} M parameters; experts {options.experts_by}; {RANKS} ranks", flush=True)
     print(f"a step: {samples} samples, {tokens} tokens, {visual} of them visual", flush=True)
 
 
-def print_figures(trainer: Trainer, step: int, speed: float, elapsed: float) -> bool:
-    """Of the latest step; whether its loss is finite."""
+def print_figures(trainer: Trainer, step: int, speed: float, elapsed: float, new: float) -> bool:
+    """Of the latest step; whether its loss is finite. new: samples that were drawn over those that were used; NaN where
+    each batch is drawn for itself.
+    """
     loss, right, *over = trainer.figures.tolist()
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if trainer.device.type == "cuda" else ""
     print(
         f"{elapsed:5.0f} s step {step} ({speed:.1f}/s{memory}) answer loss {loss:.3f}, right tokens "
-        f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}",
+        f"{100 * right:.1f} %, max/mean {min(over):.2f}..{max(over):.2f}"
+        + ("" if math.isnan(new) else f", new samples {100 * new:.0f} %"),
         flush=True,
     )
     return math.isfinite(loss)

@@ -55,9 +55,9 @@ def _entry(expert: int, *, leads: bool, bucket: int = 0, fixed: int = 0) -> int:
 def forge_assignments(
     group: Group, tokens: int = 12, experts: tuple[int, ...] = EXPERTS, weighed: tuple[int, ...] | None = EXPERTS
 ) -> None:
-    """What rank 1 would have told rank 0: visual tokens of one weight and one importance.
+    """What rank 1 would have sent rank 0: visual tokens of one weight and one importance.
 
-    weighed: the experts of what it tells once more, with the weights; None: it does not.
+    weighed: the experts of what it sends once more, with the weights; None: it does not.
     """
     ll_words(group, "tokens").fill_(tokens)
     words = [_entry(expert, leads=slot == 0) for slot, expert in enumerate(experts)]
@@ -136,7 +136,7 @@ SCENARIOS = {
     "dead before its weight": Scenario("entropies", _sent, gamma=float("inf"), decided=True, delivered=True),
     **{f"{n} tokens": Scenario("bad tokens", _assigned(tokens=n), seen=n) for n in (-1, 13, I32_MAX)},
     **{f"expert {e}": Scenario("bad expert", _assigned(experts=(0, 1, e, 3)), seen=e) for e in (16, 510)},
-    "expert 16, told again": Scenario("bad expert", _assigned(weighed=(0, 1, 16, 3)), seen=16),
+    "expert 16, sent with weights": Scenario("bad expert", _assigned(weighed=(0, 1, 16, 3)), seen=16),
     **{f"{n} rows of an expert": Scenario("bad count", _counted(n), seen=n) for n in (-1, 13, I32_MAX)},
     "own expert 16": Scenario("bad expert", _own_expert, seen=16, peer=0),
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, states
 from lab.lab_questions import Question, questions
 from sglang_macs.plan.batch import NO_GAIN
 
@@ -170,8 +170,8 @@ def serve(preset: str, gamma: float, chats: list[Question]) -> Run:
         print(f'  {preset}: "{chats[0].text}" is answered "{answer}"', flush=True)
         server.flush_cache()
         answered = send(server, chats, preset)
-        states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
-    return figures(preset, states, answered, chats)
+        counters = states(server)
+    return figures(preset, counters, answered, chats)
 
 
 def answers_hold(runs: list[Run]) -> bool:

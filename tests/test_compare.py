@@ -1,5 +1,6 @@
 """`sglang-macs compare` against a server without a model: what it asks, resumes, puts back, and finds."""
 
+import io
 import json
 import math
 import os
@@ -9,8 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lab import lab_chats, lab_questions
+from lab.lmms_eval import utils
 from sglang_macs import cli
 from sglang_macs.compare import divergence, requests, run, statistics
 from sglang_macs.compare.divergence import Token
@@ -253,6 +256,20 @@ def test_the_labs_questions_are_chats_with_their_answers(tmp_path):
     assert [one.references for one in loaded] == [(question.answer,) for question in asked]
     assert [one.pictures for one in loaded] == [bool(question.pictures) for question in asked]
     assert {one.pictures for one in loaded} == {True, False}
+
+
+def test_lmms_eval_asks_the_same_and_judges_alike(tmp_path):
+    """Its task, lab/lmms_eval: texts, pictures pixel by pixel, and who is right."""
+    path = tmp_path / "questions.jsonl"
+    lab_chats.write(path, 16)
+    asked = lab_questions.questions(lab_chats.MIX, 0)
+    for line, question in zip(path.read_text().splitlines(), asked, strict=True):
+        doc = json.loads(line)
+        assert utils.text(doc) == question.text
+        shown = [picture.tobytes() for picture in utils.pictures(doc)]
+        assert shown == [Image.open(io.BytesIO(png)).tobytes() for png in question.pictures]
+        assert utils.results(doc, [f" {question.answer.upper()}\n"]) == {"right": 1.0}
+        assert utils.results(doc, [f"{question.answer} or so"]) == {"right": 0.0}
 
 
 def test_files_of_pictures_become_data_uris(tmp_path):

@@ -76,6 +76,7 @@ def test_reference_is_decisive(vl_reference, text_reference):
     assert all(64 <= tokens <= 256 for tokens in photographs)
 
 
+@pytest.mark.nightly
 def test_stock_tensor_parallel_equals_transformers(vl_model, vl_reference, server_log):
     with Server(vl_model, TP2, env=NO_PLUGIN, log=server_log) as server:
         compare(server, vl_reference)

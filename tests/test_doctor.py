@@ -39,6 +39,7 @@ def run(*arguments: str, **env: str) -> tuple[int, dict[str, list[dict]]]:
 
 
 @pytest.mark.server
+@pytest.mark.nightly  # what follows has all other checks fine, test_quickstart.py all
 def test_a_machine_and_a_launch_that_are_fine(vl_model):
     status, checks = run("--", "--model-path", str(vl_model), *EP2, "--moe-a2a-backend", "macs")
     assert status == 0, checks

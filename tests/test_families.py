@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks.questions import NEW_TOKENS, Question
-from benchmarks.serving import Generation, Server, data_uri, photographs
+from benchmarks.serving import Generation, Server, data_uri, photographs, states
 from sglang_macs.cpu_compat import environment
 from tests.support import servers
 from tests.support.families import FAMILIES, Family, animation
 from tests.support.reference import Reference
-from tests.support.servers import MACS, own, states
+from tests.support.servers import MACS, own
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
 STAND_INS = Path(__file__).resolve().parent / "support" / "stand_ins"  # of modules that decode sounds and videos

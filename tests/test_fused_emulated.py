@@ -65,7 +65,7 @@ CASES = {
     "patient": FusedConfig(replace(PLAN, rounds=60, gamma=0.6), (12, 12, 12, 12)),
     "no_rounds": FusedConfig(replace(PLAN, rounds=0, gamma=0.6), (12, 12, 12, 12)),
 }
-FREE = replace(PLAN, gamma=4.0)  # rows tell that nothing is exceeded, whatever the weights
+FREE = replace(PLAN, gamma=4.0)  # rows show that nothing is exceeded, whatever the weights
 UNCUT = {
     "free": FusedConfig(FREE, (12, 7, 12, 1)),
     "free_one_rank": FusedConfig(replace(FREE, R=1, scope="expert", gamma=16.0, reroute="none"), (12,), blocks=14),
@@ -78,8 +78,8 @@ UNCUT = {
     "free_gate": FusedConfig(replace(FREE, importance="gate", delta=0.0), (12, 12, 3, 12), needs_entropy=False),
     "free_rows_read_twice": FusedConfig(replace(FREE, T=40, R=2, H=7168), (40, 33), blocks=1, alignment=1),
 }
-# Rows alone do not tell: experts lean on the visual share, or weights count. Nothing is exceeded all the same.
-TOLD_AGAIN = {
+# Rows alone do not decide: experts lean on the visual share, or weights count. Nothing is exceeded all the same.
+SENT_WITH_WEIGHTS = {
     "mix": FusedConfig(replace(PLAN, scope="expert", rho=1.9, gamma=5.0, hot=0.0), (12, 7, 12, 1)),
     "effective": FusedConfig(replace(PLAN, load="effective", hot=0.0, gamma=0.9, visual=1.0), (12, 7, 12, 1), blocks=2),
 }
@@ -129,7 +129,7 @@ WITH_ROWS = {
         "unused_by_bfloat16": FusedConfig(PLAN, (12, 7, 0, 1)),
     }.items()
 }
-CASES |= UNCUT | TOLD_AGAIN | CUT | {f"with_rows_{name}": config for name, config in WITH_ROWS.items()}
+CASES |= UNCUT | SENT_WITH_WEIGHTS | CUT | {f"with_rows_{name}": config for name, config in WITH_ROWS.items()}
 CARRIED = {
     "plain": masked(FusedConfig(PLAN, (12, 7, 12, 1), carried=True)),
     "one_rank": masked(FusedConfig(replace(PLAN, R=1, empty=0.3, ids_i64=False), (12,), blocks=3, carried=True)),
@@ -176,21 +176,21 @@ def test_rounds_over_the_same_regions(kernels: Kernels, name: str) -> None:
     assert name not in CUT or (output(group, 0, "cut")[:, 0] >= 0).any(), "no bound was cut: the case shows nothing"
 
 
-def told_again(group: Group, rank: int) -> bool:
-    """Whether this epoch's assignments were told with their weights: an LL word of any of its slots says so."""
+def sent_with_weights(group: Group, rank: int) -> bool:
+    """Whether this epoch's assignments were sent with their weights: an LL word of any of its slots says so."""
     f = group.config.plan
     epochs = group.part(rank, "weighed", torch.int32, f.R, f.T * f.K, 2)[rank, :, 1]
     return bool((epochs == group.epoch(rank)).any())
 
 
-@pytest.mark.parametrize(("name", "again"), [*((n, False) for n in UNCUT), *((n, True) for n in TOLD_AGAIN)])
+@pytest.mark.parametrize(("name", "again"), [*((n, False) for n in UNCUT), *((n, True) for n in SENT_WITH_WEIGHTS)])
 def test_entropies_are_awaited_only_where_they_may_decide(kernels: Kernels, name: str, again: bool) -> None:
     group = Group(kernels, CASES[name], "cpu")
     for seed in range(3):
         kernels.machine.configure(seed + 10)
         play(group, seed)
         for rank in group.ranks:
-            assert told_again(group, rank) == (again and group.config.tokens[rank] > 0)
+            assert sent_with_weights(group, rank) == (again and group.config.tokens[rank] > 0)
             assert (output(group, rank, "cut")[:, 0] == -1).all(), "a bound was cut: the case shows nothing"
 
 
@@ -244,7 +244,7 @@ def test_other_ways_to_launch(kernels: Kernels, name: str, dispatch: Callable[[G
 
 
 def test_sums_are_of_this_epoch_though_a_rank_is_one_ahead(kernels: Kernels) -> None:
-    """What its tokens weigh is heard late: its next word must not lie in the same place."""
+    """What its tokens weigh arrives late: its next word must not lie in the same place."""
     config = replace(PAIR, plan=replace(PAIR.plan, gamma=float("inf")), timeout_ns=SOON_NS)
     group = Group(kernels, config, "cpu")
     group.load(ranks := make_group(config, 7))

@@ -144,7 +144,7 @@ def alone(group: Group) -> None:
     group.dispatch(only=0)
 
 
-def told_then_alone(count: int) -> Callable[[Group], None]:
+def sent_then_alone(count: int) -> Callable[[Group], None]:
     def inject(group: Group) -> None:
         forge_counts(group, [count] * 16)
         group.dispatch(only=0)
@@ -174,8 +174,8 @@ def one_expert_twice(group: Group) -> None:
     ("inject", "fault", "peer", "seen"),
     [
         pytest.param(alone, "counts", 1, None, id="dead rank"),
-        pytest.param(told_then_alone(0), "rows", 1, None, id="dead before its rows"),
-        *(pytest.param(told_then_alone(n), "bad count", 1, n, id=f"{n} rows") for n in (-2, 13, I32_MAX)),
+        pytest.param(sent_then_alone(0), "rows", 1, None, id="dead before its rows"),
+        *(pytest.param(sent_then_alone(n), "bad count", 1, n, id=f"{n} rows") for n in (-2, 13, I32_MAX)),
         pytest.param(peers_expert, "bad expert", 1, -1, id="expert 511"),
         pytest.param(own_expert, "bad expert", 0, 16, id="own expert 16"),
         pytest.param(one_expert_twice, "bad count", 0, None, id="an expert twice"),

@@ -19,6 +19,7 @@ from lab import (
     lab_statistics,
     lab_tokens,
     lab_trainer,
+    plot,
     train,
 )
 from lab.lab_architecture import EXPERTS_BY, GLM, Architecture
@@ -468,6 +469,24 @@ def test_statistics_are_paired():
     worse = statistics.summary(fewer, reference=base)
     assert worse["kept"][0] == round((0.95 + 0.8) / (0.95 + 1.0), 5)
     assert worse["kept_more_than_default"][0] < 0 and worse["kept_more_than_default"][2] < 0
+
+
+def test_a_ratio_of_divergences_is_paired_and_has_its_interval():
+    """Batches differ by a thousand times, but the one method has twice the other's divergence in each of them."""
+    rows = [{"a": 1}] * 6
+    statistics = lab_statistics.Statistics([0] * 6, ["m"] * 6, rows, rows)
+    reference = [1e-6, 3e-5, 2e-4, 1e-3, 0.0, 5e-4]
+    assert statistics.kl_ratio([2 * x for x in reference], reference) == pytest.approx([2.0, 2.0, 2.0])
+    ratio, low, high = statistics.kl_ratio([3e-4] * 6, reference)
+    assert low < ratio < high and ratio == pytest.approx(1.04, abs=0.01)
+    assert statistics.kl_ratio([0.0] * 6, [0.0] * 6) == [0.0, 0.0, 0.0]
+    table = [
+        {"method": "twice", "kl_over_default": [2.0, 1.9, 2.1], "kept_more_than_default": [-0.1, -0.2, -0.05]},
+        {"method": "less", "kl_over_default": [0.8, 0.6, 0.95], "kept_more_than_default": [0.0, -0.1, 0.1]},
+        {"method": "gate"},
+    ]
+    assert plot._beyond(table, "kl_over_default", 1.0) == ("`twice`", "`less`")
+    assert plot._beyond(table, "kept_more_than_default", 0.0) == ("none", "`twice`")
 
 
 @torch.no_grad()

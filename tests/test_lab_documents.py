@@ -4,6 +4,8 @@ import ast
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -20,10 +22,12 @@ from lab import (
     lab_entropy,
     lab_judge,
     lab_methods,
+    lab_sample,
     lab_stock,
     lab_trainer,
 )
-from lab.lab_documents import TASKS, TRAIN_MIX
+from lab.lab_architecture import LAYOUTS
+from lab.lab_documents import TASKS, TEXT_ROOM, TRAIN_MIX
 from lab.lab_model import LabModel, initialise
 from lab.lab_sample import HELD_OUT, SIZES, TRAIN, Dice, part_of
 from lab.lab_suites import DOCUMENTS_SMALL, SUITES
@@ -254,13 +258,56 @@ def test_a_ring_gives_rows_that_were_drawn_and_forgets_the_oldest(makers, tmp_pa
         np.savez(tmp_path / f"plate-0-{turn}.npz", **drawn)
         if turn >= 2:
             rows |= {tuple(r) for r in drawn["ids"].tolist()}
-    assert stock.refill(1) == 1 and float(stock.rings["plate"].held) == 6
-    assert stock.refill(8) == 3 and not list(tmp_path.iterdir())
+    assert stock.refill(2) == 1 and float(stock.rings["plate"].held) == 6  # files have two batches
+    assert stock.refill(16) == 3 and not list(tmp_path.iterdir())
+    assert stock.taken == 24 and float(stock.rings["plate"].held) == 12
     torch.manual_seed(0)
     seen = [tuple(r) for _ in range(40) for r in stock.batch()[0].ids.tolist()]
     assert set(seen) == rows
     (group,) = stock.batch()
     assert group.pictures.shape == (3, 3, 64, 128) and group.pictures.float().std() > 0
+
+
+class Longest(Dice):
+    """Words of six letters, and as many of everything as there can be."""
+
+    def word(self, longest: int = 6) -> str:
+        syllables = [
+            self.choice(lab_sample.ONSETS) + self.choice(lab_sample.VOWELS) + self.choice("nrslt") for _ in "12"
+        ]
+        return "".join(syllables)[:longest]
+
+    def randint(self, low: int, high: int) -> int:
+        return high
+
+
+@pytest.mark.parametrize("name", TEXT_ROOM)
+def test_the_longest_question_fits_into_a_training_row(makers, name):
+    """One that does not ends the process that draws it."""
+    for task in TRAIN_MIX[name]:
+        # Pictures that all show as many have none with the most: drawn as usual.
+        dice = (Dice if task == "more" else Longest)(1, TRAIN)
+        for _ in range(4):
+            sample = TASKS[task](dice, name)
+            first = [replace(sample, turns=(turn,)) for turn in sample.turns]
+            rows = [makers[1].row(s, name) for s in (sample, *first)]
+            lab_documents.padded(rows, lab_documents.width_of(name))
+
+
+def test_a_stock_whose_worker_has_died_ends_the_training(tmp_path):
+    stock = lab_stock.Stock({"plate": {"count": 2}}, 4, tmp_path, torch.device("cpu"))
+    stock.workers = [
+        subprocess.Popen([sys.executable, "-c", script]) for script in ("import time; time.sleep(60)", "exit(3)")
+    ]
+    try:
+        stock.workers[1].wait()
+        with pytest.raises(SystemExit, match="status 3"):
+            stock.refill(10)
+        with pytest.raises(SystemExit, match="status 3"):  # nor is a first filling waited for
+            stock.fill(0.3, 60)
+    finally:
+        stock.end()
+    assert stock.workers[0].wait() != 0
 
 
 # -- model ----------------------------------------------------------------------------------------------------------
@@ -370,6 +417,13 @@ def test_a_step_learns_and_a_saved_state_goes_on_as_if_nothing_had_happened(make
         second.step()
     for name, weight in second.model.state_dict().items():
         torch.testing.assert_close(weight, first.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda s: s.name)
+def test_positions_of_the_training_layout_outlast_those_that_are_judged(suite):
+    """A CUDA graph of the step reads them where they were: were they forgotten, it would read whatever came there."""
+    judged = sum(suite.repeats[size] for size in suite.train) + 2  # train.held_out_batches
+    assert judged + 1 < LAYOUTS
 
 
 # -- methods --------------------------------------------------------------------------------------------------------

@@ -26,8 +26,18 @@ ASKED = {
         "<|begin_of_image|><|image|><|end_of_image|>",
         0.6,
     ),
+    "documents": (
+        {
+            "text": {"copy": 3, "maximum": 2, "lookup": 3},
+            "plate": {"count": 3, "read_word": 3},
+            "sheet": {"bar_value": 2, "table_cell": 2, "form_field": 2},
+            "pair": {"compare_bars": 2},
+        },
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        0.6,
+    ),
 }
-LAYOUT = {"digits": (), "documents-small": ("--mm-enable-dp-encoder",)}
+LAYOUT = {"digits": (), "documents-small": ("--mm-enable-dp-encoder",), "documents": ("--mm-enable-dp-encoder",)}
 
 
 @pytest.mark.server

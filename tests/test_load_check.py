@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.gpu import load_check
 from benchmarks.gpu.gpu_launches import LAUNCHES
 from benchmarks.load_test import Check, Sent
 
+CLIENT = {"CUDA_VISIBLE_DEVICES": "0"}  # of MPS
 LAYERS = LAUNCHES["2 ranks, auto, all"].layers
 
 
@@ -42,11 +44,14 @@ class FakeServer:
         return [rank, rank]
 
 
-def checked(monkeypatch, wrong: str, memory: list[int] | None = None) -> dict[str, bool]:
+def checked(
+    monkeypatch, wrong: str, memory: list[int] | None = None, launch: str = "2 ranks, auto, all"
+) -> dict[str, bool]:
     """Whether each check holds, by `run: name`."""
     made: dict[str, FakeServer] = {}
 
-    def start(launch, flags, log: Path) -> FakeServer:
+    def start(_, flags, log: Path, environment: dict[str, str]) -> FakeServer:
+        assert environment == (CLIENT if LAUNCHES[launch].one_gpu else {})
         run = log.stem.removeprefix("load-")
         return made.setdefault(run, FakeServer(run, wrong))
 
@@ -59,6 +64,7 @@ def checked(monkeypatch, wrong: str, memory: list[int] | None = None) -> dict[st
         yield Check("rank killed: the server ends", wrong != "dead rank", "")
 
     used = iter(memory or [])
+    monkeypatch.setattr(load_check.mps, "shared_gpu", lambda ranks: nullcontext(CLIENT))
     monkeypatch.setattr(load_check, "start", start)
     monkeypatch.setattr(load_check, "Server", FakeServer)
     monkeypatch.setattr(load_check, "in_halves", in_halves)
@@ -66,7 +72,7 @@ def checked(monkeypatch, wrong: str, memory: list[int] | None = None) -> dict[st
     monkeypatch.setattr(load_check, "send", lambda server, plan: server.send(plan))
     monkeypatch.setattr(load_check, "states", lambda server: server.states())
     monkeypatch.setattr(load_check, "gpu_memory_mb", lambda: next(used, 0))
-    found = list(load_check.check_launch(LAUNCHES["2 ranks, auto, all"], 40, 500, Path("build")))
+    found = list(load_check.check_launch(LAUNCHES[launch], 40, 500, Path("build")))
     assert all(server.stopped for server in made.values())
     return {f"{run}: {check.name}": check.ok for run, check in found}
 
@@ -78,6 +84,10 @@ def test_a_good_server_passes_all_of_it(monkeypatch):
         found
     )
     assert "off: decode passes" not in found
+
+
+def test_ranks_that_share_a_gpu_are_clients_of_mps(monkeypatch):
+    assert all(checked(monkeypatch, "", launch="2 ranks, auto, all, one GPU").values())
 
 
 @pytest.mark.parametrize(

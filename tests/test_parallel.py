@@ -9,9 +9,9 @@ import pytest
 import requests
 
 from benchmarks.questions import NEW_TOKENS, QUESTIONS
-from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt
+from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt, states
 from sglang_macs.cpu_compat import threads_bind
-from tests.support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve, states
+from tests.support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve
 from tests.support.tiers import nightly_but
 
 pytestmark = pytest.mark.server

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import Server, photograph_files, reserve_port
-from sglang_macs import extension
+from tests.support.prebuilt import as_if_built
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,15 +54,8 @@ def parent(tmp_path_factory) -> Path:
             shutil.copy2(ROOT / name, clone / name)
     else:
         shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".venv", "build", "_C*.so", "__pycache__"))
-    library = extension.library_in(ROOT / "sglang_macs")
-    # As after an interrupted build: setuptools finds the extension newer than its sources and does not compile again.
-    built = clone / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "sglang_macs"
-    built.mkdir(parents=True)
-    shutil.copy(library, built)
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    # With ninja, torch compiles all the same.
-    (environment / "bin" / "ninja").write_text("#!/bin/sh\nexit 1\n")
-    (environment / "bin" / "ninja").chmod(0o755)
+    as_if_built(clone, environment / "bin")
     (site,) = environment.glob("lib/python*/site-packages")
     # In place of the page's download: torch, sglang, and the setuptools that torch asks for, newer than a fresh venv's.
     (site / "downloaded.pth").write_text(sysconfig.get_path("purelib"))

@@ -111,7 +111,7 @@ def in_two_phases(group: Group, rank: int) -> None:
         *((name, in_one, False) for name in ("carried", "carried_with_rows", "three_ranks_carried")),
         pytest.param("carried", in_two_phases, True, marks=pytest.mark.nightly),
         ("carried_with_rows", in_two_phases, True),
-        ("nothing_exceeded", in_one, False),  # sums are heard late, while others may be an epoch ahead
+        ("nothing_exceeded", in_one, False),  # sums arrive late, while others may be an epoch ahead
     ],
 )
 def test_fused_epochs(name: str, dispatch: Callable[[Group, int], None], combines: bool) -> None:

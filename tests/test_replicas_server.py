@@ -7,8 +7,8 @@ import requests
 import torch
 
 from benchmarks.questions import QUESTIONS
-from benchmarks.serving import EP2_ARGS
-from tests.support.servers import INFINITE, LAYERS, MACS, ask, assert_bounds_held, load, own, serve, states
+from benchmarks.serving import EP2_ARGS, states
+from tests.support.servers import INFINITE, LAYERS, MACS, ask, assert_bounds_held, load, own, serve
 
 pytestmark = pytest.mark.server
 REDUNDANT = ["--ep-num-redundant-experts", "4"]
@@ -20,8 +20,8 @@ def balance(server) -> list[tuple[float, float]]:
     return [tuple(one[f"max_over_mean_{s}"] / one["dispatches"] for s in ("before", "after")) for one in layers]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
-def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, vl_reference, ranks):
+@pytest.mark.parametrize(("ranks", "times"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.nightly)])
+def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, vl_reference, ranks, times):
     """Layer by layer, every few passes; at infinite gamma answers are those without replicas and without MACS."""
     moving = [
         "--macs-act",
@@ -34,7 +34,7 @@ def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, v
     ]
     groups = [str(ranks) if value == "2" else value for value in EP2_ARGS]
     with serve(vl_model, *groups, *INFINITE, *REDUNDANT, *moving, log=f"replicas-eplb-{ranks}", timeout=600) as server:
-        for _ in range(2):
+        for _ in range(times):
             for question in QUESTIONS:
                 assert ask(server, question) == vl_reference.answer(question).ids, question
             load(server)
@@ -45,6 +45,7 @@ def test_answers_stay_while_experts_move_and_every_batch_is_balanced(vl_model, v
         assert all(after < before for before, after in balance(server))
 
 
+@pytest.mark.nightly  # without a server: test_replicas.py, test_replicas_dispatch.py
 def test_replicas_come_before_clipping_and_the_recorder_counts_what_was_asked_for(vl_model, tmp_path):
     """A placement from given loads; half of the rows are dropped, and all are in the recorder's counts."""
     placement = tmp_path / "loads.json"

@@ -11,8 +11,8 @@ import requests
 
 from benchmarks.load_test import MACS, rank_killed, under_load
 from benchmarks.questions import QUESTIONS
-from benchmarks.serving import EP2_ARGS
-from tests.support.servers import WORDS, ask, assert_bounds_held, own, serve, states
+from benchmarks.serving import EP2_ARGS, states
+from tests.support.servers import WORDS, ask, assert_bounds_held, own, serve
 
 pytestmark = pytest.mark.server
 

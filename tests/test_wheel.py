@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import EP2_ARGS, Server
+from tests.support.prebuilt import as_if_built
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
@@ -60,13 +61,20 @@ def sdist(clone, python) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def installed(sdist, python) -> Path:
-    """The environment, with the wheel that was built from the sdist."""
-    folder, ninja = sdist.parent, {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+@pytest.fixture(scope="module", params=["this build", pytest.param("compiled", marks=pytest.mark.nightly)])
+def installed(request, sdist, python) -> Path:
+    """The environment, with the wheel that was built from the sdist: around this clone's library, or compiled anew."""
+    folder = sdist.parent / request.param.replace(" ", "-")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,), programs = folder.iterdir(), Path(sys.executable).parent
+    if request.param == "this build":
+        programs = folder / "programs"
+        as_if_built(source, programs)
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
     offline = ("--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "wheel", *offline, "-w", folder, sdist, cwd=folder, MACS_CUDA="0", **ninja)
+    path = f"{programs}:{os.environ['PATH']}"
+    run(*pip, "wheel", *offline, "-w", folder, source, cwd=folder, MACS_CUDA="0", PATH=path)
     (wheel,) = folder.glob("*.whl")
     run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
     return python.parent.parent
@@ -92,12 +100,16 @@ def test_the_command_tells_the_version_without_torch(installed, sdist, tmp_path)
     assert told == f"sglang-macs {version_of(sdist)}"
 
 
+def test_the_wheel_brings_its_extension(installed, tmp_path):
+    program = "import sglang_macs; from sglang_macs import cpu_compat, ops; ops.check(); print(sglang_macs.__file__)"
+    assert run(installed / "bin" / "python", "-c", program, cwd=tmp_path).startswith(str(installed))
+
+
+@pytest.mark.nightly  # an installed package answers in test_quickstart.py, too
 def test_the_wheel_answers_from_a_folder_that_is_no_clone(
     installed, sdist, vl_model, server_log, tmp_path, monkeypatch
 ):
     python = installed / "bin" / "python"
-    program = "import sglang_macs; from sglang_macs import cpu_compat, ops; ops.check(); print(sglang_macs.__file__)"
-    assert run(python, "-c", program, cwd=tmp_path).startswith(str(installed))
     shims = run(python, "-c", "from sglang_macs import cpu_compat; print(cpu_compat.SITE_DIR)", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     flags = [*EP2_ARGS, "--moe-a2a-backend", "macs", "--macs-gamma", "1.0"]

@@ -43,6 +43,12 @@ class Variant:
         """Served by SGLang without the plugin."""
         return self.flags == STOCK
 
+    @property
+    def redundant(self) -> int:
+        """Copies of experts."""
+        given = dict(zip(self.flags, self.flags[1:], strict=False))
+        return int(given.get(REDUNDANT, 0))
+
 
 # SGLang's fastest way for this model. DeepGEMM is the only runner that takes DeepEP's formats in bf16. Prefill CUDA
 # graphs (SGLang 0.5.21): `--deepep-mode normal` turns all graphs off. Mode auto, whose prefill is the same dispatch,
@@ -52,7 +58,8 @@ STOCK = ("--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm")
 MACS = ("--moe-a2a-backend", "macs")
 COUNTED, BOUNDED = (*MACS, "--macs-dispatch", "deepep"), (*MACS, "--macs-dispatch", "bounded")
 OFF, INFINITE, RANK = ("--macs-preset", "off"), ("--macs-gamma", "inf"), ("--macs-gamma", "1.05")
-REPLICAS = ("--ep-num-redundant-experts", "32")  # where they lie: `Launch.server`; the others have none
+REDUNDANT = "--ep-num-redundant-experts"  # where copies lie: `Launch.server`; servers without it have none
+REPLICAS, FEW_REPLICAS = (REDUNDANT, "32"), (REDUNDANT, "16")
 # The most telling first: with too little time for all, the last are left out.
 VARIANTS = (
     Variant("stock", "deepep", STOCK),
@@ -66,6 +73,8 @@ VARIANTS = (
     Variant("inf", "deepep", (*COUNTED, *INFINITE)),
     Variant("replicas", "bounded", (*BOUNDED, *INFINITE, *REPLICAS)),
     Variant("replicas-1.05", "bounded", (*BOUNDED, *RANK, *REPLICAS)),
+    Variant("rank-1.1", "bounded", (*BOUNDED, "--macs-gamma", "1.1")),
+    Variant("replicas-16", "bounded", (*BOUNDED, *INFINITE, *FEW_REPLICAS)),
 )
 
 
@@ -279,8 +288,8 @@ class Launch:
         passes.mkdir(parents=True)
         environment = self.environment(variant, passes)
         arguments = [*self.arguments(), *variant.flags]
-        if REPLICAS[0] in variant.flags:
-            sizes = self.layers, TEXT["num_experts"], int(REPLICAS[1]), self.ranks
+        if variant.redundant:
+            sizes = self.layers, TEXT["num_experts"], variant.redundant, self.ranks
             arguments += ["--init-expert-location", gpu_launches.expert_location(*sizes)]
         seconds = gpu_launches.START_SECONDS
         return QuietServer(model, arguments, env=environment, log=folder / "server.log", timeout=seconds)

@@ -1,6 +1,6 @@
 """A rank a process: regions mapped through CUDA IPC, one GPU each over NVLink or all on one GPU under MPS.
 
-Every rank makes the inputs of all, and knows of the others only what they tell over gloo: handles, and what their
+Every rank makes the inputs of all, and knows of the others only what they send over gloo: handles, and what their
 kernels decided. So each checks its own part of the group.
 """
 

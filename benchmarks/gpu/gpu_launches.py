@@ -56,15 +56,24 @@ ENVIRONMENT = {
 # A server that needs longer hangs: it shall not cost the others their time. Three large ones that compile side by
 # side, with empty caches, took 180.
 START_SECONDS = 240
-# DeepEP V2 within one NVLink domain; its kernels wait for each other with all their blocks, so that a rank's share of a
-# GPU has to hold them (docs/design/between_nodes.md).
-V2 = ("--moe-a2a-backend", "deepep_v2", "--deepep-v2-mode", "direct")
+# DeepEP V2. Its kernels wait for each other with all their blocks, so that a rank's share of a GPU has to hold them
+# (docs/design/between_nodes.md).
 V2_ENVIRONMENT = {
     "SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
     "SGLANG_DEEPEP_V2_NUM_SMS": "24",
     "NCCL_CUMEM_ENABLE": "1",
-    "EP_DISABLE_GIN": "1",
     "EP_SUPPRESS_NCCL_CHECK": "1",
+}
+WITHOUT_GIN = {"EP_DISABLE_GIN": "1"}
+# No rank addresses another's memory: NCCL's GIN by its proxy, over tools/rma_tcp.
+OVER_TCP = {
+    "NCCL_RMA_PLUGIN": str(ROOT / "build" / "librma_tcp.so"),
+    "NCCL_LSA_TEAM_SIZE": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_MNNVL_ENABLE": "0",
+    "NCCL_GIN_TYPE": "2",
+    "CUDA_MODULE_LOADING": "EAGER",  # a module that is loaded waits for kernels, and these for the proxy
+    "RMA_TCP_TIMEOUT": "120",  # kernels are compiled meanwhile
 }
 # Every few passes, a layer after the other.
 MOVING = ("--enable-eplb", "--eplb-rebalance-num-iterations", "8", "--eplb-rebalance-layers-per-chunk", "1")
@@ -78,7 +87,8 @@ class Launch:
     others of its builder; flags: beside the common ones; attention_tp: all ranks share every request; fused,
     bounded: what --macs-dispatch asks for where MACS is on, both: auto; peers: with --macs-all-reduce peer there,
     else group; graphs: decode replays CUDA graphs; one_gpu: every rank on the first GPU (under MPS); observed: with
-    metrics and trace; redundant: copies of experts; moves: EPLB moves experts meanwhile.
+    metrics and trace; redundant: copies of experts; moves: EPLB moves experts meanwhile; over_tcp: no rank addresses
+    another's memory.
     """
 
     ranks: int
@@ -102,6 +112,7 @@ class Launch:
     observed: bool = False
     redundant: int = 0
     moves: bool = False
+    over_tcp: bool = False
 
     @property
     def runs(self) -> dict[str, list[str]]:
@@ -132,7 +143,9 @@ class Launch:
             location = expert_location(self.layers + self.copies, self.experts, self.redundant, self.ranks)
             placed = ["--ep-num-redundant-experts", str(self.redundant), "--init-expert-location", location]
         moving = MOVING if self.moves else ()
-        backend = V2 if self.mode == "v2" else ("--moe-a2a-backend", "macs", "--deepep-mode", self.mode)
+        backend = ["--moe-a2a-backend", "macs", "--deepep-mode", self.mode]
+        if self.mode == "v2":
+            backend = ["--moe-a2a-backend", "deepep_v2", "--deepep-v2-mode", "hybrid" if self.over_tcp else "direct"]
         return [*COMMON, *backend, *graphs, *parallel, *self.flags, *placed, *moving]
 
     @property
@@ -160,7 +173,9 @@ class Launch:
         return self.fused and self.mode == "low_latency" and not self.redundant
 
     def environment(self) -> dict[str, str]:
-        common = ENVIRONMENT | (V2_ENVIRONMENT if self.mode == "v2" else {})
+        common = ENVIRONMENT
+        if self.mode == "v2":
+            common = ENVIRONMENT | V2_ENVIRONMENT | (OVER_TCP if self.over_tcp else WITHOUT_GIN)
         if self.gpus > 1:
             return common
         one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
@@ -184,9 +199,14 @@ class Launch:
 
 
 def expert_location(layers: int, experts: int, redundant: int, ranks: int) -> str:
-    """For --init-expert-location: each rank has its own experts, linearly, and the first ones of the next rank."""
+    """For --init-expert-location: each rank has its own experts, linearly, and copies of others', each of another rank:
+    an overloaded rank's first experts have copies in as many places as can be.
+    """
     own, copies = experts // ranks, redundant // ranks
-    of_layer = [(rank * own + i) % experts for rank in range(ranks) for i in range(own + copies)]
+    of_layer = []
+    for rank in range(ranks):
+        sources = [(rank + 1 + i % (ranks - 1)) % ranks for i in range(copies)]
+        of_layer += [rank * own + i for i in range(own)] + [source * own + i for i, source in enumerate(sources)]
     return json.dumps({"physical_to_logical_map": [of_layer] * layers}, separators=(",", ":"))
 
 
@@ -220,6 +240,8 @@ LAUNCHES = {
     "2 ranks, V2": Launch(2, "v2", bounded=True, **REAL),
     "2 ranks, V2, FP8 blocks": Launch(2, "v2", bounded=True, **FP8_V2),
     "2 ranks, V2, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **REAL),
+    "2 ranks, V2 over TCP": Launch(2, "v2", bounded=True, over_tcp=True, **REAL),
+    "2 ranks, V2 over TCP, one GPU": Launch(2, "v2", bounded=True, over_tcp=True, one_gpu=True, **REAL),
     "2 ranks, V2, FP8 blocks, one GPU": Launch(2, "v2", bounded=True, one_gpu=True, **FP8_V2),
     "2 ranks, replicas": Launch(2, "normal", redundant=32, **REAL),
     "2 ranks, replicas, bounded": Launch(2, "normal", redundant=32, bounded=True, **REAL),
@@ -243,6 +265,9 @@ LAUNCHES = {
     ),
     "2 ranks, low latency, fused, graphs": Launch(2, "low_latency", fused=True, graphs=True),
     "2 ranks, auto, fused, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True),
+    "2 ranks, auto, all, one GPU": Launch(
+        2, "auto", fused=True, bounded=True, peers=True, graphs=True, one_gpu=True, **REAL
+    ),
     "2 ranks, auto, fused, FP8 blocks, one GPU": Launch(2, "auto", fused=True, graphs=True, one_gpu=True, **FP8),
     "2 ranks, low latency, fused, graphs, one GPU": Launch(2, "low_latency", fused=True, graphs=True, one_gpu=True),
 }

@@ -14,6 +14,7 @@ passes have run as are asked for.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.gpu import result_file
+from benchmarks.gpu import mps, result_file
 from benchmarks.gpu.gpu_launches import LAUNCHES, RUNS, Launch, start
-from benchmarks.load_test import MORE_MB, OUT, Check, Request, Sent, in_halves, mix, rank_killed, send, states
-from benchmarks.serving import Server
+from benchmarks.load_test import MORE_MB, OUT, Check, Request, Sent, in_halves, mix, rank_killed, send
+from benchmarks.serving import Server, states
 
 ALIKE = 0.05  # share of answers by which two runs may differ more than off's own two
 NAMED_WITHIN = 10.0  # seconds
@@ -81,8 +82,10 @@ def under_load(server: Server, run: str, plan: list[Request], passes: int, layer
 def check_launch(launch: Launch, requests: int, passes: int, folder: Path) -> Iterator[tuple[str, Check]]:
     """(run, check) as they come. Servers start side by side, and are loaded one after the other."""
     plan = mix(requests)
-    servers = {run: start(launch, flags, folder / f"load-{run}.log") for run, flags in RUNS.items()}
-    with ThreadPoolExecutor(len(servers)) as pool:
+    # Servers are loaded in turn: all of them may have the same SMs.
+    sharing = mps.shared_gpu(launch.ranks) if launch.one_gpu else contextlib.nullcontext({})
+    with ThreadPoolExecutor(len(RUNS)) as pool, sharing as client:
+        servers = {run: start(launch, flags, folder / f"load-{run}.log", client) for run, flags in RUNS.items()}
         try:
             list(pool.map(Server.__enter__, servers.values()))
             answers: dict[str, list] = {}

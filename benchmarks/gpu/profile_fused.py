@@ -20,15 +20,15 @@ from reference import kernels_c as c
 
 # By the number of the stamp (csrc/cuda/fused_dispatch.cu).
 STAGES = (
-    "start", "assignments told", "rows read, scored, cast", "assignments heard (a warp)", "heard and counted",
-    "weights", "assignments told again", "and heard (a warp)", "and counted", "cuts found", "clipped", "re-routed",
+    "start", "assignments sent", "rows read, scored, cast", "assignments received (a warp)", "received and counted",
+    "weights", "assignments sent again", "and received (a warp)", "and counted", "cuts found", "clipped", "re-routed",
     "held against the bounds", "rows per expert counted", "experts placed", "rows put", "rows signalled",
-    "tokens written", "counts written", "sums and cuts written", "all rows here", "levels cut", "own cuts told",
+    "tokens written", "counts written", "sums and cuts written", "all rows here", "levels cut", "own cuts sent",
     "scales in their places",
 )  # fmt: skip
 ORDER = (1, 2, 3, 4, 5, 6, 7, 8, 12, 21, 22, 9, 10, 11, 13, 14, 15, 16, 23, 20, 17, 18, 19)  # as they are reached
 # Of fused_carry.cu; the last one of the last block: all rows are here.
-CARRY_STAGES = ("start", "ids counted", "counts told, rows in shared memory", "rows put", "rows signalled", "ended")
+CARRY_STAGES = ("start", "ids counted", "counts sent, rows in shared memory", "rows put", "rows signalled", "ended")
 LAUNCHES = 40
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.check_serving import Bench, Pairs, Workload, measure_bench, ratio_interval
 from benchmarks.gpu import result_file
 from benchmarks.gpu.gpu_launches import Launch, bench_launch, start
-from benchmarks.serving import Server
+from benchmarks.serving import Server, states
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,11 +47,6 @@ def running(launch: Launch):
             stack.callback(server.stop)
         list(pool.map(Server.__enter__, servers.values()))
         yield servers
-
-
-def states(server: Server) -> list[dict]:
-    """Each rank's counters."""
-    return [state["macs"] for state in server.get("/server_info")["internal_states"]]
 
 
 def proof(server: Server) -> dict:

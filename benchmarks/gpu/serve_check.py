@@ -21,7 +21,7 @@ from threading import Lock
 
 from benchmarks.gpu import mps, result_file
 from benchmarks.gpu.gpu_launches import LAUNCHES, Launch, start
-from benchmarks.serving import Server, data_uri, photograph_files, prompt
+from benchmarks.serving import Server, data_uri, photograph_files, prompt, states
 from sglang_macs.observe import metrics, trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,12 +82,12 @@ def serve(name: str, launch: Launch, run: str, environment: dict[str, str]) -> d
             with ThreadPoolExecutor(8) as pool:  # together, so that batches mix; their tokens may depend on the batch
                 list(pool.map(lambda r: server.generate(r[0], r[1], max_new_tokens=length // 2), requests(launch) * 2))
             seconds = time.perf_counter() - started
-            states = [state["macs"] for state in server.get("/server_info")["internal_states"]]
-            observed = observe(server, traced, states) if observes else None
+            counters = states(server)
+            observed = observe(server, traced, counters) if observes else None
             log_text = server.log_text()
     except Exception as error:  # the other servers go on, and this one's failure is a result
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
-    found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": states}
+    found = {"start_s": server.start_seconds, "requests_s": seconds, "tokens": tokens, "states": counters}
     if carrier := said_to_carry(log_text):
         found["carrier"] = carrier
     if SUMMED in log_text:
@@ -202,7 +202,9 @@ def run_all(names: list[str], at_once: int) -> Iterator[tuple[str, dict[str, dic
 
 
 def build_models(names: list[str]) -> int:
-    """A process for every model; 0 if all succeeded."""
+    """A process for every model, and the plugin of launches over TCP; 0 if all succeeded."""
+    if any(LAUNCHES[name].over_tcp for name in names):
+        subprocess.run(["bash", str(ROOT / "tools" / "rma_tcp" / "build.sh")], check=True)
     models = {LAUNCHES[name].model_path(): name for name in names}
     command = [sys.executable, "-m", "benchmarks.gpu.serve_check", "--build-only", "--launch"]
     builders = [subprocess.Popen([*command, name]) for name in models.values()]

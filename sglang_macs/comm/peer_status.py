@@ -19,7 +19,7 @@ FAULTS = (
     "nothing",
     "never scored its tokens",
     "never sent its assignments",
-    "never told its cuts",
+    "never sent its cuts",
     "never proposed where its clipped assignments go",
     "never sent its rows per expert",
     "never finished sending its rows",

@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=10)
     options = parser.parse_args()
     rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as made, Server(lab_checkpoint.CHECKPOINT, ARGUMENTS) as server:
+    with tempfile.TemporaryDirectory() as made, Server(lab_checkpoint.CHECKPOINT, ARGUMENTS, timeout=900) as server:
         folder = Path(made)
         for seed in range(1, options.times + 1):
             lab_chats.write(folder / "questions.jsonl", QUESTIONS, seed)

@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.gpu import result_file
+from tools import result_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,10 +20,10 @@ def header(device: str) -> dict[str, str]:
     return {
         "gpu": device,
         "commit": git.stdout.strip() or "unknown",
-        "command": result_file.command_line(sys.argv, "lab", PLACE_OPTIONS),
+        "command": result_text.command_line(sys.argv, "lab", PLACE_OPTIONS),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
 
 def write(out: Path, result: dict) -> None:
-    out.write_text(result_file.text({**header(result["device"]), **result}))
+    out.write_text(result_text.text({**header(result["device"]), **result}))

@@ -59,6 +59,25 @@ def test_no_folder_imports_one_that_imports_it():
     assert not left, "they import each other"
 
 
+def test_top_folders_do_not_import_each_other():
+    """In a circle, that is: what is below can be read without what is above."""
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    left = {
+        folder: {
+            name
+            for path in (ROOT / folder).rglob("*.py")
+            for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if name in folders - {folder}
+        }
+        for folder in folders
+    }
+    assert {"benchmarks", "lab", "reference", "sglang_macs", "tests", "tools"} <= folders
+    while bottom := [folder for folder, needed in left.items() if not needed & set(left)]:
+        for folder in bottom:
+            del left[folder]
+    assert not left, "they import each other"
+
+
 def test_every_module_has_its_line():
     named = set(re.findall(r"`([\w/]+\.py)`", PAGE))
     layers = {folder for folder in TABLE if folder not in ("simulate", "cpu_compat", "tiny_models")}

@@ -42,6 +42,12 @@ def kernels() -> Kernels:
     return build()
 
 
+@pytest.fixture(autouse=True)
+def schedule(kernels: Kernels) -> None:
+    """The same for a test whatever ran before it, unless it asks for others."""
+    kernels.machine.configure(1)
+
+
 CASES = {
     "plain": FusedConfig(PLAN, (12, 7, 12, 1)),
     "one_rank": FusedConfig(replace(PLAN, R=1, scope="expert", empty=0.3, ids_i64=False), (12,), blocks=3),

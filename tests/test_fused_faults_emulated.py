@@ -34,6 +34,12 @@ def kernels() -> Kernels:
     return build()
 
 
+@pytest.fixture(autouse=True)
+def schedule(kernels: Kernels) -> None:
+    """The same for a test whatever ran before it, unless it asks for others."""
+    kernels.machine.configure(2)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_fault_is_named_and_the_next_epoch_works(kernels: Kernels, name: str, kind: str) -> None:

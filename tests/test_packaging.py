@@ -113,3 +113,14 @@ def test_the_name_of_a_wheel_says_what_it_was_built_for(tmp_path, torch, cuda, e
     (wheel,) = (tmp_path / "dist").iterdir()
     name, _, build, _ = parse_wheel_filename(wheel.name)
     assert (name, build) == ("sglang-macs", (0, "." + ".".join(built_for)))
+
+
+def test_a_wheel_for_another_environment_leaves_ours_alone(tmp_path):
+    def steps(*given: str) -> str:
+        command = ["make", "--dry-run", "wheel", f"VENV={tmp_path / 'none'}", *given]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert "setup_env.sh" in steps() and "--editable" not in steps(), "sources are archived, not built"
+    other = steps("PY=/other/python")
+    assert "setup_env.sh" not in other and "/other/python -m pip wheel" in other

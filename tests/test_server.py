@@ -5,32 +5,47 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.questions import QUESTIONS
-from benchmarks.serving import EP2_ARGS, Server, data_uri, photograph_files, prompt, states
+from benchmarks.questions import QUESTIONS, Question
+from benchmarks.serving import EP2_ARGS, Server, ServerError, data_uri, photograph_files, prompt, states
 from sglang_macs import cli
 from sglang_macs.cpu_compat import environment
 from sglang_macs.dispatch.acting import LAG, LOOK_EVERY
-from sglang_macs.observe import trace
-from tests.support.servers import (
-    LAYERS,
-    MACS,
-    WORDS,
-    ask,
-    assert_bounds_held,
-    assert_metrics_are_the_counters,
-    load,
-    own,
-    serve,
-)
+from sglang_macs.observe import metrics, trace
+from tests.support.servers import LAYERS, MACS, WORDS, ask, assert_bounds_held, load, own, serve
 
 pytestmark = pytest.mark.server
 HERE = Path(__file__).resolve().parent
+
+
+def assert_metrics_are_the_counters(server: Server) -> None:
+    """What Prometheus scrapes equals /server_info, series by series, for every rank."""
+    labels_of = {metric.series: metric.labels for metric in metrics.METRICS}
+    for _ in range(20):  # an idle server publishes within a second
+        expected = {
+            (metric.series, str(state["rank"]), labels): value
+            for state in states(server)
+            for metric in metrics.METRICS
+            for labels, value in metric.read(state).items()
+        }
+        published = {
+            (s.name, s.labels["moe_ep_rank"], tuple(s.labels[label] for label in labels_of[s.name])): s.value
+            for family in text_string_to_metric_families(server.get("/metrics"))
+            for s in family.samples
+            if s.name in labels_of
+        }
+        if published == pytest.approx(expected):
+            break
+        time.sleep(0.25)
+    assert published == pytest.approx(expected)
+    assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0
 
 
 @pytest.mark.nightly
@@ -42,6 +57,27 @@ def test_off_answers_as_transformers_do_and_plans_nothing(vl_model, vl_reference
             assert state["planned"] == 0 and state["dispatches"] == sum(state["skipped"].values()) > 0
             for layer in state["layers"].values():
                 assert layer["rows_before"] == layer["rows_after"]
+
+
+@pytest.mark.smoke
+def test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving(vl_model, capsys):
+    flags = ["--macs-gamma", "1.0", "--macs-act", "always", "--enable-metrics"]
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="rank") as server:
+        load(server)
+        for bad in (b"not a picture", photograph_files()["china"][:200], b""):
+            with pytest.raises(ServerError, match="HTTP 4"):
+                server.generate(Question("What?", "china").prompt, data_uri(bad))
+        assert ask(server, QUESTIONS[-1])  # still there
+        assert_bounds_held(server)
+        assert own(server, "clipped") > 0
+        for state in states(server):
+            assert state["checks"]["text_last"] == state["planned"]
+            assert sum(layer["cut"] for layer in state["layers"].values()) > 0
+            for layer in state["layers"].values():
+                assert layer["max_over_mean_after"] <= 1.01 * layer["dispatches"] < layer["max_over_mean_before"]
+        assert_metrics_are_the_counters(server)
+        assert cli.main(["top", server.url, "--once"]) == 0
+        assert "a bound cut in" in capsys.readouterr().out
 
 
 def test_layers_are_left_alone_while_they_are_balanced(vl_model, capsys):

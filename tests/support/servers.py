@@ -1,15 +1,10 @@
 """What tests of real servers share: how they are launched, what they are asked, and what their counters must say."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks.questions import NEW_TOKENS, Question
 from benchmarks.serving import Server, data_uri, photograph_files, photographs, states
-from sglang_macs.observe import metrics
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 LAYERS, TOP_K = 3, 4  # of the tiny models
@@ -63,26 +58,3 @@ def load(server: Server, count: int = 16) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(count)))
-
-
-def assert_metrics_are_the_counters(server: Server) -> None:
-    """What Prometheus scrapes equals /server_info, series by series, for every rank."""
-    labels_of = {metric.series: metric.labels for metric in metrics.METRICS}
-    for _ in range(20):  # an idle server publishes within a second
-        expected = {
-            (metric.series, str(state["rank"]), labels): value
-            for state in states(server)
-            for metric in metrics.METRICS
-            for labels, value in metric.read(state).items()
-        }
-        published = {
-            (s.name, s.labels["moe_ep_rank"], tuple(s.labels[label] for label in labels_of[s.name])): s.value
-            for family in text_string_to_metric_families(server.get("/metrics"))
-            for s in family.samples
-            if s.name in labels_of
-        }
-        if published == pytest.approx(expected):
-            break
-        time.sleep(0.25)
-    assert published == pytest.approx(expected)
-    assert expected["sglang:macs_clipped_total", "0", ("visual",)] > 0

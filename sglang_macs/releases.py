@@ -10,5 +10,5 @@ TORCH_OF = {
     "0.5.23": "2.14.1",
 }
 SGLANG = tuple(TORCH_OF)
-PINNED = "0.5.21"
+PINNED = "0.5.23"
 TORCH = tuple(dict.fromkeys(torch.rpartition(".")[0] for torch in TORCH_OF.values()))  # minor releases

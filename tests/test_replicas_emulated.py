@@ -59,9 +59,10 @@ def test_all_rows_of_one_source_all_gates_equal(launchers: Launchers) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [8, 20])
-def test_an_expert_on_every_rank_of_many(num_ranks: int) -> None:
-    """More places than registers hold, and more sources and blocks than a block has warps."""
-    launchers = build(num_sms=20)
+def test_an_expert_on_every_rank_of_many(launchers: Launchers, num_ranks: int) -> None:
+    """More places than registers hold, and more sources than a block has warps. More blocks than that are a GPU's:
+    here each of their threads would map a stack and its guard, and a process has 65,530 maps.
+    """
     gen = cases.generator(7)
     num_experts = 2 * num_ranks
     mapped = [x for rank in range(num_ranks) for x in (2 * rank, 2 * rank + 1, 0)]  # expert 0 beside each rank's own

@@ -46,7 +46,10 @@ void Stacks::map_more() {
   mapped_.push_back(static_cast<char*>(memory));
   for (int i = 0; i < kStacksAtOnce; ++i) {
     char* const guard = mapped_.back() + i * stride();
-    mprotect(guard, page_bytes(), PROT_NONE);
+    if (mprotect(guard, page_bytes(), PROT_NONE) != 0) {
+      std::perror("emulator: no guard of a stack (vm.max_map_count?)");
+      std::abort();
+    }
     free_.push_back(guard + page_bytes());
   }
 }

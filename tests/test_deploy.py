@@ -94,7 +94,7 @@ def documented(tmp_path_factory) -> dict[str, list[list[str]]]:
         if script := launches_on(page):
             argv = started(tmp_path_factory.mktemp(name), ["bash", "-euc", script])
             found[name] = [words[2:] for words in argv]  # behind `-m sglang.launch_server`, or `doctor --`
-    assert found.keys() == {"README", "quickstart", "multinode", "operations", "importance", "choosing"}
+    assert found.keys() == {"README", "quickstart", "multinode", "operations", "importance", "choosing", "compare"}
     assert len(found["quickstart"]) == 4
     return found
 

@@ -15,7 +15,7 @@ from tests.support.servers import MACS, assert_bounds_held, generate, own, serve
 from tests.support.tiers import nightly_but
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
-ASKED = 40
+ASKED = 12  # twice each
 OFF = {"macs": "off"}
 
 
@@ -36,13 +36,13 @@ def log_probs(answer: dict) -> list[float]:
 
 
 class Others:
-    """Requests with pictures, six at a time."""
+    """Requests with pictures, four at a time."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self._over, self._pool = server, threading.Event(), ThreadPoolExecutor(6)
+        self.server, self._over, self._pool = server, threading.Event(), ThreadPoolExecutor(4)
 
     def __enter__(self) -> None:
-        self._workers = [self._pool.submit(self._ask, i) for i in range(6)]
+        self._workers = [self._pool.submit(self._ask, i) for i in range(4)]
 
     def __exit__(self, *_) -> None:
         self._over.set()
@@ -50,7 +50,7 @@ class Others:
             worker.result()
 
     def _ask(self, first: int) -> None:
-        for i in itertools.count(first, 6):
+        for i in itertools.count(first, 4):
             if self._over.is_set():
                 return
             generate(self.server, prompt(f"{i} What is this?", images=1), ("china", "flower")[i % 2])
@@ -60,28 +60,28 @@ def furthest(alone: list[float], answer: dict) -> float:
     return max(abs(a - b) for a, b in zip(alone, log_probs(answer), strict=True))
 
 
-def moved(server: Server, alone: dict[Question, list[float]], custom: dict | None) -> list[float]:
-    """By how much the furthest probability of each of 40 answers has moved, beside others. Nothing comes from the
-    prefix cache.
+def moved(server: Server, alone: dict[Question, list[float]], custom: dict | None, run: str) -> list[float]:
+    """By how much the furthest probability of each of the answers has moved, beside others. Nothing comes from the
+    prefix cache, which no other run of this name may have filled.
     """
     with Others(server):
         asked = enumerate(itertools.islice(itertools.cycle(alone), ASKED))
-        return [furthest(alone[question], ask(server, question, custom, str(i))) for i, question in asked]
+        return [furthest(alone[question], ask(server, question, custom, f"{run} {i}")) for i, question in asked]
 
 
 def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_model):
     flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always"]
     with serve(vl_model, *EP2_ARGS, *MACS, *flags, log="exempt") as server:
         alone = {question: log_probs(ask(server, question, OFF, "alone")) for question in QUESTIONS[2:]}
-        exempt = moved(server, alone, OFF)
-        clipped = moved(server, alone, None)
+        exempt = moved(server, alone, OFF, "exempt")
+        clipped = moved(server, alone, None, "clipped")
         with Others(server):
             for question in alone:
                 ask(server, question, None)  # what was moved is in the cache now
         answers = [(question, ask(server, question, OFF)) for question in (*alone, *alone)]
         assert not is_cached(answers[0][1]), "what others have left there is not for it"
         assert all(is_cached(answer) for _, answer in answers[len(alone) :])
-        assert max(furthest(alone[question], answer) for question, answer in answers) <= max(exempt)
+        cached = [furthest(alone[question], answer) for question, answer in answers]
         assert_bounds_held(server)
         assert own(server, "clipped") > 0
         of_ranks = sorted(state["exempt_tokens"] for state in states(server))
@@ -89,9 +89,10 @@ def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_m
         for state in states(server):
             assert any(layer["exceeded"] for layer in state["layers"].values()), "alone on a rank, they are"
         assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
-        rounding = max(moved(server, alone, None))  # kernels round otherwise in other batches
-        assert max(exempt) <= 2 * rounding
-        assert sum(by > max(0.005, 2 * rounding) for by in clipped) > ASKED // 2, "without it, answers are moved"
+        # Kernels may round otherwise in other batches.
+        rounding = max(0.005, *(2 * by for by in moved(server, alone, None, "MACS off")))
+        assert max(exempt + cached) <= rounding
+        assert sum(by > rounding for by in clipped) > ASKED // 2, "without it, answers are moved"
 
 
 def is_found_again(server: Server, text: str, image: str | None = None) -> bool:

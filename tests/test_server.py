@@ -170,10 +170,12 @@ def test_expert_bounds_hold_under_load_through_sglang_serve(vl_model, tmp_path):
         assert_trace_is_the_counters(server, tmp_path)
 
 
-def test_engine_in_this_process_answers_as_transformers_do(text_model, text_reference):
+# What an engine leaves behind in its process is in test_launch.py, too.
+@pytest.mark.parametrize("another", [[], pytest.param(["another"], marks=pytest.mark.nightly)], ids=["one", "another"])
+def test_engine_in_this_process_answers_as_transformers_do(text_model, text_reference, another):
     questions = [q for q in QUESTIONS if q.image is None]
     done = subprocess.run(
-        [sys.executable, str(HERE / "support" / "engine_program.py"), str(text_model)],
+        [sys.executable, str(HERE / "support" / "engine_program.py"), str(text_model), *another],
         input=json.dumps([q.prompt for q in questions]),
         env={**os.environ, **environment(ranks=2), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -185,4 +187,5 @@ def test_engine_in_this_process_answers_as_transformers_do(text_model, text_refe
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["ids"] == [text_reference.answer(q).ids for q in questions]
     assert result["macs"]["planned"] > 0 and result["macs"]["violations"] == {"bound": 0, "text_last": 0}
-    assert result["without"] and result["after"] == result["ids"][0]  # an engine that did not ask stays without MACS
+    if another:
+        assert result["without"] and result["after"] == result["ids"][0], "one that did not ask stays without MACS"

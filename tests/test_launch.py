@@ -141,7 +141,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
         env=env(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.questions import QUESTIONS, Question
-from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt
+from benchmarks.serving import EP2_ARGS, Server, prompt
 from sglang_macs import cli
+from tests.support.prefixes import assert_only_what_was_not_clipped_is_found_again, is_cached
 from tests.support.servers import MACS, assert_bounds_held, generate, own, serve, states
-from tests.support.tiers import nightly_but
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 ASKED = 12  # twice each
@@ -24,11 +24,6 @@ def ask(server: Server, question: Question, custom: dict | None, key: str = "") 
     sampling = {"temperature": 0, "max_new_tokens": 4, "custom_params": custom}
     fields = {"sampling_params": sampling, "return_logprob": True, "extra_key": key, "routed_dp_rank": 0}
     return generate(server, question.prompt, question.image, **fields)["meta_info"]
-
-
-def is_cached(answer: dict) -> bool:
-    """Whether more than the chat format's first words was found in the prefix cache."""
-    return answer["cached_tokens"] > answer["prompt_tokens"] // 2
 
 
 def log_probs(answer: dict) -> list[float]:
@@ -95,29 +90,8 @@ def test_no_load_of_others_moves_an_exempt_request_nor_what_it_finds_cached(vl_m
         assert sum(by > rounding for by in clipped) > ASKED // 2, "without it, answers are moved"
 
 
-def is_found_again(server: Server, text: str, image: str | None = None) -> bool:
-    """Asked twice of one rank: whether the second finds the first's. Both answers are the same."""
-    fields = {"sampling_params": {"temperature": 0, "max_new_tokens": 4}, "routed_dp_rank": 0}
-    first, second = (generate(server, text, image, **fields) for _ in range(2))
-    assert first["output_ids"] == second["output_ids"]
-    return is_cached(second["meta_info"])
-
-
-LAYOUTS = {"data-parallel": EP2_ARGS, "tensor-parallel": ["--tp", "2", "--ep-size", "2", *CPU_ARGS]}
-
-
-@pytest.mark.parametrize("layout", nightly_but(LAYOUTS, "tensor-parallel"))
-def test_with_an_exact_cache_only_what_was_not_clipped_is_found_again(vl_model, layout):
-    """Prompts of one chunk and of several; on ranks that share a batch, all must insert or none."""
+@pytest.mark.nightly  # of ranks that share a batch: test_server_scattered.py
+def test_with_an_exact_cache_only_what_was_not_clipped_is_found_again(vl_model):
     flags = ["--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always", "--macs-cache", "exact"]
-    long = prompt(" ".join(f"{i} What is this?" for i in range(60)))
-    with serve(
-        vl_model, *LAYOUTS[layout], *MACS, *flags, "--chunked-prefill-size", "128", log=f"exact-{layout}"
-    ) as server:
-        assert not is_found_again(server, prompt("What is this?", images=1), "china")
-        assert not is_found_again(server, long)
-        assert max(state["uncached"] for state in states(server)) >= 4
-        assert_bounds_held(server)
-        assert cli.main(["set", server.url, "--off", "--wait", "0"]) == 0
-        assert is_found_again(server, prompt("And this?", images=1), "flower")
-        assert is_found_again(server, "And " + long)
+    with serve(vl_model, *EP2_ARGS, *MACS, *flags, "--chunked-prefill-size", "128", log="exact") as server:
+        assert_only_what_was_not_clipped_is_found_again(server, routed_dp_rank=0)

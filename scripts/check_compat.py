@@ -54,7 +54,7 @@ STAGES = {  # tests by their names: pytest fails on one that is gone
     "launch": ["tests/test_launch.py", "tests/test_routing.py"],
     "server": [
         "tests/test_server_unbounded.py::test_answers_are_those_of_transformers",
-        "tests/test_server.py::test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving",
+        "tests/test_server_rank.py::test_rank_bounds_hold_under_load_and_bad_images_leave_the_server_serving",
         "tests/test_server_scattered.py::test_deepstack_rows_are_scattered_without_dp_attention",
     ],
     "families": ["tests/test_families.py"],

@@ -15,12 +15,13 @@ TABLE = {
         r"^\| `(\w+)/` \|[^|]+\|([^|]*)\|$", PAGE.split("Module by module")[0], re.MULTILINE
     )
 }
+FOLDERS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 STARTERS = {"__init__": "plan", "__main__": "cli", "entry_point": "engine"}  # at the top: the folder it leads into
 
 
-def imports(path: Path) -> set[str]:
-    """Names below sglang_macs that a module imports, in functions too: the first part of each."""
-    found = set()
+def imported(path: Path) -> set[str]:
+    """Full names of what a module imports, for types and in functions too."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = node.names if isinstance(node, ast.Import | ast.ImportFrom) else ()
         if isinstance(node, ast.ImportFrom):
@@ -28,8 +29,22 @@ def imports(path: Path) -> set[str]:
             names = [".".join([*above, *filter(None, [node.module]), alias.name]) for alias in names]
         else:
             names = [alias.name for alias in names]
-        found |= {name.split(".")[1] for name in names if name.startswith("sglang_macs.")}
+        found |= set(names)
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """Of the names below sglang_macs that a module imports, the first part of each."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("sglang_macs.")}
+
+
+def circle(needs: dict[str, set[str]]) -> set[str]:
+    """What remains when all that needs nothing of the rest, or that nothing needs, is taken away again and again."""
+    left = dict(needs)
+    while ends := [name for name in left if not left[name] & set(left) or name not in set().union(*left.values())]:
+        for name in ends:
+            del left[name]
+    return set(left)
 
 
 def modules() -> list[Path]:
@@ -52,30 +67,39 @@ def test_the_top_imports_no_folder():
 
 
 def test_no_folder_imports_one_that_imports_it():
-    left = dict(TABLE)
-    while bottom := [folder for folder, needed in left.items() if not needed & set(left)]:
-        for folder in bottom:
-            del left[folder]
-    assert not left, "they import each other"
+    assert not circle(TABLE), "they import each other"
+
+
+def test_no_module_imports_one_that_imports_it():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if "site" not in path.parts
+    }
+
+    def module_of(name: str) -> str:
+        """A name is a module's, or of what stands in one."""
+        return name if name in files or not name else module_of(name.rpartition(".")[0])
+
+    needs = {name: {module_of(found) for found in imported(path)} - {name} for name, path in files.items()}
+    assert sum(map(len, needs.values())) > len(files)
+    assert not circle(needs), "they import each other"
 
 
 def test_top_folders_do_not_import_each_other():
     """In a circle, that is: what is below can be read without what is above."""
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    left = {
+    needs = {
         folder: {
             name
             for path in (ROOT / folder).rglob("*.py")
             for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-            if name in folders - {folder}
+            if name in FOLDERS - {folder}
         }
-        for folder in folders
+        for folder in FOLDERS
     }
-    assert {"benchmarks", "lab", "reference", "sglang_macs", "tests", "tools"} <= folders
-    while bottom := [folder for folder, needed in left.items() if not needed & set(left)]:
-        for folder in bottom:
-            del left[folder]
-    assert not left, "they import each other"
+    assert {"benchmarks", "lab", "reference", "sglang_macs", "tests", "tools"} <= FOLDERS
+    assert not circle(needs), "they import each other"
 
 
 def test_every_module_has_its_line():

@@ -427,14 +427,18 @@ def test_thirds_hold_all_values_once():
 
 def test_answers_keep_the_order_and_a_failure_ends_all():
     assert run.at_once(range(50), lambda i: i * i, 7) == [i * i for i in range(50)]
-    begun = []
+    begun, over, before = [], threading.Event(), set(threading.enumerate())
 
     def work(i: int) -> None:
         begun.append(i)
         if i == 3:
             raise MacsError("x", "y", "z")
-        threading.Event().wait(0.05)
+        over.wait()
 
-    with pytest.raises(MacsError):
+    with pytest.raises(MacsError):  # nobody waits for the other three
         run.at_once(range(1000), work, 4)
-    assert len(begun) < 20
+    under_way = set(threading.enumerate()) - before
+    over.set()
+    for thread in under_way:
+        thread.join()
+    assert sorted(begun) == [0, 1, 2, 3]

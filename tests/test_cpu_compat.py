@@ -28,7 +28,7 @@ class TopK(NamedTuple):
 def run_python(code: str, *path: Path | str, **env: str) -> str:
     """Standard output of a fresh interpreter with `path` as PYTHONPATH; its standard error if it fails."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **env}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

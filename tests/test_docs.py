@@ -5,27 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sglang_macs import cli, config
 from sglang_macs.cpu_compat import environment, gaps
 from sglang_macs.engine import launcher, scheduler_process
+from tests.support.pages import OF_THEIR_TIME, PAGES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = {
-    str(page.relative_to(ROOT)): page.read_text(encoding="utf-8")
-    for pattern in (
-        "README.md",
-        "CHANGELOG.md",
-        "SECURITY.md",
-        "docs/**/*.md",
-        "models/*/README.md",
-        "tools/*/README.md",
-    )
-    for page in ROOT.glob(pattern)
-}
 # Of this repository.
 FOLDERS = "benchmarks csrc deploy docs lab models requirements scripts sglang_macs tests tools".split()  # noqa: SIM905
 
@@ -94,7 +81,7 @@ def test_links_lead_somewhere(page):
     assert not lost
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/log/")])  # paths of their time
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith(OF_THEIR_TIME)])
 def test_paths_exist(page):
     assert not {path for path in paths(PAGES[page]) if not any(ROOT.glob(path))}
 

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +22,7 @@ from benchmarks.e2e.servers import STOCK, Variant, chosen_variants, grouped
 from benchmarks.e2e.summary import Samples
 from benchmarks.serving import ServerError
 from sglang_macs.cpu_compat import allow_torchvision
+from tests.support.waiting import wait_for
 from tools import server_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,13 +402,6 @@ def test_ranks_of_a_server_that_stands_still_say_where(tmp_path):
         finally:
             os.killpg(launcher.pid, signal.SIGKILL)
     assert standstill.look(server) == ""
-
-
-def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < until, "it never happened"
-        time.sleep(0.05)
 
 
 def test_page_and_picture_show_a_result(tmp_path, monkeypatch):

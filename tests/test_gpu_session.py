@@ -13,21 +13,26 @@ import pytest
 from benchmarks.gpu import result_file, session
 from benchmarks.gpu.session import Session, Step
 
-# Writes when it ran and on which GPUs.
+# Writes when it ran and on which GPUs. Ends when those that must run beside it have started, too.
 PROGRAM = """
-import json, os, sys, time
-start = time.time(); time.sleep(float(sys.argv[2]))
-json.dump([start, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")], open(sys.argv[1], "w"))
-sys.exit(int(sys.argv[3]))
+import json, os, pathlib, sys, time
+start, (out, sleep, status, *beside) = time.time(), sys.argv[1:]
+pathlib.Path(out).with_suffix(".started").touch()
+while not all(pathlib.Path(out).with_name(name + ".started").exists() for name in beside): time.sleep(0.02)
+time.sleep(float(sleep))
+json.dump([start, time.time(), os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")], open(out, "w"))
+sys.exit(int(status))
 """
+LONG = 120  # seconds that no step here takes, however busy the machine
 
 
 def step(folder: Path, name: str, gpus: int = 0, alone: bool = False, sleep: float = 0.4, status: int = 0, **options):
-    command = [sys.executable, "-c", PROGRAM, str(folder / f"{name}.json"), str(sleep), str(status)]
-    return Step(name, command, options.pop("seconds", 20), gpus, alone, **options)
+    beside = options.pop("beside", ())
+    command = [sys.executable, "-c", PROGRAM, str(folder / f"{name}.json"), str(sleep), str(status), *beside]
+    return Step(name, command, options.pop("seconds", LONG), gpus, alone, **options)
 
 
-def run(folder: Path, steps: list[Step], gpus: int = 2, seconds: float = 20.0) -> tuple[Session, dict[str, str]]:
+def run(folder: Path, steps: list[Step], gpus: int = 2, seconds: float = LONG) -> tuple[Session, dict[str, str]]:
     one = Session(steps, gpus, folder)
     one.run(seconds)
     return one, {run.step.name: run.result for run in one.runs} | one.left_out
@@ -43,12 +48,13 @@ def overlap(a: tuple[float, float, set[str]], b: tuple[float, float, set[str]]) 
 
 
 def test_who_times_has_the_gpu_to_itself_and_others_share_it(tmp_path):
-    steps = [step(tmp_path, "timed-a", 1, True), step(tmp_path, "timed-b", 1, True), step(tmp_path, "both", 2, True)]
-    steps += [step(tmp_path, f"shared-{i}", 1) for i in range(4)]
+    timed, sharing = ("timed-a", "timed-b"), [f"shared-{i}" for i in range(4)]
+    steps = [*(step(tmp_path, name, 1, True, beside=timed) for name in timed), step(tmp_path, "both", 2, True)]
+    steps += [step(tmp_path, name, 1, beside=sharing) for name in sharing]
     _, results = run(tmp_path, steps)
     assert set(results.values()) == {"ok"}
     a, b, both = (span(tmp_path, name) for name in ("timed-a", "timed-b", "both"))
-    shared = [span(tmp_path, f"shared-{i}") for i in range(4)]
+    shared = [span(tmp_path, name) for name in sharing]
     assert overlap(a, b) and a[2] != b[2]
     assert not overlap(a, both) and not overlap(b, both) and not any(overlap(both, one) for one in shared)
     assert overlap(shared[0], shared[3])
@@ -76,7 +82,7 @@ def test_a_step_that_needs_one_waits_for_its_end(tmp_path):
 
 
 def test_too_few_gpus_and_missing_programs_are_left_out(tmp_path):
-    missing = Step("fused", [sys.executable, "-m", "benchmarks.gpu.not_there"], 9, 1)
+    missing = Step("fused", [sys.executable, "-m", "benchmarks.gpu.not_there"], LONG, 1)
     _, results = run(tmp_path, [step(tmp_path, "two", 2), missing, step(tmp_path, "one", 1)], gpus=1)
     assert results == {"two": "needs 2 GPUs", "fused": "no benchmarks.gpu.not_there", "one": "ok"}
 
@@ -95,7 +101,10 @@ def test_what_is_ended_takes_along_what_it_started(tmp_path):
     program = "import subprocess, sys, time\n"
     program += "p = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"  # as a server is
     program += "open(sys.argv[1], 'w').write(str(p.pid)); time.sleep(60)"
-    run(tmp_path, [Step("server", [sys.executable, "-c", program, str(child)], 1)])
+    for seconds in (1, 4, 16, 64):  # until it had the time to start something
+        run(tmp_path, [Step("server", [sys.executable, "-c", program, str(child)], seconds)])
+        if child.exists() and child.read_text():
+            break
     stat = Path(f"/proc/{child.read_text()}/stat")
     assert not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
@@ -107,13 +116,10 @@ def test_a_step_after_another_waits_for_its_end_however_it_ends(tmp_path):
 
 
 def test_what_waits_for_go_gets_it_when_all_others_have_ended(tmp_path):
-    program = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n" + PROGRAM
-    command = [
-        sys.executable,
-        "-c",
-        program.replace("sys.argv[2]", "'0'").replace('sys.argv[1], "w"', "sys.argv[2], 'w'"),
-    ]
-    waits = Step("waits", [*command, str(tmp_path / "go"), str(tmp_path / "waits.json"), "0"], 20, 2, at_go=True)
+    program = "import pathlib, sys, time\ngo = pathlib.Path(sys.argv.pop(1))\n"
+    program += f"while not go.exists(): time.sleep(0.05)\n{PROGRAM}"
+    command = [sys.executable, "-c", program, str(tmp_path / "go"), str(tmp_path / "waits.json"), "0", "0"]
+    waits = Step("waits", command, LONG, 2, at_go=True)
     _, results = run(tmp_path, [waits, step(tmp_path, "work", 1, sleep=1.0)])
     assert results == {"waits": "ok", "work": "ok"}
     assert span(tmp_path, "waits")[0] > span(tmp_path, "work")[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import HOST, reserve_port
 from sglang_macs import config
 from sglang_macs.config import MacsConfig
 from sglang_macs.cpu_compat import environment
@@ -140,7 +141,7 @@ def launches(tmp_path_factory, vl_model) -> dict[str, dict]:
         env=env(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -265,14 +266,16 @@ def test_a_model_whose_layers_a_dispatch_does_not_fit_is_refused(launches, name)
 
 def launch_server(model, *arguments: str, **extra_env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *EP2, *arguments]
-    return subprocess.run(
-        [*command, "--host", "127.0.0.1", "--port", "19871", "--max-total-tokens", "2048"],
-        env=env(**extra_env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    port, reservation = reserve_port()
+    with reservation:
+        return subprocess.run(
+            [*command, "--host", HOST, "--port", str(port), "--max-total-tokens", "2048"],
+            env=env(**extra_env),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
 
 
 def test_the_real_command_ends_with_code_2(vl_model):

@@ -6,6 +6,7 @@ import time
 import torch.distributed as dist
 
 from sglang_macs.config import MacsConfig
+from sglang_macs.observe import shared_state
 from sglang_macs.observe.shared_state import SharedState, merged
 from sglang_macs.observe.stats import Stats
 
@@ -39,7 +40,8 @@ def test_counts_are_added_up_and_facts_of_the_group_are_kept():
     assert merged([state(1, 3)])["ranks"]["answering"] == [1]
 
 
-def test_the_rank_that_is_asked_speaks_for_those_asked_with_it():
+def test_the_rank_that_is_asked_speaks_for_those_asked_with_it(monkeypatch):
+    monkeypatch.setattr(shared_state, "TIMEOUT_SECONDS", 60.0)
     store = dist.HashStore()
     asked, silent = SharedState(store, (0, 0), asked_with=[(0, 1)]), SharedState(store, (0, 1))
     for planned in (1, 4):  # the second answer must hold the second state, though the first one is still there

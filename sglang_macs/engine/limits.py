@@ -1,29 +1,30 @@
 """Which options a running server takes: what would be refused at a launch, and what the launch has settled."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..control import Settings
 from ..errors import MacsError, MacsNotActive
 from . import compat
-
-if TYPE_CHECKING:
-    from .worker import Worker
+from .launch import Launch
 
 
-def check_change(process: Worker, settings: Settings) -> None:
-    """Raises MacsError or MacsNotActive for settings that this process cannot go over to. Alike on all ranks."""
+def check_change(
+    settings: Settings, launch: Launch | None, *, cannot_reroute: str, has_replicas: bool, is_bounded: bool
+) -> None:
+    """Raises MacsError or MacsNotActive for settings that a process cannot go over to. Alike on all ranks.
+
+    launch: what SGLang and the model said, None before they have. cannot_reroute: why not, or empty. has_replicas:
+    whether plans choose among them. is_bounded: whether it dispatches without a count on the host.
+    """
     config = settings.now
-    if process.launch is not None:
-        compat.check(replace(process.launch, config=config))
-    if config.reroutes and process.cannot_reroute:
-        raise MacsNotActive(process.cannot_reroute)
-    if process.has_replicas and config.no_replicas:
+    if launch is not None:
+        compat.check(replace(launch, config=config))
+    if config.reroutes and cannot_reroute:
+        raise MacsNotActive(cannot_reroute)
+    if has_replicas and config.no_replicas:
         raise MacsError("replicas", config.no_replicas, "--macs-scope rank, --macs-load rows, --macs-exchange group")
-    if process.bounded is not None:
+    if is_bounded:
         _check_buffers(settings)
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from .. import __version__
@@ -56,7 +55,7 @@ class Worker:
         self.launch: Launch | None = None  # what SGLang and the model said when the scheduler had started
         self.cannot_reroute = ""  # why re-routing cannot follow the model's router
         self.rows_that_pay = 0  # of a plan, measured or given at the launch; 0 = every layer is planned
-        self.control = Control(Settings.at_launch(config), partial(check_change, self), self.change)
+        self.control = Control(Settings.at_launch(config), self._check_change, self.change)
         self._rank, self._num_ranks = 0, 1
         self._shared_state: SharedState | None = None
         self._passes = 0  # that were planned or, with MACS off, would have been
@@ -82,6 +81,15 @@ class Worker:
         del options["trace"], options["trace_limit_mb"], options["profile"]
         places = {i: p.plan.places.logical.tolist() for i, p in self.planners.items() if p.plan.places is not None}
         return f"{options} {self.profile.modality if self.profile else None} {places}"
+
+    def _check_change(self, settings: Settings) -> None:
+        check_change(
+            settings,
+            self.launch,
+            cannot_reroute=self.cannot_reroute,
+            has_replicas=self.has_replicas,
+            is_bounded=self.bounded is not None,
+        )
 
     def change(self, number: int, settings: Settings) -> None:
         """Puts other options in force, on all ranks before the same pass. number: of the request."""

@@ -11,7 +11,8 @@ from benchmarks.serving import data_uri, photograph_files
 from tests.support.servers import MACS
 
 # No prefix cache: it would hand keys and values that were computed under one set of options to requests under another.
-FLAGS = [*MACS, "--macs-gamma", "1.0", "--macs-min-tokens", "0", "--macs-act", "always", "--disable-radix-cache"]
+EVERY_PASS = ["--macs-min-tokens", "0", "--macs-act", "always", "--disable-radix-cache"]
+FLAGS = [*MACS, "--macs-gamma", "1.0", *EVERY_PASS]
 # It ends with MACS off, with which the next round begins; between, it plans in another way every time.
 ROUND = (["--on", "--gamma", "1.05"], ["--preset", "paper"], ["--off"],
          ["--on", "--gamma", "1"], ["--importance", "entropy"], ["--preset", "off"],

@@ -127,13 +127,6 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   grid.leave();
 }
 
-// One token per warp, until every SM has a block; a block per rank has its levels to add up.
-int grid_blocks(const ClipApplyParams& p) {
-  const int64_t blocks = (p.in.num_tokens + kWarps - 1) / kWarps;
-  const int64_t wanted = blocks > p.in.policy.num_ranks ? blocks : p.in.policy.num_ranks;
-  return static_cast<int>(wanted < num_sms() ? wanted : num_sms());
-}
-
 template <class Id, int kKeys, bool kWithThreshold, bool kReplicas>
 cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   static bool raised[kMaxDevices] = {};
@@ -147,7 +140,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const cudaError_t error = raise_shared_limit(kernel, most, raised);
   if (error != cudaSuccess) return error;
   const Shape shape = {
-      .grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
+      .grid = share_blocks(p.in), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
   return launch(kernel, shape, args, stream);
 }
 
@@ -173,12 +166,11 @@ ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApply
                            const Places& places = {}) {
   const ReplicaScratch replicas(apply.in, places, workspace);
   char* const prepared = static_cast<char*>(workspace) + (places.any() ? ReplicaScratch::bytes(apply.in, places) : 0);
-  const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
   const Logits order = apply.selection != nullptr ? Logits{apply.selection, DType::kFloat32}
                                                   : Logits{apply.router_logits, apply.logits_dtype};
   ClipApplyParams by_id = apply;
   if (places.any()) by_id.in.policy.num_experts = places.num_physical;
-  const ApplySizes sizes = ApplySizes::of(by_id, warps, kThreads);
+  const ApplySizes sizes = ApplySizes::of(by_id, share_blocks(apply.in), kThreads);
   void* const scratch = prepared + prepared_bytes(apply.in.policy.num_experts);
   return {threshold, apply, order, sizes, reinterpret_cast<GridState*>(prepared), scratch, places, replicas};
 }

@@ -11,7 +11,7 @@
 
 namespace macs::cuda {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kShareThreads;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxExperts = 1024;
 
@@ -66,8 +66,7 @@ struct Walk {
       : p(args.apply), order(args.order), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen),
         storage(b), step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
-    begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
-    end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
+    begin = sizes.shares.begin(warp), end = sizes.shares.end(warp);
   }
   template <bool kWithWeight>
   __device__ __forceinline__ State load(int64_t at, bool in_registers) const {

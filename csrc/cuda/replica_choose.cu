@@ -1,10 +1,10 @@
-// replica_count and replica_choose: the rows of a replicated expert are numbered over the group, text before visual, then
+// replica_choose: the rows of a replicated expert are numbered over the group, text before visual, then
 // by source rank, token and slot; the number says which replica a row goes to.
 //
 // Problem:     T * K assignments, of which those to up to X replicated experts need their place in (token, slot) order.
-// Algorithm:   the grid's warps own T / W tokens each, in order, in both kernels. The first one, before the exchange, counts
-//              by block; the second adds up the blocks before its own, counts by warp, and numbers a step of 32
-//              assignments at a time (match_any). It also counts, by level, what this source sends to exceeded ranks.
+// Algorithm:   the grid's warps own T / W tokens each, in order, as in load_histogram.cu, which counted by block. This adds
+//              up the blocks before its own, counts by warp, and numbers a step of 32 assignments at a time (match_any).
+//              It also counts, by level, what this source sends to exceeded ranks.
 // Grid:        16 warps a block, a block per SM at most.
 // Determinism: ordered prefixes of integers.
 #include "assignments.cuh"
@@ -15,57 +15,8 @@
 namespace macs::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kShareThreads;
 constexpr int kWarps = kThreads / kWarp;
-
-int grid_blocks(int64_t num_tokens) {
-  const int64_t blocks = (num_tokens + kWarps - 1) / kWarps, most = num_sms();
-  return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
-}
-
-// The tokens of this warp.
-struct Share {
-  int64_t begin, end;
-
-  __device__ __forceinline__ explicit Share(int64_t num_tokens) {
-    const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps, each = num_tokens / warps, longer = num_tokens % warps;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    begin = each * warp + (warp < longer ? warp : longer);
-    end = begin + each + (warp < longer ? 1 : 0);
-  }
-};
-
-template <class Id>
-__global__ void __launch_bounds__(kThreads) replica_count_kernel(const __grid_constant__ ReplicaCountArgs args) {
-  int* const shared = reinterpret_cast<int*>(dynamic_shared());
-  const Places& places = args.places;
-  const int keys = 2 * places.redundant(), cells = keys + places.num_ranks;  // rows by key, then as routed
-  for (int i = threadIdx.x; i < cells; i += kThreads) shared[i] = 0;
-  __syncthreads();
-  start_dependents();
-  wait_for_previous();
-  const Step step(args.in.top_k);
-  const Share share(args.in.num_tokens);
-  for (int64_t at = share.begin; at < share.end; at += step.tokens) {
-    const Slot slot = load_slot<Id, false>(args.in, step, at, share.end);
-    if (!slot.inside) continue;
-    const int expert = slot.expert < 0 ? -1 : places.logical()[slot.expert];
-    args.scratch.logical[slot.token * args.in.top_k + step.slot] = expert;
-    if (expert < 0) continue;
-    atomicAdd(shared + keys + static_cast<int>(places.rank_of(slot.expert)), 1);
-    const int row = places.row()[expert];
-    if (row >= 0) atomicAdd(shared + replica_key(row, slot.text()), 1);
-  }
-  __syncthreads();
-  int32_t* const own = args.tail + places.num_ranks + keys * places.own_rank();
-  for (int i = threadIdx.x; i < keys; i += kThreads) {
-    args.scratch.block_counts[blockIdx.x * keys + i] = shared[i];
-    if (shared[i] != 0) atomicAdd(own + i, shared[i]);
-  }
-  for (int r = threadIdx.x; r < places.num_ranks; r += kThreads) {
-    if (shared[keys + r] != 0) atomicAdd(args.tail + r, shared[keys + r]);
-  }
-}
 
 // Shared memory of a block, in ints, behind the tables of places.
 struct Numbers {
@@ -150,10 +101,11 @@ __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_c
   __syncthreads();
   start_dependents();
   const Step step(in.top_k);
-  const Share share(in.num_tokens);
+  const int of_grid = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  const int64_t begin = args.shares.begin(of_grid), end = args.shares.end(of_grid);
   int* const running = numbers.running(threadIdx.x / kWarp);
-  for (int64_t at = share.begin; at < share.end; at += step.tokens) {  // of what is older than this chain
-    const Slot slot = load_slot<Id, false>(in, step, at, share.end);
+  for (int64_t at = begin; at < end; at += step.tokens) {  // of what is older than this chain
+    const Slot slot = load_slot<Id, false>(in, step, at, end);
     const int row = slot.expert >= 0 ? places.row()[places.logical()[slot.expert]] : -1;
     if (row >= 0) atomicAdd(running + replica_key(row, slot.text()), 1);
   }
@@ -171,8 +123,8 @@ __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_c
     }
   }
   __syncthreads();
-  for (int64_t at = share.begin; at < share.end; at += step.tokens) {
-    const Slot slot = load_slot<Id, true>(in, step, at, share.end);
+  for (int64_t at = begin; at < end; at += step.tokens) {
+    const Slot slot = load_slot<Id, true>(in, step, at, end);
     const int expert = slot.expert >= 0 ? places.logical()[slot.expert] : -1;
     const int row = expert >= 0 ? places.row()[expert] : -1, key = row >= 0 ? replica_key(row, slot.text()) : 0;
     const int number = number_in_order(row >= 0, key, row >= 0 ? numbers.first()[key] : 0, running);
@@ -200,16 +152,10 @@ __global__ void __launch_bounds__(kThreads) replica_choose_kernel(const __grid_c
 
 }  // namespace
 
-cudaError_t enqueue_replica_count(const ReplicaCountArgs& args, cudaStream_t stream) {
-  if (args.in.top_k < 1 || args.in.top_k > kWarp) return cudaErrorInvalidValue;
-  const size_t bytes = sizeof(int) * (2 * args.places.redundant() + args.places.num_ranks);
-  const Shape shape = {
-      .grid = grid_blocks(args.in.num_tokens), .block = kThreads, .shared_bytes = bytes, .overlap = true};
-  if (args.in.ids_are_i64) return launch(replica_count_kernel<int64_t>, shape, args, stream);
-  return launch(replica_count_kernel<int32_t>, shape, args, stream);
-}
-
-cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& given, cudaStream_t stream) {
+  ReplicaChooseArgs args = given;
+  const int blocks = share_blocks(args.in);
+  args.shares = TokenShares::of(args.in.num_tokens, blocks);
   static bool raised[2][kMaxDevices] = {};
   const bool wide = args.in.ids_are_i64;
   const auto kernel = wide ? replica_choose_kernel<int64_t> : replica_choose_kernel<int32_t>;
@@ -217,8 +163,7 @@ cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t s
   if (bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
   const cudaError_t error = raise_shared_limit(kernel, max_shared_bytes(), raised[wide]);
   if (error != cudaSuccess) return error;
-  const Shape shape = {
-      .grid = grid_blocks(args.in.num_tokens), .block = kThreads, .shared_bytes = bytes, .overlap = true};
+  const Shape shape = {.grid = blocks, .block = kThreads, .shared_bytes = bytes, .overlap = true};
   return launch(kernel, shape, args, stream);
 }
 

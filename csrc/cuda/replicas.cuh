@@ -1,12 +1,13 @@
 // What the kernels of a plan with replicas hand to each other (docs/design/method.md, 3b and 4b).
 //
-// Before the exchange: ids to logical experts, and who has how many rows of each replicated expert (replica_choose.cu).
+// Before the exchange: who has how many rows of each replicated expert (load_histogram.cu).
 // Behind it: quotas and limits (replica_balance.cu), a place for every assignment (replica_choose.cu), then clip_apply.
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "assignments.cuh"
 #include "launch.cuh"
 #include "macs/carver.h"
 #include "macs/replicas.h"
@@ -14,9 +15,8 @@
 
 namespace macs::cuda {
 
-// Behind the workspace of a plan without replicas; the first two from one side of the exchange to the other.
+// Behind the workspace of a plan without replicas; the first from one side of the exchange to the other.
 struct ReplicaScratch {
-  int32_t* logical;       // [T, K] of the ids that came in
   int32_t* block_counts;  // [blocks, X, 2] own (text, visual) rows of each replicated expert
   void* chosen;           // [T, K] physical, as wide as the ids
   int32_t* quota;         // [P]
@@ -29,7 +29,6 @@ struct ReplicaScratch {
     Carver<size_t> carver(256);
     const size_t slots = static_cast<size_t>(in.num_tokens) * in.top_k, ranks = places.num_ranks;
     const auto take = [&](size_t bytes) { return static_cast<char*>(memory) + carver.take(bytes); };
-    logical = reinterpret_cast<int32_t*>(take(4 * slots));
     block_counts = reinterpret_cast<int32_t*>(take(8ull * num_sms() * places.redundant()));
     chosen = take((in.ids_are_i64 ? 8 : 4) * slots);
     quota = reinterpret_cast<int32_t*>(take(4ull * places.num_physical));
@@ -54,15 +53,6 @@ __device__ __forceinline__ Places copied(const Places& places, int32_t* shared) 
 // Of a rank's own rows of a replicated expert, as the exchange has them: text first.
 __device__ __forceinline__ int replica_key(int row, bool text) { return 2 * row + (text ? 0 : 1); }
 
-// tail: behind the histogram, zeroed before; see replica_exchange_size.
-struct ReplicaCountArgs {
-  Assignments in;
-  Places places;
-  int32_t* tail;
-  ReplicaScratch scratch;
-};
-cudaError_t enqueue_replica_count(const ReplicaCountArgs& args, cudaStream_t stream);
-
 struct ReplicaBalanceArgs {
   ClipThresholdParams p;  // cut is not written
   Places places;
@@ -77,6 +67,7 @@ struct ReplicaChooseArgs {
   const int32_t* tail;   // of the group
   const int32_t* shift;  // [E]
   ReplicaScratch scratch;
+  TokenShares shares = {};
 };
 cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t stream);
 

@@ -18,6 +18,7 @@
 #include "clip_walk.cuh"
 #include "macs/cuda.h"
 #include "plan/rounds.cuh"
+#include "replica_choose.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -78,13 +79,19 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   const SharedStorage storage(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.scratch, storage.num_bounds, gridDim.x);
-  Walk<Id, kReplicas> walk(args, storage);
-  walk.load_first();
-  clear_storage(p, args.sizes, storage);
+  Places places = args.places;
+  int* const tables = storage.moved(kWarps) + 2 * storage.experts;  // with replicas: a copy of `places`, then the numbers
   if constexpr (kReplicas) {
+    places = copied(args.places, tables);
+    clear_numbers(Numbers(tables, places));
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * storage.experts; i += kThreads) storage.moved(kWarps)[i] = 0;
+    __syncthreads();
   }
+  Walk<Id, kReplicas> walk(args, storage, places);
+  walk.load_first();
+  clear_storage(p, args.sizes, storage);
+  if constexpr (kReplicas) count_own_rows(walk, Numbers(tables, places));
   int* const levels = reinterpret_cast<int*>(shared);
   if constexpr (kWithThreshold) {
     clear_levels(args.threshold, levels);
@@ -95,13 +102,12 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   bool cut;
   if constexpr (kWithThreshold) {
     cut = make_cuts(args, storage, scratch, grid, levels);
+  } else if constexpr (kReplicas) {
+    if (choose_places(args, walk, Numbers(tables, places))) grid.barrier();  // in all blocks or none
+    cut = fill_replica_bounds(args, storage);
   } else {
-    if (blockIdx.x == 0) clear_counts(p, kReplicas ? 2 * kReplicaCounts : 6);
-    if constexpr (kReplicas) {
-      cut = fill_replica_bounds(args, storage);
-    } else {
-      cut = fill_bounds(p, storage);
-    }
+    if (blockIdx.x == 0) clear_counts(p);
+    cut = fill_bounds(p, storage);
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
@@ -109,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
     if (at_cut) quota_pass(walk);
     GridTeam<Id, kKeys, kWithThreshold, kReplicas> team = {walk, scratch, grid};
     reroute_rounds(team, p.in.policy, p.router_logits);
-  } else if (!kWithThreshold) {
-    grid.barrier();  // the counts are zero
+  } else if (!kWithThreshold && !kReplicas) {
+    grid.barrier();  // the counts are zero; replica_balance.cu, before, has cleared those with replicas
   }
   walk.write_first();
   __syncthreads();
@@ -133,7 +139,7 @@ cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold, kReplicas>;
   size_t bytes = SharedStorage::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
-  if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts;
+  if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts + Numbers::bytes(args.places);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
@@ -199,10 +205,7 @@ cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const C
                                    cudaStream_t stream, const Places& places, int32_t* rank_rows) {
   const ThresholdApplyArgs args = args_of(threshold, apply, workspace, places);
   if (!places.any()) return enqueue_clip_apply<true>(args, stream);
-  cudaError_t error = enqueue_replica_balance({threshold, places, rank_rows, args.replicas}, stream);
-  if (error != cudaSuccess) return error;
-  const int64_t cells = 2LL * places.num_experts * num_buckets(threshold.policy.bucket_bits);
-  error = enqueue_replica_choose({apply.in, places, threshold.group + cells + kNumSums, threshold.shift, args.replicas}, stream);
+  const cudaError_t error = enqueue_replica_balance({threshold, places, rank_rows, apply.counts, args.replicas}, stream);
   return error == cudaSuccess ? enqueue_clip_apply<false, true>(args, stream) : error;
 }
 

@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(kThreads) replica_balance_kernel(const __grid_
   const int used = places.first()[table.experts];
   for (int i = threadIdx.x; i < table.physical; i += kThreads) args.scratch.quota[i] = i < used ? table.quota()[i] : 0;
   for (int e = threadIdx.x; e < table.experts; e += kThreads) args.p.shift[e] = table.shift()[e];
+  for (int i = threadIdx.x; i < 2 * kReplicaCounts * table.experts; i += kThreads) args.counts[i] = 0;
   for (int r = threadIdx.x; r < table.ranks; r += kThreads) {
     args.rank_rows[r] = __ldcg(sums + kNumSums + r);
     args.rank_rows[table.ranks + r] = table.load()[r];

@@ -1,7 +1,7 @@
 // What the kernels of a plan with replicas hand to each other (docs/design/method.md, 3b and 4b).
 //
 // Before the exchange: who has how many rows of each replicated expert (load_histogram.cu).
-// Behind it: quotas and limits (replica_balance.cu), a place for every assignment (replica_choose.cu), then clip_apply.
+// Behind it: quotas and limits (replica_balance.cu), then clip_apply.cu with a place for every assignment (replica_choose.cuh).
 #pragma once
 #include <cuda_runtime.h>
 
@@ -18,7 +18,6 @@ namespace macs::cuda {
 // Behind the workspace of a plan without replicas; the first from one side of the exchange to the other.
 struct ReplicaScratch {
   int32_t* block_counts;  // [blocks, X, 2] own (text, visual) rows of each replicated expert
-  void* chosen;           // [T, K] physical, as wide as the ids
   int32_t* quota;         // [P]
   RankLimit* limits;      // [R]; room: of the group
   Kept* stakes;           // [R] what is at stake on a rank that is exceeded, else 0
@@ -27,10 +26,9 @@ struct ReplicaScratch {
   static size_t bytes(const Assignments& in, const Places& places) { return ReplicaScratch(in, places, nullptr).bytes_; }
   ReplicaScratch(const Assignments& in, const Places& places, void* memory) {
     Carver<size_t> carver(256);
-    const size_t slots = static_cast<size_t>(in.num_tokens) * in.top_k, ranks = places.num_ranks;
+    const size_t ranks = places.num_ranks;
     const auto take = [&](size_t bytes) { return static_cast<char*>(memory) + carver.take(bytes); };
     block_counts = reinterpret_cast<int32_t*>(take(8ull * num_sms() * places.redundant()));
-    chosen = take((in.ids_are_i64 ? 8 : 4) * slots);
     quota = reinterpret_cast<int32_t*>(take(4ull * places.num_physical));
     limits = reinterpret_cast<RankLimit*>(take(sizeof(RankLimit) * ranks));
     stakes = reinterpret_cast<Kept*>(take(sizeof(Kept) * ranks));
@@ -57,18 +55,9 @@ struct ReplicaBalanceArgs {
   ClipThresholdParams p;  // cut is not written
   Places places;
   int32_t* rank_rows;  // [2, R] out: as routed, as balanced
+  int32_t* counts;     // [kReplicaCounts, E, 2] out: zeros, for clip_apply
   ReplicaScratch scratch;
 };
 cudaError_t enqueue_replica_balance(const ReplicaBalanceArgs& args, cudaStream_t stream);
-
-struct ReplicaChooseArgs {
-  Assignments in;
-  Places places;
-  const int32_t* tail;   // of the group
-  const int32_t* shift;  // [E]
-  ReplicaScratch scratch;
-  TokenShares shares = {};
-};
-cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -9,7 +9,7 @@
 //              places out in order (match_any inside a step); the cuts before them are LL words, too (cut_broadcast.cuh).
 //              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
-//              no other.
+//              no other. With replicas an assignment's place is found first (replica_choose.cuh).
 // Grid:        at most one block per SM, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.

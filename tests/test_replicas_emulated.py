@@ -58,6 +58,21 @@ def test_all_rows_of_one_source_all_gates_equal(launchers: Launchers) -> None:
     check_plans(launchers, group, MacsConfig.from_preset("rank", gamma=0.9), seed=2)
 
 
+@pytest.mark.parametrize(("num_sms", "dtype"), [(1, torch.int64), (2, torch.int32)])
+def test_more_tokens_than_registers_hold(num_sms: int, dtype: torch.dtype) -> None:
+    """Warps of three steps and of two, whose later ones keep their state in the output; slots without an expert."""
+    gen = cases.generator(8)
+    shape = {"num_experts": 12, "top_k": 8, "num_ranks": 2, "imbalance": 1.2, "empty_share": 0.1}
+    mapped = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 3, 0, 1]
+    tokens = 150, 0, 9, 70
+    batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in tokens]
+    batches = [replace(b, topk_ids=b.topk_ids.to(dtype)) for b in batches]
+    group = ReplicaGroup(cases.Group(batches, 12, 4, torch.zeros(12, dtype=torch.int8)), mapped)
+    launchers = build(num_sms=num_sms)
+    for gamma in (1.0, 0.6, float("inf")):
+        check_plans(launchers, group, MacsConfig.from_preset("rank", gamma=gamma), seed=4)
+
+
 @pytest.mark.parametrize("num_ranks", [8, 20])
 def test_an_expert_on_every_rank_of_many(launchers: Launchers, num_ranks: int) -> None:
     """More places than registers hold, and more sources than a block has warps. More blocks than that are a GPU's:

@@ -47,6 +47,30 @@ struct Step {
       : tokens(whole), token_lane(of_lane), slot(threadIdx.x % kWarp - of_lane * top_k), used(of_lane < whole) {}
 };
 
+// The warps of a grid own T / W tokens each, in order, the first T mod W of them one more. Kernels that number assignments
+// together have the same grid.
+constexpr int kShareThreads = 512;  // of a block
+
+struct TokenShares {
+  int64_t each;
+  int longer;
+
+  static TokenShares of(int64_t num_tokens, int num_blocks) {
+    const int64_t warps = static_cast<int64_t>(num_blocks) * (kShareThreads / kWarp);
+    return {num_tokens / warps, static_cast<int>(num_tokens % warps)};
+  }
+  __device__ __forceinline__ int64_t begin(int warp) const { return each * warp + min(warp, longer); }
+  __device__ __forceinline__ int64_t end(int warp) const { return begin(warp) + each + (warp < longer ? 1 : 0); }
+};
+
+// One token per warp, until every SM has a block; a block per rank has its levels to add up.
+inline int share_blocks(const Assignments& in) {
+  constexpr int kWarps = kShareThreads / kWarp;
+  const int64_t blocks = (in.num_tokens + kWarps - 1) / kWarps, ranks = in.policy.num_ranks;
+  const int64_t wanted = blocks > ranks ? blocks : ranks;
+  return static_cast<int>(wanted < num_sms() ? wanted : num_sms());
+}
+
 __device__ __forceinline__ int load_id(const Assignments& in, int64_t index) {
   return in.ids_are_i64 ? static_cast<int>(__ldg(static_cast<const int64_t*>(in.topk_ids) + index))
                         : __ldg(static_cast<const int32_t*>(in.topk_ids) + index);

@@ -9,7 +9,7 @@
 //              places out in order (match_any inside a step); the cuts before them are LL words, too (cut_broadcast.cuh).
 //              Between the passes an assignment's state is its own output slot: -1 = unplaced, -2 - j = wants expert
 //              j. Slots of a warp's first step stay in registers and are written last: up to about 8000 tokens there is
-//              no other.
+//              no other. With replicas an assignment's place is found first (replica_choose.cuh).
 // Grid:        at most one block per SM, all at once (cooperative); fewer for few tokens, whose barriers
 //              are cheaper. Only clipped tokens touch their logits. Rounds end when nothing was turned away.
 // Determinism: ordered prefixes of integers; no result depends on thread order.
@@ -18,6 +18,7 @@
 #include "clip_walk.cuh"
 #include "macs/cuda.h"
 #include "plan/rounds.cuh"
+#include "replica_choose.cuh"
 
 namespace macs::cuda {
 namespace {
@@ -78,13 +79,19 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   const SharedStorage storage(p, shared + (kWithThreshold ? threshold_shared_bytes(args.threshold, kWarps) : 0));
   Grid grid(args.state);
   const Scratch scratch(args.scratch, storage.num_bounds, gridDim.x);
-  Walk<Id, kReplicas> walk(args, storage);
-  walk.load_first();
-  clear_storage(p, args.sizes, storage);
+  Places places = args.places;
+  int* const tables = storage.moved(kWarps) + 2 * storage.experts;  // with replicas: a copy of `places`, then the numbers
   if constexpr (kReplicas) {
+    places = copied(args.places, tables);
+    clear_numbers(Numbers(tables, places));
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * storage.experts; i += kThreads) storage.moved(kWarps)[i] = 0;
+    __syncthreads();
   }
+  Walk<Id, kReplicas> walk(args, storage, places);
+  walk.load_first();
+  clear_storage(p, args.sizes, storage);
+  if constexpr (kReplicas) count_own_rows(walk, Numbers(tables, places));
   int* const levels = reinterpret_cast<int*>(shared);
   if constexpr (kWithThreshold) {
     clear_levels(args.threshold, levels);
@@ -95,13 +102,12 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   bool cut;
   if constexpr (kWithThreshold) {
     cut = make_cuts(args, storage, scratch, grid, levels);
+  } else if constexpr (kReplicas) {
+    if (choose_places(args, walk, Numbers(tables, places))) grid.barrier();  // in all blocks or none
+    cut = fill_replica_bounds(args, storage);
   } else {
-    if (blockIdx.x == 0) clear_counts(p, kReplicas ? 2 * kReplicaCounts : 6);
-    if constexpr (kReplicas) {
-      cut = fill_replica_bounds(args, storage);
-    } else {
-      cut = fill_bounds(p, storage);
-    }
+    if (blockIdx.x == 0) clear_counts(p);
+    cut = fill_bounds(p, storage);
   }
   const bool at_cut = clip_pass(walk);
   if (cut) {
@@ -109,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
     if (at_cut) quota_pass(walk);
     GridTeam<Id, kKeys, kWithThreshold, kReplicas> team = {walk, scratch, grid};
     reroute_rounds(team, p.in.policy, p.router_logits);
-  } else if (!kWithThreshold) {
-    grid.barrier();  // the counts are zero
+  } else if (!kWithThreshold && !kReplicas) {
+    grid.barrier();  // the counts are zero; replica_balance.cu, before, has cleared those with replicas
   }
   walk.write_first();
   __syncthreads();
@@ -127,27 +133,20 @@ __global__ void __launch_bounds__(kThreads, 1) clip_apply_kernel(const __grid_co
   grid.leave();
 }
 
-// One token per warp, until every SM has a block; a block per rank has its levels to add up.
-int grid_blocks(const ClipApplyParams& p) {
-  const int64_t blocks = (p.in.num_tokens + kWarps - 1) / kWarps;
-  const int64_t wanted = blocks > p.in.policy.num_ranks ? blocks : p.in.policy.num_ranks;
-  return static_cast<int>(wanted < num_sms() ? wanted : num_sms());
-}
-
 template <class Id, int kKeys, bool kWithThreshold, bool kReplicas>
 cudaError_t enqueue(const ThresholdApplyArgs& args, cudaStream_t stream) {
   static bool raised[kMaxDevices] = {};
   const ClipApplyParams& p = args.apply;
   const auto kernel = clip_apply_kernel<Id, kKeys, kWithThreshold, kReplicas>;
   size_t bytes = SharedStorage::bytes(p.in.policy.num_experts, num_bounds(p.in.policy), kWarps);
-  if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts;
+  if (kReplicas) bytes += 2 * sizeof(int) * p.in.policy.num_experts + Numbers::bytes(args.places);
   if (kWithThreshold) bytes += threshold_shared_bytes(args.threshold, kWarps);
   const int most = max_shared_bytes() - static_cast<int>(kMaxLlBounds * sizeof(RawCut));
   if (bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   const cudaError_t error = raise_shared_limit(kernel, most, raised);
   if (error != cudaSuccess) return error;
   const Shape shape = {
-      .grid = grid_blocks(p), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
+      .grid = share_blocks(p.in), .block = kThreads, .shared_bytes = bytes, .overlap = true, .cooperative = true};
   return launch(kernel, shape, args, stream);
 }
 
@@ -173,12 +172,11 @@ ThresholdApplyArgs args_of(const ClipThresholdParams& threshold, const ClipApply
                            const Places& places = {}) {
   const ReplicaScratch replicas(apply.in, places, workspace);
   char* const prepared = static_cast<char*>(workspace) + (places.any() ? ReplicaScratch::bytes(apply.in, places) : 0);
-  const int64_t warps = static_cast<int64_t>(grid_blocks(apply)) * kWarps;
   const Logits order = apply.selection != nullptr ? Logits{apply.selection, DType::kFloat32}
                                                   : Logits{apply.router_logits, apply.logits_dtype};
   ClipApplyParams by_id = apply;
   if (places.any()) by_id.in.policy.num_experts = places.num_physical;
-  const ApplySizes sizes = ApplySizes::of(by_id, warps, kThreads);
+  const ApplySizes sizes = ApplySizes::of(by_id, share_blocks(apply.in), kThreads);
   void* const scratch = prepared + prepared_bytes(apply.in.policy.num_experts);
   return {threshold, apply, order, sizes, reinterpret_cast<GridState*>(prepared), scratch, places, replicas};
 }
@@ -207,10 +205,7 @@ cudaError_t launch_threshold_apply(const ClipThresholdParams& threshold, const C
                                    cudaStream_t stream, const Places& places, int32_t* rank_rows) {
   const ThresholdApplyArgs args = args_of(threshold, apply, workspace, places);
   if (!places.any()) return enqueue_clip_apply<true>(args, stream);
-  cudaError_t error = enqueue_replica_balance({threshold, places, rank_rows, args.replicas}, stream);
-  if (error != cudaSuccess) return error;
-  const int64_t cells = 2LL * places.num_experts * num_buckets(threshold.policy.bucket_bits);
-  error = enqueue_replica_choose({apply.in, places, threshold.group + cells + kNumSums, threshold.shift, args.replicas}, stream);
+  const cudaError_t error = enqueue_replica_balance({threshold, places, rank_rows, apply.counts, args.replicas}, stream);
   return error == cudaSuccess ? enqueue_clip_apply<false, true>(args, stream) : error;
 }
 

@@ -7,10 +7,10 @@
 
 namespace macs::cuda {
 
-// One block, before any adds to them. num_counts: of an expert.
-__device__ __forceinline__ void clear_counts(const ClipApplyParams& p, int num_counts) {
+// One block, before any adds to them.
+__device__ __forceinline__ void clear_counts(const ClipApplyParams& p) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < num_counts * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
+  for (int i = threadIdx.x; i < 6 * p.in.policy.num_experts; i += kThreads) p.counts[i] = 0;
 }
 
 // The cuts as they are found: to all blocks as LL words, or behind a barrier.
@@ -40,7 +40,7 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
   const bool by_words = storage.num_bounds <= kMaxLlBounds;
   const unsigned epoch = by_words ? grid.launch() : 0;
   if (blockIdx.x == gridDim.x - 1) {
-    clear_counts(args.apply, 6);
+    clear_counts(args.apply);
     if (by_words) {
       scratch.clear_words(storage.num_bounds);
       broadcast.publish_ready(epoch);
@@ -58,7 +58,7 @@ __device__ __forceinline__ bool make_cuts(const ThresholdApplyArgs& args, const 
   return fill_bounds(args.threshold, storage, by_words ? raw : scratch.raw);
 }
 
-// This source's cuts from what it sends to the ranks that are exceeded, by each block. Returns whether any bound is cut.
+// This source's cuts from what all blocks send to the ranks that are exceeded, by each block. Returns whether any bound is cut.
 __device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& args, const SharedStorage& storage) {
   const Policy& policy = args.threshold.policy;
   const int num_levels = 2 * num_buckets(policy.bucket_bits), lane = threadIdx.x % kWarp;
@@ -68,8 +68,6 @@ __device__ __forceinline__ bool fill_replica_bounds(const ThresholdApplyArgs& ar
     stake.group += args.replicas.stakes[r].group, stake.own += args.replicas.stakes[r].own;
   }
   bool any = false;
-#pragma unroll 1
-  for (int j = threadIdx.x; j < storage.experts; j += kThreads) storage.shift()[j] = args.threshold.shift[j];
 #pragma unroll 1
   for (int r = threadIdx.x / kWarp; r < storage.num_bounds; r += kWarps) {
     const RankLimit limit = args.replicas.limits[r];

@@ -11,7 +11,7 @@ namespace macs::cuda {
 template <class Walk>
 __device__ __forceinline__ bool clip_pass(Walk& walk) {
   bool any = false;
-  walk.for_each(false, [&](State& state, int64_t) {
+  walk.for_each(Walk::kHasPlaces, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
     if (!slot.inside) return;
     const int side = slot.expert < 0 ? 1 : walk.compare_to_cut(state);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void quota_pass(Walk& walk) {
   const bool rows = walk.p.in.policy.load == Load::kRows;
   walk.for_each(true, [&](State& state, int64_t) {
     const Slot& slot = state.slot;
-    const bool pending = slot.expert >= 0 && walk.compare_to_cut(state) == 0;
+    const bool pending = walk.at_cut(state);
     const int bound = pending ? walk.bound_of(state) : 0;
     const int64_t limit = static_cast<int64_t>(walk.storage.quota()[bound]) - walk.storage.base()[bound];
     const bool stays = accept_in_order(pending, bound, walk.units(slot), rows, walk.storage.own_running(), limit);

@@ -11,7 +11,7 @@
 
 namespace macs::cuda {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kShareThreads;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxExperts = 1024;
 
@@ -39,61 +39,53 @@ struct Output {
 };
 
 // A slot, its present id (>= 0 an expert, -1 unplaced, -2 - j a proposal) and its new weight. With replicas, `slot.expert` and j
-// are logical, `current` and `sent` physical.
+// are logical, `current` and `routed` physical.
 struct State {
   Slot slot;
   int current;
   float weight;
   bool in_registers;  // until the end; else its output slot holds it between the passes
-  int sent;           // where the choice of replicas puts it
-  bool moved;         // elsewhere than it was routed
+  int routed;         // the id that came in
 };
 
 // What every pass shares: the tokens of this warp, step by step, the first step kept in registers.
 template <class Id, bool kReplicas>
 struct Walk {
+  static constexpr bool kHasPlaces = kReplicas;
   const ClipApplyParams& p;
   const Logits& order;
   const ApplySizes& sizes;
   const Places& places;
-  const void* chosen;  // [T, K]
   const SharedStorage storage;
   const Step step;
   int64_t begin, end;
   State first;
 
-  __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const SharedStorage& b)
-      : p(args.apply), order(args.order), sizes(args.sizes), places(args.places), chosen(args.replicas.chosen),
-        storage(b), step(p.in.top_k, sizes.by_top_k) {
+  __device__ __forceinline__ Walk(const ThresholdApplyArgs& args, const SharedStorage& b, const Places& tables)
+      : p(args.apply), order(args.order), sizes(args.sizes), places(tables), storage(b), step(p.in.top_k, sizes.by_top_k) {
     const int warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
-    begin = sizes.tokens_per_warp * warp + min(warp, sizes.longer_warps);
-    end = begin + sizes.tokens_per_warp + (warp < sizes.longer_warps ? 1 : 0);
+    begin = sizes.shares.begin(warp), end = sizes.shares.end(warp);
   }
   template <bool kWithWeight>
   __device__ __forceinline__ State load(int64_t at, bool in_registers) const {
-    State state = {load_slot<Id, kWithWeight>(p.in, step, at, end), -1, 0.0f, in_registers, -1, false};
-    if (kReplicas && !in_registers) choose(state);
+    State state = {load_slot<Id, kWithWeight>(p.in, step, at, end), -1, 0.0f, in_registers, -1};
+    if (kReplicas && state.slot.expert >= 0) {
+      state.routed = state.slot.expert;
+      state.slot.expert = places.logical()[state.routed];
+    }
     return state;
   }
-  // From the physical id that was routed to the logical expert, and the replica that was chosen for it.
-  __device__ __forceinline__ void choose(State& state) const {
-    Slot& slot = state.slot;
-    if (slot.expert < 0) return;
-    state.sent = static_cast<int>(__ldcg(static_cast<const Id*>(chosen) + slot.token * p.in.top_k + step.slot));
-    state.moved = state.sent != slot.expert;
-    slot.expert = places.logical()[slot.expert];
-  }
-  // Before the wait: what is older than the chain of kernels. The weight is not, nor is the choice.
+  // Before the wait: what is older than the chain of kernels. The weight is not.
   __device__ __forceinline__ void load_first() { first = load<false>(begin, true); }
   __device__ __forceinline__ void load_weight() {
     if (first.slot.inside) first.slot.weight = p.in.weight[first.slot.token];
-    if (kReplicas) choose(first);
   }
-  // Of a slot that holds an assignment: its bound, the id that it goes out with, and an id's expert.
+  // Of an assignment that has not lost its place: its bound, the id that it goes out with, and an id's expert. With replicas
+  // the place is in `current` from their choice on.
   __device__ __forceinline__ int bound_of(const State& state) const {
-    return kReplicas ? sizes.by_rank.divide(state.sent) : storage.bound_of()[state.slot.expert];
+    return kReplicas ? sizes.by_rank.divide(state.current) : storage.bound_of()[state.slot.expert];
   }
-  __device__ __forceinline__ int id_of(const State& state) const { return kReplicas ? state.sent : state.slot.expert; }
+  __device__ __forceinline__ int id_of(const State& state) const { return kReplicas ? state.current : state.slot.expert; }
   __device__ __forceinline__ int expert_of(int id) const { return kReplicas && id >= 0 ? places.logical()[id] : id; }
 
   __device__ __forceinline__ void put(State& state, int id, float weight) const {
@@ -126,13 +118,17 @@ struct Walk {
     const int level = level_of(bucket_of_slot(p.in, slot), shift, slot.text(), p.in.policy);
     return level - storage.level()[bound_of(state)];
   }
+  // Behind the clip pass, which leaves no place to what is below its cut.
+  __device__ __forceinline__ bool at_cut(const State& state) const {
+    return state.slot.expert >= 0 && (!kReplicas || state.current >= 0) && compare_to_cut(state) == 0;
+  }
   __device__ __forceinline__ void count(int kind, int expert, bool text) const {
     atomicAdd(storage.counts() + (kind * storage.experts + expert) * 2 + (text ? 1 : 0), 1);
   }
   // Whether an assignment that was routed stays.
   __device__ __forceinline__ void count_outcome(const State& state, bool stays) const {
     count(stays ? 0 : 1, state.slot.expert, state.slot.text());
-    if (kReplicas && stays && state.moved) {
+    if (kReplicas && stays && state.current != state.routed) {
       atomicAdd(storage.moved(kWarps) + state.slot.expert * 2 + (state.slot.text() ? 1 : 0), 1);
     }
   }

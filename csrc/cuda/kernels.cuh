@@ -2,7 +2,9 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "assignments.cuh"
 #include "macs/params.h"
+#include "macs/replicas.h"
 #include "segment_sums.cuh"
 
 namespace macs::cuda {
@@ -34,13 +36,16 @@ struct EntropyScoreArgs {
 cudaError_t enqueue_entropy_score(const EntropyScoreArgs& args, bool overlap, cudaStream_t stream);
 
 // The histogram, with the weights computed from the sums where `layout.sums` is given, or 0.5 and written to `weight.weight`
-// where that is, or else taken from `p.in.weight`.
+// where that is, or else taken from `p.in.weight`. With places ids are physical, and the exchange's rows of ranks and replicas
+// are counted behind the histogram, zeroed before.
 struct LoadHistogramArgs {
   LoadHistogramParams p;
   EntropyWeightParams weight;
   SumsLayout layout;
+  Places places = {};
+  TokenShares shares = {};          // with places
+  int32_t* block_counts = nullptr;  // with places; of ReplicaScratch
 };
-// overlap: the ids are older than the chain of kernels.
-cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream, bool overlap = true);
+cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -21,6 +21,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kMostShare = 2 * (kOctaves << kMaxBucketBits) / kWarp;  // levels of a lane
 constexpr int kFewPlaces = 4;  // of an expert that is poured in registers
 constexpr int kCells = 4;      // that a lane loads at once
+constexpr int kExperts = 8;    // whose rows a warp counts at once
 
 // Shared memory of a block, in ints, behind the tables of places. Loads and quotas change place by place.
 struct Table {
@@ -48,13 +49,24 @@ struct Table {
 __device__ __forceinline__ void count_rows(const ReplicaBalanceArgs& args, const Table& table) {
   const int lane = threadIdx.x % kWarp, buckets = table.num_levels / 2;
 #pragma unroll 1
-  for (int e = threadIdx.x / kWarp; e < table.experts; e += kWarps) {
-    const int32_t* const cells = args.p.group + static_cast<int64_t>(e) * table.num_levels;
-    int visual = 0, text = 0;
-#pragma unroll 4
-    for (int b = lane; b < buckets; b += kWarp) visual += __ldcg(cells + b), text += __ldcg(cells + buckets + b);
-    visual = __reduce_add_sync(kFullMask, visual), text = __reduce_add_sync(kFullMask, text);
-    if (lane == 0) table.rows()[e] = visual + text, table.text()[e] = text;
+  for (int first = threadIdx.x / kWarp; first < table.experts; first += kExperts * kWarps) {
+    int visual[kExperts] = {}, text[kExperts] = {};
+#pragma unroll 2
+    for (int b = lane; b < buckets; b += kWarp) {
+#pragma unroll
+      for (int i = 0; i < kExperts; ++i) {
+        const int e = first + i * kWarps;
+        if (e >= table.experts) continue;
+        const int32_t* const cells = args.p.group + static_cast<int64_t>(e) * table.num_levels + b;
+        visual[i] += __ldcg(cells), text[i] += __ldcg(cells + buckets);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kExperts; ++i) {
+      const int e = first + i * kWarps;
+      const int of_visual = __reduce_add_sync(kFullMask, visual[i]), of_text = __reduce_add_sync(kFullMask, text[i]);
+      if (lane == 0 && e < table.experts) table.rows()[e] = of_visual + of_text, table.text()[e] = of_text;
+    }
   }
 }
 
@@ -282,6 +294,7 @@ __global__ void __launch_bounds__(kThreads) replica_balance_kernel(const __grid_
   const int used = places.first()[table.experts];
   for (int i = threadIdx.x; i < table.physical; i += kThreads) args.scratch.quota[i] = i < used ? table.quota()[i] : 0;
   for (int e = threadIdx.x; e < table.experts; e += kThreads) args.p.shift[e] = table.shift()[e];
+  for (int i = threadIdx.x; i < 2 * kReplicaCounts * table.experts; i += kThreads) args.counts[i] = 0;
   for (int r = threadIdx.x; r < table.ranks; r += kThreads) {
     args.rank_rows[r] = __ldcg(sums + kNumSums + r);
     args.rank_rows[table.ranks + r] = table.load()[r];

@@ -1,12 +1,13 @@
 // What the kernels of a plan with replicas hand to each other (docs/design/method.md, 3b and 4b).
 //
-// Before the exchange: ids to logical experts, and who has how many rows of each replicated expert (replica_choose.cu).
-// Behind it: quotas and limits (replica_balance.cu), a place for every assignment (replica_choose.cu), then clip_apply.
+// Before the exchange: who has how many rows of each replicated expert (load_histogram.cu).
+// Behind it: quotas and limits (replica_balance.cu), then clip_apply.cu with a place for every assignment (replica_choose.cuh).
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "assignments.cuh"
 #include "launch.cuh"
 #include "macs/carver.h"
 #include "macs/replicas.h"
@@ -14,11 +15,9 @@
 
 namespace macs::cuda {
 
-// Behind the workspace of a plan without replicas; the first two from one side of the exchange to the other.
+// Behind the workspace of a plan without replicas; the first from one side of the exchange to the other.
 struct ReplicaScratch {
-  int32_t* logical;       // [T, K] of the ids that came in
   int32_t* block_counts;  // [blocks, X, 2] own (text, visual) rows of each replicated expert
-  void* chosen;           // [T, K] physical, as wide as the ids
   int32_t* quota;         // [P]
   RankLimit* limits;      // [R]; room: of the group
   Kept* stakes;           // [R] what is at stake on a rank that is exceeded, else 0
@@ -27,11 +26,9 @@ struct ReplicaScratch {
   static size_t bytes(const Assignments& in, const Places& places) { return ReplicaScratch(in, places, nullptr).bytes_; }
   ReplicaScratch(const Assignments& in, const Places& places, void* memory) {
     Carver<size_t> carver(256);
-    const size_t slots = static_cast<size_t>(in.num_tokens) * in.top_k, ranks = places.num_ranks;
+    const size_t ranks = places.num_ranks;
     const auto take = [&](size_t bytes) { return static_cast<char*>(memory) + carver.take(bytes); };
-    logical = reinterpret_cast<int32_t*>(take(4 * slots));
     block_counts = reinterpret_cast<int32_t*>(take(8ull * num_sms() * places.redundant()));
-    chosen = take((in.ids_are_i64 ? 8 : 4) * slots);
     quota = reinterpret_cast<int32_t*>(take(4ull * places.num_physical));
     limits = reinterpret_cast<RankLimit*>(take(sizeof(RankLimit) * ranks));
     stakes = reinterpret_cast<Kept*>(take(sizeof(Kept) * ranks));
@@ -54,30 +51,13 @@ __device__ __forceinline__ Places copied(const Places& places, int32_t* shared) 
 // Of a rank's own rows of a replicated expert, as the exchange has them: text first.
 __device__ __forceinline__ int replica_key(int row, bool text) { return 2 * row + (text ? 0 : 1); }
 
-// tail: behind the histogram, zeroed before; see replica_exchange_size.
-struct ReplicaCountArgs {
-  Assignments in;
-  Places places;
-  int32_t* tail;
-  ReplicaScratch scratch;
-};
-cudaError_t enqueue_replica_count(const ReplicaCountArgs& args, cudaStream_t stream);
-
 struct ReplicaBalanceArgs {
   ClipThresholdParams p;  // cut is not written
   Places places;
   int32_t* rank_rows;  // [2, R] out: as routed, as balanced
+  int32_t* counts;     // [kReplicaCounts, E, 2] out: zeros, for clip_apply
   ReplicaScratch scratch;
 };
 cudaError_t enqueue_replica_balance(const ReplicaBalanceArgs& args, cudaStream_t stream);
-
-struct ReplicaChooseArgs {
-  Assignments in;
-  Places places;
-  const int32_t* tail;   // of the group
-  const int32_t* shift;  // [E]
-  ReplicaScratch scratch;
-};
-cudaError_t enqueue_replica_choose(const ReplicaChooseArgs& args, cudaStream_t stream);
 
 }  // namespace macs::cuda

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "assignments.cuh"
 #include "cut_broadcast.cuh"
 #include "divisor.cuh"
 #include "grid.cuh"
@@ -42,16 +43,14 @@ struct Scratch {
 
 // What the host works out: a division by what it does not know costs a block 25 instructions or, in 64 bits, 100.
 struct ApplySizes {
-  int64_t tokens_per_warp;  // and one more of the first `longer_warps`
-  int longer_warps;
+  TokenShares shares;
   int per_rank;                          // experts
   int parts;                             // threads of a block that share a bound's entries
   Divisor by_rank, by_bounds, by_top_k;  // by experts per rank, bounds, slots per token
 
-  static ApplySizes of(const ClipApplyParams& p, int64_t num_warps, int num_threads) {
+  static ApplySizes of(const ClipApplyParams& p, int num_blocks, int num_threads) {
     const int per_rank = p.in.policy.num_experts / p.in.policy.num_ranks, bounds = macs::num_bounds(p.in.policy);
-    return {.tokens_per_warp = p.in.num_tokens / num_warps,
-            .longer_warps = static_cast<int>(p.in.num_tokens % num_warps),
+    return {.shares = TokenShares::of(p.in.num_tokens, num_blocks),
             .per_rank = per_rank,
             .parts = num_threads / bounds,
             .by_rank = Divisor::of(per_rank),

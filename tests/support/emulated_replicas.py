@@ -81,9 +81,12 @@ class ReplicaPlan:
     def alone(self) -> PlanResult:
         """Both launchers at once, without an exchange: the kernels overlap as far as they may."""
         self._set("own")
+        before = self.library.launches
         with self.library.together():
             self._launch_before()
             self._launch_behind()
+        scored = self.score.hidden_states is not None and self.score.num_tokens > 0
+        assert self.library.launches - before == 4 + scored  # to zero and to score, histogram, balance, apply
         self.out["group"].copy_(self.out["own"])
         return self._result()
 

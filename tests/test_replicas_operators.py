@@ -11,8 +11,10 @@ from hypothesis import given
 
 from reference import cases, replica_cases
 from reference.replica_cases import ReplicaGroup
+from sglang_macs import ops
 from sglang_macs.config import MacsConfig
-from sglang_macs.plan.plan import PlanResult
+from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.tokens import RoutedTokens
 from tests.support.replicas import PLACED, assert_alike, exchanged, placed, plans
 
 HAPPENS = {
@@ -31,14 +33,20 @@ HAPPENS = {
 }
 
 
+def by_operators(plan: Plan, tokens: RoutedTokens, total: torch.Tensor) -> PlanResult:
+    """As where the operators are Triton's, which has no whole plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "is_whole", lambda tensor: False)
+        return plan(tokens, lambda tensor: tensor.copy_(total))
+
+
 def check(group: ReplicaGroup, config: MacsConfig) -> list[PlanResult]:
     """Every rank's plan by operators, which is that of one call."""
     of_rank, results = plans(group, config), []
     _, total = exchanged(group, of_rank)
     for plan, b in zip(of_rank, group.group.batches, strict=True):
-        results.append(plan._by_operators(b.routed, lambda tensor: tensor.copy_(total)))
-        whole = plan(b.routed, lambda tensor: tensor.copy_(total))
-        assert_alike(results[-1], whole)
+        results.append(by_operators(plan, b.routed, total))
+        assert_alike(results[-1], plan(b.routed, lambda tensor: tensor.copy_(total)))
     return results
 
 

@@ -30,7 +30,8 @@ SELECTED = """
 or any_gate or of_any or infinite_gamma
 or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
 or (awkward and nan) or a_proposal or selection_score or rounded_to_nothing or without_logits or keep_their or strided
-or planned_as_in_one_call or quotas_and_limits or tables_that_do_not_fit
+or any_group_is_planned or (placements_are_planned and (int64 or eight_ranks)) or quotas_and_limits
+or tables_that_do_not_fit
 """
 
 

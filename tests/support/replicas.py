@@ -30,26 +30,22 @@ PLACED = {
         [x for rank in range(8) for x in (0, 2 * rank + 1, 2 * rank + 2)], 8, (60, 5), {"gamma": math.inf},
     ),
     "eight_ranks": ([*range(20), 0, 0, 1, 2], 8, (20, 0, 16, 3, 40, 1), {"gamma": 1.0}),
-    "one_source_alike": ([0, 1, 2, 3, 4, 5, 0, 1], 4, (0, 60), {"gamma": 0.9, "ties": True}),
+    "one_source_alike": ([0, 1, 2, 3, 4, 5, 0, 1], 4, (0, 60), {"gamma": 0.9}),
     "no_tokens": ([0, 1, 2, 3, 4, 5, 0, 1], 4, (), {"gamma": 1.0}),
 }  # fmt: skip
 
 
 def placed(name: str, dtype: torch.dtype) -> tuple[ReplicaGroup, MacsConfig]:
     """A case: skewed loads, some slots empty. Entropies matter to nothing, so that weights are the same bits."""
-    mapped, num_ranks, tokens, given = PLACED[name]
-    options = dict(given)
-    gen, num_experts, ties = cases.generator(11), max(mapped) + 1, bool(options.pop("ties", False))
+    mapped, num_ranks, tokens, options = PLACED[name]
+    gen, num_experts, top_k = cases.generator(11), max(mapped) + 1, 2
     parts = 2 - num_experts % 2
-    top_k = 2
-    imbalance = 1 + 0.8 * (cases.most_imbalance(num_experts, parts, top_k) - 1)
-    shape = {"num_experts": num_experts, "top_k": top_k, "num_ranks": parts, "imbalance": imbalance}
-    batches = []
-    for rank in range(num_ranks):
-        count = tokens[rank] if rank < len(tokens) else 0
-        b = cases.batch(gen, num_tokens=count, ties=ties, empty_share=0.1, **shape)
-        b = replica_cases.with_copies(b, mapped, gen)
-        batches.append(replace(b, topk_ids=b.topk_ids.to(dtype)))
+    shape = {"num_experts": num_experts, "top_k": top_k, "num_ranks": parts, "empty_share": 0.1}
+    shape["imbalance"] = 1 + 0.8 * (cases.most_imbalance(num_experts, parts, top_k) - 1)
+    shape["ties"] = name.endswith("alike")
+    counts = [*tokens, *[0] * (num_ranks - len(tokens))]
+    batches = [replica_cases.with_copies(cases.batch(gen, num_tokens=n, **shape), mapped, gen) for n in counts]
+    batches = [replace(b, topk_ids=b.topk_ids.to(dtype)) for b in batches]
     modality = torch.zeros(num_experts, dtype=torch.int8)
     config = MacsConfig.from_preset("rank", importance="gate", rho=0.0, **options)
     return ReplicaGroup(cases.Group(batches, num_experts, num_ranks, modality), mapped), config

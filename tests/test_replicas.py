@@ -20,16 +20,7 @@ from sglang_macs.ops import replica_balance
 from sglang_macs.plan.places import Places
 from sglang_macs.plan.plan import Plan, PlanResult
 from sglang_macs.plan.tokens import RoutedTokens
-from tests.support.replicas import plans
-
-
-def exchanged(group: ReplicaGroup, of_rank: list[Plan]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """(weights of each rank, the sum of what they exchange)."""
-    weights, own = [], []
-    for plan, b in zip(of_rank, group.group.batches, strict=True):
-        weights.append(plan.weight(b.hidden_states, b.segment, b.num_segments))
-        own.append(plan.histogram(b.topk_ids, b.topk_weights, weights[-1], b.segment))
-    return weights, torch.stack(own).sum(0, dtype=torch.int32)
+from tests.support.replicas import exchanged, plans
 
 
 def run(group: ReplicaGroup, config: MacsConfig, call: str = "__call__") -> list[PlanResult]:
@@ -249,5 +240,10 @@ def test_tables_that_do_not_fit_the_layer_are_refused() -> None:
                          (places.table(torch.device("cpu")).long(), "places: got dtype")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             torch.ops.sglang_macs.load_histogram(*batch, plan.policy, table)
+
+
+def test_an_id_behind_the_last_copy_is_refused_on_a_cpu() -> None:
+    plan = Plan(MacsConfig(), 3, 2, places=Places(3, 4, 2, 0, [0, 1, 2, 0]))
+    ids, ones = torch.full((2, 1), 4), torch.ones(2, 1)
     with pytest.raises(ValueError, match="topk_ids: got expert 4"):
-        plan.histogram(batch[0] + 4, *batch[1:])
+        plan.histogram(ids, ones, ones[:, 0], torch.zeros(2, dtype=torch.int32))

@@ -1,4 +1,7 @@
-"""Plans with replicas on a GPU: the CPU's bits, again after experts have moved, and in a graph captured before."""
+"""Plans with replicas on a GPU: the CPU's bits, again after experts have moved, and in a graph captured before.
+
+As in test_gpu.py, they test what CUDA tensors get; MACS_CUDA_BACKEND=triton asks for Triton's operators.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,13 @@ from sglang_macs.dispatch.planner import LayerPlanner
 from sglang_macs.observe.stats import Stats
 from sglang_macs.plan.batch import Batch, forward
 from sglang_macs.plan.places import Places
-from sglang_macs.plan.plan import Plan, PlanResult
+from sglang_macs.plan.plan import Plan
 from sglang_macs.plan.tokens import RoutedTokens
 from tests.support.gpu_batches import EXPERTS, RANKS, batch, to_gpu
+from tests.support.replicas import PLACED, assert_alike, exchanged, placed, plans
 
 pytestmark = pytest.mark.gpu
 REDUNDANT = 32
-
-
-@pytest.fixture(autouse=True)
-def _own_kernels() -> None:
-    if ops.cuda_backend() != "cuda":
-        pytest.skip("Triton's operators take no places")
 
 
 def placement(seed: int) -> list[int]:
@@ -43,14 +41,6 @@ def routed(tokens: int, mapped: list[int], dtype: torch.dtype = torch.int64) -> 
     hidden, ids, weights, logits, segment = batch(tokens, 8, seed=tokens)
     first = torch.tensor([mapped.index(expert) for expert in range(EXPERTS)])
     return hidden, torch.where(ids < 0, -1, first[ids.clamp(min=0)]).to(dtype), weights, logits, segment
-
-
-def assert_alike(got: PlanResult, want: PlanResult) -> None:
-    for name, mine, theirs in zip(got._fields, got, want, strict=True):
-        if mine.is_floating_point():
-            torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-7)
-        else:
-            assert torch.equal(mine.cpu(), theirs), name
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -70,6 +60,30 @@ def test_integers_equal_the_cpu_s(tokens: int, gamma: float, dtype: torch.dtype)
             again = on_gpu(RoutedTokens(*to_gpu(*host), 1))
             for mine, theirs in zip(again, first, strict=True):
                 assert torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("name", PLACED)
+def test_a_group_s_plans_are_the_cpu_s(name: str, dtype: torch.dtype) -> None:
+    group, config = placed(name, dtype)
+    on_cpu, on_gpu = plans(group, config), plans(group, config)
+    _, total = exchanged(group, on_cpu)
+    for cpu, gpu, b in zip(on_cpu, on_gpu, group.group.batches, strict=True):
+        want = cpu(b.routed, lambda tensor: tensor.copy_(total))
+        tokens = RoutedTokens(*to_gpu(*b.routed[:5]), b.num_segments)
+        assert_alike(gpu(tokens, lambda tensor: tensor.copy_(total)), want)
+
+
+def test_a_plan_never_makes_the_host_wait() -> None:
+    mapped = placement(1)
+    plan, given = plan_of(MacsConfig.from_preset("rank", gamma=1.0), mapped), to_gpu(*routed(256, mapped))
+    first = plan(RoutedTokens(*given, 1))  # loads the modules
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = plan(RoutedTokens(*given, 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again.topk_ids, first.topk_ids) and torch.equal(again.counts, first.counts)
 
 
 def test_a_captured_plan_sees_experts_move() -> None:
@@ -119,6 +133,7 @@ class Layer:
             return self.call(self.forward, *given)
 
 
+@pytest.mark.skipif(ops.cuda_backend() != "cuda", reason="graphs are the bounded dispatch's, which is CUDA's only")
 def test_a_layer_that_is_a_graph_sees_experts_move() -> None:
     """It gives what its launches give, and is captured once."""
     placements = [placement(1)] * 3 + [placement(2)] * 2

@@ -14,19 +14,24 @@ import torch
 
 from reference import cases
 from sglang_macs import ops
+from sglang_macs.plan.places import Places
 from tests.support import operators
 from tests.support.bad_calls import BAD
 from tests.support.operator_cases import chain
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-OPERATORS_TESTS = ("tests/test_ops.py", "tests/test_ops_contract.py")
+OPERATORS_TESTS = (
+    "tests/test_ops.py", "tests/test_ops_contract.py", "tests/test_replicas.py", "tests/test_replicas_operators.py",
+)  # fmt: skip
 # Of these what the interpreter does within a minute: all operators, no batch of 1500 tokens.
 SELECTED = """
 (test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
 or any_gate or of_any or infinite_gamma
 or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
 or (awkward and nan) or a_proposal or selection_score or rounded_to_nothing or without_logits or keep_their or strided
+or any_group_is_planned or (placements_are_planned and (int64 or eight_ranks)) or quotas_and_limits
+or tables_that_do_not_fit
 """
 
 
@@ -116,12 +121,41 @@ def test_every_kernel_compiles_for_sm_90(compiled):
         modality = torch.zeros(experts, dtype=torch.int8)
         shift, cut = triton_ops.clip_threshold(own, own, modality, policy)
         triton_ops.clip_apply(ids, gates, weight, segment, logits, shift, cut, policy)
+    compile_replicas(triton_ops, ids, gates, logits, weight, segment)
     written = {name for file in (ROOT / "sglang_macs/ops/triton").glob("*.py")
                for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}  # fmt: skip
     assert set(compiled) == written
-    for name in ("_levels_kernel", "_cut_kernel"):  # the thresholds' double arithmetic is in the order written
+    doubles = "_levels_kernel", "_cut_kernel", "_split_kernel", "_exceeded_kernel", "_limit_kernel"
+    for name in doubles:  # the thresholds' double arithmetic is in the order written
         assert any("mul.rn.f64" in ptx for ptx in compiled[name])
         assert not any(re.search(r"fma\.\w+\.f64", ptx) for ptx in compiled[name])
+
+
+def compile_replicas(triton_ops, ids, gates, logits, weight, segment) -> None:
+    """Launches every operator with the tables of four ranks, which have two copies of expert 0 each beside others."""
+    experts, ranks = logits.size(1), 4
+    mapped = [*range(experts), 0, 0, 1, 2]
+    table = Places(experts, len(mapped), ranks, 1, mapped).table(torch.device("cpu"))
+    policy = operators.policy_of(num_experts=experts, num_ranks=ranks, reroute_rounds=1, gamma=1.05, alpha=1.0)
+    batch = ids, gates, weight, segment
+    own = triton_ops.load_histogram(*batch, policy, table)
+    modality = torch.zeros(experts, dtype=torch.int8)
+    shift, quota, _, limits = triton_ops.replica_balance(own, own, modality, policy, table)
+    chosen, cut = triton_ops.replica_choose(*batch, own, shift, quota, limits, policy, table)
+    triton_ops.clip_apply(*batch, logits, shift, cut, policy, table, chosen)
+
+
+def test_a_pour_sees_what_the_one_before_wrote(compiled):
+    """Between a store and the next load of the loop stands a barrier: Triton orders nothing by itself."""
+    from sglang_macs.ops import triton as triton_ops
+
+    tokens = 4
+    ids, rows = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, dtype=torch.int32)
+    compile_replicas(triton_ops, ids, torch.zeros(tokens, 2), torch.zeros(tokens, 16), torch.zeros(tokens), rows)
+    (ptx,) = compiled["_pour_kernel"]
+    order = re.findall(r"ld\.global|st\.global|bar\.sync", ptx)
+    first = order.index("st.global")
+    assert order[first - 1 :] == ["bar.sync", "st.global", "st.global", "bar.sync"]
 
 
 @pytest.mark.parametrize("asked", ["triton", "metal"])

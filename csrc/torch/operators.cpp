@@ -63,7 +63,7 @@ void run(const SelectionScoreParams& p, const Tensor&) { cpu::selection_score(p,
 
 #endif
 
-void check_policy(at::ArrayRef<double> packed) { checked_policy(packed); }
+void check_policy(at::ArrayRef<double> packed, int64_t num_physical) { checked_policy(packed, num_physical); }
 
 Tensor entropy_score(const Tensor& hidden_states, const Tensor& segment) {
   check_hidden(hidden_states);
@@ -299,7 +299,7 @@ std::tuple<Tensor, Tensor> replica_choose_meta(const Tensor& topk_ids, const Ten
 
 TORCH_LIBRARY_FRAGMENT(sglang_macs, m) {
   m.def("definitions() -> str", &macs::definitions);
-  m.def("check_policy(float[] policy) -> ()", &macs::check_policy);
+  m.def("check_policy(float[] policy, int num_physical=0) -> ()", &macs::check_policy);
   m.def("entropy_score(Tensor hidden_states, Tensor segment) -> Tensor");
   m.def("entropy_weight(Tensor entropy, Tensor segment, int num_segments, float delta) -> Tensor");
   m.def(

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 
-from .. import ops
 from ..config import MacsConfig
 from ..errors import MacsNotActive
 from ..plan.places import Places
@@ -31,8 +30,6 @@ def places_of(config: MacsConfig, moe_runner_config) -> Places | None:
         return None
     if not replicas_on(device, moe.deepep_mode):
         return None
-    if device == "cuda" and ops.cuda_backend() != "cuda":
-        raise MacsNotActive("only the extension's CUDA kernels plan with replicas; pass --macs-replicas keep")
     metadata, layer_id = get_global_expert_location_metadata(), moe_runner_config.layer_id
     if metadata is None or metadata.num_physical_experts != moe_runner_config.num_experts:
         raise MacsNotActive("SGLang does not say where this model's experts lie; pass --macs-replicas keep")

@@ -49,13 +49,12 @@ def load_histogram(
         topk_weights: [T, K] f32.
         weight: [T] f32 of `entropy_weight`.
         segment: [T] i32, -1 = text.
-        places: tables of `plan.places.Places`, or None: experts lie linearly. With them, ids are physical. On a CPU.
+        places: tables of `plan.places.Places`, or None: experts lie linearly. With them, ids are physical. On a GPU
+            only in Triton: the extension's kernels take them in whole plans.
     Returns:
         [E * 2 * B + 4] i32; ranks add theirs up elementwise. With places, [R + R * X * 2] more lie behind.
     Source: docs/design/method.md 3, 3b.
     """
-    if places is None:  # Triton's take no tables
-        return loaded.load_histogram(topk_ids, topk_weights, weight, segment, policy)
     return loaded.load_histogram(topk_ids, topk_weights, weight, segment, policy, places)
 
 
@@ -76,7 +75,8 @@ def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: Policy)
 def replica_balance(
     own: Tensor, group: Tensor, modality: Tensor, policy: Policy, places: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How many rows each replica gets, and what this rank may send where a bound is exceeded all the same. On a CPU.
+    """How many rows each replica gets, and what this rank may send where a bound is exceeded all the same. On a GPU
+    only in Triton.
 
     Args:
         own, group: of `load_histogram` with places, of this rank and summed over the EP group.
@@ -101,7 +101,7 @@ def replica_choose(
     policy: Policy,
     places: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Which replica each assignment goes to, and where this rank cuts. On a CPU.
+    """Which replica each assignment goes to, and where this rank cuts. On a GPU only in Triton.
 
     Args:
         topk_ids: [T, K] physical; group: as of `replica_balance`, which shift, quota and limits are of.

@@ -43,16 +43,16 @@ def of_config(config: MacsConfig, **others: Any) -> Policy:
     return pack(**own | {"buckets": config.buckets} | others)
 
 
-def unpack(packed: list[float]) -> SimpleNamespace:
+def unpack(packed: list[float], num_physical: int = 0) -> SimpleNamespace:
     """For operators in Python: the options by their names, choices as the indexes that kernels compare, and `buckets`.
-    Raises ValueError as the operators in C++ do.
+    With places, `num_physical` experts are what divides among the ranks. Raises ValueError as the operators in C++ do.
     """
-    return _unpacked(tuple(packed))
+    return _unpacked(tuple(packed), num_physical)
 
 
 @functools.lru_cache
-def _unpacked(packed: Policy) -> SimpleNamespace:
-    torch.ops.sglang_macs.check_policy(packed)
+def _unpacked(packed: Policy, num_physical: int) -> SimpleNamespace:
+    torch.ops.sglang_macs.check_policy(packed, num_physical)
     kinds = {"int": int, "bool": bool, "float": float, "choice": int}
     named = zip(definitions.read().policy.items(), packed, strict=True)
     policy = SimpleNamespace(**{name: kinds[kind](value) for (name, kind), value in named})

@@ -206,8 +206,6 @@ class Plan:
         if self.config.exchange == "local":
             all_reduce = None
         if taken is not None or self._importance is not None or not ops.is_whole(tokens.topk_ids):
-            if self.places is not None:
-                raise MacsError("replicas", "Triton's operators", "the extension's, on a GPU", "Build with nvcc.")
             return self._by_operators(tokens, all_reduce, taken)
         modality = self._modality_on(tokens.topk_ids.device)
         places = self.places.table(tokens.topk_ids.device) if self.places else None
@@ -259,6 +257,7 @@ class Plan:
         highest level: no other is as important, and there is no pressure that would move them down. From the clip they
         are hidden.
         """
+        assert self.places is None
         weight = self.weight(tokens.hidden_states, tokens.segment, tokens.num_segments)
         order = self._importances(tokens, weight).clamp(max=importance.below_highest(self.config.buckets))
         counted, rows = order.masked_fill(taken.unsqueeze(1), torch.inf), (weight, tokens.segment)

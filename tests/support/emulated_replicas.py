@@ -19,7 +19,7 @@ from tests.support.emulated_plan import (
     threshold_params,
     weight_params,
 )
-from tests.support.replicas import plans
+from tests.support.replicas import assert_alike, plans
 
 NAMES = ("scope", "load", "importance", "reroute", "protect_text", "buckets", "reroute_rounds", "gamma", "rho", "alpha",
          "c_min")  # fmt: skip
@@ -99,15 +99,6 @@ class ReplicaPlan:
         got = {name: buffer.check() for name, buffer in self.buffers.items()}
         names = ("ids", "weights", "weight", "own", "group", "cut", "counts", "rank_rows")
         return self.plan._result(*(got[name] for name in names))
-
-
-def assert_alike(got: PlanResult, want: PlanResult) -> None:
-    """Integers to the bit; weights that were re-routed by another exponential."""
-    for name, mine, theirs in zip(got._fields, got, want, strict=True):
-        if mine.is_floating_point():
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
-        else:
-            assert torch.equal(mine, theirs), name
 
 
 def check_plans(launchers: Launchers, group: ReplicaGroup, config: MacsConfig, seed: int) -> None:

@@ -22,6 +22,7 @@ for module, sizes in {
     triton_ops.entropy: {"ROW_BLOCK": 512, "TOKEN_BLOCK": 64},
     triton_ops.histogram: {"SLOT_BLOCK": 64},
     triton_ops.apply: {"BLOCK": 32, "PREFIX_BLOCK": 2, "TOKENS": 16},
+    triton_ops.choose: {"BLOCK": 16, "PREFIX_BLOCK": 2},
 }.items():
     for name, size in sizes.items():
         assert getattr(module, name) > size or name == "TOKENS"

@@ -12,12 +12,17 @@ from collections.abc import Callable
 import torch
 
 from .apply import clip_apply
+from .balance import replica_balance
+from .choose import replica_choose
 from .entropy import entropy_score, entropy_weight
 from .histogram import load_histogram
 from .selection import selection_score
 from .threshold import clip_threshold
 
-OPERATORS = (entropy_score, entropy_weight, load_histogram, clip_threshold, selection_score, clip_apply)
+OPERATORS = (
+    entropy_score, entropy_weight, load_histogram, clip_threshold, replica_balance, replica_choose, selection_score,
+    clip_apply,
+)  # fmt: skip
 
 
 def _on_its_device(operator: Callable) -> Callable:

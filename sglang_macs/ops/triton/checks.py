@@ -27,6 +27,27 @@ def histogram_size(policy: SimpleNamespace) -> int:
     return policy.num_experts * 2 * policy.buckets + NUM_SUMS
 
 
+def exchange_size(policy: SimpleNamespace, num_physical: int) -> int:
+    """Entries of a histogram with what lies behind it where there are places."""
+    return histogram_size(policy) + policy.num_ranks * (1 + 2 * (num_physical - policy.num_experts))
+
+
+def tables(table: Tensor, beside: Tensor) -> int:
+    """Physical experts of a layer's tables."""
+    size = table.numel()
+    _require(size > 4 and size % 5 == 4, "places", f"{size} numbers", "the tables of a layer")
+    _like(table, "places", torch.int32, (size,), beside)
+    return (size - 4) // 5
+
+
+def goes_with_places(policy: SimpleNamespace, num_physical: int) -> None:
+    """Whether plans may choose replicas by these options."""
+    fits = policy.scope == 1 and policy.load == 0 and policy.reroute != 1
+    _require(fits, "policy", "another scope, load or reroute", "rank, rows, none or global with places")
+    got = f"{num_physical} physical experts"
+    _require(num_physical >= policy.num_experts, "places", got, f"at least {policy.num_experts}")
+
+
 def hidden_states(x: Tensor, segment: Tensor) -> None:
     _require(x.dim() == 2 and x.size(1) > 0, "hidden_states", f"shape {list(x.shape)}", "[T, H] with H > 0")
     _require(x.dtype in HIDDEN_DTYPES, "hidden_states", f"dtype {x.dtype}", "bfloat16, float16 or float32")
@@ -49,8 +70,9 @@ def assignments(topk_ids: Tensor, topk_weights: Tensor, weight: Tensor, segment:
     _like(segment, "segment", torch.int32, topk_ids.shape[:1], topk_ids)
 
 
-def thresholds(own: Tensor, group: Tensor, modality: Tensor, policy: SimpleNamespace) -> None:
-    _like(own, "own", torch.int32, (histogram_size(policy),), own)
+def thresholds(own: Tensor, group: Tensor, modality: Tensor, policy: SimpleNamespace, size: int) -> None:
+    """size: of the histograms, with what lies behind."""
+    _like(own, "own", torch.int32, (size,), own)
     _like(group, "group", torch.int32, own.shape, own)
     _like(modality, "modality", torch.int8, (policy.num_experts,), own)
 
@@ -69,6 +91,27 @@ def selects(router_logits: Tensor, correction_bias: Tensor | None, num_groups: i
         enough = topk_groups == num_groups or experts >= 2 * num_groups
         got = f"{num_groups} of {experts} experts"
         _require(enough, "num_groups", got, "two experts each where they are ranked with a bias")
+
+
+def chooses(
+    topk_ids: Tensor,
+    group: Tensor,
+    shift: Tensor,
+    quota: Tensor,
+    limits: Tensor,
+    policy: SimpleNamespace,
+    num_physical: int,
+) -> None:
+    _like(group, "group", torch.int32, (exchange_size(policy, num_physical),), topk_ids)
+    _like(shift, "shift", torch.int32, (policy.num_experts,), topk_ids)
+    _like(quota, "quota", torch.int32, (num_physical,), topk_ids)
+    _like(limits, "limits", torch.int32, (policy.num_ranks, 4), topk_ids)
+
+
+def chosen_ids(topk_ids: Tensor, chosen: Tensor | None, placed: bool) -> None:
+    _require(placed == (chosen is not None), "chosen", "one without the other", "with places, and only then")
+    if chosen is not None:
+        _like(chosen, "chosen", topk_ids.dtype, topk_ids.shape, topk_ids)
 
 
 def clips(

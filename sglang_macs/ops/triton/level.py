@@ -1,4 +1,4 @@
-"""The integer arithmetic of csrc/include/macs/level.h in Triton, and the reading of assignments.
+"""The integer arithmetic of csrc/include/macs/level.h in Triton, the reading of assignments, and their counting.
 
 Settings are constexpr: `BITS` is m of B = 2^(4 + m) buckets, `EFFECTIVE` load=effective, `IMPORTANCE` as in the schema.
 """
@@ -59,3 +59,25 @@ def load_assignments(index, inside, ids, gates, weight, segment, TOP_K: tl.const
     token_weight = tl.load(weight + token, mask=inside, other=0.0)
     text = tl.load(segment + token, mask=inside, other=-1) < 0
     return expert, gate, token_weight, text
+
+
+@triton.jit
+def logical_of(ids, logical):
+    """Experts of ids, -1 of -1; `logical` None: ids are experts."""
+    if logical is None:
+        return ids
+    else:
+        return tl.load(logical + ids, mask=ids >= 0, other=-1)
+
+
+@triton.jit
+def store_before(totals, base, n, before, num_blocks, BLOCK: tl.constexpr):
+    """base[n, block] = before + the sum of totals[n] over the blocks in front, in steps of BLOCK."""
+    so_far = tl.full([], 0, tl.int32) + before
+    for start in range(0, num_blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        inside = block < num_blocks
+        place = n * num_blocks + block
+        units = tl.load(totals + place, mask=inside, other=0)
+        tl.store(base + place, so_far + tl.cumsum(units, 0) - units, mask=inside)
+        so_far += tl.sum(units)

@@ -17,12 +17,13 @@ EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def _capacity(sums, modality, gamma, rho, c_min, NUM_EXPERTS: tl.constexpr):
-    """Rows [f64] that an expert of this modality may have; `sums` = the group's N, N_visual, W_visual, W."""
+def scaled_capacity(sums, base, modality, gamma, rho, c_min):
+    """Rows [f64] that an expert of this modality may have, from `base` by the batch's mix; `sums` = the group's N,
+    N_visual, W_visual, W.
+    """
     weight = tl.load(sums + 3).to(tl.float64)
     share = tl.load(sums + 2).to(tl.float64) / tl.where(weight > 0, weight, 1.0)
     share = tl.where(weight > 0, share, 0.5)
-    base = tl.load(sums).to(tl.float64) * gamma / NUM_EXPERTS
     rows = base * (modality.to(tl.float64) * rho * (share - 0.5) + 1.0)
     least = tl.full([], c_min, tl.float64)  # a comparison takes a Python float for f32
     rows = tl.where(rows > least, rows, least)
@@ -30,7 +31,19 @@ def _capacity(sums, modality, gamma, rho, c_min, NUM_EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _pressure_shift(load, capacity, alpha_q16, BITS: tl.constexpr):
+def _capacity(sums, modality, gamma, rho, c_min, NUM_EXPERTS: tl.constexpr):
+    base = tl.load(sums).to(tl.float64) * gamma / NUM_EXPERTS
+    return scaled_capacity(sums, base, modality, gamma, rho, c_min)
+
+
+@triton.jit
+def to_bound(units):
+    fits = units < 2147483648.0  # not so inf and NaN (inf * 0): no bound
+    return tl.where(fits, tl.where(fits, units, 0.0).to(tl.int64), 2147483647)
+
+
+@triton.jit
+def pressure_shift(load, capacity, alpha_q16, BITS: tl.constexpr):
     """Buckets that an expert over its capacity moves down: alpha log2(load / capacity) by the float's own bits."""
     most = (16 << BITS) - 1
     ratio = (load / tl.where(capacity > 0, capacity, 1.0)).to(tl.float32)
@@ -58,7 +71,7 @@ def _levels_kernel(
         capacity = _capacity(
             group + NUM_EXPERTS * LEVELS, tl.load(modality + expert), gamma, rho, c_min, NUM_EXPERTS
         )  # fmt: skip
-        moved = _pressure_shift(load, capacity, alpha_q16, BITS)
+        moved = pressure_shift(load, capacity, alpha_q16, BITS)
     tl.store(shift + expert, moved)
     level = level_of(cell % (LEVELS // 2), moved, cell >= LEVELS // 2, PROTECT_TEXT, BITS)
     place = levels + expert // (NUM_EXPERTS // NUM_BOUNDS) * LEVELS + level
@@ -83,9 +96,7 @@ def _cut_kernel(
         rows = tl.load(sums).to(tl.float64) * gamma / NUM_BOUNDS
     else:
         rows = _capacity(sums, tl.load(modality + n), gamma, rho, c_min, NUM_EXPERTS)
-    units = rows * UNIT
-    fits = units < 2147483648.0  # not so inf and NaN (inf * 0): no bound
-    bound = tl.where(fits, tl.where(fits, units, 0.0).to(tl.int64), 2147483647)
+    bound = to_bound(rows * UNIT)
 
     from_here_up = tl.sum(group_units) - tl.cumsum(group_units, 0) + group_units
     at = tl.max(tl.where(from_here_up > bound, level, -1))
@@ -101,7 +112,7 @@ def _cut_kernel(
 
 
 @triton.jit
-def _share_room_kernel(
+def share_room_kernel(
     cut, shares, NUM_BOUNDS: tl.constexpr, NUM_RANKS: tl.constexpr, REROUTE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per rank: the group's room of its bounds becomes this rank's share, floor(room * own / group)."""
@@ -119,7 +130,7 @@ def _share_room_kernel(
 
 def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: list[float]) -> tuple[Tensor, Tensor]:
     p = unpack(policy)
-    checks.thresholds(own, group, modality, p)
+    checks.thresholds(own, group, modality, p, checks.histogram_size(p))
     own, group, modality = own.contiguous(), group.contiguous(), modality.contiguous()
     num_experts, num_ranks, bits = p.num_experts, p.num_ranks, p.bucket_bits
     by_rank, unit = p.scope == 1, WEIGHT_ONE if p.load == 1 else 1
@@ -137,5 +148,5 @@ def clip_threshold(own: Tensor, group: Tensor, modality: Tensor, policy: list[fl
     _cut_kernel[(num_bounds,)](
         group, modality, levels, cut, shares, *bounds, num_experts, num_bounds, bits, unit, by_rank, **EXACT
     )
-    _share_room_kernel[(num_ranks,)](cut, shares, num_bounds, num_ranks, p.reroute, triton.next_power_of_2(num_bounds))
+    share_room_kernel[(num_ranks,)](cut, shares, num_bounds, num_ranks, p.reroute, triton.next_power_of_2(num_bounds))
     return shift, cut

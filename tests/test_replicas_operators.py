@@ -33,11 +33,17 @@ HAPPENS = {
 }
 
 
-def by_operators(plan: Plan, tokens: RoutedTokens, total: torch.Tensor) -> PlanResult:
-    """As where the operators are Triton's, which has no whole plan."""
+def run(plan: Plan, tokens: RoutedTokens, total: torch.Tensor, whole: bool) -> tuple[PlanResult, torch.Tensor]:
+    """The plan, and what it has exchanged; not whole: as where the operators are Triton's, which has no such plan."""
+    sent = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        sent.append(tensor.clone())
+        tensor.copy_(total)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "is_whole", lambda tensor: False)
-        return plan(tokens, lambda tensor: tensor.copy_(total))
+        patch.setattr(ops, "is_whole", lambda tensor: whole)
+        return plan(tokens, all_reduce), sent[0]
 
 
 def check(group: ReplicaGroup, config: MacsConfig) -> list[PlanResult]:
@@ -45,8 +51,10 @@ def check(group: ReplicaGroup, config: MacsConfig) -> list[PlanResult]:
     of_rank, results = plans(group, config), []
     _, total = exchanged(group, of_rank)
     for plan, b in zip(of_rank, group.group.batches, strict=True):
-        results.append(by_operators(plan, b.routed, total))
-        assert_alike(results[-1], plan(b.routed, lambda tensor: tensor.copy_(total)))
+        (mine, sent), (want, to_send) = (run(plan, b.routed, total, whole) for whole in (False, True))
+        assert torch.equal(sent, to_send), "rows behind the histogram, too"
+        assert_alike(mine, want)
+        results.append(mine)
     return results
 
 

@@ -25,14 +25,15 @@ OPERATORS_TESTS = (
     "tests/test_ops.py", "tests/test_ops_contract.py", "tests/test_replicas.py", "tests/test_replicas_operators.py",
 )  # fmt: skip
 # Of these what the interpreter does within a minute: all operators, no batch of 1500 tokens.
-SELECTED = """
+QUICK = """
 (test_entropy and not prefill and not 0.5 and not 8.0) or equal_entropies
 or any_gate or of_any or infinite_gamma
 or (named_cases and not prefill and (global-effective-rank-ids_dtype1 or local-rows-expert-ids_dtype0))
 or (awkward and nan) or a_proposal or selection_score or rounded_to_nothing or without_logits or keep_their or strided
-or any_group_is_planned or (placements_are_planned and (int64 or eight_ranks)) or quotas_and_limits
-or tables_that_do_not_fit
+or (placements_are_planned and int64 and (one_copy or copies_beside or many_copies_half or everywhere-))
+or quotas_and_limits or tables_that_do_not_fit
 """
+PLACEMENTS = "any_group_is_planned or placements_are_planned"
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -43,12 +44,16 @@ def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.emulated
-def test_the_operators_tests_pass_under_the_interpreter():
-    selected = " ".join(SELECTED.split())
+@pytest.mark.parametrize(
+    ("selected", "at_least"),
+    [(" ".join(QUICK.split()), 100), pytest.param(PLACEMENTS, 24, marks=pytest.mark.nightly)],
+    ids=["quick", "placements"],
+)
+def test_the_operators_tests_pass_under_the_interpreter(selected, at_least):
     pytest_args = ("-m", "pytest", "-q", "-p", "support.interpreted_triton", *OPERATORS_TESTS, "-k", selected)
     run = python(*pytest_args, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > at_least
 
 
 @pytest.mark.parametrize(("name", "what", "call"), BAD, ids=[f"{i}-{b[0]}" for i, b in enumerate(BAD)])

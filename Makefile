@@ -36,7 +36,7 @@ demo: build  ## the real server on two EP ranks, without and with MACS (IMAGE=pa
 check: lint  ## before a commit: lint, types, tests of units, and one real server (4 minutes on two cores)
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "smoke or not (gpu or server or emulated or nightly)"
 
-test: test-fast  ## what CI runs: the kernels on an emulated machine and real servers too (12 minutes on two cores)
+test: test-fast  ## what CI runs: the kernels on an emulated machine and real servers too (16 minutes on two cores)
 	@$(PYTEST) $(TWO_SERVERS) -m "server and not (multinode or nightly)"
 
 test-all: build  ## every night: and more families of models, layouts of ranks and shapes of kernels

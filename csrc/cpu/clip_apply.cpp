@@ -75,7 +75,7 @@ struct Apply {
         set(i, sent, a.topk_weights[i]);
         if (sent < 0) continue;
         const int64_t expert = logical(sent);
-        const int32_t n = places.any() ? static_cast<int32_t>(places.rank_of(sent)) : bound(expert);
+        const int32_t n = places.any() ? places.rank_of(static_cast<int32_t>(sent)) : bound(expert);
         const int32_t threshold = cut(n)[0], level = level_of(bucket_at(a, i, t), p.shift[expert], text, policy);
         const bool keep = level != threshold ? level > threshold : (at_level[n] += units_at(a, t)) <= cut(n)[1];
         count(keep ? 0 : 1, expert, text);

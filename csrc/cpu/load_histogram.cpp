@@ -22,7 +22,7 @@ void load_histogram(const LoadHistogramParams& p, const Places& places) {
       int64_t expert = expert_at(a, i);
       if (expert < 0) continue;
       if (places.any()) {
-        ++routed[places.rank_of(expert)];
+        ++routed[places.rank_of(static_cast<int32_t>(expert))];
         expert = places.logical()[expert];
         if (const int32_t row = places.row()[expert]; row >= 0) ++replicated[2 * row + !text];
       }

@@ -9,11 +9,6 @@
 
 namespace macs::cuda {
 
-// In ints.
-__host__ __device__ inline int64_t histogram_size(const Assignments& in) {
-  return static_cast<int64_t>(in.policy.num_experts) * 2 * num_buckets(in.policy.bucket_bits) + kNumSums;
-}
-
 __device__ __forceinline__ void add_to_cell(const LoadHistogramParams& p, const Slot& slot) {
   if (slot.expert < 0) return;
   const int row = slot.expert * 2 + (slot.text() ? 1 : 0);

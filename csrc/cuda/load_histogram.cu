@@ -41,7 +41,7 @@ struct PlacedRows {
   // The slot's id becomes its logical expert.
   __device__ __forceinline__ void add(Slot& slot) const {
     if (slot.expert < 0) return;
-    atomicAdd(rows + keys() + slot.expert / (places.num_physical / places.num_ranks), 1);
+    atomicAdd(rows + keys() + places.rank_of(slot.expert), 1);
     slot.expert = places.logical()[slot.expert];
     const int row = places.row()[slot.expert];
     if (row >= 0) atomicAdd(rows + replica_key(row, slot.text()), 1);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kPlaces ? kShareThreads : kThreads)
     slot = next;
   }
   sums.flush(args.p);
-  if (kPlaces) placed.flush(args.p.histogram + histogram_size(in), args.block_counts);
+  if (kPlaces) placed.flush(args.p.histogram + histogram_size(in.policy), args.block_counts);
 }
 
 }  // namespace
@@ -148,7 +148,7 @@ cudaError_t enqueue_load_histogram(const LoadHistogramArgs& args, cudaStream_t s
   return enqueue_for_ids<Weights::kGiven>(args, shape, stream);
 }
 
-static int64_t histogram_bytes(const Assignments& in) { return histogram_size(in) * sizeof(int32_t); }
+static int64_t histogram_bytes(const Assignments& in) { return histogram_size(in.policy) * sizeof(int32_t); }
 
 cudaError_t launch_load_histogram(const LoadHistogramParams& p, cudaStream_t stream) {
   const cudaError_t error = enqueue_zero({p.histogram, nullptr, histogram_bytes(p.in), 0}, stream);

@@ -53,7 +53,7 @@ __device__ __forceinline__ void count_own_rows(const Walk& walk, const Numbers& 
 // Behind it a barrier of the block. Returns whether any rank is exceeded.
 __device__ __forceinline__ bool number_block(const ThresholdApplyArgs& args, const Places& places, const Numbers& numbers) {
   const ReplicaScratch& scratch = args.replicas;
-  const int32_t* const sources = args.threshold.group + histogram_size(args.apply.in) + places.num_ranks;
+  const int32_t* const sources = args.threshold.group + histogram_size(args.apply.in.policy) + places.num_ranks;
   const int keys = 2 * places.redundant(), warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll 1
   for (int row = lane; row < places.num_replicated(); row += kWarp) {

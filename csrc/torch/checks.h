@@ -87,10 +87,6 @@ inline Policy checked_policy(at::ArrayRef<double> packed, int64_t num_physical =
   return p;
 }
 
-inline int64_t histogram_size(const Policy& p) {
-  return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
-}
-
 // A layer's tables (macs/replicas.h) with the policy that goes with them; none: experts lie linearly. On a GPU only whole
 // plans take them.
 struct Placed {

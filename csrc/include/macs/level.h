@@ -28,6 +28,11 @@ MACS_HOST_DEVICE int32_t clamp_i32(int32_t x, int32_t low, int32_t high) { retur
 
 MACS_HOST_DEVICE int32_t num_buckets(int32_t bucket_bits) { return kOctaves << bucket_bits; }
 
+// Of a histogram, in ints: cells and the sums behind them.
+MACS_HOST_DEVICE int64_t histogram_size(const Policy& p) {
+  return static_cast<int64_t>(p.num_experts) * 2 * num_buckets(p.bucket_bits) + kNumSums;
+}
+
 // One bound per expert or one per rank.
 MACS_HOST_DEVICE int32_t num_bounds(const Policy& p) { return p.scope == Scope::kExpert ? p.num_experts : p.num_ranks; }
 

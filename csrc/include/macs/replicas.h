@@ -40,7 +40,7 @@ struct Places {
   MACS_HOST_DEVICE const int32_t* step_order() const { return step_end() + redundant(); }
 
   MACS_HOST_DEVICE int32_t num_places(int32_t expert) const { return first()[expert + 1] - first()[expert]; }
-  MACS_HOST_DEVICE int64_t rank_of(int64_t physical_id) const { return physical_id / (num_physical / num_ranks); }
+  MACS_HOST_DEVICE int32_t rank_of(int32_t physical_id) const { return physical_id / (num_physical / num_ranks); }
 };
 
 // What lies behind the histogram in the exchange: routed [R], and (text, visual) rows [R, X, 2] of replicated experts.

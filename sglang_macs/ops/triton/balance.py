@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
-from .level import level_of
+from .level import cut_level, level_of
 from .places import read
 from .threshold import EXACT, pressure_shift, scaled_capacity, share_room_kernel, to_bound
 
@@ -165,8 +165,7 @@ def _limit_kernel(
     own_counted = tl.where(counted, own_units, 0)
     top = 256 * room
     total = tl.sum(group_counted)
-    from_here_up = total - tl.cumsum(group_counted, 0) + group_counted
-    at = tl.max(tl.where(from_here_up > top, level, first - 1))
+    at = cut_level(group_counted, level, top, first)
     above = tl.sum(tl.where(level > at, group_counted, 0))
     here = tl.sum(tl.where(level == at, group_counted, 0))
     own_here = tl.sum(tl.where(level == at, own_counted, 0))

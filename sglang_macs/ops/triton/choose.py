@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
-from .level import bucket_of, importance_of, level_of, load_assignments, logical_of, store_before
+from .level import bucket_of, cut_level, importance_of, level_of, load_assignments, logical_of, store_before
 from .places import read
 
 BLOCK = 128  # slots; a block compares every pair of them
@@ -117,8 +117,7 @@ def _own_cut_kernel(limits, levels, cut, BITS: tl.constexpr, PROTECT_TEXT: tl.co
         end = tl.where(first == 0, BUCKETS, LEVELS)  # all text stays
     units = tl.load(levels + rank * LEVELS + level)
     units = tl.where((level >= first) & (level < end), units, 0)
-    from_here_up = tl.sum(units) - tl.cumsum(units, 0) + units
-    at = tl.max(tl.where(from_here_up > limit, level, first - 1))
+    at = cut_level(units, level, limit, first)
     quota = tl.where(at >= first, limit - tl.sum(tl.where(level > at, units, 0)), 0)
     tl.store(cut + rank * 4, tl.where(limit < 0, -1, at))
     tl.store(cut + rank * 4 + 1, tl.where(limit < 0, 0, quota))

@@ -51,6 +51,13 @@ def level_of(bucket, shift, text, PROTECT_TEXT: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
+def cut_level(units, level, top, first):
+    """The highest level at which the units from it up are more than `top`; first - 1 if none is."""
+    from_here_up = tl.sum(units) - tl.cumsum(units, 0) + units
+    return tl.max(tl.where(from_here_up > top, level, first - 1))
+
+
+@triton.jit
 def load_assignments(index, inside, ids, gates, weight, segment, TOP_K: tl.constexpr):
     """(expert, gate, weight, text) of the flat slots `index` = token * K + slot; expert -1 outside."""
     token = index // TOP_K

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...choices import WEIGHT_ONE
 from ..policy import unpack
 from . import checks
-from .level import level_of
+from .level import cut_level, level_of
 
 EXACT = {"enable_fp_fusion": False}
 
@@ -98,8 +98,7 @@ def _cut_kernel(
         rows = _capacity(sums, tl.load(modality + n), gamma, rho, c_min, NUM_EXPERTS)
     bound = to_bound(rows * UNIT)
 
-    from_here_up = tl.sum(group_units) - tl.cumsum(group_units, 0) + group_units
-    at = tl.max(tl.where(from_here_up > bound, level, -1))
+    at = cut_level(group_units, level, bound, 0)
     left = bound - tl.sum(tl.where(level > at, group_units, 0))
     here = tl.sum(tl.where(level == at, group_units, 0))
     own_here = tl.sum(tl.where(level == at, own_units, 0))

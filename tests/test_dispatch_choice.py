@@ -10,15 +10,14 @@ from sglang_macs.config import MacsConfig
 from sglang_macs.engine import compat, dispatch_choice
 from sglang_macs.engine.launch import EXPERIMENTAL_ENV, Launch
 from sglang_macs.errors import MacsError
-from tests.support.launches import GOOD
+from tests.support.launches import launch
 
 LOW_LATENCY = {"device": "cuda", "deepep_mode": "low_latency"}
 
 
 def fused_launch(options: dict[str, object], flags: dict[str, object]) -> Launch:
     config = MacsConfig.from_preset(**{"dispatch": "fused", **options})
-    flags = SimpleNamespace(**{**GOOD, **LOW_LATENCY, **flags})
-    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16)
+    return replace(launch(**{**LOW_LATENCY, **flags}), config=config)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +57,8 @@ NORMAL = {"device": "cuda", "deepep_mode": "normal", "moe_runner_backend": "deep
 
 
 def normal_launch(flags: dict[str, object], dispatch: str) -> Launch:
-    weights = flags.get("quantization")
-    flags = SimpleNamespace(**{**GOOD, **NORMAL, **flags})
     config = MacsConfig.from_preset(dispatch=dispatch, gamma=math.inf)  # else determinism is refused already
-    return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=weights)
+    return replace(launch(**{**NORMAL, **flags}), config=config, quantization=flags.get("quantization"))
 
 
 NOT_BOUNDED = pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from benchmarks.questions import QUESTIONS, Question
 from benchmarks.serving import data_uri, photograph_files
 from tests.support.servers import MACS
+from tests.support.waiting import wait_for
 
 # No prefix cache: it would hand keys and values that were computed under one set of options to requests under another.
 EVERY_PASS = ["--macs-min-tokens", "0", "--macs-act", "always", "--disable-radix-cache"]
@@ -46,10 +47,7 @@ class Load:
 
     def wait_for_one_since(self, begin: float) -> None:
         """Until a request that was asked from `begin` on has its answer."""
-        until = time.monotonic() + 120
-        while not any(asked >= begin for asked, *_ in self.answers):
-            assert time.monotonic() < until, "no answer for two minutes"
-            time.sleep(0.05)
+        wait_for(lambda: any(asked >= begin for asked, *_ in self.answers))
 
     def _ask(self, first: int) -> None:
         for question in itertools.islice(itertools.cycle(QUESTIONS), first % len(QUESTIONS), None):

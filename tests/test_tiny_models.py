@@ -80,6 +80,15 @@ def test_norms_of_qwen3_5_are_one_as_sglang_and_transformers_read_them(tmp_path)
     assert len(text) == 3 + 2 * 4 + 2 + 1 and all(values == {0.0} for name, values in text.items() if name not in ones)
 
 
+def test_layers_of_qwen3_5_are_those_that_sglang_reads(tmp_path):
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    out = tiny_models.build_qwen3_5_moe(tmp_path / "m", layers=8)
+    kinds = {name.split(".")[4] for name in load_file(out / "model.safetensors") if ".layers.3." in name}
+    text = get_config(str(out), trust_remote_code=False).text_config
+    assert text.full_attention_layer_ids == [3, 7] and "self_attn" in kinds and "linear_attn" not in kinds
+
+
 def test_internvl_is_built_where_sglang_knows_it(tmp_path):
     with pytest.raises(ValueError, match="name must contain InternVL3_5, got"):
         tiny_models.build_internvl(tmp_path / "model")

@@ -1,5 +1,6 @@
 """Qwen3.5-MoE: three layers in four with linear attention, for which SGLang has GPU kernels alone."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def build_qwen3_5_moe(
     check_sizes(hidden, layers, num_experts, top_k, min_layers=FULL_ATTENTION_EVERY)
     out, tokenizer = fresh(out), make_tokenizer(SPECIAL + VISION_SPECIAL)
     text = text_config(tokenizer, hidden, layers, num_experts, top_k, intermediate, head_dim)
-    text |= {"shared_expert_intermediate_size": intermediate, "full_attention_interval": FULL_ATTENTION_EVERY}
+    text |= {"shared_expert_intermediate_size": intermediate}
     text |= {"linear_key_head_dim": head_dim // 2, "linear_value_head_dim": head_dim // 2}
     text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     section = [head_dim // 16, head_dim // 32, head_dim // 32]  # a quarter of a head is rotated, in pairs
@@ -52,5 +53,15 @@ def build_qwen3_5_moe(
     for name in filter(ADDED_TO_ONE.search, tensors):
         tensors[name].data.zero_()
     model.to(torch.bfloat16).save_pretrained(out)
+    _keep_interval(out / "config.json")
     qwen_processor(tokenizer).save_pretrained(out)
     return out
+
+
+def _keep_interval(path: Path) -> None:
+    """Published checkpoints say where full attention is, and SGLang 0.5.23 reads nothing else; transformers writes the
+    layers' types alone.
+    """
+    config = json.loads(path.read_text())
+    config["text_config"]["full_attention_interval"] = FULL_ATTENTION_EVERY
+    path.write_text(json.dumps(config, indent=1))

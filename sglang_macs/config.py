@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "act": "always",
     },
     "off": {"gamma": math.inf},
-    "observe": {"gamma": math.inf, "verify_every": 16},
+    "observe": {"gamma": math.inf},
 }
 OFF = ("off", "observe")  # presets that plan nothing
 

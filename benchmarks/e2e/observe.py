@@ -4,10 +4,11 @@
 
 One server of prefill.py's model and routing, whose options change while it serves: rounds of the same passes, in turn
 under every one of MODES. So both sides of a pair are the same processes, graphs and memory. `off` recounts nothing;
-`observe` is as users have it, one pass in 16; under `every` it looks at each pass, which shows a cost 16 times as
-large: what it adds, divided by 16, is known far better than the rounds of `observe` show it. A ratio is the median over
-the turns, time of a mode over that of `off`. Then one round under `proof`, which recounts each pass in it, and one
-under `every`: by layer, the most loaded rank over the mean as either has it. FILE is written after every size.
+under `observe` one pass of a round is looked at, more often than users have it; under `every` each pass is. What that
+adds, divided by the passes of --macs-verify-every, is the cost, and is known far better than the rounds of `observe`
+show it. A ratio is the median over the turns, time of a mode over that of `off`. Then one round under `proof`, which
+recounts each pass in it, and one under `every`: by layer, the most loaded rank over the mean as either has it. FILE is
+written after every size.
 """
 
 from __future__ import annotations
@@ -23,15 +24,13 @@ from benchmarks.e2e import common_options, groups, servers, summary
 from benchmarks.e2e.rounds import ROUND_SECONDS, WARM_UP_SECONDS, Client, Run, Workload
 from benchmarks.e2e.servers import BOUNDED, COUNTED, Launch, Variant
 from benchmarks.serving import ServerError
-from sglang_macs.config import PRESETS
 from sglang_macs.observe.verdict import verdict
 
-OBSERVED_EVERY = PRESETS["observe"]["verify_every"]  # passes
-PASSES = OBSERVED_EVERY  # of a round: one of them is observed, wherever it begins
+PASSES = 16  # of a round: one of them is observed, wherever it begins
 SETTLE = 4  # passes behind a change that are not counted: layers are launched, captured, and then graphs
 MODES = {
     "off": {"preset": "off", "verify": "false", "verify_every": 0},
-    "observe": {"preset": "observe", "verify": "false"},
+    "observe": {"preset": "observe", "verify": "false", "verify_every": PASSES},
     "every": {"preset": "observe", "verify": "false", "verify_every": 1},
     "proof": {"preset": "off", "verify": "true"},
 }

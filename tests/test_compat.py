@@ -325,7 +325,7 @@ def test_models_that_macs_cannot_serve_are_refused(monkeypatch, architecture, ex
         compat.check(launch(architecture, experts))
 
 
-@pytest.mark.parametrize("backend", ["none", "mooncake", "nixl", "flashinfer", "pplx", "deepep_v2"])
+@pytest.mark.parametrize("backend", ["none", "mooncake", "nixl", "flashinfer", "pplx"])
 def test_other_all_to_all_backends_are_refused(backend):
     with pytest.raises(MacsError, match="--moe-a2a-backend"):
         compat.check_a2a(backend)

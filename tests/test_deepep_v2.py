@@ -84,14 +84,19 @@ def launch(quantization: str | None = None, options: dict | None = None, **flags
     return Launch(flags, config, "Qwen3VLMoeForConditionalGeneration", 16, quantization=quantization)
 
 
-def test_v2_is_for_those_who_ask_for_it(monkeypatch) -> None:
-    monkeypatch.setattr(compat, "version", lambda name: "0.5.23")
-    with pytest.raises(MacsError, match=r"V2 has not run under MACS\. MACS_EXPERIMENTAL=v2"):
-        compat.check_a2a("deepep_v2")
-    monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
-    compat.check_a2a("deepep_v2")
+def test_what_a_server_has_run_is_taken() -> None:
     compat.check(launch())
-    compat.check(launch("fp8", dp_size=2, enable_dp_attention=True))
+    compat.check(launch(deepep_v2_mode="direct", dp_size=2, enable_dp_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"), [({"deepep_v2_mode": "hybrid"}, "in hybrid mode"), ({"quantization": "fp8"}, "with FP8 blocks")]
+)
+def test_what_no_server_has_run_is_for_those_who_ask_for_it(monkeypatch, given, why) -> None:
+    with pytest.raises(MacsError, match=rf"{why}, which no server has run.*MACS_EXPERIMENTAL=v2 tries"):
+        compat.check(launch(**given))
+    monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
+    compat.check(launch(**given))
 
 
 @pytest.mark.parametrize(
@@ -120,18 +125,15 @@ def test_auto_is_the_bounded_dispatch_under_v2() -> None:
 
 @pytest.mark.parametrize("release", ["0.5.21", "0.5.22", "0.5.22.post1"])
 def test_v2_of_an_earlier_release_is_refused_by_name(monkeypatch, release) -> None:
-    """Whether it is asked for or not: a wish does not help there."""
+    """Asked for or not."""
     monkeypatch.setattr(compat, "version", lambda name: release)
-    refused = rf"deepep_v2 of sglang {release}, expected V2 of sglang 0.5.23 or later"
-    for wish in ("", "v2"):
-        monkeypatch.setenv("MACS_EXPERIMENTAL", wish)
-        with pytest.raises(MacsError, match=refused):
-            compat.check_a2a("deepep_v2")
-        compat.check_a2a("macs")
+    monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
+    with pytest.raises(MacsError, match=rf"deepep_v2 of sglang {release}, expected V2 of sglang 0.5.23 or later"):
+        compat.check_a2a("deepep_v2")
+    compat.check_a2a("macs")
 
 
 @pytest.mark.parametrize("release", ["0.5.23", "0.5.23.post1", "0.5.210", "0.6.0"])
 def test_v2_of_a_later_release_is_taken(monkeypatch, release) -> None:
     monkeypatch.setattr(compat, "version", lambda name: release)
-    monkeypatch.setenv("MACS_EXPERIMENTAL", "v2")
     compat.check_a2a("deepep_v2")

@@ -249,8 +249,8 @@ RULES = (
     Rule(
         "--moe-a2a-backend deepep_v2",
         dispatch_choice.v2,
-        "one host, experts in their own order in bf16 or FP8 blocks, and prefills alone planned",
-        "Pass --moe-a2a-backend macs.",
+        "one host, --deepep-v2-mode direct, experts in their own order in bf16, and prefills alone planned",
+        f"Pass --moe-a2a-backend macs; {EXPERIMENTAL_ENV}=v2 tries hybrid mode and FP8 blocks nevertheless.",
     ),
     Rule(
         "--enforce-shared-experts-fusion",
@@ -343,9 +343,6 @@ def check_a2a(backend: str) -> None:
         since = ".".join(map(str, V2_SINCE))
         fix = f"Pass --moe-a2a-backend macs, or install sglang=={since}."
         raise MacsError("--moe-a2a-backend", f"{V2} of sglang {found}", f"V2 of sglang {since} or later", fix)
-    if backend == V2 and not experimental("v2"):
-        expected, fix = "macs or deepep: V2 has not run under MACS", f"{EXPERIMENTAL_ENV}=v2 tries it nevertheless."
-        raise MacsError("--moe-a2a-backend", V2, expected, fix)
     if backend not in (*A2A_BACKENDS, V2):
         raise MacsError(
             "--moe-a2a-backend", repr(backend), "macs or deepep with --enable-macs", "Pass --moe-a2a-backend macs."

@@ -1,4 +1,4 @@
-"""The plan in front of DeepEP V2's dispatcher, and its prefills without a count on the host. MACS_EXPERIMENTAL=v2."""
+"""The plan in front of DeepEP V2's dispatcher, and its prefills without a count on the host."""
 
 from functools import partial
 

@@ -40,9 +40,12 @@ def decode_in_graphs(launch: Launch) -> str:
 
 def v2(launch: Launch) -> str:
     """What DeepEP V2 is not planned with, or "". SGLang refuses the rest: other runners, overlaps, other models."""
+    tried = experimental("v2")
     reasons = (
         (launch.flag("device") == "cpu", "on the CPU"),
         (launch.flag("nnodes", 1) > 1, "between hosts"),
+        (launch.flag("deepep_v2_mode") == "hybrid" and not tried, "in hybrid mode, which no server has run"),
+        (launch.quantization == "fp8" and not tried, "with FP8 blocks, which no server has run"),
         (launch.quantization not in (None, "fp8"), f"with {launch.quantization} experts"),
         (placed(launch), "with replicated or moved experts"),
         (launch.config.decode and not launch.config.is_off, "with --macs-decode true"),

@@ -35,9 +35,11 @@ SERVED = {
     "Glm4vMoeForConditionalGeneration": Served(
         "GLM-4.5V, GLM-4.6V", _BY_FAMILY, _FILMS, ("2 ranks, GLM-4.5V, one GPU",)
     ),
-    "Qwen3OmniMoeForConditionalGeneration": Served("Qwen3-Omni, its thinker", _BY_FAMILY, f"{_FILMS}, a sound"),
+    "Qwen3OmniMoeForConditionalGeneration": Served(
+        "Qwen3-Omni, its thinker", _BY_FAMILY, f"{_FILMS}, a sound", ("2 ranks, Qwen3-Omni, one GPU",)
+    ),
     "Qwen3_5MoeForConditionalGeneration": Served("Qwen3.5-MoE", ""),
-    "DeepseekV3ForCausalLM": Served("DeepSeek-V3", _BY_FAMILY),
+    "DeepseekV3ForCausalLM": Served("DeepSeek-V3", _BY_FAMILY, gpu=("2 ranks, DeepSeek-V3, one GPU",)),
 }
 
 # Prefixes of architectures whose MoE layers reach no dispatcher or do not fit one, or that cannot keep ranks in step.

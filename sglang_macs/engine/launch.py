@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import MacsConfig
 
-V2 = "deepep_v2"  # only where the environment asks for it: no server has run it on GPUs
+V2 = "deepep_v2"
 EXPERIMENTAL_ENV = "MACS_EXPERIMENTAL"  # names what is not fit for service and is to be tried nevertheless
 
 

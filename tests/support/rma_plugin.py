@@ -143,9 +143,9 @@ class Peer:
         return bool(done.value)
 
     def wait(self, *requests: pointer) -> None:
+        """Tests and makes progress in turn, as NCCL's thread does."""
         for request in requests:
-            while not self.done(request):
-                time.sleep(0)
+            self.until(lambda one=request: self.done(one))
 
     def progress(self) -> None:
         """What NCCL's progress thread does all the time."""

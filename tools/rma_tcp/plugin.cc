@@ -172,12 +172,12 @@ Result flush(void*, int, void*, uint32_t, void** request) {
   return kSuccess;
 }
 
+// Looks only: NCCL tests hundreds of requests in turn, and makes progress behind them.
 Result test(void*, void* request, int* done) {
   auto* asked = static_cast<Request*>(request);
   Context* context = asked->context;
   *done = 0;
   return guarded(context, [&] {
-    if (!asked->done) context->progress();
     if (asked->done) {
       *done = 1;
       context->forget(asked);

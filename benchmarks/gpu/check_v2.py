@@ -117,8 +117,8 @@ def make_buffer(rank: int, args):
         allow_hybrid_mode=not args.direct,
         prefer_overlap_with_compute=False,
         num_allocated_qps=args.qps,
-        num_gpu_timeout_secs=20,
-        num_cpu_timeout_secs=40,
+        num_gpu_timeout_secs=args.timeout,
+        num_cpu_timeout_secs=2 * args.timeout,
         explicitly_destroy=True,
     )
     domains = {"physical": buffer.get_physical_domain_size(), "logical": buffer.get_logical_domain_size()}
@@ -146,6 +146,7 @@ def one_round(step: int, buffer, plan: Plan | None, rank: int, ranks: int, args)
 
 def run(rank: int, ranks: int, args) -> None:
     os.environ.setdefault("EP_REUSE_NCCL_COMM", "0")
+    os.environ.setdefault("NCCL_DEBUG", "WARN")  # a plugin's errors end NCCL's progress thread without another word
     device = rank % torch.cuda.device_count()
     torch.cuda.set_device(device)
     here = {"rank": rank, "world_size": ranks, "device_id": torch.device("cuda", device)}
@@ -181,6 +182,7 @@ def main() -> int:
     parser.add_argument("--qps", type=int, default=9)
     parser.add_argument("--direct", action="store_true", help="allow_hybrid_mode=False: one NVLink domain")
     parser.add_argument("--sms", type=int, default=24, help="of a kernel: fewer than a rank's share of the GPU")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds that a kernel waits: others may still compile")
     parser.add_argument("--mps", action="store_true", help="all ranks on the first GPU")
     parser.add_argument("--kill-at", type=int, default=-1, help="rank 1 ends before this round")
     args = parser.parse_args()

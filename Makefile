@@ -41,7 +41,7 @@ test: test-fast  ## what CI runs: the kernels on an emulated machine and real se
 
 test-all: build  ## every night: and more families of models, layouts of ranks and shapes of kernels
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not (gpu or server)"
-	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
+	@MACS_TEST_START=spawn $(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-fast: build  ## of `make test` what starts no server
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not (gpu or server or nightly)"
@@ -50,7 +50,7 @@ test-emulated: build  ## the CUDA kernels on an emulated machine, all shapes: no
 	@$(PYTEST) $(SIDE_BY_SIDE) -m emulated
 
 test-server: build  ## of `make test-all` what starts a real server
-	@$(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
+	@MACS_TEST_START=spawn $(PYTEST) $(TWO_SERVERS) -m "server and not multinode"
 
 test-load: build  ## 500 mixed requests, three times, and faults, on the real server (minutes)
 	@$(PY) -m benchmarks.run load_test

@@ -8,6 +8,7 @@ from lab import lab_checkpoint
 from lab.lab_judge import as_batch, exact
 from lab.lab_questions import of_group
 from lab.lab_suites import SUITES
+from tests.support.servers import forked
 
 # Mostly what the model has learned, and some that it gets wrong; the slots of pictures; the least that is right.
 ASKED = {
@@ -57,7 +58,7 @@ def test_server_and_evaluator_agree_on_the_answers(name):
     ours = [x for group, out in zip(groups, logits, strict=True) for x in exact(out, group.labels).tolist()]
     asked = [question for group in groups for question in of_group(group, make.words)]
     arguments = [*EP2_ARGS, *LAYOUT[name], "--moe-a2a-backend", "macs", "--macs-gamma", "inf", "--macs-min-tokens", "0"]
-    with Server(suite.checkpoint, arguments, log=f"build/test-lab-{name}.log") as server:
+    with Server(suite.checkpoint, arguments, env=forked(), log=f"build/test-lab-{name}.log") as server:
         answers = [
             server.generate(
                 prompt(q.text, images=len(q.pictures), slot=slot),

@@ -11,7 +11,7 @@ import requests
 from benchmarks.questions import NEW_TOKENS, QUESTIONS
 from benchmarks.serving import CPU_ARGS, EP2_ARGS, Server, prompt, states
 from sglang_macs.cpu_compat import threads_bind
-from tests.support.servers import INFINITE, MACS, ask, assert_bounds_held, generate, own, serve
+from tests.support.servers import INFINITE, MACS, ask, assert_bounds_held, forked, generate, own, serve
 from tests.support.tiers import nightly_but
 
 pytestmark = pytest.mark.server
@@ -34,7 +34,7 @@ USUAL = "attention-tp 2 x dp 2, local token counts"
 @pytest.mark.parametrize("name", nightly_but(LAYOUTS, USUAL))
 def test_unequal_ranks_answer_as_transformers_do(vl_model, vl_reference, name):
     arguments, processes = LAYOUTS[name]
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(processes)}
+    env = forked({"SGLANG_CPU_OMP_THREADS_BIND": threads_bind(processes)})
     flags = [*arguments, *INFINITE]
     with Server(
         vl_model, flags, env=env, log=f"build/test-parallel-{name.replace(' ', '-')}.log", timeout=480

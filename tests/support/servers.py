@@ -1,11 +1,14 @@
 """What tests of real servers share: how they are launched, what they are asked, and what their counters must say."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.questions import NEW_TOKENS, Question
 from benchmarks.serving import Server, data_uri, photograph_files, photographs, states
+from sglang_macs.cpu_compat import SITE_DIR
 
+ONE_IMPORT = Path(__file__).resolve().parent / "one_import"
 BUILD = Path(__file__).resolve().parents[2] / "build"
 LAYERS, TOP_K = 3, 4  # of the tiny models
 MACS = ["--moe-a2a-backend", "macs", "--macs-verify", "true"]
@@ -13,8 +16,19 @@ INFINITE = [*MACS, "--macs-gamma", "inf", "--macs-min-tokens", "0"]
 WORDS = "How many visual tokens does a photograph of a flower have? "
 
 
-def serve(model, *arguments: str, log: str, kind: type[Server] = Server, **options) -> Server:
-    return kind(model, list(arguments), log=BUILD / f"test-{log}.log", **options)
+def forked(env: dict[str, str | None] | None = None) -> dict[str, str | None]:
+    """`env` for a server on CPU whose processes share one import of SGLang (one_import/sitecustomize.py), a third of
+    the time of its start. Every night they start as users': MACS_TEST_START=spawn.
+    """
+    env = dict(env or {})
+    if os.environ.get("MACS_TEST_START") != "spawn":
+        found = env.get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE_DIR), str(ONE_IMPORT), found]))
+    return env
+
+
+def serve(model, *arguments: str, log: str, kind: type[Server] = Server, env=None, **options) -> Server:
+    return kind(model, list(arguments), log=BUILD / f"test-{log}.log", env=forked(env), **options)
 
 
 def ask(server: Server, question: Question) -> list[int]:
